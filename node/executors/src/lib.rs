@@ -1,0 +1,1 @@
+//! Doors to the world: each executor takes a Permit by value

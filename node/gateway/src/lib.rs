@@ -1,0 +1,1 @@
+//! Doors for callers: the decision API over HTTP on loopback and a Unix socket

@@ -1,0 +1,1 @@
+//! Action to decision to permit: the only maker of permits

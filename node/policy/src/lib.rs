@@ -1,0 +1,1 @@
+//! Policy bundles, trust, the Cedar engine, active and last-known-good slots, posture

@@ -1,0 +1,1 @@
+//! The node: command line, configuration, wiring and lifetimes

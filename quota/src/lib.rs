@@ -1,0 +1,1 @@
+//! Token buckets, volumes, bounded retry and breakers; pure, time is an argument

@@ -1,0 +1,1 @@
+//! Bounded content-addressed segment store, audit log, Merkle tree and checkpoints

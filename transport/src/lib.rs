@@ -1,0 +1,1 @@
+//! Identity, revocation, TLS, frames, the sync state machine and its QUIC shell
