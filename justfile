@@ -1,0 +1,45 @@
+# `just check` is the definition of done; CI runs the same commands.
+
+# List the recipes.
+default:
+    @just --list --unsorted
+
+# Format, lints, dependency rules, tests.
+check: fmt-check lint deny test
+
+# Formatting, as a question.
+fmt-check:
+    cargo fmt --all -- --check
+
+# Formatting, done.
+fmt:
+    cargo fmt --all
+
+# The lint table of Cargo.toml, warnings as errors.
+lint:
+    cargo clippy --workspace --all-targets --locked -- -D warnings
+
+# Everything that needs no privileges.
+test:
+    cargo test --workspace --locked
+
+# Licences, bans and sources; works without a network. Advisories need their database: `just advisories`.
+deny:
+    cargo deny --locked --offline check bans licenses sources
+
+# Known vulnerabilities of the locked dependencies; fetches the advisory database.
+advisories:
+    cargo deny --locked check advisories
+
+# Three nodes on this machine, the whole story; arguments are passed on (`just demo --json`).
+demo *ARGS:
+    cargo run --release --locked -- demo {{ARGS}}
+
+# Tidelock beside its peers in one run: `just bench`, `just bench decide`, `just bench transport`.
+bench *AREA:
+    cargo build --release --locked
+    cargo run --release --locked --manifest-path bench/Cargo.toml --target-dir target -- {{AREA}}
+
+# The book, into docs/book (needs mdbook).
+book:
+    mdbook build docs
