@@ -1,0 +1,325 @@
+//! The real disk: Linux system calls, every path walked without following links.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, StatFs};
+use rustix::io::Errno;
+
+use super::{Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, Volume};
+
+/// The operating system's file systems.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RealDisk;
+
+impl RealDisk {
+    /// The real disk.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self
+    }
+}
+
+/// Zeros are written in pieces of this size.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
+fn fault(errno: Errno) -> DiskFault {
+    match errno {
+        Errno::NOENT => DiskFault::NotFound,
+        Errno::EXIST => DiskFault::Exists,
+        Errno::NOSPC | Errno::DQUOT => DiskFault::NoSpace,
+        Errno::AGAIN => DiskFault::Busy,
+        Errno::ACCESS | Errno::PERM => DiskFault::Denied,
+        Errno::LOOP | Errno::NOTDIR => DiskFault::NotPlain,
+        other => DiskFault::Os(other.raw_os_error()),
+    }
+}
+
+fn failed(op: DiskOp, path: &Path) -> impl Fn(Errno) -> DiskError + '_ {
+    move |errno| DiskError::new(op, path, fault(errno))
+}
+
+const DIR_FLAGS: OFlags = OFlags::PATH
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::CLOEXEC);
+
+/// Opens the directory of an absolute path for use in `…at` calls, component by component.
+fn walk(op: DiskOp, dir: &Path, named: &Path) -> Result<OwnedFd, DiskError> {
+    let failed = failed(op, named);
+    let mut at = rustix::fs::open("/", DIR_FLAGS, Mode::empty()).map_err(&failed)?;
+    for component in dir.components() {
+        match component {
+            Component::RootDir => {}
+            Component::Normal(name) => {
+                at = rustix::fs::openat(&at, name, DIR_FLAGS, Mode::empty()).map_err(&failed)?;
+            }
+            Component::CurDir | Component::ParentDir | Component::Prefix(_) => {
+                return Err(DiskError::new(op, named, DiskFault::NotPlain));
+            }
+        }
+    }
+    Ok(at)
+}
+
+/// The open parent directory and the last component.
+fn parent(op: DiskOp, path: &Path) -> Result<(OwnedFd, &Path), DiskError> {
+    match (path.parent(), path.file_name()) {
+        (Some(dir), Some(name)) if path.is_absolute() => {
+            Ok((walk(op, dir, path)?, Path::new(name)))
+        }
+        _ => Err(DiskError::new(op, path, DiskFault::NotPlain)),
+    }
+}
+
+fn open_at(op: DiskOp, path: &Path, flags: OFlags) -> Result<OwnedFd, DiskError> {
+    let (dir, name) = parent(op, path)?;
+    // O_NONBLOCK: a pipe planted under this name must not block the open.
+    let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    rustix::fs::openat(&dir, name, flags, Mode::RUSR | Mode::WUSR).map_err(failed(op, path))
+}
+
+/// `st_*` fields differ in width and sign between architectures.
+#[expect(
+    clippy::useless_conversion,
+    reason = "the field types differ between architectures; on this one some conversions are plain"
+)]
+fn to_stat(stat: &Stat) -> FileStat {
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => FileKind::File,
+        FileType::Directory => FileKind::Dir,
+        FileType::Symlink => FileKind::Symlink,
+        _ => FileKind::Other,
+    };
+    FileStat {
+        kind,
+        len: u64::try_from(stat.st_size).unwrap_or(0),
+        allocated_bytes: u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512),
+        dev: u64::try_from(stat.st_dev).unwrap_or(0),
+        ino: u64::try_from(stat.st_ino).unwrap_or(0),
+        nlink: u64::try_from(stat.st_nlink).unwrap_or(0),
+        mode: u32::try_from(stat.st_mode).unwrap_or(0) & 0o7777,
+        uid: stat.st_uid,
+    }
+}
+
+/// Names of the network file systems known by their magic number (INV-01).
+#[expect(
+    clippy::unnecessary_fallible_conversions,
+    reason = "the field types differ between architectures; on this one some conversions are plain"
+)]
+fn network_name(fs: &StatFs) -> Option<&'static str> {
+    // The type is signed on most architectures; the magic numbers are unsigned 32-bit values.
+    let magic = i128::try_from(fs.f_type).unwrap_or(0) & 0xffff_ffff;
+    Some(match magic {
+        0x6969 => "nfs",
+        0xff53_4d42 => "cifs",
+        0xfe53_4d42 => "smb2",
+        0x517b => "smb",
+        0x0102_1997 => "9p",
+        0x00c3_6400 => "ceph",
+        0x5346_414f | 0x6b41_4653 => "afs",
+        0x7375_7245 => "coda",
+        0x7461_636f => "ocfs2",
+        0x0116_1970 => "gfs2",
+        0x0bd0_0bd0 => "lustre",
+        0x564c => "ncp",
+        0x4750_4653 => "gpfs",
+        0x1983_0326 => "beegfs",
+        _ => return None,
+    })
+}
+
+impl Disk for RealDisk {
+    fn canonical(&self, path: &Path) -> Result<PathBuf, DiskError> {
+        let bad = |e: std::io::Error| {
+            let fault = e.raw_os_error().map_or(DiskFault::NotPlain, |code| {
+                fault(Errno::from_raw_os_error(code))
+            });
+            DiskError::new(DiskOp::Stat, path, fault)
+        };
+        let absolute = std::path::absolute(path).map_err(bad)?;
+        match (absolute.parent(), absolute.file_name()) {
+            (Some(parent), Some(name)) => {
+                Ok(std::fs::canonicalize(parent).map_err(bad)?.join(name))
+            }
+            _ => Err(DiskError::new(DiskOp::Stat, path, DiskFault::NotPlain)),
+        }
+    }
+
+    fn open(&self, path: &Path, mode: OpenMode) -> Result<Box<dyn DiskFile>, DiskError> {
+        let flags = match mode {
+            OpenMode::Read => OFlags::RDONLY,
+            OpenMode::ReadWrite => OFlags::RDWR,
+            OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
+        };
+        let fd = open_at(DiskOp::Open, path, flags)?;
+        let file = RealFile {
+            fd,
+            path: path.to_owned(),
+        };
+        if file.stat()?.kind != FileKind::File {
+            return Err(DiskError::new(DiskOp::Open, path, DiskFault::NotPlain));
+        }
+        Ok(Box::new(file))
+    }
+
+    fn lock(&self, path: &Path) -> Result<Box<dyn DiskFile>, DiskError> {
+        let fd = open_at(DiskOp::Lock, path, OFlags::RDWR | OFlags::CREATE)?;
+        rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
+            .map_err(failed(DiskOp::Lock, path))?;
+        Ok(Box::new(RealFile {
+            fd,
+            path: path.to_owned(),
+        }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> Result<(), DiskError> {
+        let (from_dir, from_name) = parent(DiskOp::Rename, from)?;
+        let (to_dir, to_name) = parent(DiskOp::Rename, to)?;
+        rustix::fs::renameat(&from_dir, from_name, &to_dir, to_name)
+            .map_err(failed(DiskOp::Rename, to))
+    }
+
+    fn remove(&self, path: &Path) -> Result<(), DiskError> {
+        let (dir, name) = parent(DiskOp::Remove, path)?;
+        rustix::fs::unlinkat(&dir, name, AtFlags::empty()).map_err(failed(DiskOp::Remove, path))
+    }
+
+    fn create_dir(&self, path: &Path) -> Result<(), DiskError> {
+        let (dir, name) = parent(DiskOp::CreateDir, path)?;
+        rustix::fs::mkdirat(&dir, name, Mode::RWXU).map_err(failed(DiskOp::CreateDir, path))
+    }
+
+    fn sync_dir(&self, path: &Path) -> Result<(), DiskError> {
+        let fd = open_at(DiskOp::SyncDir, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        rustix::fs::fsync(&fd).map_err(failed(DiskOp::SyncDir, path))
+    }
+
+    fn read_dir(&self, path: &Path) -> Result<Vec<String>, DiskError> {
+        let fd = open_at(DiskOp::ReadDir, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let dir = rustix::fs::Dir::new(fd).map_err(failed(DiskOp::ReadDir, path))?;
+        let mut names = Vec::new();
+        for entry in dir {
+            let entry = entry.map_err(failed(DiskOp::ReadDir, path))?;
+            let name = entry.file_name().to_string_lossy();
+            if name != "." && name != ".." {
+                names.push(name.into_owned());
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn stat(&self, path: &Path) -> Result<FileStat, DiskError> {
+        let (dir, name) = parent(DiskOp::Stat, path)?;
+        rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map(|stat| to_stat(&stat))
+            .map_err(failed(DiskOp::Stat, path))
+    }
+
+    fn volume(&self, path: &Path) -> Result<Volume, DiskError> {
+        let fd = open_at(DiskOp::Volume, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let failed = failed(DiskOp::Volume, path);
+        let kind = rustix::fs::fstatfs(&fd).map_err(&failed)?;
+        let size = rustix::fs::fstatvfs(&fd).map_err(&failed)?;
+        Ok(Volume {
+            block_bytes: size.f_bsize.clamp(512, 1024 * 1024),
+            available_bytes: size.f_bavail.saturating_mul(size.f_frsize),
+            network: network_name(&kind),
+        })
+    }
+
+    fn boot_id(&self) -> Result<String, DiskError> {
+        let path = Path::new("/proc/sys/kernel/random/boot_id");
+        std::fs::read_to_string(path)
+            .map(|text| text.trim().to_owned())
+            .map_err(|e| {
+                let code = e.raw_os_error().unwrap_or(0);
+                DiskError::new(DiskOp::Read, path, fault(Errno::from_raw_os_error(code)))
+            })
+    }
+
+    fn own_uid(&self) -> u32 {
+        rustix::process::geteuid().as_raw()
+    }
+}
+
+#[derive(Debug)]
+struct RealFile {
+    fd: OwnedFd,
+    path: PathBuf,
+}
+
+impl RealFile {
+    fn failed(&self, op: DiskOp, errno: Errno) -> DiskError {
+        DiskError::new(op, &self.path, fault(errno))
+    }
+}
+
+impl DiskFile for RealFile {
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DiskError> {
+        let mut done = 0usize;
+        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match rustix::io::pread(&self.fd, rest, offset.saturating_add(done as u64)) {
+                Ok(0) => return Err(DiskError::new(DiskOp::Read, &self.path, DiskFault::Short)),
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed(DiskOp::Read, errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let mut done = 0usize;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            match rustix::io::pwrite(&self.fd, rest, offset.saturating_add(done as u64)) {
+                Ok(0) => {
+                    return Err(DiskError::new(
+                        DiskOp::Write,
+                        &self.path,
+                        DiskFault::NoSpace,
+                    ));
+                }
+                Ok(count) => done += count,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.failed(DiskOp::Write, errno)),
+            }
+        }
+        Ok(())
+    }
+
+    fn sync_data(&self) -> Result<(), DiskError> {
+        rustix::fs::fdatasync(&self.fd).map_err(|errno| self.failed(DiskOp::Sync, errno))
+    }
+
+    fn allocate(&self, len: u64) -> Result<(), DiskError> {
+        match rustix::fs::fallocate(self.fd.as_fd(), FallocateFlags::empty(), 0, len) {
+            // The file system cannot allocate ahead; the write that follows allocates.
+            Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+            Err(errno) => Err(self.failed(DiskOp::Allocate, errno)),
+        }
+    }
+
+    fn zero_fill(&self, len: u64) -> Result<(), DiskError> {
+        self.allocate(len)?;
+        let mut at = 0u64;
+        while at < len {
+            let piece = usize::try_from(len - at)
+                .unwrap_or(usize::MAX)
+                .min(ZEROS.len());
+            self.write_at(at, ZEROS.get(..piece).unwrap_or(&ZEROS))?;
+            at += piece as u64;
+        }
+        Ok(())
+    }
+
+    fn stat(&self) -> Result<FileStat, DiskError> {
+        rustix::fs::fstat(&self.fd)
+            .map(|stat| to_stat(&stat))
+            .map_err(|errno| self.failed(DiskOp::Stat, errno))
+    }
+}

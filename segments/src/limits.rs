@@ -1,0 +1,88 @@
+//! Every limit of this crate, with what it costs in the worst case (INV-07).
+
+/// Longest node id, domain or policy name: a DNS label's length.
+pub const MAX_NAME_BYTES: usize = 63;
+
+/// Longest origin text. `audit/` + 63 + `/` + 16 + `/` + 20 digits is 107 bytes.
+pub const MAX_ORIGIN_BYTES: usize = 255;
+
+/// Largest encoded segment header. Domain, origin and fixed fields need at most 400 bytes.
+pub const MAX_HEADER_BYTES: usize = 1024;
+
+/// Largest endorsement, chain included: four certificates of 6 KiB and a signature.
+pub const MAX_ENDORSEMENT_BYTES: usize = 28 * 1024;
+
+/// Largest encoded segment trailer: one endorsement, a key and a signature.
+pub const MAX_TRAILER_BYTES: usize = 32 * 1024;
+
+/// Most certificates in an endorsement's chain.
+pub const MAX_CHAIN_CERTIFICATES: usize = 6;
+
+/// Largest segment file. A reader holds one whole segment in memory, so a node that verifies
+/// `n` segments at once needs `n` times this.
+pub const MAX_SEGMENT_BYTES: u64 = 32 * 1024 * 1024;
+
+/// Largest segment body.
+pub const MAX_BODY_BYTES: u64 = MAX_SEGMENT_BYTES - 64 * 1024;
+
+/// Most ranges in a head: 32 x 16 bytes on the wire. Further holes are merged away from the end.
+pub const MAX_HEAD_RANGES: usize = 32;
+
+/// Largest encoded custody receipt: one endorsement and fixed fields.
+pub const MAX_RECEIPT_BYTES: usize = 32 * 1024;
+
+/// Largest canonical audit record (ruling 22).
+pub const MAX_RECORD_BYTES: usize = 65_535;
+
+/// Smallest size of an active log file and so of `LogConfig::segment_bytes`: the file header, one
+/// mark and one record of the greatest length always fit.
+pub const MIN_LOG_FILE_BYTES: u64 = 128 * 1024;
+
+/// Largest size of an active log file. The records of the active file are held in memory until
+/// sealed, so this is also the log's worst-case memory, twice while sealing.
+pub const MAX_LOG_FILE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Most records waiting for the commit thread: with [`MAX_QUEUE_BYTES`] the worst case is 16 MiB.
+pub const MAX_QUEUE_RECORDS: usize = 65_536;
+
+/// Most record bytes waiting for the commit thread.
+pub const MAX_QUEUE_BYTES: usize = 16 * 1024 * 1024;
+
+/// Most record bytes written and synced at once; bounds the commit buffer.
+pub const MAX_BATCH_BYTES: usize = 1024 * 1024;
+
+/// Length of the active file's header block, and the offset of its first frame.
+pub const LOG_HEADER_BYTES: u64 = 4096;
+
+/// Largest checkpoint note, cosignatures included.
+pub const MAX_CHECKPOINT_BYTES: usize = 8 * 1024;
+
+/// Most receipts kept for one segment: 64 x 32 KiB while listing.
+pub const MAX_RECEIPTS_PER_SEGMENT: usize = 64;
+
+/// Largest file written with `Root::write_atomic` and read with `Root::read`.
+pub const MAX_STATE_FILE_BYTES: u64 = MAX_SEGMENT_BYTES;
+
+/// Deepest path below the root, in components.
+pub const MAX_PATH_DEPTH: usize = 4;
+
+/// Smallest ceiling that a root accepts at start; below it not even one active file fits.
+pub const MIN_CEILING_BYTES: u64 = 1024 * 1024;
+
+/// Most references returned by one `Store::refs` call.
+pub const MAX_REFS: usize = 4096;
+
+/// Blocks reserved for the growth of a directory by one more entry: an ext4 directory grows from
+/// one block to three when it becomes indexed.
+pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;
+
+const _: () = assert!(MAX_HEADER_BYTES > MAX_ORIGIN_BYTES + MAX_NAME_BYTES + 128);
+const _: () = assert!(MAX_TRAILER_BYTES > MAX_ENDORSEMENT_BYTES + 256);
+const _: () = assert!(MAX_RECEIPT_BYTES > MAX_ENDORSEMENT_BYTES + MAX_ORIGIN_BYTES + 512);
+const _: () = assert!(
+    MAX_BODY_BYTES + MAX_HEADER_BYTES as u64 + MAX_TRAILER_BYTES as u64 + 64 <= MAX_SEGMENT_BYTES
+);
+const _: () = assert!(MIN_LOG_FILE_BYTES > LOG_HEADER_BYTES + MAX_RECORD_BYTES as u64 + 4096);
+const _: () = assert!(MAX_LOG_FILE_BYTES + 1024 * 1024 <= MAX_BODY_BYTES);
+const _: () = assert!(MAX_BATCH_BYTES > MAX_RECORD_BYTES);
+const _: () = assert!(MAX_QUEUE_BYTES >= MAX_BATCH_BYTES);

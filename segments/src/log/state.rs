@@ -1,0 +1,204 @@
+//! `log/state`: which incarnation the log is in, where it runs, and from which index it is kept.
+
+use bincode::{Decode, Encode};
+
+use crate::codec;
+use crate::disk::FileStat;
+use crate::id::{NodeId, Origin, SegmentId};
+use crate::merkle::{Frontier, MerkleError};
+
+/// Path of the state file below the root.
+pub(crate) const STATE_PATH: &str = "log/state";
+const MAGIC: &[u8; 8] = b"TIDESTA1";
+const MAX: usize = 512 * 1024;
+/// Most origins of older incarnations whose cursor is remembered; the oldest go first.
+const MAX_CURSORS: usize = 64;
+
+/// Where a log's root was seen last (ruling 8).
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct Marker {
+    pub(crate) boot_id: String,
+    pub(crate) dev: u64,
+    pub(crate) ino: u64,
+}
+
+impl Marker {
+    pub(crate) fn new(boot_id: String, stat: &FileStat) -> Self {
+        Self {
+            boot_id,
+            dev: stat.dev,
+            ino: stat.ino,
+        }
+    }
+
+    /// Whether this is the place that was recorded. Device numbers may change at boot, inodes do not.
+    pub(crate) fn same_place(&self, now: &Self) -> bool {
+        self.ino == now.ino && (self.dev == now.dev || self.boot_id != now.boot_id)
+    }
+}
+
+/// The end of what has been sealed, kept so that eviction may remove every segment.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct SealedEnd {
+    pub(crate) next_sequence: u64,
+    pub(crate) prev: Option<SegmentId>,
+    pub(crate) size: u64,
+    pub(crate) frontier: Vec<[u8; 32]>,
+}
+
+impl SealedEnd {
+    pub(crate) fn start() -> Self {
+        Self {
+            next_sequence: 0,
+            prev: None,
+            size: 0,
+            frontier: Vec::new(),
+        }
+    }
+
+    pub(crate) fn tree(&self) -> Result<Frontier, MerkleError> {
+        let hashes = self
+            .frontier
+            .iter()
+            .map(|h| crate::Sha256Hash::from_bytes(*h))
+            .collect();
+        Frontier::from_hashes(self.size, hashes)
+    }
+}
+
+/// The cursor of one origin: records below this index may be gone, for they were evicted.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct Cursor {
+    pub(crate) origin: Origin,
+    pub(crate) min_index: u64,
+    pub(crate) min_sequence: u64,
+}
+
+/// The content of the state file.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct LogState {
+    pub(crate) node_id: NodeId,
+    pub(crate) origin: Origin,
+    pub(crate) incarnation: u64,
+    pub(crate) marker: Marker,
+    pub(crate) sealed: SealedEnd,
+    pub(crate) cursors: Vec<Cursor>,
+    /// Records of evictions that may not stand in the log yet.
+    pub(crate) owed: Vec<Vec<u8>>,
+}
+
+impl LogState {
+    pub(crate) fn encode(&self) -> Result<Vec<u8>, codec::CodecError> {
+        let body = codec::encode::<_, MAX>(self)?;
+        let mut out = MAGIC.to_vec();
+        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        out.extend_from_slice(&body);
+        Ok(out)
+    }
+
+    /// `None` if the bytes are damaged.
+    pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
+        let (crc, body) = bytes.strip_prefix(MAGIC)?.split_first_chunk::<4>()?;
+        if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+            return None;
+        }
+        codec::decode::<_, MAX>(body).ok()
+    }
+
+    pub(crate) fn cursor(&self, origin: &Origin) -> (u64, u64) {
+        self.cursors
+            .iter()
+            .find(|cursor| cursor.origin == *origin)
+            .map_or((0, 0), |cursor| (cursor.min_index, cursor.min_sequence))
+    }
+
+    /// INV-16: a cursor only moves forward.
+    pub(crate) fn advance(&mut self, origin: &Origin, min_index: u64, min_sequence: u64) {
+        match self
+            .cursors
+            .iter_mut()
+            .find(|cursor| cursor.origin == *origin)
+        {
+            Some(cursor) => {
+                cursor.min_index = cursor.min_index.max(min_index);
+                cursor.min_sequence = cursor.min_sequence.max(min_sequence);
+            }
+            None => {
+                if self.cursors.len() >= MAX_CURSORS {
+                    self.cursors.remove(0);
+                }
+                self.cursors.push(Cursor {
+                    origin: origin.clone(),
+                    min_index,
+                    min_sequence,
+                });
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> LogState {
+        LogState {
+            node_id: NodeId::new("n1").unwrap(),
+            origin: Origin::parse("audit/n1/0123456789abcdef/2").unwrap(),
+            incarnation: 2,
+            marker: Marker {
+                boot_id: "b".to_owned(),
+                dev: 1,
+                ino: 2,
+            },
+            sealed: SealedEnd::start(),
+            cursors: Vec::new(),
+            owed: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn round_trip_and_every_flipped_byte_is_seen() {
+        let bytes = sample().encode().unwrap();
+        assert_eq!(LogState::decode(&bytes), Some(sample()));
+        for at in 0..bytes.len() {
+            let mut bad = bytes.clone();
+            bad[at] ^= 0x10;
+            assert_eq!(LogState::decode(&bad), None, "byte {at}");
+        }
+    }
+
+    #[test]
+    fn the_marker_survives_a_boot_and_not_a_copy() {
+        let here = Marker {
+            boot_id: "b1".to_owned(),
+            dev: 1,
+            ino: 5,
+        };
+        assert!(here.same_place(&here));
+        assert!(here.same_place(&Marker {
+            boot_id: "b2".to_owned(),
+            dev: 9,
+            ino: 5
+        }));
+        assert!(!here.same_place(&Marker {
+            boot_id: "b1".to_owned(),
+            dev: 9,
+            ino: 5
+        }));
+        assert!(!here.same_place(&Marker {
+            boot_id: "b2".to_owned(),
+            dev: 1,
+            ino: 6
+        }));
+    }
+
+    #[test]
+    fn inv_16_a_cursor_never_moves_back() {
+        let mut state = sample();
+        let origin = state.origin.clone();
+        state.advance(&origin, 10, 2);
+        state.advance(&origin, 4, 1);
+        assert_eq!(state.cursor(&origin), (10, 2));
+    }
+}

@@ -1,0 +1,696 @@
+//! The local root: one directory, one lock, one ledger (INV-01, INV-04).
+//!
+//! Everything that a node keeps lies below one directory that only one process holds. [`Root::open`]
+//! refuses what would make that promise hollow: a root that another process holds, one on a network
+//! file system, one that others may write to, one behind a symbolic link. All writes go through
+//! [`Root::write_atomic`] or, inside this crate, through a staged file: reserve, write to `tmp/`,
+//! sync, rename, sync the directory.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::disk::{
+    self, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode,
+};
+use crate::ledger::{CeilingReached, Charge, Ledger, Reservation};
+use crate::limits::{
+    DIRECTORY_SLACK_BLOCKS, MAX_PATH_DEPTH, MAX_STATE_FILE_BYTES, MIN_CEILING_BYTES,
+};
+
+/// The file whose lock is the exclusive right to the root, and whose inode marks it (ruling 8).
+const LOCK: &str = "lock";
+/// Where files are written before they get their name.
+const TMP: &str = "tmp";
+/// Where damaged files go. Nothing is ever deleted from here by the node.
+pub(crate) const QUARANTINE: &str = "quarantine";
+
+/// Why a root was not opened or a file in it not written.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RootError {
+    /// Another process holds the root.
+    #[error("{} is in use by another process; stop it or choose another root", path.display())]
+    InUse {
+        /// The root.
+        path: PathBuf,
+    },
+    /// The root lies on a network file system.
+    #[error(
+        "{} lies on {kind}, a network file system, where locks and syncs cannot be relied upon; \
+         choose a local disk",
+        path.display()
+    )]
+    NetworkFileSystem {
+        /// The root.
+        path: PathBuf,
+        /// Which one.
+        kind: &'static str,
+    },
+    /// The root or a part of it is not safe to use.
+    #[error("{} is not safe: {why}", path.display())]
+    Unsafe {
+        /// What is unsafe.
+        path: PathBuf,
+        /// Why, and the way out.
+        why: &'static str,
+    },
+    /// The options contradict each other.
+    #[error("bad root options: {0}")]
+    Options(&'static str),
+    /// Not a path that may be used inside the root.
+    #[error("{0:?} is not a plain relative path of A-Z a-z 0-9 . _ - below the root")]
+    Path(String),
+    /// The content exceeds the limit.
+    #[error("{rel} has {bytes} bytes where at most {max} are allowed")]
+    TooLarge {
+        /// The file.
+        rel: String,
+        /// Its size.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// The ceiling does not allow the write.
+    #[error(transparent)]
+    Ceiling(#[from] CeilingReached),
+    /// The disk refused.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+}
+
+/// The size of a root.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RootOptions {
+    /// The bytes that the file system may allocate to the root, at most.
+    pub ceiling_bytes: u64,
+    /// The part of them kept for urgent and state writes.
+    pub reserve_bytes: u64,
+}
+
+/// The open root. Dropping the last reference gives the lock back.
+#[derive(Debug)]
+pub struct Root {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    ledger: Arc<Ledger>,
+    block_bytes: u64,
+    /// Allocated bytes of each directory as last booked, by relative path.
+    dirs: Mutex<BTreeMap<String, u64>>,
+    next_temp: AtomicU64,
+    marker: FileStat,
+    _lock: Box<dyn DiskFile>,
+}
+
+impl Root {
+    /// Opens or makes the root, takes its lock and counts what lies there.
+    ///
+    /// # Errors
+    /// [`RootError`]: in use, on a network file system, unsafe, or the disk refused.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        options: RootOptions,
+    ) -> Result<Arc<Self>, RootError> {
+        if options.ceiling_bytes < MIN_CEILING_BYTES {
+            return Err(RootError::Options("the ceiling is below 1 MiB"));
+        }
+        if options.reserve_bytes >= options.ceiling_bytes {
+            return Err(RootError::Options(
+                "the reserve is not smaller than the ceiling",
+            ));
+        }
+        let path = disk.canonical(path)?;
+        let not_safe = |why| RootError::Unsafe {
+            path: path.clone(),
+            why,
+        };
+        let stat = match disk.stat(&path) {
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => {
+                disk.create_dir(&path)?;
+                if let Some(parent) = path.parent() {
+                    disk.sync_dir(parent)?;
+                }
+                disk.stat(&path)?
+            }
+            other => other?,
+        };
+        match stat.kind {
+            FileKind::Dir => {}
+            FileKind::Symlink => {
+                return Err(not_safe("it is a symbolic link; name the directory itself"));
+            }
+            FileKind::File | FileKind::Other => return Err(not_safe("it is not a directory")),
+        }
+        // INV-01: nobody but this node's user can put anything below the root.
+        if stat.mode & 0o022 != 0 {
+            return Err(not_safe(
+                "group or others may write to it; run chmod go-w on it",
+            ));
+        }
+        if stat.uid != disk.own_uid() {
+            return Err(not_safe(
+                "it belongs to another user; run as its owner or chown it",
+            ));
+        }
+        let volume = disk.volume(&path)?;
+        if let Some(kind) = volume.network {
+            return Err(RootError::NetworkFileSystem { path, kind });
+        }
+        let lock = match disk.lock(&path.join(LOCK)) {
+            Err(DiskError {
+                fault: DiskFault::Busy,
+                ..
+            }) => return Err(RootError::InUse { path }),
+            other => other?,
+        };
+        let marker = lock.stat()?;
+        let root = Self {
+            ledger: Ledger::new(options.ceiling_bytes, options.reserve_bytes, 0),
+            disk,
+            path,
+            block_bytes: volume.block_bytes,
+            dirs: Mutex::default(),
+            next_temp: AtomicU64::new(0),
+            marker,
+            _lock: lock,
+        };
+        root.remove_temporary_files()?;
+        let mut dirs = BTreeMap::new();
+        let found = root.measure_into(&mut dirs)?;
+        root.ledger.found(found, Charge::Normal);
+        *root.dirs.lock().unwrap_or_else(PoisonError::into_inner) = dirs;
+        root.ensure_dir(TMP)?;
+        Ok(Arc::new(root))
+    }
+
+    /// What a crash left behind in `tmp/` was never published and is nobody's.
+    fn remove_temporary_files(&self) -> Result<(), RootError> {
+        let tmp = self.path.join(TMP);
+        match self.disk.read_dir(&tmp) {
+            Ok(names) => {
+                for name in names {
+                    self.disk.remove(&tmp.join(name))?;
+                }
+                Ok(())
+            }
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The ledger of its disk space.
+    #[must_use]
+    pub fn ledger(&self) -> &Arc<Ledger> {
+        &self.ledger
+    }
+
+    /// The disk it lies on.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// The lock file's device and inode: another after a copy, the same after a restart.
+    pub(crate) fn marker(&self) -> FileStat {
+        self.marker
+    }
+
+    /// An upper bound of what the file system allocates to a file of this length: whole blocks, one
+    /// more for the map of extents, and one for each further 16 MiB of a fragmented file.
+    #[must_use]
+    pub fn allocation_bound(&self, len: u64) -> u64 {
+        let extra = len / (16 * 1024 * 1024) + 1;
+        len.next_multiple_of(self.block_bytes)
+            .saturating_add(extra.saturating_mul(self.block_bytes))
+    }
+
+    fn slack(&self) -> u64 {
+        DIRECTORY_SLACK_BLOCKS.saturating_mul(self.block_bytes)
+    }
+
+    /// Walks the whole root and adds up what is allocated, foreign files included. Compare with the
+    /// ledger while nothing is being written.
+    ///
+    /// # Errors
+    /// [`RootError::Disk`].
+    pub fn measure(&self) -> Result<u64, RootError> {
+        self.measure_into(&mut BTreeMap::new())
+    }
+
+    fn measure_into(&self, dirs: &mut BTreeMap<String, u64>) -> Result<u64, RootError> {
+        let mut total = 0u64;
+        let mut todo = vec![(String::new(), self.path.clone())];
+        while let Some((rel, dir)) = todo.pop() {
+            let own = self.disk.stat(&dir)?.allocated_bytes;
+            total = total.saturating_add(own);
+            for name in self.disk.read_dir(&dir)? {
+                let path = dir.join(&name);
+                let stat = match self.disk.stat(&path) {
+                    // Removed since it was listed.
+                    Err(DiskError {
+                        fault: DiskFault::NotFound,
+                        ..
+                    }) => continue,
+                    other => other?,
+                };
+                if stat.kind == FileKind::Dir {
+                    let rel = if rel.is_empty() {
+                        name
+                    } else {
+                        format!("{rel}/{name}")
+                    };
+                    todo.push((rel, path));
+                } else {
+                    total = total.saturating_add(stat.allocated_bytes);
+                }
+            }
+            dirs.insert(rel, own);
+        }
+        Ok(total)
+    }
+
+    /// The absolute path of a checked relative one.
+    fn absolute(&self, rel: &str) -> Result<PathBuf, RootError> {
+        let plain = |part: &str| {
+            !part.is_empty()
+                && part != "."
+                && part != ".."
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        };
+        if rel.split('/').count() > MAX_PATH_DEPTH || !rel.split('/').all(plain) {
+            return Err(RootError::Path(rel.to_owned()));
+        }
+        Ok(self.path.join(rel))
+    }
+
+    /// Books what a directory has grown or shrunk by.
+    fn book_dir(&self, rel: &str) -> Result<(), RootError> {
+        let path = if rel.is_empty() {
+            self.path.clone()
+        } else {
+            self.path.join(rel)
+        };
+        let mut dirs = self.dirs.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = self.disk.stat(&path)?.allocated_bytes;
+        let before = dirs.insert(rel.to_owned(), now).unwrap_or(0);
+        if now > before {
+            self.ledger.found(now - before, Charge::Normal);
+        } else {
+            self.ledger.freed(before - now, Charge::Normal);
+        }
+        Ok(())
+    }
+
+    /// Makes a directory and those above it, if they are not there.
+    pub(crate) fn ensure_dir(&self, rel: &str) -> Result<(), RootError> {
+        let path = self.absolute(rel)?;
+        if self
+            .dirs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains_key(rel)
+        {
+            return Ok(());
+        }
+        let parent = match rel.rsplit_once('/') {
+            Some((parent, _)) => {
+                self.ensure_dir(parent)?;
+                parent
+            }
+            None => "",
+        };
+        let slack = self
+            .ledger
+            .reserve(self.slack().saturating_mul(2), Charge::Reserve)?;
+        match self.disk.create_dir(&path) {
+            Ok(()) => {}
+            Err(DiskError {
+                fault: DiskFault::Exists,
+                ..
+            }) => {
+                if self.disk.stat(&path)?.kind != FileKind::Dir {
+                    let why = "something else than a directory has this name; move it away";
+                    return Err(RootError::Unsafe { path, why });
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        self.disk.sync_dir(path.parent().unwrap_or(&self.path))?;
+        drop(slack);
+        self.book_dir(rel)?;
+        self.book_dir(parent)
+    }
+
+    /// Whether a file is there.
+    ///
+    /// # Errors
+    /// [`RootError`].
+    pub fn exists(&self, rel: &str) -> Result<bool, RootError> {
+        match self.disk.stat(&self.absolute(rel)?) {
+            Ok(_) => Ok(true),
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A file's content; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// [`RootError`].
+    pub fn read(&self, rel: &str) -> Result<Option<Vec<u8>>, RootError> {
+        let path = self.absolute(rel)?;
+        match disk::read_all(&*self.disk, &path, MAX_STATE_FILE_BYTES) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The names in a directory; none if it is not there.
+    ///
+    /// # Errors
+    /// [`RootError`].
+    pub fn list(&self, rel: &str) -> Result<Vec<String>, RootError> {
+        match self.disk.read_dir(&self.absolute(rel)?) {
+            Ok(names) => Ok(names),
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Replaces or makes a file, durably and in one step: after a crash it has the old content or the
+    /// new one.
+    ///
+    /// # Errors
+    /// [`RootError::Ceiling`] if the ceiling does not allow it, [`RootError::Disk`] if the disk
+    /// refused; the old content is then still there.
+    pub fn write_atomic(
+        self: &Arc<Self>,
+        rel: &str,
+        bytes: &[u8],
+        charge: Charge,
+    ) -> Result<(), RootError> {
+        let len = bytes.len() as u64;
+        if len > MAX_STATE_FILE_BYTES {
+            let max = MAX_STATE_FILE_BYTES;
+            return Err(RootError::TooLarge {
+                rel: rel.to_owned(),
+                bytes: len,
+                max,
+            });
+        }
+        let mut staged = self.stage(rel, len, charge)?;
+        staged.fill(bytes)?;
+        staged.publish().map(|_| ())
+    }
+
+    /// Removes a file durably.
+    ///
+    /// # Errors
+    /// [`RootError`].
+    pub fn remove(&self, rel: &str) -> Result<(), RootError> {
+        self.remove_charged(rel, Charge::Normal).map(|_| ())
+    }
+
+    /// Removes a file and gives its bytes back to the account they were charged to.
+    pub(crate) fn remove_charged(&self, rel: &str, charge: Charge) -> Result<u64, RootError> {
+        let path = self.absolute(rel)?;
+        let bytes = self.disk.stat(&path)?.allocated_bytes;
+        self.disk.remove(&path)?;
+        self.ledger.freed(bytes, charge);
+        let dir = parent_of(rel);
+        self.disk.sync_dir(path.parent().unwrap_or(&self.path))?;
+        self.book_dir(dir)?;
+        Ok(bytes)
+    }
+
+    /// Moves a file to the quarantine under a name that is free there, and gives that name.
+    pub(crate) fn move_to_quarantine(
+        &self,
+        rel: &str,
+        charge: Charge,
+    ) -> Result<String, RootError> {
+        let from = self.absolute(rel)?;
+        self.ensure_dir(QUARANTINE)?;
+        let base = rel.replace('/', "-");
+        let mut name = base.clone();
+        let mut number = 1u32;
+        while self.exists(&format!("{QUARANTINE}/{name}"))? {
+            name = format!("{base}.{number}");
+            number = number.saturating_add(1);
+        }
+        let target = format!("{QUARANTINE}/{name}");
+        let to = self.absolute(&target)?;
+        // A name needs no file space, only perhaps a block of the directory; without room for that
+        // the move still goes ahead, for leaving a damaged file in place is worse than being short.
+        let slack = self.ledger.reserve(self.slack(), Charge::Reserve).ok();
+        let bytes = self.disk.stat(&from)?.allocated_bytes;
+        self.disk.rename(&from, &to)?;
+        self.disk.sync_dir(&self.path.join(QUARANTINE))?;
+        self.disk.sync_dir(from.parent().unwrap_or(&self.path))?;
+        drop(slack);
+        self.ledger.freed(bytes, charge);
+        self.ledger.found(bytes, Charge::Normal);
+        self.book_dir(QUARANTINE)?;
+        self.book_dir(parent_of(rel))?;
+        Ok(target)
+    }
+
+    /// Opens a file that is there.
+    pub(crate) fn open_file(
+        &self,
+        rel: &str,
+        mode: OpenMode,
+    ) -> Result<Box<dyn DiskFile>, RootError> {
+        Ok(self.disk.open(&self.absolute(rel)?, mode)?)
+    }
+
+    /// Facts about a file.
+    pub(crate) fn stat(&self, rel: &str) -> Result<FileStat, RootError> {
+        Ok(self.disk.stat(&self.absolute(rel)?)?)
+    }
+
+    /// What must be reserved to write and name a file of this length: its blocks, and room for both
+    /// directories to grow.
+    pub(crate) fn stage_bound(&self, len: u64) -> u64 {
+        self.allocation_bound(len)
+            .saturating_add(self.slack().saturating_mul(2))
+    }
+
+    /// Reserves room for a file of `len` bytes and creates it under a temporary name; it gets the
+    /// name `rel` when published.
+    pub(crate) fn stage(
+        self: &Arc<Self>,
+        rel: &str,
+        len: u64,
+        charge: Charge,
+    ) -> Result<Staged, RootError> {
+        // INV-04: reserved before the first byte.
+        let reservation = self.ledger.reserve(self.stage_bound(len), charge)?;
+        self.stage_with(rel, len, reservation)
+    }
+
+    /// Like [`Root::stage`], from bytes reserved earlier.
+    pub(crate) fn stage_with(
+        self: &Arc<Self>,
+        rel: &str,
+        len: u64,
+        reservation: Reservation,
+    ) -> Result<Staged, RootError> {
+        self.absolute(rel)?;
+        let dir = parent_of(rel);
+        if !dir.is_empty() {
+            self.ensure_dir(dir)?;
+        }
+        let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
+        let temp = format!("{TMP}/{number}");
+        let file = self
+            .disk
+            .open(&self.absolute(&temp)?, OpenMode::CreateNew)?;
+        Ok(Staged {
+            root: Arc::clone(self),
+            file: Some(file),
+            temp: Some(temp),
+            rel: rel.to_owned(),
+            charge: reservation.charge(),
+            reservation: Some(reservation),
+            booked: 0,
+            len,
+        })
+    }
+}
+
+fn parent_of(rel: &str) -> &str {
+    rel.rsplit_once('/').map_or("", |(dir, _)| dir)
+}
+
+/// A file that is being written under a temporary name. Unless published it is removed again.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    root: Arc<Root>,
+    file: Option<Box<dyn DiskFile>>,
+    temp: Option<String>,
+    rel: String,
+    reservation: Option<Reservation>,
+    charge: Charge,
+    /// Allocated bytes that the ledger has booked for it so far.
+    booked: u64,
+    len: u64,
+}
+
+/// What publishing gives: the open file and its allocated bytes.
+#[derive(Debug)]
+pub(crate) struct Published {
+    pub(crate) file: Box<dyn DiskFile>,
+    pub(crate) allocated: u64,
+}
+
+impl RootError {
+    /// Whether the file system was full before a file got its name. A full file system while naming
+    /// it leaves unknown what is on the device, as any other failure there does.
+    pub(crate) fn is_file_system_full(&self) -> bool {
+        matches!(
+            self,
+            Self::Disk(DiskError { fault: DiskFault::NoSpace, op, .. })
+                if !matches!(op, DiskOp::Rename | DiskOp::SyncDir)
+        )
+    }
+}
+
+impl Staged {
+    fn file(&self) -> Result<&dyn DiskFile, RootError> {
+        self.file
+            .as_deref()
+            .ok_or_else(|| RootError::Path(self.rel.clone()))
+    }
+
+    /// Gives it another final name.
+    pub(crate) fn rename(&mut self, rel: String) {
+        self.rel = rel;
+    }
+
+    /// Writes and syncs the whole content.
+    pub(crate) fn fill(&mut self, bytes: &[u8]) -> Result<(), RootError> {
+        let file = self.file()?;
+        if self.len > 0 {
+            // Allocating the exact length first keeps file systems from allocating ahead of it.
+            file.allocate(self.len)?;
+            file.write_at(0, bytes)?;
+        }
+        file.sync_data()?;
+        self.book()
+    }
+
+    /// Makes it a file of zeros, and syncs it.
+    pub(crate) fn fill_zeros(&mut self) -> Result<(), RootError> {
+        let file = self.file()?;
+        file.zero_fill(self.len)?;
+        file.sync_data()?;
+        self.book()
+    }
+
+    /// Turns what was reserved for the content into what is allocated.
+    fn book(&mut self) -> Result<(), RootError> {
+        let allocated = self.file()?.stat()?.allocated_bytes;
+        if let Some(reservation) = &mut self.reservation {
+            reservation.book(allocated.saturating_sub(self.booked));
+            self.booked = self.booked.max(allocated);
+        }
+        Ok(())
+    }
+
+    /// Overwrites a part and syncs.
+    pub(crate) fn overwrite(&self, offset: u64, bytes: &[u8]) -> Result<(), RootError> {
+        let file = self.file()?;
+        file.write_at(offset, bytes)?;
+        Ok(file.sync_data()?)
+    }
+
+    /// Gives it its name, durably.
+    pub(crate) fn publish(mut self) -> Result<Published, RootError> {
+        self.book()?;
+        let allocated = self.booked;
+        let (Some(file), Some(temp)) = (self.file.take(), self.temp.clone()) else {
+            return Err(RootError::Path(self.rel.clone()));
+        };
+        let root = Arc::clone(&self.root);
+        let from = root.absolute(&temp)?;
+        let to = root.absolute(&self.rel)?;
+        let replaced = match root.disk.stat(&to) {
+            Ok(stat) => stat.allocated_bytes,
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        root.disk.rename(&from, &to)?;
+        self.temp = None;
+        root.ledger.freed(replaced, Charge::Normal);
+        root.disk.sync_dir(to.parent().unwrap_or(&root.path))?;
+        root.book_dir(TMP)?;
+        root.book_dir(parent_of(&self.rel))?;
+        Ok(Published { file, allocated })
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        self.file = None;
+        let Some(temp) = self.temp.take() else { return };
+        let removed = self
+            .root
+            .absolute(&temp)
+            .and_then(|path| Ok(self.root.disk.remove(&path)?));
+        match removed {
+            Ok(()) => self.root.ledger.freed(self.booked, self.charge),
+            Err(error) => {
+                // It stays until the next start, so it stays charged until then.
+                tracing::warn!(%error, "cannot remove a temporary file");
+                if let (Some(mut reservation), Ok(stat)) =
+                    (self.reservation.take(), self.root.stat(&temp))
+                {
+                    reservation.book(stat.allocated_bytes.saturating_sub(self.booked));
+                }
+            }
+        }
+    }
+}
+
+/// The names in a directory, none if it is not there. Used by offline readers, which take no lock.
+pub(crate) fn list_dir(disk: &dyn Disk, path: &Path) -> Result<Vec<String>, DiskError> {
+    match disk.read_dir(path) {
+        Ok(names) => Ok(names),
+        Err(DiskError {
+            op: DiskOp::ReadDir,
+            fault: DiskFault::NotFound,
+            ..
+        }) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,415 @@
+//! Offline verification of audit logs: a stopped root or a running node's, without its lock.
+//!
+//! Everything is computed again from the files: ids, signatures, links, indexes, every leaf hash, and
+//! the root of every checkpoint. Absence is a fault too: in the node's own log a range may only be
+//! missing below the cursor that eviction persisted. Of logs held for others a node may hold a part;
+//! there, missing ranges are listed as gaps. Certificate chains of endorsements are not judged here.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::checkpoint::{self, Checkpoint};
+use crate::disk::{self, Disk, DiskError, DiskFault};
+use crate::format::{VerifiedSegment, verify_segment};
+use crate::id::{DomainId, Origin, SegmentId, Sha256Hash};
+use crate::limits::{MAX_LOG_FILE_BYTES, MAX_SEGMENT_BYTES};
+use crate::log::{LogState, STATE_PATH};
+use crate::merkle::Frontier;
+use crate::record::{self, LogHeader};
+use crate::root::{QUARANTINE, list_dir};
+
+/// How often a changing root is read again before its state is taken as it is.
+const ATTEMPTS: usize = 4;
+
+/// Something that is wrong with a log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, thiserror::Error)]
+#[serde(tag = "fault", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum AuditFault {
+    /// A segment file does not verify.
+    #[error("{file}: {reason}")]
+    Segment {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A segment does not link to the one before it.
+    #[error("segment {sequence} does not link to the one before it")]
+    Link {
+        /// Its sequence.
+        sequence: u64,
+    },
+    /// Two segments claim one place.
+    #[error("two segments claim sequence {sequence}: a fork")]
+    Fork {
+        /// The sequence.
+        sequence: u64,
+    },
+    /// A segment does not begin with the tree that the one before it ended with.
+    #[error("segment {sequence} does not begin where the one before it ended")]
+    Tree {
+        /// Its sequence.
+        sequence: u64,
+    },
+    /// Records of the own log are missing and were not evicted.
+    #[error("records {first} to {last} are missing and no eviction accounts for them")]
+    Missing {
+        /// First missing index.
+        first: u64,
+        /// Last missing index.
+        last: u64,
+    },
+    /// The active file is damaged or does not continue the log.
+    #[error("{file}: {reason}")]
+    Active {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The state file is damaged.
+    #[error("{file} is damaged")]
+    State {
+        /// The file.
+        file: String,
+    },
+}
+
+/// What was found of one log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct OriginReport {
+    /// The log.
+    pub origin: Origin,
+    /// Whether it is the current incarnation of the log of the node whose root this is.
+    pub own: bool,
+    /// Sealed segments read.
+    pub segments: u64,
+    /// Records read, those of the active file included.
+    pub records: u64,
+    /// Records of them in the active file.
+    pub active_records: u64,
+    /// Bytes of a torn tail in the active file: a write under way, or one that a crash cut off.
+    pub torn_bytes: u64,
+    /// One more than the highest index read.
+    pub size: u64,
+    /// Root of the tree over records `0..size`.
+    pub root: Sha256Hash,
+    /// The newest signed checkpoint read.
+    pub checkpoint: Option<String>,
+    /// Index ranges that are not here, inclusive.
+    pub gaps: Vec<(u64, u64)>,
+    /// Records below this index were evicted under licence.
+    pub evicted_below: u64,
+    /// What is wrong.
+    pub faults: Vec<AuditFault>,
+}
+
+/// The whole report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct AuditReport {
+    /// Whether no log has a fault.
+    pub ok: bool,
+    /// The logs, by origin.
+    pub origins: Vec<OriginReport>,
+    /// Faults that belong to no log.
+    pub faults: Vec<AuditFault>,
+    /// Files in the quarantine: damage that was found and kept earlier.
+    pub quarantined: Vec<String>,
+}
+
+/// Verifies every audit log that a root holds.
+///
+/// # Errors
+/// [`DiskError`] if the root cannot be read. Damage is no error but part of the report.
+pub fn verify_log(
+    disk: &dyn Disk,
+    root: &Path,
+    domain: &DomainId,
+) -> Result<AuditReport, DiskError> {
+    let root = disk.canonical(root)?;
+    disk.stat(&root)?;
+    let mut attempt = 1;
+    loop {
+        let before = listing(disk, &root)?;
+        let report = verify_once(disk, &root, domain)?;
+        // A node may seal, evict or write meanwhile; a fault that stays is a fault.
+        if report.ok || attempt >= ATTEMPTS || (attempt > 1 && before == listing(disk, &root)?) {
+            return Ok(report);
+        }
+        attempt += 1;
+    }
+}
+
+fn listing(disk: &dyn Disk, root: &Path) -> Result<Vec<String>, DiskError> {
+    let mut names = list_dir(disk, &root.join("segments/audit"))?;
+    names.extend(list_dir(disk, &root.join("log"))?);
+    Ok(names)
+}
+
+/// A file that may vanish between listing and reading.
+fn read(disk: &dyn Disk, path: &Path, max: u64) -> Result<Option<Vec<u8>>, DiskError> {
+    match disk::read_all(disk, path, max) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(DiskError {
+            fault: DiskFault::NotFound,
+            ..
+        }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// One segment, reduced to what the chain needs.
+struct Link {
+    id: SegmentId,
+    prev: Option<SegmentId>,
+    before: Frontier,
+    after: Frontier,
+    note: String,
+}
+
+fn verify_once(disk: &dyn Disk, root: &Path, domain: &DomainId) -> Result<AuditReport, DiskError> {
+    let mut faults = Vec::new();
+    let mut logs: BTreeMap<Origin, BTreeMap<u64, Vec<Link>>> = BTreeMap::new();
+    for name in list_dir(disk, &root.join("segments/audit"))? {
+        let Some(id) = name
+            .strip_suffix(".seg")
+            .and_then(|hex| SegmentId::from_hex(hex).ok())
+        else {
+            continue;
+        };
+        let file = format!("segments/audit/{name}");
+        match read_segment(disk, &root.join(&file), id, domain)? {
+            None => {}
+            Some(Ok((origin, sequence, link))) => {
+                logs.entry(origin)
+                    .or_default()
+                    .entry(sequence)
+                    .or_default()
+                    .push(link);
+            }
+            Some(Err(reason)) => faults.push(AuditFault::Segment { file, reason }),
+        }
+    }
+    // Read after the segments: eviction persists the cursor before it unlinks.
+    let state = match read(disk, &root.join(STATE_PATH), MAX_SEGMENT_BYTES)? {
+        None => None,
+        Some(bytes) => {
+            let state = LogState::decode(&bytes);
+            if state.is_none() {
+                faults.push(AuditFault::State {
+                    file: STATE_PATH.to_owned(),
+                });
+            }
+            state
+        }
+    };
+    if let Some(state) = &state {
+        logs.entry(state.origin.clone()).or_default();
+    }
+    let mut origins: Vec<OriginReport> = logs
+        .into_iter()
+        .map(|(origin, segments)| {
+            let own_node = state
+                .as_ref()
+                .filter(|state| origin.audit_node() == Some(state.node_id.as_str()));
+            let cursor = own_node.map(|state| state.cursor(&origin).0);
+            let own = own_node.is_some_and(|state| state.origin == origin);
+            chain(origin, segments, own, cursor)
+        })
+        .collect();
+    for name in list_dir(disk, &root.join("log"))? {
+        if !name.ends_with(".log") {
+            continue;
+        }
+        let file = format!("log/{name}");
+        let Some(bytes) = read(disk, &root.join(&file), MAX_LOG_FILE_BYTES)? else {
+            continue;
+        };
+        let fault = |reason: String| AuditFault::Active {
+            file: file.clone(),
+            reason,
+        };
+        let header = match LogHeader::decode(&bytes) {
+            Ok(header) => header,
+            Err(error) => {
+                faults.push(fault(error.to_string()));
+                continue;
+            }
+        };
+        match origins
+            .iter_mut()
+            .find(|report| report.own && report.origin == header.origin)
+        {
+            Some(report) => {
+                if let Err(reason) = add_active(report, &bytes, &header, domain) {
+                    report.faults.push(fault(reason));
+                }
+            }
+            None => faults.push(fault("it belongs to no known log".to_owned())),
+        }
+    }
+    let ok = faults.is_empty() && origins.iter().all(|report| report.faults.is_empty());
+    let quarantined = list_dir(disk, &root.join(QUARANTINE))?;
+    Ok(AuditReport {
+        ok,
+        origins,
+        faults,
+        quarantined,
+    })
+}
+
+type Read = Result<(Origin, u64, Link), String>;
+
+fn read_segment(
+    disk: &dyn Disk,
+    path: &Path,
+    id: SegmentId,
+    domain: &DomainId,
+) -> Result<Option<Read>, DiskError> {
+    let bytes = match read(disk, path, MAX_SEGMENT_BYTES) {
+        Ok(None) => return Ok(None),
+        Ok(Some(bytes)) => bytes,
+        // A sector that cannot be read is a fault of this file, not of the whole reading.
+        Err(error) => return Ok(Some(Err(error.to_string()))),
+    };
+    let link = verify_segment(bytes, Some(id), domain)
+        .map_err(|e| e.to_string())
+        .and_then(|segment| to_link(&segment).map_err(|e| e.to_string()));
+    Ok(Some(link))
+}
+
+fn to_link(segment: &VerifiedSegment) -> Result<(Origin, u64, Link), record::BodyError> {
+    let header = segment.header();
+    let body = record::parse_body(segment.body(), &header.domain, &header.origin)?;
+    let key = segment
+        .endorsement()
+        .map(|endorsement| endorsement.log_key)
+        .ok_or(record::BodyError::Length("trailer"))?;
+    let after = body.check_tree(&key)?;
+    let link = Link {
+        id: segment.id(),
+        prev: header.prev,
+        before: body.frontier_before().clone(),
+        after,
+        note: body.checkpoint_note().to_owned(),
+    };
+    Ok((header.origin.clone(), header.sequence, link))
+}
+
+/// Walks the segments of one log in order. `cursor` is the eviction cursor, of own logs.
+fn chain(
+    origin: Origin,
+    segments: BTreeMap<u64, Vec<Link>>,
+    own: bool,
+    cursor: Option<u64>,
+) -> OriginReport {
+    let mut report = OriginReport {
+        origin,
+        own,
+        segments: 0,
+        records: 0,
+        active_records: 0,
+        torn_bytes: 0,
+        size: 0,
+        root: Frontier::new().root(),
+        checkpoint: None,
+        gaps: Vec::new(),
+        evicted_below: cursor.unwrap_or(0),
+        faults: Vec::new(),
+    };
+    let mut last: Option<(u64, SegmentId, Frontier)> = None;
+    for (sequence, links) in segments {
+        if links.len() > 1 {
+            report.faults.push(AuditFault::Fork { sequence });
+        }
+        let Some(link) = links.into_iter().next() else {
+            continue;
+        };
+        let first_index = link.before.size();
+        match &last {
+            Some((before, id, tree)) if before.checked_add(1) == Some(sequence) => {
+                if link.prev != Some(*id) {
+                    report.faults.push(AuditFault::Link { sequence });
+                }
+                if link.before != *tree {
+                    report.faults.push(AuditFault::Tree { sequence });
+                }
+            }
+            _ => {
+                gap(&mut report, first_index, cursor);
+            }
+        }
+        report.segments += 1;
+        report.records += link.after.size().saturating_sub(first_index);
+        report.size = link.after.size();
+        report.root = link.after.root();
+        report.checkpoint = Some(link.note);
+        last = Some((sequence, link.id, link.after));
+    }
+    report
+}
+
+/// Notes that records from the report's size up to `next` are not here.
+fn gap(report: &mut OriginReport, next: u64, cursor: Option<u64>) {
+    let from = report.size;
+    if next == from {
+        return;
+    }
+    if next < from {
+        report.faults.push(AuditFault::Missing {
+            first: next,
+            last: from.saturating_sub(1),
+        });
+        return;
+    }
+    report.gaps.push((from, next.saturating_sub(1)));
+    if let Some(cursor) = cursor
+        && next > cursor
+    {
+        let first = from.max(cursor);
+        report.faults.push(AuditFault::Missing {
+            first,
+            last: next.saturating_sub(1),
+        });
+    }
+}
+
+/// Adds the active file to the report of its log.
+fn add_active(
+    report: &mut OriginReport,
+    bytes: &[u8],
+    header: &LogHeader,
+    domain: &DomainId,
+) -> Result<(), String> {
+    if header.domain != *domain {
+        return Err(format!("it belongs to domain {}", header.domain));
+    }
+    if header.first_index < report.size {
+        // Sealed a moment ago, or a crash came before its removal: everything in it was read above.
+        return Ok(());
+    }
+    let before = header.tree().map_err(|e| e.to_string())?;
+    let line = checkpoint::origin_line(domain, &header.origin).unwrap_or_default();
+    let scan = record::scan(bytes, header, &line).map_err(|e| e.to_string())?;
+    if header.first_index == report.size && before.root() != report.root {
+        return Err("it does not begin with the tree of the sealed segments".to_owned());
+    }
+    gap(report, header.first_index, Some(report.evicted_below));
+    report.active_records = u64::from(scan.count);
+    report.records += u64::from(scan.count);
+    report.torn_bytes = scan.torn_bytes;
+    report.size = scan.tree.size();
+    report.root = scan.tree.root();
+    if let Some(mark) = scan.last_mark {
+        let head = Checkpoint {
+            origin_line: line,
+            size: mark.size,
+            root: mark.root,
+        };
+        report.checkpoint = Some(head.with_signature(&header.log_key, &mark.signature));
+    }
+    Ok(())
+}

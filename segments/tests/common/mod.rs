@@ -1,0 +1,201 @@
+//! A node's root, store and log on a disk, for the tests of this crate.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helpers of tests, outside of a #[test] function"
+)]
+#![allow(
+    dead_code,
+    reason = "each test file uses its own part of the common helpers"
+)]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tidelock_segments::testing::{SimDisk, unchecked_endorsement};
+use tidelock_segments::{
+    AppendError, Appended, AuditLog, CustodyReceipt, Disk, DomainId, Endorsement, LogConfig,
+    LogError, LogKey, NodeId, RecordClass, Recovery, Root, RootOptions, SegmentId, SegmentRef,
+    Store, VerifiedSegment,
+};
+
+/// Long enough for a loaded machine; a test that waits for it has failed.
+pub(crate) const LONG: Duration = Duration::from_secs(30);
+pub(crate) const ROOT: &str = "/sim/root";
+pub(crate) const KIB: u64 = 1024;
+pub(crate) const MIB: u64 = 1024 * 1024;
+
+pub(crate) fn domain() -> DomainId {
+    DomainId::new("site").unwrap()
+}
+
+pub(crate) fn node(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+#[derive(Clone)]
+pub(crate) struct Settings {
+    pub(crate) node: &'static str,
+    pub(crate) path: &'static str,
+    pub(crate) ceiling: u64,
+    pub(crate) reserve: u64,
+    pub(crate) custody: usize,
+    pub(crate) segment_bytes: u64,
+    pub(crate) max_age_ms: u64,
+    pub(crate) retention_ms: u64,
+    pub(crate) clock: Arc<AtomicU64>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            node: "n1",
+            path: ROOT,
+            ceiling: 64 * MIB,
+            reserve: 2 * MIB,
+            custody: 1,
+            segment_bytes: 128 * KIB,
+            max_age_ms: 60_000,
+            retention_ms: 0,
+            clock: Arc::new(AtomicU64::new(1_700_000_000_000)),
+        }
+    }
+}
+
+pub(crate) struct Node {
+    pub(crate) root: Arc<Root>,
+    pub(crate) store: Arc<Store>,
+    pub(crate) log: Arc<AuditLog>,
+    pub(crate) recovery: Recovery,
+}
+
+impl Settings {
+    pub(crate) fn config(&self) -> LogConfig {
+        let clock = Arc::clone(&self.clock);
+        LogConfig {
+            domain: domain(),
+            node_id: node(self.node),
+            segment_bytes: self.segment_bytes,
+            segment_max_age_ms: self.max_age_ms,
+            custody_required: self.custody,
+            min_retention_ms: self.retention_ms,
+            clock: Arc::new(move || clock.load(Ordering::SeqCst)),
+        }
+    }
+
+    pub(crate) fn open_root(&self, disk: Arc<dyn Disk>) -> Result<Arc<Root>, LogError> {
+        let options = RootOptions {
+            ceiling_bytes: self.ceiling,
+            reserve_bytes: self.reserve,
+        };
+        let root = Root::open(disk, Path::new(self.path), options)?;
+        root.ledger().set_custody_max(self.ceiling / 4);
+        Ok(root)
+    }
+
+    pub(crate) fn open(&self, disk: Arc<dyn Disk>) -> Result<Node, LogError> {
+        let root = self.open_root(disk)?;
+        let store = Store::open(Arc::clone(&root), domain())?;
+        let name = node(self.node);
+        let (log, recovery) = AuditLog::open(
+            Arc::clone(&root),
+            Arc::clone(&store),
+            self.config(),
+            &|key, incarnation| Ok(unchecked_endorsement(&name, key, incarnation)),
+        )?;
+        Ok(Node {
+            root,
+            store,
+            log,
+            recovery,
+        })
+    }
+
+    pub(crate) fn sim(&self, disk: &SimDisk) -> Node {
+        self.open(disk.disk()).unwrap()
+    }
+}
+
+impl Node {
+    pub(crate) fn append(&self, bytes: &[u8]) -> Result<Appended, AppendError> {
+        self.log
+            .append_wait(RecordClass::Decision, bytes.to_vec(), LONG)
+    }
+
+    pub(crate) fn state(&self, bytes: &[u8]) -> Result<Appended, AppendError> {
+        self.log
+            .append_wait(RecordClass::State, bytes.to_vec(), LONG)
+    }
+
+    pub(crate) fn records(&self) -> Vec<(u64, Vec<u8>)> {
+        self.log.tail(usize::MAX).unwrap()
+    }
+
+    /// The ledger says what the disk says, once nothing is being written.
+    pub(crate) fn assert_ledger(&self) {
+        let usage = self.root.ledger().usage();
+        assert_eq!(
+            usage.allocated_bytes,
+            self.root.measure().unwrap(),
+            "{usage:?}"
+        );
+        assert_eq!(usage.overrun_bytes, 0);
+    }
+
+    /// Receipts of these custodians for one of this node's segments.
+    pub(crate) fn licensed_by(&self, reference: &SegmentRef, custodians: &[&str]) {
+        let segment = self.store.get(&reference.id).unwrap();
+        for name in custodians {
+            self.log.take_receipt(&receipt(&segment, name)).unwrap();
+        }
+    }
+}
+
+/// A custodian's key: the same for the same name.
+pub(crate) fn key_of(name: &str) -> LogKey {
+    let mut seed = [0x5a; 32];
+    for (slot, byte) in seed.iter_mut().zip(name.bytes()) {
+        *slot = byte;
+    }
+    LogKey::from_seed(&seed).unwrap()
+}
+
+pub(crate) fn endorsement_of(name: &str) -> Endorsement {
+    unchecked_endorsement(&node(name), &key_of(name).public(), 1)
+}
+
+pub(crate) fn receipt(segment: &VerifiedSegment, custodian: &str) -> CustodyReceipt {
+    CustodyReceipt::issue(
+        segment,
+        &node(custodian),
+        1_700_000_000_000,
+        &key_of(custodian),
+        &endorsement_of(custodian),
+    )
+    .unwrap()
+}
+
+/// Sealed segments of another node's log.
+pub(crate) fn foreign_segments(name: &'static str, count: usize) -> Vec<VerifiedSegment> {
+    let disk = SimDisk::new();
+    let other = Settings {
+        node: name,
+        ..Settings::default()
+    }
+    .sim(&disk);
+    let mut out = Vec::new();
+    for i in 0..count {
+        other
+            .append(format!("{name} record {i}").as_bytes())
+            .unwrap();
+        let sealed = other.log.seal_now().unwrap().unwrap();
+        out.push(other.store.get(&sealed.id).unwrap());
+    }
+    out
+}
+
+pub(crate) fn ids(refs: &[SegmentRef]) -> Vec<SegmentId> {
+    refs.iter().map(|reference| reference.id).collect()
+}

@@ -1,0 +1,852 @@
+//! The audit log on the simulated disk: appending, sealing, recovering, licences, latch, capacity.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+
+use common::{KIB, LONG, MIB, Node, ROOT, Settings, domain, foreign_segments, node, receipt};
+use tidelock_segments::testing::{SimDisk, Survival, unchecked_endorsement};
+use tidelock_segments::{
+    AppendError, AuditFault, Checkpoint, DiskFault, Ladder, LogError, RecordClass, StoreError,
+    merkle, origin_line, read_records, verify_log,
+};
+
+fn active_file(disk: &SimDisk) -> std::path::PathBuf {
+    disk.files()
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|e| e == "log"))
+        .unwrap()
+}
+
+fn verify(disk: &SimDisk) -> tidelock_segments::AuditReport {
+    verify_log(disk, Path::new(ROOT), &domain()).unwrap()
+}
+
+#[test]
+fn records_come_back_with_their_leaf_and_a_signed_head() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let first = n.append(b"one").unwrap();
+    let second = n.append(b"two").unwrap();
+    assert_eq!(second.index, first.index + 1);
+    assert_eq!(second.leaf, merkle::leaf_hash(b"two"));
+    let line = origin_line(&domain(), &n.log.origin()).unwrap();
+    let head = Checkpoint::verify(&n.log.checkpoint(), &line, &n.log.public_key()).unwrap();
+    let leaves: Vec<_> = n
+        .records()
+        .iter()
+        .map(|(_, r)| merkle::leaf_hash(r))
+        .collect();
+    assert_eq!(
+        (head.size, head.root),
+        (n.log.size(), merkle::root(&leaves))
+    );
+    n.assert_ledger();
+    assert!(verify(&disk).ok);
+}
+
+#[test]
+fn a_record_must_have_1_to_65535_bytes() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    assert_eq!(n.append(b""), Err(AppendError::TooLarge));
+    assert_eq!(n.append(&vec![b'x'; 65_536]), Err(AppendError::TooLarge));
+    assert!(n.append(&vec![b'x'; 65_535]).is_ok());
+    assert!(
+        n.append(&vec![b'y'; 65_535]).is_ok(),
+        "it has a file of its own"
+    );
+}
+
+#[test]
+fn group_commit_shares_syncs() {
+    let disk = SimDisk::new();
+    let n = Settings {
+        segment_bytes: 4 * MIB,
+        ..Settings::default()
+    }
+    .sim(&disk);
+    let before = disk.syncs();
+    let (sender, receiver) = mpsc::channel();
+    let submit = |log: &tidelock_segments::AuditLog, i: usize| {
+        let sender = sender.clone();
+        let done = move |result| sender.send(result).unwrap();
+        log.submit(
+            RecordClass::Decision,
+            format!("record {i}").into_bytes(),
+            Box::new(done),
+        );
+    };
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (log, submit) = (&n.log, &submit);
+            scope.spawn(move || (0..250).for_each(|i| submit(log, thread * 250 + i)));
+        }
+    });
+    let mut indexes: Vec<u64> = (0..2000)
+        .map(|_| receiver.recv_timeout(LONG).unwrap().unwrap().index)
+        .collect();
+    indexes.sort_unstable();
+    let first = indexes[0];
+    assert!(
+        indexes
+            .iter()
+            .enumerate()
+            .all(|(i, index)| *index == first + i as u64)
+    );
+    let syncs = disk.syncs() - before;
+    assert!(syncs < 1000, "{syncs} syncs for 2000 records");
+    assert_eq!(n.log.stat().records, first + 2000);
+}
+
+#[test]
+fn one_append_is_one_write_and_one_sync() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    n.append(b"warm").unwrap();
+    let (calls, syncs) = (disk.calls(), disk.syncs());
+    for i in 0..10 {
+        n.append(format!("record {i}").as_bytes()).unwrap();
+    }
+    assert_eq!((disk.calls() - calls, disk.syncs() - syncs), (20, 10));
+}
+
+#[test]
+fn sealing_by_size_links_segments_and_keeps_every_record() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let sealed = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&sealed);
+    n.log.on_seal(Box::new(move |reference| {
+        seen.lock().unwrap().push(reference)
+    }));
+    let record = vec![b'r'; 10_000];
+    for _ in 0..60 {
+        n.append(&record).unwrap();
+    }
+    let sealed = sealed.lock().unwrap().clone();
+    assert!(sealed.len() >= 4, "{}", sealed.len());
+    for (i, pair) in sealed.windows(2).enumerate() {
+        assert_eq!(pair[1].prev, Some(pair[0].id));
+        assert_eq!(pair[1].sequence, i as u64 + 1);
+    }
+    let mut next = 0;
+    for reference in &sealed {
+        let segment = n.store.get(&reference.id).unwrap();
+        for (index, _) in read_records(&segment).unwrap() {
+            assert_eq!(index, next);
+            next += 1;
+        }
+    }
+    assert_eq!(n.log.stat().sealed_records, next);
+    assert_eq!(n.records().len() as u64, n.log.size());
+    // The helper that prepares the next file has ended then.
+    n.log.close();
+    n.assert_ledger();
+    let report = verify(&disk);
+    assert!(report.ok, "{report:?}");
+    assert_eq!(report.origins[0].records, n.log.size());
+    assert_eq!(report.origins[0].root, n.log.stat().root);
+}
+
+#[test]
+fn sealing_by_age() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"one").unwrap();
+    let start = settings.clock.load(Ordering::SeqCst);
+    n.log.tick(start + 59_999);
+    assert_eq!(n.log.stat().next_sequence, 0);
+    n.log.tick(start + 60_000);
+    assert_eq!(n.log.stat().next_sequence, 1);
+    // The clock steps back: nothing is sealed early, nothing breaks.
+    n.append(b"two").unwrap();
+    n.log.tick(5);
+    assert_eq!(n.log.stat().next_sequence, 1);
+}
+
+#[test]
+fn a_restart_goes_on_where_it_ended() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let (origin, before) = {
+        let n = settings.sim(&disk);
+        for i in 0..5 {
+            n.append(format!("record {i}").as_bytes()).unwrap();
+        }
+        n.log.seal_now().unwrap().unwrap();
+        n.append(b"after the seal").unwrap();
+        (n.log.origin(), n.records())
+    };
+    let n = settings.sim(&disk);
+    assert_eq!(n.recovery.new_incarnation, None);
+    assert_eq!(n.recovery.truncated_bytes, 0);
+    assert_eq!(n.log.origin(), origin);
+    assert_eq!(n.records(), before);
+    assert_eq!(n.append(b"next").unwrap().index, before.len() as u64);
+    n.assert_ledger();
+    assert!(verify(&disk).ok);
+}
+
+#[test]
+fn inv_16_log_sizes_only_move_forward_across_restarts() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let mut highest = 0;
+    let mut sequence = 0;
+    for round in 0..6u64 {
+        let n = settings.sim(&disk);
+        assert!(n.log.size() >= highest, "round {round}");
+        assert!(n.log.stat().next_sequence >= sequence);
+        n.append(b"record").unwrap();
+        if round % 2 == 0 {
+            n.log.seal_now().unwrap().unwrap();
+        }
+        if round % 3 == 0 {
+            let leaked: Vec<_> = vec![n.log.size(), n.log.stat().next_sequence];
+            (highest, sequence) = (leaked[0], leaked[1]);
+            drop(n);
+            disk.crash(Survival::None);
+        } else {
+            highest = n.log.size();
+            sequence = n.log.stat().next_sequence;
+        }
+    }
+    // An older copy of the active file put in place is no continuation: a new incarnation begins
+    // and the file is kept as evidence.
+    let n = settings.sim(&disk);
+    n.append(b"x").unwrap();
+    drop(n);
+    let path = active_file(&disk);
+    let old = disk.content(&path).unwrap();
+    let n = settings.sim(&disk);
+    let origin = n.log.origin();
+    n.log.seal_now().unwrap().unwrap();
+    n.append(b"y").unwrap();
+    drop(n);
+    let newer = active_file(&disk);
+    disk.plant(&newer, &old);
+    let n = settings.sim(&disk);
+    assert!(n.recovery.new_incarnation.is_some());
+    assert_ne!(n.log.origin(), origin);
+    assert_eq!(n.recovery.quarantined.len(), 1);
+}
+
+#[test]
+fn a_torn_tail_is_cut_and_recorded() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"acknowledged").unwrap();
+    let before = n.records();
+    // The power goes during the write of a large record; half of its sectors survive.
+    disk.crash_at_call(disk.calls() + 1);
+    assert!(matches!(
+        n.append(&vec![b'z'; 20_000]),
+        Err(AppendError::Unavailable(_))
+    ));
+    drop(n);
+    disk.crash(Survival::Seed(7));
+    let n = settings.sim(&disk);
+    assert!(n.recovery.truncated_bytes > 0);
+    assert_eq!(n.recovery.truncated_records_estimate, 1);
+    assert_eq!(n.recovery.new_incarnation, None);
+    let after = n.records();
+    assert_eq!(after[..before.len()], before[..]);
+    let event: serde_json::Value = serde_json::from_slice(&after[before.len()].1).unwrap();
+    assert_eq!(event["type"], "recovered");
+    assert_eq!(event["truncated_bytes"], n.recovery.truncated_bytes);
+    n.append(b"on we go").unwrap();
+    n.assert_ledger();
+    assert!(verify(&disk).ok);
+}
+
+#[test]
+fn damage_below_a_mark_is_no_torn_tail() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    for i in 0..4 {
+        n.append(format!("record {i}").as_bytes()).unwrap();
+    }
+    let (origin, size) = (n.log.origin(), n.log.size());
+    drop(n);
+    let path = active_file(&disk);
+    let at = disk
+        .content(&path)
+        .unwrap()
+        .windows(8)
+        .position(|w| w == b"record 1")
+        .unwrap();
+    disk.flip(&path, at, 1);
+    let report = verify(&disk);
+    assert!(!report.ok);
+    assert!(
+        report
+            .origins
+            .iter()
+            .any(|o| matches!(o.faults[..], [AuditFault::Active { .. }])),
+        "{report:?}"
+    );
+    let n = settings.sim(&disk);
+    assert!(n.recovery.new_incarnation.is_some(), "{:?}", n.recovery);
+    assert_eq!(n.recovery.quarantined, ["quarantine/log-1-0.log"]);
+    assert_ne!(n.log.origin(), origin);
+    let first: serde_json::Value = serde_json::from_slice(&n.records()[0].1).unwrap();
+    assert_eq!(first["type"], "incarnation");
+    assert_eq!(first["previous_origin"], origin.as_str());
+    // Nothing was deleted.
+    assert!(
+        disk.content(&Path::new(ROOT).join("quarantine/log-1-0.log"))
+            .is_some()
+    );
+    assert!(size > 0);
+    assert!(verify(&disk).ok);
+    n.assert_ledger();
+}
+
+#[test]
+fn a_shortened_active_file_is_damage() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"one").unwrap();
+    drop(n);
+    let path = active_file(&disk);
+    let bytes = disk.content(&path).unwrap();
+    disk.plant(&path, &bytes[..bytes.len() - 4096]);
+    assert!(settings.sim(&disk).recovery.new_incarnation.is_some());
+}
+
+#[test]
+fn a_copied_root_opens_a_new_incarnation_and_the_original_does_not() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"one").unwrap();
+    n.log.seal_now().unwrap().unwrap();
+    n.append(b"two").unwrap();
+    let origin = n.log.origin();
+    drop(n);
+    disk.copy_tree(Path::new(ROOT), Path::new("/sim/copy"));
+    let copy = Settings {
+        path: "/sim/copy",
+        ..settings.clone()
+    }
+    .sim(&disk);
+    assert_eq!(copy.log.incarnation(), 2);
+    assert_ne!(copy.log.origin(), origin);
+    assert!(copy.recovery.new_incarnation.is_some());
+    // Positive control: a reboot of the original is no copy.
+    disk.crash(Survival::All);
+    let n = settings.sim(&disk);
+    assert_eq!(n.log.origin(), origin);
+    assert_eq!(n.recovery.new_incarnation, None);
+}
+
+#[test]
+fn a_failed_sync_latches_until_reopened_and_loses_nothing() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"acknowledged").unwrap();
+    // The second call of a commit is its sync.
+    disk.fail_call(disk.calls() + 2, DiskFault::Os(5));
+    assert!(matches!(
+        n.append(b"lost"),
+        Err(AppendError::Unavailable(_))
+    ));
+    assert!(n.log.latched().is_some());
+    // The disk is sound again, yet nothing is written: the cache may lie.
+    let calls = disk.calls();
+    assert!(matches!(
+        n.append(b"refused"),
+        Err(AppendError::Unavailable(_))
+    ));
+    assert_eq!(disk.calls(), calls);
+    assert!(matches!(n.log.seal_now(), Err(LogError::Latched(_))));
+    n.log.reopen().unwrap();
+    assert_eq!(n.log.latched(), None);
+    n.append(b"again").unwrap();
+    let texts: Vec<_> = n
+        .records()
+        .iter()
+        .map(|(_, r)| String::from_utf8_lossy(r).into_owned())
+        .collect();
+    assert!(texts.iter().any(|t| t == "acknowledged"));
+    assert!(!texts.iter().any(|t| t == "lost" || t == "refused"));
+    assert!(texts.iter().any(|t| t.contains("\"type\":\"reopened\"")));
+    n.assert_ledger();
+    let before = n.records();
+    drop(n);
+    disk.crash(Survival::None);
+    assert!(verify(&disk).ok);
+    assert_eq!(settings.sim(&disk).records(), before);
+}
+
+#[test]
+fn a_killed_process_after_a_failed_sync_does_not_trust_the_cache() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    n.append(b"acknowledged").unwrap();
+    disk.fail_call(disk.calls() + 2, DiskFault::Os(5));
+    assert!(n.append(b"in the cache only").is_err());
+    drop(n);
+    disk.kill();
+    // The next process sees the record in the cache and goes on after it ...
+    let n = settings.sim(&disk);
+    n.append(b"next").unwrap();
+    let seen = n.records();
+    drop(n);
+    // ... so it must be on the device by the time anything after it is acknowledged.
+    disk.crash(Survival::None);
+    let n = settings.sim(&disk);
+    assert_eq!(n.recovery.new_incarnation, None, "{:?}", n.recovery);
+    assert_eq!(n.records(), seen);
+}
+
+#[test]
+fn a_removed_active_file_is_noticed() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    n.append(b"one").unwrap();
+    n.log.tick(0);
+    assert_eq!(n.log.latched(), None);
+    tidelock_segments::Disk::remove(&disk, &active_file(&disk)).unwrap();
+    n.log.tick(0);
+    assert!(n.log.latched().is_some());
+    n.log.reopen().unwrap();
+    n.append(b"two").unwrap();
+    assert!(n.records().iter().any(|(_, r)| r == b"one"));
+}
+
+/// Fills the log until an append is refused.
+fn fill(n: &Node) -> usize {
+    let record = vec![b'f'; 8000];
+    for count in 0..100_000 {
+        match n.append(&record) {
+            Ok(_) => {}
+            Err(AppendError::Capacity) => return count,
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+    panic!("the log never filled");
+}
+
+fn small() -> Settings {
+    Settings {
+        ceiling: 8 * MIB,
+        reserve: 2 * MIB,
+        custody: 2,
+        ..Settings::default()
+    }
+}
+
+#[test]
+fn inv_04_capacity_refuses_decisions_and_licences_bring_them_back() {
+    let disk = SimDisk::new();
+    let n = small().sim(&disk);
+    let filled = fill(&n);
+    assert!(filled > 100, "{filled}");
+    assert!(n.log.stat().at_capacity);
+    assert!(n.root.ledger().ladder() >= Ladder::Reclaim);
+    // A denial is refused too, a state record dips into the reserve.
+    let denied = n
+        .log
+        .append_wait(RecordClass::Denial, b"denied".to_vec(), LONG);
+    assert_eq!(denied, Err(AppendError::Capacity));
+    n.state(b"{\"type\":\"state\"}").unwrap();
+    n.assert_ledger();
+    assert!(
+        disk.peak_allocated() <= 8 * MIB,
+        "{}",
+        disk.peak_allocated()
+    );
+
+    // One custodian is not enough, the same twice neither, the node itself never.
+    let own = n.store.own_audit(&node("n1"));
+    for reference in &own {
+        n.licensed_by(reference, &["n2"]);
+        n.licensed_by(reference, &["n2"]);
+        assert!(!n.log.is_licensed(&reference.id, u64::MAX));
+    }
+    assert_eq!(n.append(b"still full"), Err(AppendError::Capacity));
+    assert_eq!(n.store.own_audit(&node("n1")).len(), own.len());
+
+    // A second distinct custodian: evicted oldest first, and decisions go on without a restart.
+    for reference in own.iter().take(own.len() / 2) {
+        if n.store.contains(&reference.id) {
+            n.licensed_by(reference, &["n3"]);
+        }
+    }
+    n.append(b"room again").unwrap();
+    let left = n.store.own_audit(&node("n1"));
+    assert!(left.len() < own.len());
+    assert!(!n.store.contains(&own[0].id));
+    assert!(n.log.stat().min_index > 0);
+    let texts: Vec<_> = n
+        .records()
+        .iter()
+        .map(|(_, r)| String::from_utf8_lossy(r).into_owned())
+        .collect();
+    let summary: serde_json::Value = texts
+        .iter()
+        .find(|t| t.contains("refused_at_capacity"))
+        .map(|t| serde_json::from_str(t).unwrap())
+        .unwrap();
+    // The append that filled it and "still full"; the denial.
+    assert_eq!(
+        (summary["decisions"].as_u64(), summary["denials"].as_u64()),
+        (Some(2), Some(1))
+    );
+    assert!(texts.iter().any(|t| t.contains("\"type\":\"evicted\"")));
+    n.assert_ledger();
+    assert!(
+        disk.peak_allocated() <= 8 * MIB,
+        "{}",
+        disk.peak_allocated()
+    );
+    let report = verify(&disk);
+    assert!(report.ok, "{report:?}");
+    assert!(report.origins[0].evicted_below > 0);
+}
+
+#[test]
+fn inv_04_the_ceiling_is_well_used_and_never_exceeded() {
+    let disk = SimDisk::new();
+    let settings = Settings {
+        ceiling: 16 * MIB,
+        reserve: MIB,
+        ..Settings::default()
+    };
+    let n = settings.sim(&disk);
+    n.root.ledger().set_custody_max(0);
+    fill(&n);
+    for i in 0..2000 {
+        if n.state(format!("{{\"i\":{i},\"pad\":\"{}\"}}", "p".repeat(4000)).as_bytes())
+            .is_err()
+        {
+            break;
+        }
+    }
+    n.assert_ledger();
+    let peak = disk.peak_allocated();
+    assert!(peak <= 16 * MIB, "{peak}");
+    assert!(peak >= 16 * MIB * 90 / 100, "{peak}");
+    drop(n);
+    // A restart at the ceiling works and does not exceed it.
+    let n = settings.sim(&disk);
+    n.root.ledger().set_custody_max(0);
+    assert_eq!(n.append(b"full"), Err(AppendError::Capacity));
+    assert!(disk.peak_allocated() <= 16 * MIB);
+    // More room is used at once.
+    n.root.ledger().set_ceiling(32 * MIB);
+    n.append(b"room").unwrap();
+}
+
+#[test]
+fn inv_04_starting_above_the_ceiling_is_sealed_and_never_grows() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    for _ in 0..400 {
+        n.append(&vec![b'a'; 8000]).unwrap();
+    }
+    n.log.seal_now().unwrap();
+    drop(n);
+    let before = disk.allocated();
+    let tight = Settings {
+        ceiling: 2 * MIB,
+        reserve: MIB,
+        ..settings
+    };
+    assert!(before > tight.ceiling);
+    let n = tight.sim(&disk);
+    assert_eq!(n.root.ledger().ladder(), Ladder::Sealed);
+    assert_eq!(n.append(b"no"), Err(AppendError::Capacity));
+    assert_eq!(n.state(b"no"), Err(AppendError::Capacity));
+    assert!(disk.allocated() <= before);
+    // Licences shrink it until it works again, though the receipts themselves find no room at first.
+    let own = n.store.own_audit(&node("n1"));
+    let segment = n.store.get(&own[0].id).unwrap();
+    assert!(matches!(
+        n.log.take_receipt(&receipt(&segment, "n2")),
+        Err(LogError::Store(StoreError::Ceiling(_)))
+    ));
+    n.root.ledger().set_ceiling(64 * MIB);
+    n.append(b"yes").unwrap();
+}
+
+#[test]
+fn unlicensed_audit_is_never_evicted() {
+    let disk = SimDisk::new();
+    let settings = Settings {
+        custody: 0,
+        ..small()
+    };
+    let n = settings.sim(&disk);
+    fill(&n);
+    let own = n.store.own_audit(&node("n1"));
+    // With no custody required nothing is licensed, whatever receipts there are.
+    for reference in &own {
+        n.licensed_by(reference, &["n2", "n3"]);
+    }
+    n.log.tick(u64::MAX);
+    assert_eq!(n.append(b"x"), Err(AppendError::Capacity));
+    assert_eq!(n.store.own_audit(&node("n1")), own);
+}
+
+#[test]
+fn retention_holds_back_what_is_licensed() {
+    let disk = SimDisk::new();
+    let settings = Settings {
+        retention_ms: 1000,
+        custody: 1,
+        ..small()
+    };
+    let n = settings.sim(&disk);
+    fill(&n);
+    let own = n.store.own_audit(&node("n1"));
+    let start = settings.clock.load(Ordering::SeqCst);
+    for reference in &own {
+        n.licensed_by(reference, &["n2"]);
+    }
+    assert_eq!(n.append(b"x"), Err(AppendError::Capacity));
+    assert!(!n.log.is_licensed(&own[0].id, start + 999));
+    settings.clock.store(start + 1000, Ordering::SeqCst);
+    n.log.tick(start + 1000);
+    n.append(b"x").unwrap();
+    assert!(!n.store.contains(&own[0].id));
+}
+
+#[test]
+fn a_condemned_custodians_receipts_stop_counting() {
+    let disk = SimDisk::new();
+    let n = small().sim(&disk);
+    n.append(b"one").unwrap();
+    let sealed = n.log.seal_now().unwrap().unwrap();
+    n.licensed_by(&sealed, &["n2", "n3"]);
+    assert!(n.log.is_licensed(&sealed.id, u64::MAX));
+    let removed = n
+        .store
+        .remove_receipts_by(&|r| r.custodian.as_str() == "n3")
+        .unwrap();
+    assert_eq!(removed, 1);
+    assert!(!n.log.is_licensed(&sealed.id, u64::MAX));
+    assert_eq!(n.store.receipts(&sealed.id).len(), 1);
+    n.assert_ledger();
+}
+
+#[test]
+fn receipts_survive_a_restart_and_do_not_move_between_segments() {
+    let disk = SimDisk::new();
+    let settings = small();
+    let n = settings.sim(&disk);
+    let seal = |text: &[u8]| {
+        n.append(text).unwrap();
+        n.log.seal_now().unwrap().unwrap()
+    };
+    let (one, two) = (seal(b"one"), seal(b"two"));
+    n.licensed_by(&one, &["n2", "n3"]);
+    let mut moved = receipt(&n.store.get(&one.id).unwrap(), "n4");
+    moved.segment_id = two.id;
+    assert!(matches!(
+        n.store.put_receipt(&moved),
+        Err(StoreError::Receipt(_))
+    ));
+    // Signed for the right id but another range: caught as well.
+    let mut other = receipt(&n.store.get(&two.id).unwrap(), "n4");
+    other.first = 0;
+    other.signature = common::key_of("n4").sign(&other.message());
+    assert_eq!(
+        n.store.put_receipt(&other),
+        Err(StoreError::ReceiptMismatch(two.id))
+    );
+    // A file moved by a foreign hand from one segment's name to the other's does not count.
+    let path = |id: &tidelock_segments::SegmentId, name: &str| {
+        Path::new(ROOT).join(format!("receipts/{}-{name}.rcpt", id.hex()))
+    };
+    let bytes = disk.content(&path(&one.id, "n2")).unwrap();
+    disk.plant(&path(&two.id, "n2"), &bytes);
+    let three = disk.content(&path(&one.id, "n3")).unwrap();
+    disk.plant(&path(&two.id, "n3"), &three);
+    drop(n);
+    let n = settings.sim(&disk);
+    assert!(n.log.is_licensed(&one.id, u64::MAX));
+    assert!(!n.log.is_licensed(&two.id, u64::MAX));
+}
+
+#[test]
+fn an_evicted_segment_that_a_crash_brought_back_is_removed_again() {
+    let disk = SimDisk::new();
+    let settings = small();
+    let n = settings.sim(&disk);
+    fill(&n);
+    let own = n.store.own_audit(&node("n1"));
+    let path = Path::new(ROOT).join(format!("segments/audit/{}.seg", own[0].id.hex()));
+    let bytes = disk.content(&path).unwrap();
+    for reference in own.iter().take(3) {
+        if n.store.contains(&reference.id) {
+            n.licensed_by(reference, &["n2", "n3"]);
+        }
+    }
+    assert!(!n.store.contains(&own[0].id));
+    drop(n);
+    disk.plant(&path, &bytes);
+    let n = settings.sim(&disk);
+    assert!(!n.store.contains(&own[0].id));
+    assert_eq!(disk.content(&path), None);
+    assert!(verify(&disk).ok);
+}
+
+#[test]
+fn a_full_file_system_is_told_apart_from_the_ceiling() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    n.append(b"one").unwrap();
+    disk.set_capacity(disk.allocated());
+    n.log.seal_now().unwrap_err();
+    // Nothing unknown happened on the device, so nothing is latched.
+    assert_eq!(n.log.latched(), None);
+    disk.set_capacity(64 * MIB);
+    n.append(b"two").unwrap();
+    n.log.seal_now().unwrap().unwrap();
+    n.assert_ledger();
+}
+
+#[test]
+fn the_endorsement_may_be_renewed_for_the_same_key_only() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let key = n.log.public_key();
+    let mut renewed = unchecked_endorsement(&node("n1"), &key, 1);
+    renewed.signature = b"newer".to_vec();
+    n.log.set_endorsement(renewed.clone()).unwrap();
+    assert_eq!(n.log.endorsement(), renewed);
+    let other = unchecked_endorsement(&node("n1"), &key, 2);
+    assert_eq!(n.log.set_endorsement(other), Err(LogError::Endorsement));
+    n.append(b"one").unwrap();
+    let sealed = n.log.seal_now().unwrap().unwrap();
+    assert_eq!(
+        n.store.get(&sealed.id).unwrap().endorsement(),
+        Some(&renewed)
+    );
+}
+
+#[test]
+fn a_receipt_is_given_for_foreign_audit_only() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let foreign = foreign_segments("n9", 1).remove(0);
+    n.store
+        .put(&foreign, tidelock_segments::Charge::Normal)
+        .unwrap();
+    let given = n.log.issue_receipt(&foreign.id()).unwrap();
+    assert_eq!(given.verify_signature(), Ok(()));
+    assert_eq!(given.custodian, node("n1"));
+    let again = tidelock_segments::CustodyReceipt::decode(&given.encode().unwrap()).unwrap();
+    assert_eq!(again, given);
+    n.append(b"own").unwrap();
+    let own = n.log.seal_now().unwrap().unwrap();
+    assert!(matches!(
+        n.log.issue_receipt(&own.id),
+        Err(LogError::Receipt(tidelock_segments::ReceiptError::OwnLog))
+    ));
+}
+
+#[test]
+fn inv_07_the_queue_is_bounded() {
+    let disk = SimDisk::new();
+    let n = Settings {
+        segment_bytes: 4 * MIB,
+        ..Settings::default()
+    }
+    .sim(&disk);
+    let (hold, held) = mpsc::channel::<()>();
+    // The first callback holds the log's thread, so that the rest has to wait.
+    n.log.submit(
+        RecordClass::Decision,
+        b"first".to_vec(),
+        Box::new(move |_| {
+            let _ = held.recv_timeout(LONG);
+        }),
+    );
+    let refused = Arc::new(AtomicUsize::new(0));
+    let settled = Arc::new(AtomicUsize::new(0));
+    let record = vec![b'q'; 60_000];
+    for _ in 0..1000 {
+        let (refused, settled) = (Arc::clone(&refused), Arc::clone(&settled));
+        let done = move |result| {
+            if result == Err(AppendError::QueueFull) {
+                refused.fetch_add(1, Ordering::SeqCst);
+            }
+            settled.fetch_add(1, Ordering::SeqCst);
+        };
+        n.log
+            .submit(RecordClass::Decision, record.clone(), Box::new(done));
+    }
+    assert!(refused.load(Ordering::SeqCst) > 400);
+    hold.send(()).unwrap();
+    n.log.close();
+    assert_eq!(settled.load(Ordering::SeqCst), 1000);
+    assert!(matches!(
+        n.append(b"closed"),
+        Err(AppendError::Unavailable(_))
+    ));
+}
+
+#[test]
+fn a_panicking_callback_does_not_stop_the_log() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    n.log.submit(
+        RecordClass::Decision,
+        b"one".to_vec(),
+        Box::new(|_| panic!("on purpose")),
+    );
+    n.append(b"two").unwrap();
+}
+
+#[test]
+fn configuration_is_checked() {
+    let disk = SimDisk::new();
+    for bytes in [0, 64 * KIB, 64 * MIB] {
+        let settings = Settings {
+            segment_bytes: bytes,
+            ..Settings::default()
+        };
+        assert!(
+            matches!(settings.open(disk.disk()), Err(LogError::Config(_))),
+            "{bytes}"
+        );
+    }
+    assert!(Settings::default().open(disk.disk()).is_ok());
+}
+
+#[test]
+fn tail_reaches_into_sealed_segments() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    for i in 0..10u32 {
+        n.append(&i.to_le_bytes()).unwrap();
+        if i % 3 == 0 {
+            n.log.seal_now().unwrap();
+        }
+    }
+    let all = n.records();
+    assert_eq!(all.len() as u64, n.log.size());
+    for count in 0..all.len() {
+        assert_eq!(n.log.tail(count).unwrap(), all[all.len() - count..]);
+    }
+}
