@@ -1,1 +1,48 @@
-//! Policy bundles, trust, the Cedar engine, active and last-known-good slots, posture
+//! Signed policy bundles, and the decision whether one allows an action.
+//!
+//! A bundle is a deterministic archive of manifest, Cedar policies, schema, entities and tests,
+//! with detached signatures. [`VerifiedBundle::load`] turns bytes into a bundle that may decide;
+//! [`Slots`] keeps the active and the last known good one, forward-only; [`Engine::evaluate`] answers
+//! one [`PolicyRequest`]; [`posture()`] says what the age of the bundle still permits.
+//!
+//! What this crate is not: it opens no socket, reads no clock, knows no peers and no audit log. Time
+//! is an argument, storage a trait, transport somebody else's. It answers what the policies say, not
+//! whether the action happens: quota, posture gate, record and permit belong to the interceptor.
+//!
+//! Start reading in `bundle.rs` (every check between bytes and a policy that decides), then
+//! `slots.rs` (what survives a restart), then `cedar.rs` (what a request costs). The bundle format
+//! for authors is described in the book, in `policy.md`.
+
+mod archive;
+mod bundle;
+mod cases;
+mod cedar;
+mod error;
+mod json;
+pub mod limits;
+mod manifest;
+mod nesting;
+mod package;
+mod posture;
+mod request;
+mod slots;
+mod template;
+pub mod testing;
+mod trust;
+
+pub use archive::{ENTITIES, MANIFEST, SCHEMA};
+pub use bundle::{
+    BundleBuilder, Inspection, LoadContext, VerifiedBundle, build_dir, inspect, run_tests,
+};
+pub use cases::TestReport;
+pub use cedar::CedarEngine;
+pub use error::{ActivateError, BuildError, BundleError, KeyError};
+pub use manifest::{ClassLimits, Manifest, WhenRestricted};
+pub use package::{ContentId, Package, decode_signature, sign};
+pub use posture::{Posture, posture};
+pub use request::{Engine, Evaluation, PolicyRequest, Verdict};
+pub use slots::{
+    Activation, ActivationKind, ActivePolicy, Floor, SlotFault, SlotStorage, Slots, Source,
+};
+pub use template::template;
+pub use trust::{TrustError, TrustFile};

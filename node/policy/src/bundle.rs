@@ -1,0 +1,490 @@
+//! Loading a bundle: every check that stands between bytes and a policy that decides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use semver::Version;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::archive::{self, Files, MANIFEST, is_name};
+use crate::cases::{Cases, TestReport};
+use crate::cedar::CedarEngine;
+use crate::error::{BuildError, BundleError};
+use crate::json;
+use crate::limits::{COMPILE_STACK_BYTES, FILE_BYTES_MAX};
+use crate::manifest::{ClassLimits, Manifest, rfc3339};
+use crate::package::{ContentId, Package, sha256};
+use crate::request::{Engine, Evaluation, PolicyRequest};
+use crate::trust::TrustFile;
+
+/// What the node is, as far as a bundle may ask.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadContext {
+    domain: String,
+    node_version: Version,
+}
+
+impl LoadContext {
+    /// Domain of the node and its version, for instance `env!("CARGO_PKG_VERSION")`.
+    ///
+    /// # Errors
+    /// [`BundleError::Format`] if the domain is not a name or the version not a semantic version.
+    pub fn new(domain: &str, node_version: &str) -> Result<Self, BundleError> {
+        if !is_name(domain) {
+            return Err(BundleError::format(format!("`{domain}` is not a domain")));
+        }
+        let node_version = Version::parse(node_version)
+            .map_err(|error| BundleError::format(format!("node version: {error}")))?;
+        Ok(Self {
+            domain: domain.to_owned(),
+            node_version,
+        })
+    }
+}
+
+/// A bundle that passed every check: enough distinct trusted signatures, digests, domain, node
+/// version, compiler, schema, its own tests. Only [`load`](Self::load) makes one.
+///
+/// ```compile_fail
+/// // No part can be put together by hand.
+/// let bundle = tidelock_policy::VerifiedBundle { };
+/// ```
+///
+/// ```compile_fail
+/// # fn demo(package: tidelock_policy::Package) {
+/// // A package does not turn into one without a trust file.
+/// let bundle: tidelock_policy::VerifiedBundle = package.into();
+/// # }
+/// ```
+pub struct VerifiedBundle {
+    package: Package,
+    content_id: ContentId,
+    manifest: Manifest,
+    signers: Vec<String>,
+    engine: Arc<CedarEngine>,
+    tests: TestReport,
+}
+
+impl fmt::Debug for VerifiedBundle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifiedBundle")
+            .field("name", &self.manifest.name)
+            .field("epoch", &self.manifest.epoch)
+            .field("content_id", &self.content_id)
+            .field("signers", &self.signers)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VerifiedBundle {
+    /// Verifies and compiles a package. Signatures come first: nothing of an archive is parsed
+    /// before enough trusted keys have vouched for its bytes.
+    ///
+    /// INV-06: the outcome depends on the arguments alone. There is no clock and no network in here.
+    ///
+    /// # Errors
+    /// The first check that fails, as [`BundleError`].
+    pub fn load(
+        package: Package,
+        trust: &TrustFile,
+        context: &LoadContext,
+    ) -> Result<Self, BundleError> {
+        if trust.domain() != context.domain {
+            return Err(BundleError::Domain {
+                what: "the trust file",
+                expected: context.domain.clone(),
+                found: trust.domain().to_owned(),
+            });
+        }
+        // Also bounds the sizes: what cannot be encoded is not looked at.
+        package.encode()?;
+        let signers = trust.signers(&package);
+        if signers.ids.len() < trust.threshold() {
+            return Err(BundleError::Signature {
+                valid: signers.ids.len(),
+                needed: trust.threshold(),
+                unknown: signers.unknown,
+            });
+        }
+        let contents = Contents::read(&package.archive)?;
+        contents.check_for(context)?;
+        let compiled = contents.compile()?;
+        compiled.check_tests()?;
+        Ok(Self {
+            content_id: package.content_id(),
+            package,
+            manifest: contents.manifest,
+            signers: signers.ids,
+            engine: Arc::new(compiled.engine),
+            tests: compiled.tests,
+        })
+    }
+
+    /// The checked manifest.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The package it was loaded from, for storing and passing on.
+    #[must_use]
+    pub fn package(&self) -> &Package {
+        &self.package
+    }
+
+    /// Identity of the archive.
+    #[must_use]
+    pub fn content_id(&self) -> &ContentId {
+        &self.content_id
+    }
+
+    /// Position in the forward-only sequence.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.manifest.epoch
+    }
+
+    /// Ids of the distinct trusted keys that signed, sorted.
+    #[must_use]
+    pub fn signers(&self) -> &[String] {
+        &self.signers
+    }
+
+    /// Class of an action: name and limits. `None` for an action that no class covers.
+    #[must_use]
+    pub fn class_of(&self, action: &str) -> Option<(&str, &ClassLimits)> {
+        self.manifest.class_of(action)
+    }
+
+    /// The compiled policies.
+    #[must_use]
+    pub fn engine(&self) -> Arc<dyn Engine> {
+        Arc::clone(&self.engine) as Arc<dyn Engine>
+    }
+
+    /// Ids of all policies, sorted.
+    #[must_use]
+    pub fn policy_ids(&self) -> &[String] {
+        self.engine.policy_ids()
+    }
+
+    /// What the compiler found odd without refusing it.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        self.engine.warnings()
+    }
+
+    /// How many tests of its own the bundle passed.
+    #[must_use]
+    pub fn tests_passed(&self) -> usize {
+        self.tests.passed
+    }
+}
+
+impl Engine for VerifiedBundle {
+    fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
+        self.engine.evaluate(request)
+    }
+}
+
+/// An archive whose form, manifest and digests are right. Nothing is said about who signed it.
+struct Contents {
+    manifest: Manifest,
+    files: Files,
+}
+
+/// Compiled policies and how the bundle's own tests went.
+struct Compiled {
+    engine: CedarEngine,
+    tests: TestReport,
+}
+
+impl Contents {
+    fn read(archive: &[u8]) -> Result<Self, BundleError> {
+        let files = archive::read(archive)?;
+        let manifest = files
+            .get(MANIFEST)
+            .ok_or_else(|| BundleError::format(format!("the bundle has no {MANIFEST}")))?;
+        let manifest = Manifest::parse(manifest)?;
+        for (path, bytes) in files.iter().filter(|(path, _)| *path != MANIFEST) {
+            let stated = manifest.files.get(path).ok_or_else(|| {
+                BundleError::format(format!("`{path}` is not listed in the manifest's files"))
+            })?;
+            if *stated != sha256(bytes) {
+                return Err(BundleError::Digest { file: path.clone() });
+            }
+        }
+        if let Some(missing) = manifest
+            .files
+            .keys()
+            .find(|path| !files.contains_key(*path))
+        {
+            return Err(BundleError::format(format!(
+                "`{missing}` is listed in the manifest's files and not in the archive"
+            )));
+        }
+        if manifest.files.contains_key(MANIFEST) {
+            return Err(BundleError::format(format!(
+                "{MANIFEST} cannot list itself"
+            )));
+        }
+        Ok(Self { manifest, files })
+    }
+
+    fn check_for(&self, context: &LoadContext) -> Result<(), BundleError> {
+        if self.manifest.domain != context.domain {
+            return Err(BundleError::Domain {
+                what: "the bundle",
+                expected: context.domain.clone(),
+                found: self.manifest.domain.clone(),
+            });
+        }
+        let needed = Version::parse(&self.manifest.min_node_version)
+            .map_err(|error| BundleError::format(format!("min_node_version: {error}")))?;
+        if context.node_version < needed {
+            return Err(BundleError::NodeVersion {
+                needed: needed.to_string(),
+                running: context.node_version.to_string(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Compiles and runs the tests on a thread whose stack is the same everywhere, so that a bundle
+    /// that loads on the author's machine loads on every node.
+    fn compile(&self) -> Result<Compiled, BundleError> {
+        if self.manifest.engine != "cedar" {
+            return Err(BundleError::Engine(self.manifest.engine.clone()));
+        }
+        std::thread::scope(|scope| {
+            let work = || -> Result<Compiled, BundleError> {
+                let engine = CedarEngine::compile(&self.files)?;
+                self.manifest.check_actions(&engine.actions())?;
+                let tests = Cases::read(&self.files)?.run(&engine);
+                Ok(Compiled { engine, tests })
+            };
+            std::thread::Builder::new()
+                .name("bundle-compile".to_owned())
+                .stack_size(COMPILE_STACK_BYTES)
+                .spawn_scoped(scope, work)
+                .map_err(|error| BundleError::Compiler(format!("no thread: {error}")))?
+                .join()
+                .unwrap_or_else(|_| Err(BundleError::Compiler("it panicked".to_owned())))
+        })
+    }
+}
+
+impl Compiled {
+    fn check_tests(&self) -> Result<(), BundleError> {
+        if self.tests.failed == 0 {
+            return Ok(());
+        }
+        Err(BundleError::Tests {
+            failed: self.tests.failed,
+            total: self.tests.failed + self.tests.passed,
+            first: self.tests.failures.first().cloned().unwrap_or_default(),
+        })
+    }
+}
+
+/// Assembles an archive: fills in the digests and checks form and manifest.
+#[derive(Debug, Clone, Default)]
+pub struct BundleBuilder {
+    files: Files,
+    overrides: BTreeMap<&'static str, Value>,
+    created_unix_ms: Option<u64>,
+}
+
+impl BundleBuilder {
+    /// A bundle without files.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes every file of a directory. A file or directory that has no place in a bundle is an
+    /// error, not skipped: a private key that lies beside the policies must not go unnoticed.
+    ///
+    /// # Errors
+    /// [`BuildError`] if something cannot be read or has no place in a bundle.
+    pub fn from_dir(dir: &Path) -> Result<Self, BuildError> {
+        let mut builder = Self::new();
+        builder.take_dir(dir, "")?;
+        Ok(builder)
+    }
+
+    fn take_dir(&mut self, dir: &Path, prefix: &str) -> Result<(), BuildError> {
+        let failed = |path: &Path, error: &dyn fmt::Display| BuildError::Read {
+            path: path.display().to_string(),
+            message: error.to_string(),
+        };
+        let entries = std::fs::read_dir(dir).map_err(|error| failed(dir, &error))?;
+        for entry in entries {
+            let entry = entry.map_err(|error| failed(dir, &error))?;
+            let path = entry.path();
+            let name = entry.file_name();
+            let name = name
+                .to_str()
+                .ok_or_else(|| failed(&path, &"the name is not UTF-8"))?;
+            // Not following links: what is signed should be what lies here.
+            let meta = path
+                .symlink_metadata()
+                .map_err(|error| failed(&path, &error))?;
+            if meta.is_dir() && prefix.is_empty() && matches!(name, "policies" | "tests") {
+                self.take_dir(&path, &format!("{name}/"))?;
+                continue;
+            }
+            let bundle_path = format!("{prefix}{name}");
+            if !meta.is_file() || !archive::is_bundle_path(&bundle_path) {
+                return Err(BundleError::format(format!(
+                    "{} has no place in a bundle: move it elsewhere",
+                    path.display()
+                ))
+                .into());
+            }
+            if meta.len() > FILE_BYTES_MAX as u64 {
+                return Err(BundleError::format(format!(
+                    "{} is larger than {FILE_BYTES_MAX} bytes",
+                    path.display()
+                ))
+                .into());
+            }
+            let bytes = std::fs::read(&path).map_err(|error| failed(&path, &error))?;
+            self.files.insert(bundle_path, bytes);
+        }
+        Ok(())
+    }
+
+    /// Adds or replaces a file.
+    #[must_use]
+    pub fn file(mut self, path: &str, bytes: Vec<u8>) -> Self {
+        self.files.insert(path.to_owned(), bytes);
+        self
+    }
+
+    /// Sets the manifest's epoch.
+    #[must_use]
+    pub fn epoch(mut self, epoch: u64) -> Self {
+        self.overrides.insert("epoch", Value::from(epoch));
+        self
+    }
+
+    /// Sets the manifest's domain.
+    #[must_use]
+    pub fn domain(mut self, domain: &str) -> Self {
+        self.overrides.insert("domain", Value::from(domain));
+        self
+    }
+
+    /// Sets the manifest's oldest epoch that may serve as last known good.
+    #[must_use]
+    pub fn min_fallback_epoch(mut self, epoch: u64) -> Self {
+        self.overrides
+            .insert("min_fallback_epoch", Value::from(epoch));
+        self
+    }
+
+    /// Sets the manifest's time of making.
+    #[must_use]
+    pub fn created_unix_ms(mut self, at: u64) -> Self {
+        self.created_unix_ms = Some(at);
+        self
+    }
+
+    /// Writes the archive. The digests of the manifest are computed here; whatever stood there is
+    /// replaced. Policies are not compiled: see [`run_tests`].
+    ///
+    /// # Errors
+    /// [`BundleError`] if the files do not make a bundle.
+    pub fn build(self) -> Result<Vec<u8>, BundleError> {
+        let Self {
+            mut files,
+            mut overrides,
+            created_unix_ms,
+        } = self;
+        if let Some(at) = created_unix_ms {
+            overrides.insert("created_at", Value::from(rfc3339(at)?));
+        }
+        let manifest = files
+            .remove(MANIFEST)
+            .ok_or_else(|| BundleError::format(format!("the bundle has no {MANIFEST}")))?;
+        let manifest = json::parse(&manifest)
+            .map_err(|error| BundleError::format(format!("{MANIFEST}: {error}")))?;
+        let Value::Object(mut manifest) = manifest else {
+            return Err(BundleError::format(format!("{MANIFEST} must be an object")));
+        };
+        for (key, value) in overrides {
+            manifest.insert(key.to_owned(), value);
+        }
+        let digests = files
+            .iter()
+            .map(|(path, bytes)| (path.clone(), sha256(bytes).into()));
+        manifest.insert("files".to_owned(), Value::Object(digests.collect()));
+        let bytes = json::to_sorted_bytes(&manifest)
+            .map_err(|error| BundleError::format(format!("{MANIFEST}: {error}")))?;
+        files.insert(MANIFEST.to_owned(), bytes);
+        let archive = archive::write(&files)?;
+        Contents::read(&archive)?;
+        Ok(archive)
+    }
+}
+
+/// Builds the archive of a directory: [`BundleBuilder::from_dir`], then
+/// [`build`](BundleBuilder::build). The same files make the same bytes.
+///
+/// # Errors
+/// [`BuildError`] if something cannot be read or the files do not make a bundle.
+pub fn build_dir(dir: &Path) -> Result<Vec<u8>, BuildError> {
+    Ok(BundleBuilder::from_dir(dir)?.build()?)
+}
+
+/// Compiles an archive and runs its tests, whoever signed it: `tidelock bundle test`.
+///
+/// # Errors
+/// [`BundleError`] if it does not compile; failed tests are in the report.
+pub fn run_tests(archive: &[u8]) -> Result<TestReport, BundleError> {
+    Ok(Contents::read(archive)?.compile()?.tests)
+}
+
+/// What a package holds, for people: `tidelock bundle inspect`. Says nothing about trust.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Inspection {
+    /// Identity of the archive.
+    pub content_id: ContentId,
+    /// Bytes of the archive.
+    pub archive_bytes: usize,
+    /// Signatures on the package, unverified.
+    pub signatures: usize,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// Ids of the policies.
+    pub policies: Vec<String>,
+    /// Actions that the policies can judge.
+    pub actions: BTreeSet<String>,
+    /// What the compiler found odd.
+    pub warnings: Vec<String>,
+    /// How its own tests went.
+    pub tests: TestReport,
+}
+
+/// Reads and compiles a package without judging its signatures.
+///
+/// # Errors
+/// [`BundleError`] if it is ill-formed or does not compile.
+pub fn inspect(package: &Package) -> Result<Inspection, BundleError> {
+    let contents = Contents::read(&package.archive)?;
+    let compiled = contents.compile()?;
+    Ok(Inspection {
+        content_id: package.content_id(),
+        archive_bytes: package.archive.len(),
+        signatures: package.signatures.len(),
+        manifest: contents.manifest,
+        policies: compiled.engine.policy_ids().to_vec(),
+        actions: compiled.engine.actions(),
+        warnings: compiled.engine.warnings().to_vec(),
+        tests: compiled.tests,
+    })
+}

@@ -1,0 +1,748 @@
+//! The Cedar engine: policies compiled once, requests judged against what was prepared.
+//!
+//! Everything that does not depend on the request is made at load: the schema, the names of entity
+//! types, the uid of each action with the policies that can apply to it, the declared attributes of
+//! each resource type, the graph of the bundle's entities. A request costs its own conversion and the
+//! evaluation of the policies of its action; the number of entities in the bundle does not matter.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use cedar_policy::{
+    ActionConstraint, Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName,
+    EntityUid, EvalResult, Policy, PolicyId, PolicySet, Request, Response, Schema, ValidationMode,
+    Validator, schema_str_to_json_with_resolved_types,
+};
+use serde_json::{Map, Value, json};
+
+use crate::archive::{ENTITIES, Files, SCHEMA};
+use crate::error::{BundleError, clip};
+use crate::json;
+use crate::limits::{
+    ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, INDEX_ENTRIES_MAX, POLICIES_MAX,
+    POLICY_ID_BYTES_MAX, SCHEMA_NAMES_MAX, VALUE_DEPTH_MAX,
+};
+use crate::nesting::{check_schema, split_policies};
+use crate::request::{Engine, Evaluation, PolicyRequest, Verdict};
+
+/// Type of the actions in Cedar's model. Schemas of bundles have no namespaces.
+const ACTION: &str = "Action";
+
+/// Compiled policies of one bundle. Made by loading a bundle; immutable.
+pub struct CedarEngine {
+    authorizer: Authorizer,
+    schema: Schema,
+    types: HashMap<String, ResourceType>,
+    actions: HashMap<String, Action>,
+    entities: Entities,
+    /// Entities that an entity of the bundle refers to in its attributes or tags. Absent: none.
+    references: HashMap<EntityUid, Vec<EntityUid>>,
+    policy_ids: Vec<String>,
+    warnings: Vec<String>,
+}
+
+struct ResourceType {
+    name: EntityTypeName,
+    attributes: HashSet<String>,
+}
+
+struct Action {
+    entity: Entity,
+    uid: EntityUid,
+    /// Whether the schema's context for this action declares `params`.
+    takes_params: bool,
+    scope: Arc<Scope>,
+}
+
+/// The policies that can apply to an action, and the entities that they name and look into.
+struct Scope {
+    policies: PolicySet,
+    literals: Vec<EntityUid>,
+}
+
+impl CedarEngine {
+    /// Compiles and validates the policy files of an archive.
+    pub(crate) fn compile(files: &Files) -> Result<Self, BundleError> {
+        let source = text(files, SCHEMA)?
+            .ok_or_else(|| BundleError::schema(SCHEMA, "the bundle has no schema"))?;
+        check_schema(source).map_err(|deep| BundleError::Schema {
+            file: SCHEMA.to_owned(),
+            message: format!("line {}: {}", deep.line, deep.message),
+        })?;
+        let declared = Declared::read(source)?;
+        let (schema, schema_warnings) = Schema::from_cedarschema_str(source)
+            .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
+        let mut warnings: Vec<String> = schema_warnings
+            .map(|warning| clip(&format!("{SCHEMA}: {warning}")))
+            .collect();
+
+        let policies = parse_policies(files)?;
+        let mut all = PolicySet::new();
+        for policy in &policies {
+            all.add(policy.clone())
+                .map_err(|error| BundleError::format(error.to_string()))?;
+        }
+        let validator = Validator::new(schema);
+        let result = validator.validate(&all, ValidationMode::Strict);
+        if !result.validation_passed() {
+            return Err(BundleError::schema(
+                "policies",
+                list(result.validation_errors().map(ToString::to_string)),
+            ));
+        }
+        warnings.extend(
+            result
+                .validation_warnings()
+                .map(|warning| clip(&warning.to_string())),
+        );
+        let schema = validator.schema().clone();
+
+        let entities = parse_entities(files, &schema)?;
+        let references = references(&entities);
+        let actions = index(&schema, &declared, &policies, &entities, &references, all)?;
+        let types = declared
+            .types
+            .into_iter()
+            .map(|(name, attributes)| {
+                let parsed = EntityTypeName::from_str(&name)
+                    .map_err(|error| BundleError::schema(SCHEMA, error))?;
+                Ok((
+                    name,
+                    ResourceType {
+                        name: parsed,
+                        attributes,
+                    },
+                ))
+            })
+            .collect::<Result<_, BundleError>>()?;
+        let mut policy_ids: Vec<String> = policies
+            .iter()
+            .map(|policy| id_of(policy.id()).to_owned())
+            .collect();
+        policy_ids.sort_unstable();
+        warnings.truncate(FAILURES_LISTED_MAX);
+        Ok(Self {
+            authorizer: Authorizer::new(),
+            schema,
+            types,
+            actions,
+            entities,
+            references,
+            policy_ids,
+            warnings,
+        })
+    }
+
+    /// Ids of all policies, sorted.
+    #[must_use]
+    pub fn policy_ids(&self) -> &[String] {
+        &self.policy_ids
+    }
+
+    /// What the compiler found odd without refusing it, for instance a policy that can never apply.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The actions that the schema applies to some principal and resource.
+    #[must_use]
+    pub fn actions(&self) -> BTreeSet<String> {
+        self.actions.keys().cloned().collect()
+    }
+
+    fn judge(&self, request: &PolicyRequest) -> Result<Response, String> {
+        let action = self
+            .actions
+            .get(&request.action)
+            .ok_or_else(|| format!("unknown action `{}`", request.action))?;
+        let principal_type = self.entity_type("principal", &request.principal_type)?;
+        let resource_type = self.entity_type("resource", &request.resource_type)?;
+        let principal = uid(&principal_type.name, &request.principal_id);
+        let resource = uid(&resource_type.name, &request.resource_id);
+
+        let mut mentioned = Vec::new();
+        let context = context_value(request, action.takes_params, &mut mentioned)
+            .map_err(|error| format!("context: {error}"))?;
+        let context = Context::from_json_value(context, Some((&self.schema, &action.uid)))
+            .map_err(|error| format!("context: {}", chain(&error)))?;
+
+        let resource_entity = self.resource(request, resource_type, &resource, &mut mentioned)?;
+        let entities = self.slice(action, &principal, &resource, resource_entity, &mentioned)?;
+        let judged = Request::new(
+            principal,
+            action.uid.clone(),
+            resource,
+            context,
+            Some(&self.schema),
+        )
+        .map_err(|error| chain(&error))?;
+        Ok(self
+            .authorizer
+            .is_authorized(&judged, &action.scope.policies, &entities))
+    }
+
+    fn entity_type(&self, role: &str, name: &str) -> Result<&ResourceType, String> {
+        self.types
+            .get(name)
+            .ok_or_else(|| format!("{role}: the schema has no entity type `{name}`"))
+    }
+
+    /// The resource as the request describes it, joined with what the bundle says of it. Attributes
+    /// that the schema does not declare are dropped: no policy can look at them.
+    fn resource(
+        &self,
+        request: &PolicyRequest,
+        kind: &ResourceType,
+        uid: &EntityUid,
+        mentioned: &mut Vec<Value>,
+    ) -> Result<Entity, String> {
+        let mut attributes = Map::new();
+        for (name, value) in &request.resource_attributes {
+            if kind.attributes.contains(name) {
+                check_value(value, 0, mentioned).map_err(|error| format!("resource: {error}"))?;
+                attributes.insert(name.clone(), value.clone());
+            }
+        }
+        let mut known = Map::new();
+        let mut parents = Value::Array(Vec::new());
+        let mut tags = Value::Object(Map::new());
+        if let Some(entity) = self.entities.get(uid)
+            && let Ok(Value::Object(mut described)) = entity.to_json_value()
+        {
+            if let Some(Value::Object(attrs)) = described.remove("attrs") {
+                known = attrs;
+            }
+            parents = described.remove("parents").unwrap_or(parents);
+            tags = described.remove("tags").unwrap_or(tags);
+        }
+        for (name, value) in known {
+            // What the bundle states was signed; what the request states was derived from its id.
+            // If they disagree there is no safe choice between them.
+            match attributes.get(&name) {
+                Some(other) if *other != value => {
+                    return Err(format!(
+                        "resource: attribute `{name}` is one value in {ENTITIES} and another in \
+                         the request"
+                    ));
+                }
+                _ => _ = attributes.insert(name, value),
+            }
+        }
+        Entity::from_json_value(
+            json!({
+                "uid": {"type": request.resource_type, "id": request.resource_id},
+                "attrs": attributes,
+                "parents": parents,
+                "tags": tags,
+            }),
+            Some(&self.schema),
+        )
+        .map_err(|error| format!("resource: {}", chain(&error)))
+    }
+
+    /// The entities that this request can reach: its own three, and what they and the policies of
+    /// its action refer to, directly or not. Policies can look at nothing else, so the rest of the
+    /// bundle's entities need not be copied.
+    fn slice(
+        &self,
+        action: &Action,
+        principal: &EntityUid,
+        resource_uid: &EntityUid,
+        resource: Entity,
+        mentioned: &[Value],
+    ) -> Result<Entities, String> {
+        let mut reached: HashSet<EntityUid> = HashSet::from([action.uid.clone()]);
+        let mut slice = vec![action.entity.clone()];
+        let mut pending: Vec<EntityUid> = Vec::with_capacity(4);
+        pending.push(principal.clone());
+        pending.extend(action.scope.literals.iter().cloned());
+        if let Some(references) = self.references.get(resource_uid) {
+            pending.extend(references.iter().cloned());
+        }
+        for reference in mentioned {
+            if let (Some(kind), Some(id)) = (
+                reference.get("type").and_then(Value::as_str),
+                reference.get("id").and_then(Value::as_str),
+            ) && let Some(kind) = self.types.get(kind)
+            {
+                pending.push(uid(&kind.name, id));
+            }
+        }
+        while let Some(next) = pending.pop() {
+            if next == *resource_uid || !reached.insert(next.clone()) {
+                continue;
+            }
+            if let Some(entity) = self.entities.get(&next) {
+                slice.push(entity.clone());
+                if let Some(references) = self.references.get(&next) {
+                    pending.extend(references.iter().cloned());
+                }
+            }
+        }
+        slice.push(resource);
+        Entities::from_entities(slice, None).map_err(|error| chain(&error))
+    }
+}
+
+impl Engine for CedarEngine {
+    fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
+        let response = match self.judge(request) {
+            Ok(response) => response,
+            Err(message) => return Evaluation::error(clip(&message)),
+        };
+        let diagnostics = response.diagnostics();
+        let mut errors = Vec::new();
+        let mut errored = Vec::new();
+        for error in diagnostics.errors() {
+            errors.push(clip(&chain(error)));
+            let cedar_policy::AuthorizationError::PolicyEvaluationError(inner) = error;
+            errored.push(id_of(inner.policy_id()).to_owned());
+        }
+        // Cedar skips a policy that errors, a `forbid` too: here any error denies.
+        let (verdict, mut policies) = if errors.is_empty() {
+            let reasons: Vec<String> = diagnostics
+                .reason()
+                .map(|id| id_of(id).to_owned())
+                .collect();
+            let verdict = match (response.decision(), reasons.is_empty()) {
+                (Decision::Allow, _) => Verdict::Permit,
+                (Decision::Deny, false) => Verdict::Forbid,
+                (Decision::Deny, true) => Verdict::NoMatch,
+            };
+            (verdict, reasons)
+        } else {
+            (Verdict::Error, errored)
+        };
+        policies.sort_unstable();
+        errors.sort_unstable();
+        Evaluation {
+            verdict,
+            policies,
+            errors,
+        }
+    }
+}
+
+/// What the schema declares, in the names that requests use.
+struct Declared {
+    /// Attributes of each entity type.
+    types: BTreeMap<String, HashSet<String>>,
+    /// Actions whose context declares `params`.
+    with_params: HashSet<String>,
+}
+
+impl Declared {
+    fn read(source: &str) -> Result<Self, BundleError> {
+        let (resolved, _) = schema_str_to_json_with_resolved_types(source)
+            .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
+        let Value::Object(namespaces) = &resolved else {
+            return Err(BundleError::schema(SCHEMA, "the schema is not an object"));
+        };
+        if let Some(named) = namespaces.keys().find(|name| !name.is_empty()) {
+            return Err(BundleError::schema(
+                SCHEMA,
+                format!("namespace `{named}`: declare every type and action outside a namespace"),
+            ));
+        }
+        let empty = Map::new();
+        let part = |key: &str| -> &Map<String, Value> {
+            namespaces
+                .get("")
+                .and_then(|namespace| namespace.get(key))
+                .and_then(Value::as_object)
+                .unwrap_or(&empty)
+        };
+        for (key, word) in [("entityTypes", "entity types"), ("actions", "actions")] {
+            let count = part(key).len();
+            if count > SCHEMA_NAMES_MAX {
+                return Err(BundleError::schema(
+                    SCHEMA,
+                    format!("{count} {word}, at most {SCHEMA_NAMES_MAX} are allowed"),
+                ));
+            }
+        }
+        let common = part("commonTypes");
+        let types = part("entityTypes")
+            .iter()
+            .map(|(name, entity)| (name.clone(), attributes(entity.get("shape"), common)))
+            .collect();
+        let with_params = part("actions")
+            .iter()
+            .filter(|(_, action)| {
+                let context = action
+                    .get("appliesTo")
+                    .and_then(|applies| applies.get("context"));
+                attributes(context, common).contains("params")
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        Ok(Self { types, with_params })
+    }
+}
+
+/// Names of a record type's attributes, looking through common types.
+fn attributes(record: Option<&Value>, common: &Map<String, Value>) -> HashSet<String> {
+    let mut record = record;
+    // A chain of names longer than the number of names would be a cycle.
+    for _ in 0..=common.len() {
+        let Some(value) = record else { break };
+        if let Some(attributes) = value.get("attributes").and_then(Value::as_object) {
+            return attributes.keys().cloned().collect();
+        }
+        record = value
+            .get("type")
+            .and_then(Value::as_str)
+            .and_then(|name| common.get(name));
+    }
+    HashSet::new()
+}
+
+fn parse_policies(files: &Files) -> Result<Vec<Policy>, BundleError> {
+    let mut policies: Vec<Policy> = Vec::new();
+    let mut ids = BTreeSet::new();
+    for path in files.keys().filter(|path| path.starts_with("policies/")) {
+        let source = text(files, path)?.unwrap_or_default();
+        let refuse = |line: usize, message: String| {
+            Err(BundleError::Compile {
+                file: path.clone(),
+                line,
+                message: clip(&message),
+            })
+        };
+        let parts = match split_policies(source) {
+            Ok(parts) => parts,
+            Err(deep) => return refuse(deep.line, deep.message),
+        };
+        // Every byte of the file passes the engine's own parser, the rest too: a mistake in the
+        // splitting can only lead to a refusal, never to a policy that is left out.
+        match PolicySet::from_str(parts.rest) {
+            Ok(rest) if rest.is_empty() => {}
+            Ok(_) => return refuse(parts.rest_line, "a policy without a semicolon".to_owned()),
+            Err(error) => return refuse(parts.rest_line, chain(&error)),
+        }
+        let name = path.strip_prefix("policies/").unwrap_or(path);
+        for (number, statement) in parts.statements.iter().enumerate() {
+            let default = format!("{name}#{}", number + 1);
+            let policy = match Policy::parse(Some(PolicyId::new(&default)), statement.text) {
+                Ok(policy) => policy,
+                Err(error) => return refuse(statement.line, chain(&error)),
+            };
+            let id = policy.annotation("id").unwrap_or(&default).to_owned();
+            if id.is_empty() || id.len() > POLICY_ID_BYTES_MAX || id.chars().any(char::is_control) {
+                return refuse(
+                    statement.line,
+                    format!(
+                        "@id must be 1 to {POLICY_ID_BYTES_MAX} bytes without control characters"
+                    ),
+                );
+            }
+            if policies.len() == POLICIES_MAX {
+                return refuse(statement.line, format!("more than {POLICIES_MAX} policies"));
+            }
+            policies.push(policy.new_id(PolicyId::new(&id)));
+            if !ids.insert(id.clone()) {
+                return refuse(statement.line, format!("policy id `{id}` stands twice"));
+            }
+        }
+    }
+    if policies.is_empty() {
+        return Err(BundleError::Compile {
+            file: "policies".to_owned(),
+            line: 0,
+            message: "the bundle has no policy".to_owned(),
+        });
+    }
+    Ok(policies)
+}
+
+fn parse_entities(files: &Files, schema: &Schema) -> Result<Entities, BundleError> {
+    let value = match files.get(ENTITIES) {
+        None => Value::Array(Vec::new()),
+        Some(bytes) => json::parse(bytes)
+            .map_err(|error| BundleError::format(format!("{ENTITIES}: {error}")))?,
+    };
+    let count = value.as_array().map_or(0, Vec::len);
+    if count > ENTITIES_MAX {
+        return Err(BundleError::format(format!(
+            "{ENTITIES}: {count} entities, at most {ENTITIES_MAX} are allowed"
+        )));
+    }
+    check_ancestors(&value)?;
+    Entities::from_json_value(value, Some(schema))
+        .map_err(|error| BundleError::schema(ENTITIES, chain(&error)))
+}
+
+/// Counts the pairs of entity and ancestor before the compiler builds them all.
+fn check_ancestors(entities: &Value) -> Result<(), BundleError> {
+    // `{"type", "id"}`, or the same inside `__entity`.
+    fn name(uid: &Value) -> Option<(&str, &str)> {
+        let uid = uid.get("__entity").unwrap_or(uid);
+        Some((uid.get("type")?.as_str()?, uid.get("id")?.as_str()?))
+    }
+    let mut parents: HashMap<(&str, &str), Vec<(&str, &str)>> = HashMap::new();
+    for entity in entities.as_array().into_iter().flatten() {
+        if let Some(uid) = entity.get("uid").and_then(name) {
+            let listed = entity.get("parents").and_then(Value::as_array);
+            parents.insert(uid, listed.into_iter().flatten().filter_map(name).collect());
+        }
+    }
+    let mut total = 0_usize;
+    for uid in parents.keys() {
+        let mut seen = HashSet::new();
+        let mut pending = vec![*uid];
+        while let Some(next) = pending.pop() {
+            for parent in parents.get(&next).into_iter().flatten() {
+                if seen.insert(*parent) {
+                    pending.push(*parent);
+                    total += 1;
+                }
+            }
+            if total > ANCESTORS_MAX {
+                return Err(BundleError::format(format!(
+                    "{ENTITIES}: more than {ANCESTORS_MAX} pairs of entity and ancestor: make the \
+                     hierarchy flatter"
+                )));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// For each entity, the entities of the bundle that its attributes and tags refer to.
+fn references(entities: &Entities) -> HashMap<EntityUid, Vec<EntityUid>> {
+    let mut references = HashMap::new();
+    for entity in entities.iter() {
+        let mut found = BTreeSet::new();
+        let values = entity.attrs().chain(entity.tags());
+        for value in values.filter_map(|(_, value)| value.ok()) {
+            collect_uids(&value, &mut found);
+        }
+        found.retain(|uid| entities.get(uid).is_some());
+        if !found.is_empty() {
+            references.insert(entity.uid(), found.into_iter().collect());
+        }
+    }
+    references
+}
+
+fn collect_uids(value: &EvalResult, found: &mut BTreeSet<EntityUid>) {
+    match value {
+        EvalResult::EntityUid(uid) => _ = found.insert(uid.clone()),
+        EvalResult::Set(set) => set.iter().for_each(|item| collect_uids(item, found)),
+        EvalResult::Record(record) => {
+            record
+                .iter()
+                .for_each(|(_, item)| collect_uids(item, found));
+        }
+        _ => {}
+    }
+}
+
+/// Prepares each action with the policies whose action scope admits it. A policy left out has a
+/// scope that is false for the action, so it neither decides nor errs.
+fn index(
+    schema: &Schema,
+    declared: &Declared,
+    policies: &[Policy],
+    entities: &Entities,
+    references: &HashMap<EntityUid, Vec<EntityUid>>,
+    all: PolicySet,
+) -> Result<HashMap<String, Action>, BundleError> {
+    let action_entities = schema
+        .action_entities()
+        .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
+    let judged: BTreeSet<EntityUid> = schema
+        .request_envs()
+        .map(|env| env.action().clone())
+        .collect();
+    let admits = |policy: &Policy, action: &EntityUid| match policy.action_constraint() {
+        ActionConstraint::Any => true,
+        ActionConstraint::Eq(named) => named == *action,
+        ActionConstraint::In(named) => named
+            .iter()
+            .any(|group| group == action || action_entities.is_ancestor_of(group, action)),
+    };
+    let applicable: Vec<(EntityUid, Vec<usize>)> = judged
+        .into_iter()
+        .map(|uid| {
+            let numbers = (0_usize..)
+                .zip(policies)
+                .filter(|(_, policy)| admits(policy, &uid))
+                .map(|(number, _)| number)
+                .collect();
+            (uid, numbers)
+        })
+        .collect();
+    // Actions with the same policies share one set.
+    let distinct: BTreeSet<&Vec<usize>> = applicable.iter().map(|(_, numbers)| numbers).collect();
+    let entries: usize = distinct.iter().map(|numbers| numbers.len()).sum();
+    let mut scopes: BTreeMap<&Vec<usize>, Arc<Scope>> = BTreeMap::new();
+    if entries > INDEX_ENTRIES_MAX {
+        let every: Vec<&Policy> = policies.iter().collect();
+        let literals = literals(&every, entities, references);
+        let shared = Arc::new(Scope {
+            policies: all,
+            literals,
+        });
+        scopes.extend(
+            distinct
+                .into_iter()
+                .map(|numbers| (numbers, Arc::clone(&shared))),
+        );
+    } else {
+        for numbers in distinct {
+            let chosen: Vec<&Policy> = numbers
+                .iter()
+                .filter_map(|number| policies.get(*number))
+                .collect();
+            let literals = literals(&chosen, entities, references);
+            let policies = PolicySet::from_policies(chosen.into_iter().cloned())
+                .map_err(|error| BundleError::format(error.to_string()))?;
+            scopes.insert(numbers, Arc::new(Scope { policies, literals }));
+        }
+    }
+    let mut actions = HashMap::new();
+    for (uid, numbers) in &applicable {
+        let (Some(entity), Some(scope)) = (action_entities.get(uid), scopes.get(numbers)) else {
+            continue;
+        };
+        if uid.type_name().to_string() != ACTION {
+            return Err(BundleError::schema(
+                SCHEMA,
+                format!("action {uid} is in a namespace"),
+            ));
+        }
+        let name = uid.id().unescaped().to_owned();
+        let action = Action {
+            entity: entity.clone(),
+            uid: uid.clone(),
+            takes_params: declared.with_params.contains(&name),
+            scope: Arc::clone(scope),
+        };
+        actions.insert(name, action);
+    }
+    Ok(actions)
+}
+
+/// Entities that policies name and whose presence can make a difference: those with attributes,
+/// tags or parents. Whether a bare one is there or not, every expression comes out the same.
+fn literals(
+    policies: &[&Policy],
+    entities: &Entities,
+    references: &HashMap<EntityUid, Vec<EntityUid>>,
+) -> Vec<EntityUid> {
+    let named: BTreeSet<EntityUid> = policies
+        .iter()
+        .flat_map(|policy| policy.entity_literals())
+        .collect();
+    named
+        .into_iter()
+        .filter(|uid| {
+            entities.get(uid).is_some_and(|entity| {
+                entity.attrs().next().is_some()
+                    || entity.tags().next().is_some()
+                    || entities
+                        .ancestors(uid)
+                        .is_some_and(|mut all| all.next().is_some())
+                    || references.contains_key(uid)
+            })
+        })
+        .collect()
+}
+
+/// The Cedar context: the request's own, and its parameters where the schema declares them. Values
+/// are checked before they are copied: copying recurses as well.
+fn context_value(
+    request: &PolicyRequest,
+    takes_params: bool,
+    mentioned: &mut Vec<Value>,
+) -> Result<Value, String> {
+    check_value(&request.context, 0, mentioned)?;
+    let mut context = match &request.context {
+        Value::Null => Map::new(),
+        Value::Object(map) => map.clone(),
+        _ => return Err("must be an object".to_owned()),
+    };
+    // Whoever sent the context must not choose what policies take for the parameters.
+    if context.contains_key("params") {
+        return Err("must not contain `params`".to_owned());
+    }
+    if takes_params {
+        check_value(&request.params, 0, mentioned)?;
+        let params = match &request.params {
+            Value::Null => Value::Object(Map::new()),
+            params => params.clone(),
+        };
+        context.insert("params".to_owned(), params);
+    }
+    Ok(Value::Object(context))
+}
+
+/// Refuses numbers that Cedar has no type for, and depth; notes what may be entity references.
+fn check_value(value: &Value, depth: usize, mentioned: &mut Vec<Value>) -> Result<(), String> {
+    if depth > VALUE_DEPTH_MAX {
+        return Err(format!("nested deeper than {VALUE_DEPTH_MAX}"));
+    }
+    match value {
+        Value::Number(number) if number.as_i64().is_none() => {
+            Err(format!("the number {number} is not a 64-bit integer"))
+        }
+        Value::Array(items) => items
+            .iter()
+            .try_for_each(|item| check_value(item, depth + 1, mentioned)),
+        Value::Object(map) => {
+            if map.contains_key("type") && map.contains_key("id") {
+                mentioned.push(value.clone());
+            }
+            map.values()
+                .try_for_each(|item| check_value(item, depth + 1, mentioned))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn uid(kind: &EntityTypeName, id: &str) -> EntityUid {
+    EntityUid::from_type_name_and_id(kind.clone(), EntityId::new(id))
+}
+
+fn id_of(id: &PolicyId) -> &str {
+    id.as_ref()
+}
+
+fn text<'a>(files: &'a Files, path: &str) -> Result<Option<&'a str>, BundleError> {
+    files
+        .get(path)
+        .map(|bytes| {
+            std::str::from_utf8(bytes)
+                .map_err(|_| BundleError::format(format!("`{path}` is not UTF-8")))
+        })
+        .transpose()
+}
+
+/// An error and its causes in one line. Cedar's own messages often leave the point to the cause.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !message.contains(&cause_text) {
+            message.push_str(": ");
+            message.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    message.replace('\n', " ")
+}
+
+fn list(messages: impl Iterator<Item = String>) -> String {
+    let all: Vec<String> = messages.collect();
+    let mut shown: Vec<String> = all.iter().take(FAILURES_LISTED_MAX).cloned().collect();
+    shown.sort_unstable();
+    let mut text = shown.join("; ").replace('\n', " ");
+    if all.len() > shown.len() {
+        text.push_str(&format!("; and {} more", all.len() - shown.len()));
+    }
+    text
+}

@@ -1,0 +1,110 @@
+//! Every bound of this crate, with what it costs in the worst case.
+
+/// Bytes of one bundle archive. A node holds at most three in memory at once (active, last known
+/// good, the one being loaded): 12 MiB.
+pub const ARCHIVE_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Bytes of one file in an archive. Bounds what a single parser run is given.
+pub const FILE_BYTES_MAX: usize = 2 * 1024 * 1024;
+
+/// Files in one archive. Bounds the digests of a manifest to about 150 KiB.
+pub const FILES_MAX: usize = 1024;
+
+/// Bytes of a file's path; it fits the name field of a ustar header without a prefix.
+pub const PATH_BYTES_MAX: usize = 100;
+
+/// Bytes of a bundle's name, a class's name or a domain.
+pub const NAME_BYTES_MAX: usize = 63;
+
+/// Highest epoch: the largest integer that every JSON reader keeps exactly, because epochs are
+/// written into audit records.
+pub const EPOCH_MAX: u64 = (1 << 53) - 1;
+
+/// Seconds of an age limit: a hundred years. Keeps sums of times far from overflow.
+pub const AGE_S_MAX: u64 = 100 * 366 * 24 * 3600;
+
+/// Action classes in one manifest.
+pub const CLASSES_MAX: usize = 256;
+
+/// Policies in one bundle. Each costs about 2 KiB compiled: 20 MiB.
+pub const POLICIES_MAX: usize = 10_000;
+
+/// Bytes of a policy's id.
+pub const POLICY_ID_BYTES_MAX: usize = 128;
+
+/// Entity types, and actions, in one schema. The compiler keeps every pair of descendant and
+/// ancestor: a chain of this length has 131,000 of them, about 10 MiB.
+pub const SCHEMA_NAMES_MAX: usize = 512;
+
+/// Entities in one bundle. Each costs about 1 KiB, its ancestors not counted: 10 MiB.
+pub const ENTITIES_MAX: usize = 10_000;
+
+/// Pairs of entity and ancestor in one bundle, which the compiler keeps in full. Without this bound
+/// a signed bundle of two megabytes could exhaust the memory of every node that it reaches. About
+/// 80 bytes each: 20 MiB.
+pub const ANCESTORS_MAX: usize = 256 * 1024;
+
+/// Entries of the index from action to applicable policies. A bundle that would need more keeps
+/// one policy set for all actions instead of one for each. About 1 KiB an entry: 48 MiB.
+pub const INDEX_ENTRIES_MAX: usize = 48 * 1024;
+
+/// Tests in one bundle. Each runs once at load.
+pub const TESTS_MAX: usize = 10_000;
+
+/// How deep brackets may nest in policies and schema. Checked before any parser of the engine
+/// sees the text.
+pub const NESTING_MAX: usize = 100;
+
+/// Upper bound of a policy's syntax tree depth: brackets plus chained operators of one statement.
+/// With this bound compiling fits [`COMPILE_STACK_BYTES`] and evaluating fits 1 MiB, both in
+/// unoptimised builds (tested).
+pub const EXPRESSION_DEPTH_MAX: usize = 180;
+
+/// Stack of the thread that compiles a bundle, the same on every node and in every command.
+pub const COMPILE_STACK_BYTES: usize = 8 * 1024 * 1024;
+
+/// How deep JSON values of a request may nest before the engine refuses them.
+pub const VALUE_DEPTH_MAX: usize = 64;
+
+/// Signatures on one package.
+pub const SIGNATURES_MAX: usize = 16;
+
+/// Bytes of one DER signature: two integers of at most 33 bytes with their headers.
+pub const SIGNATURE_BYTES_MAX: usize = 72;
+
+/// Bytes of a signature file in the Sigstore form, certificate chain and log proof included.
+pub const SIGNATURE_FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// Keys in a trust file. With [`SIGNATURES_MAX`] it bounds the verifications of one load to 256.
+pub const TRUST_KEYS_MAX: usize = 16;
+
+/// Bytes of a trust file.
+pub const TRUST_FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// Bytes of one encoded package: the body of a policy segment and the content of a slot.
+pub const PACKAGE_BYTES_MAX: usize =
+    ARCHIVE_BYTES_MAX + SIGNATURES_MAX * (SIGNATURE_BYTES_MAX + 2) + 16;
+
+/// Failures that a report lists by name; the rest is counted.
+pub const FAILURES_LISTED_MAX: usize = 20;
+
+/// Bytes of one message that reaches records and answers.
+pub const MESSAGE_BYTES_MAX: usize = 1024;
+
+const _: () = assert!(FILE_BYTES_MAX < ARCHIVE_BYTES_MAX);
+const _: () = assert!(
+    ARCHIVE_BYTES_MAX <= u32::MAX as usize,
+    "the package stores a u32 length"
+);
+const _: () = assert!(
+    SIGNATURES_MAX <= u8::MAX as usize,
+    "the package stores a u8 count"
+);
+const _: () = assert!(
+    SIGNATURE_BYTES_MAX <= u8::MAX as usize,
+    "the package stores a u8 length"
+);
+const _: () = assert!(NESTING_MAX <= EXPRESSION_DEPTH_MAX);
+const _: () = assert!(POLICIES_MAX <= INDEX_ENTRIES_MAX);
+const _: () = assert!(EPOCH_MAX < i64::MAX as u64);
+const _: () = assert!(AGE_S_MAX < u64::MAX / 1000 / 1000);

@@ -1,0 +1,621 @@
+//! The two slots on disk, active and last known good, and the floor under them.
+//!
+//! Three small files behind [`SlotStorage`]. `active` and `lkg` hold an encoded package, `floor`
+//! the highest epoch that was ever active, its content and the oldest epoch that may stand in for
+//! it. Activation writes `lkg`, `active`, `floor`, in this order, and only then lets the new bundle
+//! decide; a crash between two writes leaves a state that [`Slots::open`] completes.
+//!
+//! Fallback is not rollback: the floor never moves back, and a last known good bundle that has to
+//! serve does so in posture `restricted` at best.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use arc_swap::ArcSwapOption;
+use serde::{Deserialize, Serialize};
+
+use crate::bundle::{LoadContext, VerifiedBundle};
+use crate::error::{ActivateError, BundleError};
+use crate::json;
+use crate::manifest::{ClassLimits, WhenRestricted};
+use crate::package::{ContentId, Package, sha256};
+use crate::posture::{Posture, posture};
+use crate::request::Engine;
+use crate::trust::TrustFile;
+
+const ACTIVE: &str = "active";
+const LKG: &str = "lkg";
+const FLOOR: &str = "floor";
+
+/// Where the slots live. A write is atomic and durable when it returns; a slot that was never
+/// written reads as `None`.
+///
+/// Two implementations: the node's root directory, and
+/// [`MemorySlots`](crate::testing::MemorySlots).
+pub trait SlotStorage: Send + Sync {
+    /// Reads a slot, one of `active`, `lkg`, `floor`.
+    ///
+    /// # Errors
+    /// What the storage says.
+    fn read(&self, slot: &str) -> io::Result<Option<Vec<u8>>>;
+
+    /// Replaces a slot.
+    ///
+    /// # Errors
+    /// What the storage says; the slot then holds what it held before, or the new content.
+    fn write(&self, slot: &str, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Which slot a deciding bundle came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// The active slot.
+    Active,
+    /// The last known good bundle, because the active one is damaged.
+    LastKnownGood,
+}
+
+/// The bundle that decides now.
+pub struct ActivePolicy {
+    bundle: Arc<VerifiedBundle>,
+    engine: Arc<dyn Engine>,
+    source: Source,
+}
+
+impl std::fmt::Debug for ActivePolicy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ActivePolicy")
+            .field("bundle", &self.bundle)
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ActivePolicy {
+    fn new(bundle: VerifiedBundle, source: Source) -> Self {
+        let engine = bundle.engine();
+        Self {
+            bundle: Arc::new(bundle),
+            engine,
+            source,
+        }
+    }
+
+    pub(crate) fn with_engine(
+        bundle: VerifiedBundle,
+        source: Source,
+        engine: Arc<dyn Engine>,
+    ) -> Self {
+        Self {
+            bundle: Arc::new(bundle),
+            engine,
+            source,
+        }
+    }
+
+    /// The bundle.
+    #[must_use]
+    pub fn bundle(&self) -> &VerifiedBundle {
+        &self.bundle
+    }
+
+    /// The engine that evaluates its policies.
+    #[must_use]
+    pub fn engine(&self) -> &dyn Engine {
+        self.engine.as_ref()
+    }
+
+    /// The engine for another thread.
+    #[must_use]
+    pub fn shared_engine(&self) -> Arc<dyn Engine> {
+        Arc::clone(&self.engine)
+    }
+
+    /// The slot it came from.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        self.source
+    }
+
+    /// Posture of an action at this time, by the limits of its class. An action of no class gets
+    /// the worst posture of all classes.
+    #[must_use]
+    pub fn posture(&self, action: &str, trusted_now_unix_ms: u64) -> Posture {
+        match self.bundle.class_of(action) {
+            Some((_, limits)) => self.judge(limits, trusted_now_unix_ms),
+            None => self.overall_posture(trusted_now_unix_ms),
+        }
+    }
+
+    /// Whether posture `restricted` denies the action outright.
+    #[must_use]
+    pub fn denied_when_restricted(&self, action: &str) -> bool {
+        self.bundle
+            .class_of(action)
+            .is_none_or(|(_, limits)| limits.when_restricted == WhenRestricted::Deny)
+    }
+
+    /// The worst posture of all classes: what the node shows and tells its peers.
+    #[must_use]
+    pub fn overall_posture(&self, trusted_now_unix_ms: u64) -> Posture {
+        let classes = self.bundle.manifest().classes.values();
+        classes
+            .map(|limits| self.judge(limits, trusted_now_unix_ms))
+            .max()
+            .unwrap_or_else(|| self.floor())
+    }
+
+    fn judge(&self, limits: &ClassLimits, trusted_now_unix_ms: u64) -> Posture {
+        let created = self.bundle.manifest().created_unix_ms;
+        posture(created, trusted_now_unix_ms, limits, self.floor())
+    }
+
+    fn floor(&self) -> Posture {
+        match self.source {
+            Source::Active => Posture::Normal,
+            Source::LastKnownGood => Posture::Restricted,
+        }
+    }
+}
+
+/// The highest epoch that was ever active on this node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Floor {
+    /// That epoch.
+    pub epoch: u64,
+    /// What was active at that epoch: to be looked for in the segment store when the slot is
+    /// damaged.
+    pub content_id: ContentId,
+    /// Oldest epoch that may serve in its stead.
+    pub min_fallback_epoch: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FloorFile {
+    format: u64,
+    floor: Floor,
+    check: String,
+}
+
+impl Floor {
+    fn of(bundle: &VerifiedBundle) -> Self {
+        Self {
+            epoch: bundle.epoch(),
+            content_id: bundle.content_id().clone(),
+            min_fallback_epoch: bundle.manifest().min_fallback_epoch,
+        }
+    }
+
+    fn check(&self) -> String {
+        let text = format!(
+            "{} {} {}",
+            self.epoch, self.content_id, self.min_fallback_epoch
+        );
+        sha256(text.as_bytes())
+    }
+
+    fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
+        json::to_sorted_bytes(&FloorFile {
+            format: 1,
+            floor: self.clone(),
+            check: self.check(),
+        })
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let file: FloorFile = json::parse_as(bytes).map_err(|error| error.to_string())?;
+        if file.format != 1 {
+            return Err(format!(
+                "format {} is not known, this node reads 1",
+                file.format
+            ));
+        }
+        // A flipped digit must not pass for another epoch.
+        if file.check != file.floor.check() {
+            return Err("its check value does not match".to_owned());
+        }
+        Ok(file.floor)
+    }
+}
+
+/// One thing that is wrong with the slots. The node records it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SlotFault {
+    /// `active`, `lkg` or `floor`.
+    pub slot: &'static str,
+    /// Stable code: one of [`BundleError::code`], or `SLOT_UNREADABLE`, `SLOT_MISSING`,
+    /// `SLOT_WRITE`, `FLOOR_DAMAGED`, `LKG_BELOW_FALLBACK`.
+    pub code: &'static str,
+    /// What happened and the way out, for people.
+    pub message: String,
+}
+
+/// How an activated bundle stands to the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationKind {
+    /// The first one on this node.
+    First,
+    /// A higher epoch.
+    Forward,
+    /// The same content again: a damaged slot is mended, otherwise nothing changes.
+    Reinstalled,
+}
+
+/// A bundle that has begun to decide.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Activation {
+    /// How it stands to the one before.
+    pub kind: ActivationKind,
+    /// Name of the bundle.
+    pub name: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Its content.
+    pub content_id: ContentId,
+    /// Epoch and content of the bundle that decided before, if any did.
+    pub replaced: Option<(u64, ContentId)>,
+}
+
+/// The slots of one node.
+pub struct Slots {
+    storage: Arc<dyn SlotStorage>,
+    current: ArcSwapOption<ActivePolicy>,
+    floor: Mutex<Option<Floor>>,
+}
+
+impl std::fmt::Debug for Slots {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Slots")
+            .field("current", &self.current())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What reading the slots came to.
+struct Found {
+    current: Option<ActivePolicy>,
+    floor: Option<Floor>,
+    faults: Vec<SlotFault>,
+}
+
+impl Slots {
+    /// Reads the slots and verifies what they hold. Never fails: without a usable bundle nothing is
+    /// current, and every action is denied `NO_POLICY`.
+    #[must_use]
+    pub fn open(
+        storage: Arc<dyn SlotStorage>,
+        trust: &TrustFile,
+        context: &LoadContext,
+    ) -> (Self, Vec<SlotFault>) {
+        let found = read(storage.as_ref(), None, trust, context);
+        let slots = Self {
+            storage,
+            current: ArcSwapOption::from(found.current.map(Arc::new)),
+            floor: Mutex::new(found.floor),
+        };
+        (slots, found.faults)
+    }
+
+    /// Reads and verifies the slots again, after the trust file changed: a bundle whose signers are
+    /// no longer trusted stops deciding here, not at the next start.
+    pub fn reload(&self, trust: &TrustFile, context: &LoadContext) -> Vec<SlotFault> {
+        let mut floor = self.lock();
+        let found = read(self.storage.as_ref(), floor.clone(), trust, context);
+        *floor = found.floor;
+        self.current.store(found.current.map(Arc::new));
+        found.faults
+    }
+
+    /// The bundle that decides now. Cheap: asked for every request.
+    #[must_use]
+    pub fn current(&self) -> Option<Arc<ActivePolicy>> {
+        self.current.load_full()
+    }
+
+    /// The highest epoch that was ever active, with its content.
+    #[must_use]
+    pub fn floor(&self) -> Option<Floor> {
+        self.lock().clone()
+    }
+
+    /// The content to look for in the segment store and hand to [`activate`](Self::activate): set
+    /// while the active slot is not usable and the floor says what was there.
+    #[must_use]
+    pub fn wanted(&self) -> Option<Floor> {
+        let floor = self.lock().clone()?;
+        let healthy = self.current().is_some_and(|current| {
+            current.source == Source::Active && *current.bundle.content_id() == floor.content_id
+        });
+        (!healthy).then_some(floor)
+    }
+
+    /// Makes a verified bundle the one that decides.
+    ///
+    /// INV-16: the epoch must be above the floor, or the floor's own content again. The floor moves
+    /// before the slots are written, so that two contents of one epoch cannot both get in, even if
+    /// a write fails half-way.
+    ///
+    /// # Errors
+    /// [`ActivateError`]; the bundle that decided before still does.
+    pub fn activate(&self, bundle: VerifiedBundle) -> Result<Activation, ActivateError> {
+        let mut floor = self.lock();
+        let mut raised = Floor::of(&bundle);
+        if let Some(known) = floor.as_ref() {
+            check_forward(known, &raised)?;
+            // The authority may forbid more old epochs, never fewer.
+            raised.min_fallback_epoch = raised.min_fallback_epoch.max(known.min_fallback_epoch);
+        }
+        let package = bundle.package().encode()?;
+        let before = self.current();
+        let replaced = before
+            .as_ref()
+            .map(|before| (before.bundle.epoch(), before.bundle.content_id().clone()));
+        let kind = match floor.as_ref() {
+            None => ActivationKind::First,
+            Some(known) if known.content_id == raised.content_id => ActivationKind::Reinstalled,
+            Some(_) => ActivationKind::Forward,
+        };
+        // What decided without fault until now becomes the last known good. A bundle that itself
+        // only stands in is there already.
+        if let Some(before) = &before
+            && before.source == Source::Active
+            && before.bundle.content_id() != bundle.content_id()
+        {
+            self.write(LKG, &before.bundle.package().encode()?)?;
+        }
+        *floor = Some(raised.clone());
+        self.write(ACTIVE, &package)?;
+        let encoded = raised.encode().map_err(|error| ActivateError::Storage {
+            slot: FLOOR,
+            message: error.to_string(),
+        })?;
+        self.write(FLOOR, &encoded)?;
+        let activation = Activation {
+            kind,
+            name: bundle.manifest().name.clone(),
+            epoch: bundle.epoch(),
+            content_id: bundle.content_id().clone(),
+            replaced,
+        };
+        self.current
+            .store(Some(Arc::new(ActivePolicy::new(bundle, Source::Active))));
+        Ok(activation)
+    }
+
+    /// Writes a slot unless it already holds these bytes.
+    fn write(&self, slot: &'static str, bytes: &[u8]) -> Result<(), ActivateError> {
+        if self
+            .storage
+            .read(slot)
+            .is_ok_and(|held| held.as_deref() == Some(bytes))
+        {
+            return Ok(());
+        }
+        self.storage
+            .write(slot, bytes)
+            .map_err(|error| ActivateError::Storage {
+                slot,
+                message: error.to_string(),
+            })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Floor>> {
+        // Nothing panics while holding it; if something did, the floor in it is still the highest.
+        self.floor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// INV-16: a lower epoch never, the same epoch only with the same content.
+fn check_forward(known: &Floor, offered: &Floor) -> Result<(), BundleError> {
+    if offered.epoch < known.epoch {
+        return Err(BundleError::Epoch {
+            floor: known.epoch,
+            offered: offered.epoch,
+        });
+    }
+    if offered.epoch == known.epoch && offered.content_id != known.content_id {
+        return Err(BundleError::Conflict {
+            epoch: known.epoch,
+            known: known.content_id.clone(),
+            offered: offered.content_id.clone(),
+        });
+    }
+    Ok(())
+}
+
+enum SlotContent {
+    Empty,
+    Good(Box<VerifiedBundle>),
+    Bad,
+}
+
+fn read(
+    storage: &dyn SlotStorage,
+    known: Option<Floor>,
+    trust: &TrustFile,
+    context: &LoadContext,
+) -> Found {
+    let mut faults = Vec::new();
+    let mut floor_damaged = false;
+    let stored = match storage.read(FLOOR) {
+        Ok(None) => None,
+        Ok(Some(bytes)) => match Floor::decode(&bytes) {
+            Ok(floor) => Some(floor),
+            Err(message) => {
+                floor_damaged = true;
+                faults.push(SlotFault {
+                    slot: FLOOR,
+                    code: "FLOOR_DAMAGED",
+                    message,
+                });
+                None
+            }
+        },
+        Err(error) => {
+            floor_damaged = true;
+            let message = error.to_string();
+            faults.push(SlotFault {
+                slot: FLOOR,
+                code: "SLOT_UNREADABLE",
+                message,
+            });
+            None
+        }
+    };
+    // INV-16: what this process knows already is never lowered by what the disk says.
+    let mut floor = match (stored.clone(), known) {
+        (Some(stored), Some(known)) if stored.epoch < known.epoch => Some(known),
+        (stored, known) => stored.or(known),
+    };
+    let active = load(storage, ACTIVE, trust, context, &mut faults);
+    let lkg = load(storage, LKG, trust, context, &mut faults);
+    let empty = matches!((&active, &lkg), (SlotContent::Empty, SlotContent::Empty));
+    if floor.is_none() && !floor_damaged && !empty {
+        floor_damaged = true;
+        faults.push(SlotFault {
+            slot: FLOOR,
+            code: "SLOT_MISSING",
+            message: "the floor is gone although a slot is filled".to_owned(),
+        });
+    }
+    if floor.is_some() && matches!(active, SlotContent::Empty) {
+        faults.push(SlotFault {
+            slot: ACTIVE,
+            code: "SLOT_MISSING",
+            message: "the active bundle is gone: meet a peer or install it again".to_owned(),
+        });
+    }
+    let current = choose(active, lkg, &mut floor, floor_damaged, &mut faults);
+    if let Some(floor) = &floor
+        && stored.as_ref() != Some(floor)
+    {
+        // A crash between two writes of an activation, or a damaged floor: complete it.
+        let written = floor
+            .encode()
+            .map_err(|error| error.to_string())
+            .and_then(|bytes| {
+                storage
+                    .write(FLOOR, &bytes)
+                    .map_err(|error| error.to_string())
+            });
+        if let Err(message) = written {
+            faults.push(SlotFault {
+                slot: FLOOR,
+                code: "SLOT_WRITE",
+                message,
+            });
+        }
+    }
+    Found {
+        current,
+        floor,
+        faults,
+    }
+}
+
+fn load(
+    storage: &dyn SlotStorage,
+    slot: &'static str,
+    trust: &TrustFile,
+    context: &LoadContext,
+    faults: &mut Vec<SlotFault>,
+) -> SlotContent {
+    let bytes = match storage.read(slot) {
+        Ok(None) => return SlotContent::Empty,
+        Ok(Some(bytes)) => bytes,
+        Err(error) => {
+            let message = error.to_string();
+            faults.push(SlotFault {
+                slot,
+                code: "SLOT_UNREADABLE",
+                message,
+            });
+            return SlotContent::Bad;
+        }
+    };
+    let loaded =
+        Package::decode(&bytes).and_then(|package| VerifiedBundle::load(package, trust, context));
+    match loaded {
+        Ok(bundle) => SlotContent::Good(Box::new(bundle)),
+        Err(error) => {
+            faults.push(SlotFault {
+                slot,
+                code: error.code(),
+                message: error.to_string(),
+            });
+            SlotContent::Bad
+        }
+    }
+}
+
+/// Decides what serves, and raises the floor to what was found.
+fn choose(
+    active: SlotContent,
+    lkg: SlotContent,
+    floor: &mut Option<Floor>,
+    floor_damaged: bool,
+    faults: &mut Vec<SlotFault>,
+) -> Option<ActivePolicy> {
+    if let SlotContent::Good(bundle) = active {
+        let mut offered = Floor::of(&bundle);
+        let allowed = match floor.as_ref() {
+            Some(known) => {
+                offered.min_fallback_epoch =
+                    offered.min_fallback_epoch.max(known.min_fallback_epoch);
+                check_forward(known, &offered)
+            }
+            None => Ok(()),
+        };
+        match allowed {
+            Ok(()) => {
+                *floor = Some(offered);
+                return Some(ActivePolicy::new(*bundle, Source::Active));
+            }
+            // An older bundle lies in the slot than was active: a rollback, not a fallback.
+            Err(error) => faults.push(SlotFault {
+                slot: ACTIVE,
+                code: error.code(),
+                message: error.to_string(),
+            }),
+        }
+    }
+    let SlotContent::Good(bundle) = lkg else {
+        return None;
+    };
+    let offered = Floor::of(&bundle);
+    let known = match floor.as_ref() {
+        Some(known) if known.epoch >= offered.epoch => known.clone(),
+        _ => {
+            // The floor is behind its own last known good: it was damaged or put back.
+            *floor = Some(offered.clone());
+            offered.clone()
+        }
+    };
+    if floor_damaged {
+        // What the lost active bundle said about fallback is unknown, so nothing may stand in.
+        faults.push(SlotFault {
+            slot: LKG,
+            code: "LKG_BELOW_FALLBACK",
+            message: "the floor is damaged, so the last known good bundle may not stand in: \
+                      meet a peer or install the bundle again"
+                .to_owned(),
+        });
+        return None;
+    }
+    if offered.epoch < known.min_fallback_epoch {
+        faults.push(SlotFault {
+            slot: LKG,
+            code: "LKG_BELOW_FALLBACK",
+            message: format!(
+                "epoch {} may not stand in: the active bundle allows none below {}",
+                offered.epoch, known.min_fallback_epoch
+            ),
+        });
+        return None;
+    }
+    Some(ActivePolicy::new(*bundle, Source::LastKnownGood))
+}

@@ -1,0 +1,466 @@
+//! Slots: what is active, what stands in, what never comes back.
+#![cfg(test)]
+
+use std::sync::Arc;
+
+use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
+use tidelock_policy::{
+    ActivateError, ActivationKind, BundleBuilder, BundleError, LoadContext, Posture, SlotFault,
+    SlotStorage, Slots, Source, TrustFile, VerifiedBundle,
+};
+
+const CREATED: u64 = 1_769_860_800_000;
+const DAY: u64 = 24 * 3600 * 1000;
+const DOMAIN: &str = "site-1";
+
+struct Node {
+    authority: Authority,
+    trust: TrustFile,
+    context: LoadContext,
+    storage: Arc<MemorySlots>,
+}
+
+impl Node {
+    fn new() -> Self {
+        let authority = Authority::new(DOMAIN, 1).unwrap();
+        let trust = TrustFile::parse(&authority.trust_toml(1)).unwrap();
+        let context = LoadContext::new(DOMAIN, NODE_VERSION).unwrap();
+        Self {
+            authority,
+            trust,
+            context,
+            storage: MemorySlots::new(),
+        }
+    }
+
+    fn bundle(&self, epoch: u64) -> VerifiedBundle {
+        self.built(base(epoch))
+    }
+
+    fn built(&self, builder: BundleBuilder) -> VerifiedBundle {
+        self.authority.load(builder).unwrap()
+    }
+
+    fn open(&self) -> (Slots, Vec<SlotFault>) {
+        let storage = Arc::clone(&self.storage) as Arc<dyn SlotStorage>;
+        Slots::open(storage, &self.trust, &self.context)
+    }
+
+    /// Opens slots that must be without fault.
+    fn healthy(&self) -> Slots {
+        let (slots, faults) = self.open();
+        assert_eq!(faults, []);
+        slots
+    }
+
+    /// A node on which the given epochs have been active.
+    fn with(epochs: &[u64]) -> Self {
+        let node = Self::new();
+        let slots = node.healthy();
+        for epoch in epochs {
+            slots.activate(node.bundle(*epoch)).unwrap();
+        }
+        node
+    }
+}
+
+fn base(epoch: u64) -> BundleBuilder {
+    template_builder("base", DOMAIN, CREATED)
+        .unwrap()
+        .epoch(epoch)
+}
+
+/// The same epoch with other content.
+fn other(epoch: u64) -> BundleBuilder {
+    base(epoch).created_unix_ms(CREATED + 1)
+}
+
+fn serving(slots: &Slots) -> Option<(u64, Source)> {
+    slots
+        .current()
+        .map(|current| (current.bundle().epoch(), current.source()))
+}
+
+fn codes(faults: &[SlotFault]) -> Vec<(&'static str, &'static str)> {
+    faults
+        .iter()
+        .map(|fault| (fault.slot, fault.code))
+        .collect()
+}
+
+fn refusal(slots: &Slots, bundle: VerifiedBundle) -> &'static str {
+    slots.activate(bundle).unwrap_err().code()
+}
+
+#[test]
+fn a_new_node_has_no_policy_until_one_is_activated() {
+    let node = Node::new();
+    let slots = node.healthy();
+    assert_eq!(serving(&slots), None);
+    assert_eq!(slots.floor(), None);
+    assert_eq!(slots.wanted(), None);
+    let activation = slots.activate(node.bundle(4)).unwrap();
+    assert_eq!(activation.kind, ActivationKind::First);
+    assert_eq!((activation.epoch, activation.replaced), (4, None));
+    assert_eq!(serving(&slots), Some((4, Source::Active)));
+    assert_eq!(serving(&node.healthy()), Some((4, Source::Active)));
+    assert_eq!(node.storage.get("lkg"), None);
+}
+
+#[test]
+fn activation_keeps_the_one_before_as_last_known_good() {
+    let node = Node::with(&[1]);
+    let slots = node.healthy();
+    let first = node.storage.get("active").unwrap();
+    let activation = slots.activate(node.bundle(2)).unwrap();
+    assert_eq!(activation.kind, ActivationKind::Forward);
+    assert_eq!(activation.replaced.unwrap().0, 1);
+    assert_eq!(node.storage.get("lkg").unwrap(), first);
+    // The one that was current goes on for whoever still holds it.
+    assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
+}
+
+#[test]
+fn inv_16_epochs_only_move_forward_across_restarts() {
+    let node = Node::with(&[2]);
+    for slots in [node.healthy(), node.healthy()] {
+        assert_eq!(refusal(&slots, node.bundle(1)), "BUNDLE_EPOCH");
+        assert_eq!(refusal(&slots, node.built(other(2))), "BUNDLE_CONFLICT");
+        assert_eq!(serving(&slots), Some((2, Source::Active)));
+        // The positive control: the same content again, then a higher epoch.
+        assert_eq!(
+            slots.activate(node.bundle(2)).unwrap().kind,
+            ActivationKind::Reinstalled
+        );
+    }
+    node.healthy().activate(node.bundle(3)).unwrap();
+    assert_eq!(refusal(&node.healthy(), node.bundle(2)), "BUNDLE_EPOCH");
+    assert!(matches!(
+        node.healthy().activate(node.bundle(2)),
+        Err(ActivateError::Refused(BundleError::Epoch {
+            floor: 3,
+            offered: 2
+        }))
+    ));
+}
+
+/// Fallback is not rollback: while epoch 2 stands in for a damaged epoch 3, the floor is 3.
+#[test]
+fn inv_16_the_floor_holds_while_last_known_good_serves() {
+    let node = Node::with(&[2, 3]);
+    node.storage.damage("active");
+    let (slots, faults) = node.open();
+    assert_eq!(codes(&faults), [("active", "BUNDLE_SIGNATURE")]);
+    assert_eq!(serving(&slots), Some((2, Source::LastKnownGood)));
+    assert_eq!(slots.floor().unwrap().epoch, 3);
+    assert_eq!(refusal(&slots, node.bundle(2)), "BUNDLE_EPOCH");
+    assert_eq!(refusal(&slots, node.built(other(3))), "BUNDLE_CONFLICT");
+    // What is wanted is exactly the content that was active.
+    let wanted = slots.wanted().unwrap();
+    let restored = node.bundle(3);
+    assert_eq!(wanted.content_id, *restored.content_id());
+    let lkg = node.storage.get("lkg");
+    assert_eq!(
+        slots.activate(restored).unwrap().kind,
+        ActivationKind::Reinstalled
+    );
+    assert_eq!(serving(&slots), Some((3, Source::Active)));
+    assert_eq!(slots.wanted(), None);
+    assert_eq!(node.storage.get("lkg"), lkg);
+    assert_eq!(serving(&node.healthy()), Some((3, Source::Active)));
+}
+
+/// An older bundle put into the active slot behind the node's back is validly signed. It must not
+/// decide all the same.
+#[test]
+fn inv_16_an_older_bundle_in_the_active_slot_does_not_decide() {
+    let node = Node::with(&[1]);
+    let old = node.storage.get("active");
+    node.healthy().activate(node.bundle(2)).unwrap();
+    node.healthy().activate(node.bundle(3)).unwrap();
+    node.storage.set("active", old);
+    let (slots, faults) = node.open();
+    assert_eq!(codes(&faults), [("active", "BUNDLE_EPOCH")]);
+    assert_eq!(serving(&slots), Some((2, Source::LastKnownGood)));
+    assert_eq!(slots.floor().unwrap().epoch, 3);
+}
+
+#[test]
+fn inv_16_a_floor_put_back_is_raised_again() {
+    let node = Node::with(&[1]);
+    let old = node.storage.get("floor");
+    node.healthy().activate(node.bundle(2)).unwrap();
+    let newest = node.storage.get("floor");
+    node.storage.set("floor", old);
+    let slots = node.healthy();
+    assert_eq!(slots.floor().unwrap().epoch, 2);
+    assert_eq!(node.storage.get("floor"), newest, "completed on disk");
+    assert_eq!(refusal(&slots, node.bundle(1)), "BUNDLE_EPOCH");
+}
+
+#[test]
+fn both_damaged_means_no_policy() {
+    let node = Node::with(&[1, 2]);
+    node.storage.damage("active");
+    node.storage.damage("lkg");
+    let (slots, faults) = node.open();
+    assert_eq!(
+        codes(&faults),
+        [("active", "BUNDLE_SIGNATURE"), ("lkg", "BUNDLE_SIGNATURE")]
+    );
+    assert_eq!(serving(&slots), None);
+    assert_eq!(slots.wanted().unwrap().epoch, 2);
+    assert_eq!(refusal(&slots, node.bundle(1)), "BUNDLE_EPOCH");
+    slots.activate(node.bundle(2)).unwrap();
+    assert_eq!(serving(&slots), Some((2, Source::Active)));
+}
+
+#[test]
+fn a_missing_or_unreadable_active_slot_falls_back_too() {
+    let node = Node::with(&[1, 2]);
+    let active = node.storage.get("active");
+    node.storage.set("active", None);
+    let (slots, faults) = node.open();
+    assert_eq!(codes(&faults), [("active", "SLOT_MISSING")]);
+    assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+    node.storage.set("active", active);
+    node.storage.fail("active", true);
+    let (slots, faults) = node.open();
+    assert_eq!(codes(&faults), [("active", "SLOT_UNREADABLE")]);
+    assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+    node.storage.fail("active", false);
+    assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
+    // A cut file, an empty one, a foreign one.
+    let whole = node.storage.get("active").unwrap();
+    for damaged in [&whole[..whole.len() / 2], b"", b"hello"] {
+        node.storage.set("active", Some(damaged.to_vec()));
+        let (slots, faults) = node.open();
+        assert_eq!(codes(&faults), [("active", "BUNDLE_FORMAT")]);
+        assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+    }
+}
+
+#[test]
+fn last_known_good_respects_min_fallback_epoch() {
+    for (min, stands_in) in [(0, true), (4, true), (5, false), (6, false)] {
+        let node = Node::with(&[4]);
+        node.healthy()
+            .activate(node.built(base(6).min_fallback_epoch(min)))
+            .unwrap();
+        node.storage.damage("active");
+        let (slots, faults) = node.open();
+        let expected = stands_in.then_some((4, Source::LastKnownGood));
+        assert_eq!(serving(&slots), expected, "{min}");
+        if !stands_in {
+            assert_eq!(codes(&faults)[1], ("lkg", "LKG_BELOW_FALLBACK"));
+        }
+    }
+    // A later bundle may forbid more old epochs, never allow them again.
+    let node = Node::with(&[4]);
+    node.healthy()
+        .activate(node.built(base(6).min_fallback_epoch(6)))
+        .unwrap();
+    node.healthy()
+        .activate(node.built(base(7).min_fallback_epoch(0)))
+        .unwrap();
+    assert_eq!(node.healthy().floor().unwrap().min_fallback_epoch, 6);
+}
+
+#[test]
+fn a_damaged_floor_is_rebuilt_from_a_good_active_slot() {
+    let node = Node::with(&[1, 2]);
+    let good = node.storage.get("floor");
+    for damaged in [None, Some(b"{}".to_vec()), Some(b"".to_vec())] {
+        let missing = damaged.is_none();
+        node.storage.set("floor", damaged);
+        let (slots, faults) = node.open();
+        let code = if missing {
+            "SLOT_MISSING"
+        } else {
+            "FLOOR_DAMAGED"
+        };
+        assert_eq!(codes(&faults), [("floor", code)]);
+        assert_eq!(serving(&slots), Some((2, Source::Active)));
+        assert_eq!(node.storage.get("floor"), good);
+    }
+    // One flipped digit is noticed.
+    let text = String::from_utf8(good.clone().unwrap()).unwrap();
+    assert!(text.contains("\"epoch\": 2"), "{text}");
+    node.storage.set(
+        "floor",
+        Some(text.replace("\"epoch\": 2", "\"epoch\": 1").into_bytes()),
+    );
+    assert_eq!(codes(&node.open().1), [("floor", "FLOOR_DAMAGED")]);
+}
+
+/// Floor and active slot both lost: whether the last known good may stand in was written in what is
+/// lost, so it may not.
+#[test]
+fn without_floor_and_active_nothing_stands_in() {
+    let node = Node::with(&[1, 2]);
+    node.storage.damage("active");
+    node.storage.damage("floor");
+    let (slots, faults) = node.open();
+    assert_eq!(
+        codes(&faults),
+        [
+            ("floor", "FLOOR_DAMAGED"),
+            ("active", "BUNDLE_SIGNATURE"),
+            ("lkg", "LKG_BELOW_FALLBACK")
+        ]
+    );
+    assert_eq!(serving(&slots), None);
+    // At least what the last known good proves is kept.
+    assert_eq!(slots.floor().unwrap().epoch, 1);
+    slots.activate(node.bundle(2)).unwrap();
+    assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
+}
+
+#[test]
+fn a_failed_write_leaves_the_old_bundle_deciding() {
+    for slot in ["lkg", "active", "floor"] {
+        let node = Node::with(&[1]);
+        let slots = node.healthy();
+        node.storage.fail(slot, true);
+        let error = slots.activate(node.bundle(2)).unwrap_err();
+        assert_eq!(error.code(), "BUNDLE_STORAGE");
+        assert!(matches!(&error, ActivateError::Storage { slot: failed, .. } if *failed == slot));
+        assert_eq!(serving(&slots), Some((1, Source::Active)));
+        node.storage.fail(slot, false);
+        // INV-16: once epoch 2 may have reached the disk, no other epoch 2 may follow it.
+        if slot != "lkg" {
+            assert_eq!(refusal(&slots, node.built(other(2))), "BUNDLE_CONFLICT");
+        }
+        // Whatever the crash left on disk opens without fault, on one bundle or the other.
+        assert!(matches!(
+            serving(&node.healthy()),
+            Some((1 | 2, Source::Active))
+        ));
+        slots.activate(node.bundle(2)).unwrap();
+        assert_eq!(serving(&slots), Some((2, Source::Active)));
+        assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
+    }
+}
+
+/// A crash after any of the three writes of an activation: the next start has a bundle without
+/// fault, and never one below the floor.
+#[test]
+fn inv_16_a_crash_between_the_writes_is_completed() {
+    let node = Node::with(&[1, 2]);
+    let before = ["lkg", "active", "floor"].map(|slot| (slot, node.storage.get(slot)));
+    node.healthy().activate(node.bundle(3)).unwrap();
+    let after = ["lkg", "active", "floor"].map(|slot| (slot, node.storage.get(slot)));
+    for written in 0..=3 {
+        for (number, (old, new)) in before.iter().zip(&after).enumerate() {
+            let (slot, bytes) = if number < written { new } else { old };
+            node.storage.set(slot, bytes.clone());
+        }
+        let slots = node.healthy();
+        let epoch = if written < 2 { 2 } else { 3 };
+        assert_eq!(serving(&slots), Some((epoch, Source::Active)), "{written}");
+        assert_eq!(slots.floor().unwrap().epoch, epoch);
+        assert_eq!(refusal(&slots, node.bundle(epoch - 1)), "BUNDLE_EPOCH");
+    }
+}
+
+#[test]
+fn trust_that_is_withdrawn_stops_a_bundle_at_reload() {
+    let node = Node::with(&[1, 2]);
+    let slots = node.healthy();
+    assert_eq!(slots.reload(&node.trust, &node.context), []);
+    assert_eq!(serving(&slots), Some((2, Source::Active)));
+    let stranger = Authority::new(DOMAIN, 1).unwrap();
+    let trust = TrustFile::parse(&stranger.trust_toml(1)).unwrap();
+    let faults = slots.reload(&trust, &node.context);
+    assert_eq!(
+        codes(&faults),
+        [("active", "BUNDLE_SIGNATURE"), ("lkg", "BUNDLE_SIGNATURE")]
+    );
+    assert_eq!(serving(&slots), None);
+    assert_eq!(slots.floor().unwrap().epoch, 2);
+    assert_eq!(slots.reload(&node.trust, &node.context), []);
+    assert_eq!(serving(&slots), Some((2, Source::Active)));
+}
+
+#[test]
+fn posture_follows_age_class_and_source() {
+    let node = Node::with(&[1, 2]);
+    let current = node.healthy().current().unwrap();
+    let at = |days: u64| CREATED + days * DAY;
+    for (days, read, write) in [
+        (0, Posture::Normal, Posture::Normal),
+        (7, Posture::Stale, Posture::Stale),
+        (30, Posture::Restricted, Posture::Restricted),
+        (90, Posture::Restricted, Posture::Closed),
+        (180, Posture::Closed, Posture::Closed),
+    ] {
+        assert_eq!(current.posture("fs.read", at(days)), read, "{days}");
+        assert_eq!(current.posture("fs.write", at(days)), write, "{days}");
+        assert_eq!(current.overall_posture(at(days)), read.max(write));
+    }
+    assert!(!current.denied_when_restricted("fs.read"));
+    assert!(current.denied_when_restricted("fs.write"));
+    assert!(current.denied_when_restricted("no.such.action"));
+    // A clock behind the bundle's making: age zero.
+    assert_eq!(current.posture("fs.read", 0), Posture::Normal);
+
+    node.storage.damage("active");
+    let current = node.open().0.current().unwrap();
+    assert_eq!(current.source(), Source::LastKnownGood);
+    assert_eq!(current.posture("fs.read", at(0)), Posture::Restricted);
+    assert_eq!(current.overall_posture(at(0)), Posture::Restricted);
+    // Its own age limits hold as well.
+    assert_eq!(current.posture("fs.write", at(90)), Posture::Closed);
+}
+
+/// Ruling 15: neither activation nor restart makes a bundle younger.
+#[test]
+fn activation_does_not_reset_the_age() {
+    let node = Node::with(&[1]);
+    let old = node
+        .healthy()
+        .current()
+        .unwrap()
+        .posture("fs.read", CREATED + 8 * DAY);
+    assert_eq!(old, Posture::Stale);
+    let slots = node.healthy();
+    slots.activate(node.bundle(1)).unwrap();
+    assert_eq!(
+        slots
+            .current()
+            .unwrap()
+            .posture("fs.read", CREATED + 8 * DAY),
+        Posture::Stale
+    );
+}
+
+/// INV-06: the slots need storage, trust and node facts, nothing else. A node that never met anybody
+/// activates exactly what a node among peers activates.
+#[test]
+fn inv_06_activation_is_local() {
+    let node = Node::with(&[1]);
+    let alone = Node {
+        storage: MemorySlots::new(),
+        authority: node.authority,
+        ..Node::new()
+    };
+    let trust = TrustFile::parse(&alone.authority.trust_toml(1)).unwrap();
+    let storage = Arc::clone(&alone.storage) as Arc<dyn SlotStorage>;
+    let (slots, faults) = Slots::open(storage, &trust, &alone.context);
+    assert_eq!(faults, []);
+    let bundle = alone.bundle(1);
+    let id = bundle.content_id().clone();
+    assert_eq!(slots.activate(bundle).unwrap().content_id, id);
+    assert_eq!(slots.floor().unwrap().content_id, id);
+}
+
+#[test]
+fn a_newer_node_is_needed_again_after_a_downgrade() {
+    let node = Node::with(&[1]);
+    let newer = LoadContext::new(DOMAIN, "0.0.9").unwrap();
+    let storage = Arc::clone(&node.storage) as Arc<dyn SlotStorage>;
+    let (slots, faults) = Slots::open(storage, &node.trust, &newer);
+    assert_eq!(codes(&faults), [("active", "BUNDLE_NODE_VERSION")]);
+    assert_eq!(serving(&slots), None);
+    assert_eq!(serving(&node.healthy()), Some((1, Source::Active)));
+}
