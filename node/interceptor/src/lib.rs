@@ -1,1 +1,44 @@
-//! Action to decision to permit: the only maker of permits
+//! From the bytes of a request to a decision, a durable record and a permit.
+//!
+//! What this crate is: the one way to an allow. [`Interceptor::decide`] parses strictly into an
+//! [`Action`], charges the principal's quota, asks the active policy under the posture of the
+//! moment, redacts, records, and only when the record is durable makes a [`Permit`] (INV-14). Every
+//! early exit is a deny with a [`Reason`], and is recorded or counted.
+//!
+//! What it is not: it opens no socket, file or thread, authenticates nobody, and executes nothing.
+//! Time comes from a [`Clock`], records go to a [`Recorder`], policies come from a closure.
+//!
+//! Where to start: [`Interceptor`], then `action.rs` (what a request is), `record.rs` (what is
+//! recorded; the layout is in `docs/src/records.md`) and `redact.rs`.
+
+mod action;
+mod answer;
+mod caller;
+mod clock;
+mod interceptor;
+mod json;
+pub mod limits;
+mod normalise;
+mod pending;
+mod permit;
+mod reason;
+mod record;
+mod recorder;
+mod redact;
+mod stats;
+mod summary;
+pub mod testing;
+
+pub use action::{Action, InvalidCode, InvalidRequest};
+pub use answer::{Answer, BundleInfo, Done, Mode, Outcome, RecordPosition};
+pub use caller::{Caller, Principal};
+pub use clock::Clock;
+pub use interceptor::{
+    Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
+};
+pub use normalise::ResourceError;
+pub use permit::Permit;
+pub use reason::{Decision, Reason};
+pub use recorder::{AppendDone, Recorder};
+pub use redact::{redact, redact_text};
+pub use stats::Stats;

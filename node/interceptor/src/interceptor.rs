@@ -1,0 +1,683 @@
+//! The pipeline: parse, quota, posture, engine, redaction, record, permit.
+
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use serde_json::{Map, Value};
+use tidelock_policy::{ActivePolicy, Evaluation, PolicyRequest, Posture, Verdict};
+use tidelock_quota::{Rate, RateError, TokenBuckets};
+use tidelock_segments::{AppendError, NodeId, RecordClass};
+
+use crate::{
+    action::{Action, canonical_bytes},
+    answer::{Answer, BundleInfo, Done, Mode, Outcome},
+    caller::{Caller, Principal},
+    clock::{BucketClock, Clock},
+    limits::{
+        APPEND_TIMEOUT, DEFAULT_ACTIONS, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, MAX_PRINCIPALS,
+        MAX_RECORD_BYTES, SUMMARY_WINDOW,
+    },
+    pending::{Completed, Draft, Queue, Slot},
+    reason::{Decision, Reason},
+    record::{self, Findings, Judgement, Request},
+    recorder::{AppendDone, Recorder},
+    stats::{Counters, Stats, add},
+    summary::{Summary, Window},
+};
+
+/// Gives the policy that decides now, or none. Read once a request.
+pub type PolicySource = Arc<dyn Fn() -> Option<Arc<ActivePolicy>> + Send + Sync>;
+
+/// Everything about the interceptor that a site may set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterceptorConfig {
+    /// This node, as records name it.
+    pub node_id: NodeId,
+    /// Actions of one principal.
+    pub actions: Rate,
+    /// Record bytes of one principal's denials before they are summarised.
+    pub denial_bytes: Rate,
+    /// CPU time of the policy engine for one decision.
+    pub engine_budget: Duration,
+    /// How long a request waits for its record.
+    pub append_timeout: Duration,
+    /// Length of a summary window.
+    pub summary_window: Duration,
+}
+
+impl InterceptorConfig {
+    /// The defaults of `limits.rs` for this node.
+    #[must_use]
+    pub fn new(node_id: NodeId) -> Self {
+        Self {
+            node_id,
+            actions: DEFAULT_ACTIONS,
+            denial_bytes: DEFAULT_DENIAL_BYTES,
+            engine_budget: ENGINE_BUDGET,
+            append_timeout: APPEND_TIMEOUT,
+            summary_window: SUMMARY_WINDOW,
+        }
+    }
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum InterceptorConfigError {
+    /// The rate of actions.
+    #[error("actions per principal: {0}")]
+    Actions(RateError),
+    /// The rate of record bytes.
+    #[error("denial bytes per principal: {0}")]
+    DenialBytes(RateError),
+    /// A budget of denial bytes that the biggest record does not fit.
+    #[error("denial bytes burst {burst} is below one record of {MAX_RECORD_BYTES} bytes")]
+    DenialBurst {
+        /// What was asked for.
+        burst: u32,
+    },
+    /// A duration of nothing.
+    #[error("{what} is 0: nothing could ever be allowed")]
+    ZeroDuration {
+        /// Which one.
+        what: &'static str,
+    },
+}
+
+/// Whose denials are counted: the caller's own type and id.
+type DenialKey = (String, String);
+/// Whose actions are counted: the caller, and on whose behalf it acts.
+type ActionKey = (DenialKey, Principal);
+
+/// Decides, records, and is the only maker of permits. Cheap to clone; clones are the same one.
+#[derive(Clone)]
+pub struct Interceptor {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: InterceptorConfig,
+    clock: Arc<dyn Clock>,
+    policy: PolicySource,
+    recorder: Arc<dyn Recorder>,
+    actions: TokenBuckets<ActionKey, BucketClock>,
+    denial_bytes: TokenBuckets<DenialKey, BucketClock>,
+    floor: AtomicU8,
+    queue: Mutex<Queue>,
+    summary: Mutex<Summary>,
+    counters: Counters,
+}
+
+impl fmt::Debug for Interceptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Interceptor")
+            .field("config", &self.inner.config)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Interceptor {
+    /// An interceptor over these parts.
+    ///
+    /// # Errors
+    /// A configuration that makes no sense.
+    pub fn new(
+        config: InterceptorConfig,
+        clock: Arc<dyn Clock>,
+        policy: PolicySource,
+        recorder: Arc<dyn Recorder>,
+    ) -> Result<Self, InterceptorConfigError> {
+        for (what, duration) in [
+            ("engine budget", config.engine_budget),
+            ("append timeout", config.append_timeout),
+            ("summary window", config.summary_window),
+        ] {
+            if duration.is_zero() {
+                return Err(InterceptorConfigError::ZeroDuration { what });
+            }
+        }
+        if (config.denial_bytes.burst as usize) < MAX_RECORD_BYTES {
+            let burst = config.denial_bytes.burst;
+            return Err(InterceptorConfigError::DenialBurst { burst });
+        }
+        let bucket_clock = BucketClock(Arc::clone(&clock));
+        let actions = TokenBuckets::new(config.actions, MAX_PRINCIPALS, bucket_clock.clone())
+            .map_err(InterceptorConfigError::Actions)?;
+        let denial_bytes = TokenBuckets::new(config.denial_bytes, MAX_PRINCIPALS, bucket_clock)
+            .map_err(InterceptorConfigError::DenialBytes)?;
+        let summary = Mutex::new(Summary::new(clock.unix_ms()));
+        Ok(Self {
+            inner: Arc::new(Inner {
+                config,
+                clock,
+                policy,
+                recorder,
+                actions,
+                denial_bytes,
+                floor: AtomicU8::new(0),
+                queue: Mutex::new(Queue::default()),
+                summary,
+                counters: Counters::default(),
+            }),
+        })
+    }
+
+    /// Decides one request of an authenticated caller.
+    ///
+    /// `done` is called exactly once, on this thread or on the recorder's: with an allow only after
+    /// its record is durable. The wait for the record is bounded as long as [`Interceptor::tick`]
+    /// is called; it can be ended earlier through the returned [`Pending`].
+    pub fn decide(&self, bytes: &[u8], caller: &Caller, mode: Mode, done: Done) -> Pending {
+        let slot = Inner::start(&self.inner, bytes, caller, mode, done);
+        Pending {
+            inner: Arc::clone(&self.inner),
+            slot,
+        }
+    }
+
+    /// Decides one request and waits for the outcome, at most the append timeout for its record.
+    pub fn decide_wait(&self, bytes: &[u8], caller: &Caller, mode: Mode) -> Outcome {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let pending = self.decide(
+            bytes,
+            caller,
+            mode,
+            // The receiver lives until the outcome is there.
+            Box::new(move |outcome| drop(sender.send(outcome))),
+        );
+        let outcome = receiver
+            .recv_timeout(self.inner.config.append_timeout)
+            .or_else(|_| {
+                pending.give_up();
+                receiver.recv()
+            });
+        outcome.unwrap_or_else(|_| {
+            let inner = &self.inner;
+            let reason = Reason::AuditUnavailable;
+            Outcome {
+                answer: inner.blank_answer(reason, Posture::Closed),
+                permit: None,
+            }
+        })
+    }
+
+    /// Ends waits that took too long and writes summary windows that are due. To be called a few
+    /// times within the append timeout, for instance every 50 ms; without it nothing is allowed
+    /// that should not be, but callers of a stalled recorder wait with it.
+    pub fn tick(&self) {
+        let now = self.inner.clock.now();
+        loop {
+            // The guard must be gone when the caller is told.
+            let overdue = self.inner.queue().pop_overdue(now);
+            let Some(slot) = overdue else { break };
+            Inner::finish(&self.inner, slot.give_up());
+        }
+        Inner::flush(&self.inner, self.inner.config.summary_window);
+    }
+
+    /// Writes the open summary window now, for a shutdown.
+    pub fn flush_summary(&self) {
+        Inner::flush(&self.inner, Duration::ZERO);
+    }
+
+    /// Makes the posture at least this for every action, whatever the bundle's age: for a suspect
+    /// clock, or a disk that is nearly full. [`Posture::Normal`] lifts it again.
+    pub fn set_posture_floor(&self, floor: Posture) {
+        self.inner
+            .floor
+            .store(posture_rank(floor), Ordering::Release);
+    }
+
+    /// The posture that [`Interceptor::set_posture_floor`] set.
+    #[must_use]
+    pub fn posture_floor(&self) -> Posture {
+        self.inner.floor()
+    }
+
+    /// The node's posture: the worst of all action classes, and `closed` without a policy.
+    #[must_use]
+    pub fn posture(&self) -> Posture {
+        self.inner.overall_posture((self.inner.policy)().as_deref())
+    }
+
+    /// Records something that happened to the node. `kind` is the record's type, in snake case.
+    pub fn record_event(&self, kind: &str, detail: &Value) {
+        let inner = Arc::clone(&self.inner);
+        self.record_event_then(
+            kind,
+            detail,
+            Box::new(move |result| {
+                if result.is_err() {
+                    add(&inner.counters.records_lost, 1);
+                }
+            }),
+        );
+    }
+
+    /// Records an event and tells when it is durable, for what must not happen unrecorded.
+    pub fn record_event_then(&self, kind: &str, detail: &Value, done: AppendDone) {
+        let inner = &self.inner;
+        let record = record::event(inner.node(), inner.clock.unix_ms(), kind, detail);
+        inner.submit(RecordClass::State, &record, done);
+    }
+
+    /// The counters.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let pending = self.inner.queue().waiting();
+        self.inner
+            .counters
+            .read(u64::try_from(pending).unwrap_or(u64::MAX))
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &InterceptorConfig {
+        &self.inner.config
+    }
+}
+
+/// A request under way. Dropping it changes nothing: the wait ends by itself.
+pub struct Pending {
+    inner: Arc<Inner>,
+    slot: Option<Arc<Slot>>,
+}
+
+impl Pending {
+    /// Ends the wait now: the request is answered `AUDIT_UNAVAILABLE` unless it was answered
+    /// before, and no permit will be made from its record.
+    pub fn give_up(&self) {
+        if let Some(slot) = &self.slot {
+            Inner::finish(&self.inner, slot.give_up());
+        }
+    }
+}
+
+impl fmt::Debug for Pending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pending").finish_non_exhaustive()
+    }
+}
+
+fn posture_rank(posture: Posture) -> u8 {
+    match posture {
+        Posture::Normal => 0,
+        Posture::Stale => 1,
+        Posture::Restricted => 2,
+        Posture::Closed => 3,
+    }
+}
+
+impl Inner {
+    fn node(&self) -> &str {
+        self.config.node_id.as_str()
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        // Neither lock is held while foreign code runs, so a poisoned one is whole.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn summary(&self) -> MutexGuard<'_, Summary> {
+        self.summary.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn floor(&self) -> Posture {
+        match self.floor.load(Ordering::Acquire) {
+            0 => Posture::Normal,
+            1 => Posture::Stale,
+            2 => Posture::Restricted,
+            _ => Posture::Closed,
+        }
+    }
+
+    fn overall_posture(&self, policy: Option<&ActivePolicy>) -> Posture {
+        match policy {
+            Some(policy) => policy
+                .overall_posture(self.clock.unix_ms())
+                .max(self.floor()),
+            None => Posture::Closed,
+        }
+    }
+
+    /// Everything up to the record. Returns the slot that waits for it, if one does.
+    fn start(
+        inner: &Arc<Self>,
+        bytes: &[u8],
+        caller: &Caller,
+        mode: Mode,
+        done: Done,
+    ) -> Option<Arc<Slot>> {
+        add(&inner.counters.explains, u64::from(mode == Mode::Explain));
+        let judgement = inner.judge(bytes, caller);
+        let unix_ms = inner.clock.unix_ms();
+        let mut answer = inner.blank_answer(judgement.findings.reason, judgement.findings.posture);
+        answer.bundle = judgement.bundle.as_ref().map(|(bundle, _)| bundle.clone());
+        answer.retry_after_ms = judgement.findings.retry_after_ms;
+        let rendered = match record::decision(&judgement, caller, mode, inner.node(), unix_ms) {
+            Ok(rendered) => rendered,
+            // Without a record there is no allow, and no other answer than this.
+            Err(_) => {
+                let answer = answer.unrecorded(Reason::AuditUnavailable);
+                Self::answer(
+                    inner,
+                    done,
+                    Outcome {
+                        answer,
+                        permit: None,
+                    },
+                );
+                return None;
+            }
+        };
+        add(&inner.counters.redactions, rendered.redactions);
+        answer.policies = rendered.policies;
+        answer.action_hash = rendered.action_hash;
+        answer.request_id = rendered.request_id;
+        if mode == Mode::Explain {
+            answer.errors = rendered.errors;
+        }
+        let action = match judgement.request {
+            Request::Action(action) => Some(action),
+            Request::Invalid { error, .. } => {
+                answer.message = format!("{}: {}", error.code(), error.message());
+                None
+            }
+        };
+
+        let effective = mode == Mode::Decide && answer.decision == Decision::Allow;
+        if !effective && !inner.may_record_denial(caller, rendered.bytes.len()) {
+            answer.window = Some(inner.summarise(caller, mode, answer.reason));
+            Self::answer(
+                inner,
+                done,
+                Outcome {
+                    answer,
+                    permit: None,
+                },
+            );
+            return None;
+        }
+
+        let class = if effective {
+            RecordClass::Decision
+        } else {
+            RecordClass::Denial
+        };
+        let slot = Slot::new(Draft {
+            answer,
+            action,
+            mode,
+            done,
+        });
+        let deadline = inner
+            .clock
+            .now()
+            .saturating_add(inner.config.append_timeout);
+        if !inner.queue().push(deadline, Arc::clone(&slot)) {
+            Self::finish(inner, slot.give_up());
+            return None;
+        }
+        let shared = (Arc::clone(inner), Arc::clone(&slot));
+        inner.recorder.submit(
+            class,
+            rendered.bytes,
+            Box::new(move |result| {
+                let (inner, slot) = shared;
+                Self::finish(&inner, slot.complete(result));
+            }),
+        );
+        Some(slot)
+    }
+
+    /// Parse, quota, posture, engine, in this order.
+    fn judge(&self, bytes: &[u8], caller: &Caller) -> Judgement {
+        let policy = (self.policy)();
+        let policy = policy.as_deref();
+        let (findings, request) = match Action::parse(bytes, caller) {
+            Ok(action) => {
+                let findings = self.judge_action(&action, caller, policy);
+                (findings, Request::Action(Box::new(action)))
+            }
+            Err(error) => {
+                let posture = self.overall_posture(policy);
+                let findings = Findings::new(Reason::InvalidRequest, posture);
+                (
+                    findings,
+                    Request::Invalid {
+                        error,
+                        body_bytes: bytes.len(),
+                    },
+                )
+            }
+        };
+        Judgement {
+            findings,
+            bundle: policy.map(bundle_info),
+            request,
+        }
+    }
+
+    fn judge_action(
+        &self,
+        action: &Action,
+        caller: &Caller,
+        policy: Option<&ActivePolicy>,
+    ) -> Findings {
+        let posture = match policy {
+            Some(policy) => policy
+                .posture(action.name(), self.clock.unix_ms())
+                .max(self.floor()),
+            None => Posture::Closed,
+        };
+        let key = (denial_key(caller), action.principal().clone());
+        if let Err(refused) = self.actions.check(&key, 1) {
+            let retry_after_ms = refused.retry_after().map(whole_ms);
+            let findings = Findings::new(Reason::RateLimitExceeded, posture);
+            return Findings {
+                retry_after_ms,
+                ..findings
+            };
+        }
+        let Some(policy) = policy else {
+            return Findings::new(Reason::NoPolicy, posture);
+        };
+        // Posture gates every request, before anything that could be cached (ruling 16).
+        match posture {
+            Posture::Closed => return Findings::new(Reason::PostureClosed, posture),
+            Posture::Restricted if policy.denied_when_restricted(action.name()) => {
+                return Findings::new(Reason::PostureRestricted, posture);
+            }
+            Posture::Normal | Posture::Stale | Posture::Restricted => {}
+        }
+        self.evaluate(action, policy, posture)
+    }
+
+    fn evaluate(&self, action: &Action, policy: &ActivePolicy, posture: Posture) -> Findings {
+        let request = policy_request(action);
+        let started = self.clock.thread_cpu();
+        let evaluated = catch_unwind(AssertUnwindSafe(|| policy.engine().evaluate(&request)));
+        let took = self.clock.thread_cpu().saturating_sub(started);
+        add(
+            &self.counters.engine_us,
+            u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+        );
+        add(&self.counters.evaluations, 1);
+        let Ok(Evaluation {
+            verdict,
+            policies,
+            errors,
+        }) = evaluated
+        else {
+            add(&self.counters.panics, 1);
+            tracing::error!(
+                action = action.name(),
+                "policy engine panicked, action denied"
+            );
+            let findings = Findings::new(Reason::EvaluationError, posture);
+            return Findings {
+                errors: vec!["policy engine panicked".to_owned()],
+                ..findings
+            };
+        };
+        let reason = match verdict {
+            _ if took > self.config.engine_budget => Reason::Deadline,
+            // An error beside any verdict may be a forbid that was skipped.
+            _ if !errors.is_empty() => Reason::EvaluationError,
+            Verdict::Permit => Reason::PolicyAllow,
+            Verdict::Forbid => Reason::PolicyDeny,
+            Verdict::NoMatch => Reason::NoMatch,
+            Verdict::Error => Reason::EvaluationError,
+        };
+        Findings {
+            policies,
+            errors,
+            ..Findings::new(reason, posture)
+        }
+    }
+
+    fn blank_answer(&self, reason: Reason, posture: Posture) -> Answer {
+        Answer {
+            decision: reason.decision(),
+            reason,
+            message: reason.message().to_owned(),
+            policies: Vec::new(),
+            errors: Vec::new(),
+            bundle: None,
+            posture,
+            record: None,
+            window: None,
+            action_hash: None,
+            request_id: None,
+            retry_after_ms: None,
+        }
+    }
+
+    /// Whether this denial gets a record of its own (ruling 20).
+    fn may_record_denial(&self, caller: &Caller, record_bytes: usize) -> bool {
+        let cost = u32::try_from(record_bytes).unwrap_or(u32::MAX);
+        self.denial_bytes.check(&denial_key(caller), cost).is_ok()
+    }
+
+    fn summarise(&self, caller: &Caller, mode: Mode, reason: Reason) -> String {
+        add(&self.counters.summarised, 1);
+        let what = match mode {
+            Mode::Decide => reason.as_str(),
+            Mode::Explain => "EXPLAIN",
+        };
+        let (kind, id) = denial_key(caller);
+        let shown = (
+            crate::redact::message(&kind, crate::limits::MAX_TYPE_BYTES),
+            crate::redact::message(&id, crate::limits::MAX_PRINCIPAL_ID_BYTES),
+        );
+        self.summary()
+            .count(shown, what, self.clock.now(), self.clock.unix_ms())
+    }
+
+    /// Tells the caller, or the log, what a wait came to.
+    fn finish(inner: &Arc<Self>, completed: Completed) {
+        match completed {
+            Completed::Answered(done, outcome) => {
+                Self::answer(inner, done, outcome);
+            }
+            Completed::NotReleased(position) => {
+                add(&inner.counters.not_released, 1);
+                let record = record::not_released(inner.node(), inner.clock.unix_ms(), position);
+                let shared = Arc::clone(inner);
+                let lost = move |result: Result<_, AppendError>| {
+                    if result.is_err() {
+                        add(&shared.counters.records_lost, 1);
+                        tracing::error!(index = position.index, "not_released was not recorded");
+                    }
+                };
+                inner.submit(RecordClass::State, &record, Box::new(lost));
+            }
+            Completed::Nothing => {}
+        }
+    }
+
+    fn answer(inner: &Arc<Self>, done: Done, outcome: Outcome) {
+        let reason = outcome.answer.reason;
+        inner.counters.answered(reason);
+        add(&inner.counters.permits, u64::from(outcome.permit.is_some()));
+        if matches!(reason, Reason::AuditUnavailable | Reason::AuditCapacity) {
+            let (now, unix_ms) = (inner.clock.now(), inner.clock.unix_ms());
+            inner
+                .summary()
+                .count_unrecorded(reason.as_str(), now, unix_ms);
+        }
+        done(outcome);
+    }
+
+    /// Writes the open window if it has been open that long.
+    fn flush(inner: &Arc<Self>, length: Duration) {
+        let due = {
+            let mut summary = inner.summary();
+            summary.take_due(inner.clock.now(), length).map(|window| {
+                let fields = summary.fields(&window);
+                (window, fields)
+            })
+        };
+        let Some((window, fields)) = due else { return };
+        let record = record::summary(inner.node(), inner.clock.unix_ms(), fields);
+        let shared: (Arc<Self>, Window) = (Arc::clone(inner), window);
+        inner.submit(
+            RecordClass::Denial,
+            &record,
+            Box::new(move |result| {
+                let (inner, window) = shared;
+                if result.is_err() {
+                    let now = inner.clock.now();
+                    inner.summary().put_back(window, now);
+                }
+            }),
+        );
+    }
+
+    fn submit(&self, class: RecordClass, record: &Map<String, Value>, done: AppendDone) {
+        match canonical_bytes(record) {
+            Ok(bytes) => self.recorder.submit(class, bytes, done),
+            Err(error) => done(Err(AppendError::Unavailable(error.to_string()))),
+        }
+    }
+}
+
+fn denial_key(caller: &Caller) -> DenialKey {
+    (caller.principal_type.clone(), caller.principal_id.clone())
+}
+
+fn whole_ms(duration: Duration) -> u64 {
+    // Rounded up: who comes back after it must not be a moment early.
+    u64::try_from(duration.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}
+
+fn bundle_info(policy: &ActivePolicy) -> (BundleInfo, tidelock_policy::Source) {
+    let bundle = policy.bundle();
+    let manifest = bundle.manifest();
+    let info = BundleInfo {
+        name: manifest.name.clone(),
+        epoch: manifest.epoch,
+        hash: bundle.content_id().as_str().to_owned(),
+    };
+    (info, policy.source())
+}
+
+fn policy_request(action: &Action) -> PolicyRequest {
+    PolicyRequest {
+        principal_type: action.principal().kind().to_owned(),
+        principal_id: action.principal().id().to_owned(),
+        action: action.name().to_owned(),
+        resource_type: action.resource_type().to_owned(),
+        resource_id: action.resource_id().to_owned(),
+        resource_attributes: action.resource_attributes().clone(),
+        params: action.params().clone(),
+        context: action.context().clone(),
+    }
+}

@@ -1,0 +1,106 @@
+//! Every bound of this crate in one place.
+//!
+//! Worst case of one request in flight: its body (64 KiB), the parsed value (at most 33 nodes a
+//! byte pair, bounded by the body), its canonical form and its record: about 1 MiB for a hostile
+//! body, a few KiB for a usual one. How many are in flight is the gateway's limit.
+
+use std::time::Duration;
+
+use tidelock_quota::Rate;
+
+/// Bytes of one request body.
+pub const MAX_BODY_BYTES: usize = 64 * 1024;
+
+/// Nesting depth of a request; the outermost object counts as one.
+pub const MAX_DEPTH: usize = 32;
+
+/// Integers beyond this are refused: not every JSON reader keeps them exactly (RFC 7493).
+pub const MAX_SAFE_INTEGER: u64 = (1 << 53) - 1;
+
+/// Bytes of an action name such as `fs.read`.
+pub const MAX_ACTION_NAME_BYTES: usize = 128;
+
+/// Bytes of a principal or resource type.
+pub const MAX_TYPE_BYTES: usize = 64;
+
+/// Bytes of a principal id.
+pub const MAX_PRINCIPAL_ID_BYTES: usize = 256;
+
+/// Bytes of a resource id, before and after normalisation.
+pub const MAX_RESOURCE_ID_BYTES: usize = 4096;
+
+/// Bytes of one segment of a file path.
+pub const MAX_PATH_SEGMENT_BYTES: usize = 255;
+
+/// Bytes of a host name.
+pub const MAX_HOST_BYTES: usize = 253;
+
+/// Bytes of the caller's own request id.
+pub const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// Bytes of one message that quotes input (a key, an engine's error).
+pub const MAX_MESSAGE_BYTES: usize = 256;
+
+/// Matched policy ids and engine errors that one record or answer lists; the rest is counted.
+pub const MAX_LISTED: usize = 32;
+
+/// Bytes of one policy id in a record or answer.
+pub const MAX_POLICY_ID_BYTES: usize = 128;
+
+/// Bytes of one canonical record (ruling 22).
+pub const MAX_RECORD_BYTES: usize = 65_535;
+
+/// Canonical bytes of params, and of context, that a record carries in full; beyond it the record
+/// carries their hash only.
+pub const MAX_INLINE_BYTES: usize = 8 * 1024;
+
+/// Bytes of an event's detail; a bigger one is replaced by a note of its size.
+pub const MAX_EVENT_BYTES: usize = 48 * 1024;
+
+/// Principals whose quotas are tracked; about 500 bytes each, 4 MiB in all.
+pub const MAX_PRINCIPALS: usize = 8_192;
+
+/// Decisions whose record is not durable yet; beyond it a request is answered `AUDIT_UNAVAILABLE`.
+/// Each holds its action: a few KiB usually, about 200 KiB for a hostile one.
+pub const MAX_PENDING: usize = 16_384;
+
+/// Principals that one summary window tells apart; what comes beyond is counted under `other`.
+/// A summary line is at most about 700 bytes, so a window's record stays below the record limit.
+pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
+
+/// CPU time that the policy engine may take for one decision.
+pub const ENGINE_BUDGET: Duration = Duration::from_millis(5);
+
+/// Time that a caller waits for its record to become durable.
+pub const APPEND_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// Length of a window of summarised denials.
+pub const SUMMARY_WINDOW: Duration = Duration::from_secs(10);
+
+/// Actions a second for one principal, unless the configuration says otherwise.
+pub const DEFAULT_ACTIONS: Rate = Rate {
+    per_second: 2_000,
+    burst: 4_000,
+};
+
+/// Record bytes a second that one principal's denials may write one by one (ruling 20).
+pub const DEFAULT_DENIAL_BYTES: Rate = Rate {
+    per_second: 4 * 1024,
+    burst: 512 * 1024,
+};
+
+// A record must hold what is carried in full, the resource and the lists (JSON may double a text by
+// escaping it), and room for the fixed part.
+const _: () = assert!(
+    2 * MAX_INLINE_BYTES
+        + 2 * MAX_RESOURCE_ID_BYTES
+        + 2 * MAX_LISTED * (MAX_POLICY_ID_BYTES + MAX_MESSAGE_BYTES)
+        + 4096
+        < MAX_RECORD_BYTES
+);
+const _: () = assert!(MAX_EVENT_BYTES + 4096 < MAX_RECORD_BYTES);
+const _: () = assert!(MAX_SUMMARY_PRINCIPALS * 1024 + 4096 < MAX_RECORD_BYTES);
+const _: () = assert!(MAX_INLINE_BYTES <= MAX_BODY_BYTES);
+// A single denial must be able to pass a full budget.
+const _: () = assert!(DEFAULT_DENIAL_BYTES.burst as usize > MAX_RECORD_BYTES);
+const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

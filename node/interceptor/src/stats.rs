@@ -1,0 +1,82 @@
+//! Counters for status and metrics. They never influence a decision.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+
+use crate::reason::Reason;
+
+/// A reading of the counters since the interceptor was made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Stats {
+    /// Answers by reason code, in the order of [`Reason::ALL`], both modes.
+    pub answers: Vec<(Reason, u64)>,
+    /// Permits made.
+    pub permits: u64,
+    /// Answers in mode explain.
+    pub explains: u64,
+    /// Denials that were counted in a summary window instead of recorded one by one.
+    pub summarised: u64,
+    /// Secrets cut out of records.
+    pub redactions: u64,
+    /// Records that became durable after their caller had been given up.
+    pub not_released: u64,
+    /// Lifecycle, outcome and summary records that could not be written.
+    pub records_lost: u64,
+    /// Engine panics caught.
+    pub panics: u64,
+    /// Requests whose record is not durable yet.
+    pub pending: u64,
+    /// CPU microseconds spent in policy engines.
+    pub engine_us: u64,
+    /// Evaluations that took them.
+    pub evaluations: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    answers: [AtomicU64; Reason::ALL.len()],
+    pub(crate) permits: AtomicU64,
+    pub(crate) explains: AtomicU64,
+    pub(crate) summarised: AtomicU64,
+    pub(crate) redactions: AtomicU64,
+    pub(crate) not_released: AtomicU64,
+    pub(crate) records_lost: AtomicU64,
+    pub(crate) panics: AtomicU64,
+    pub(crate) engine_us: AtomicU64,
+    pub(crate) evaluations: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn answered(&self, reason: Reason) {
+        for (counter, known) in self.answers.iter().zip(Reason::ALL) {
+            if known == reason {
+                add(counter, 1);
+            }
+        }
+    }
+
+    pub(crate) fn read(&self, pending: u64) -> Stats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats {
+            answers: Reason::ALL
+                .into_iter()
+                .zip(self.answers.iter().map(get))
+                .collect(),
+            permits: get(&self.permits),
+            explains: get(&self.explains),
+            summarised: get(&self.summarised),
+            redactions: get(&self.redactions),
+            not_released: get(&self.not_released),
+            records_lost: get(&self.records_lost),
+            panics: get(&self.panics),
+            pending,
+            engine_us: get(&self.engine_us),
+            evaluations: get(&self.evaluations),
+        }
+    }
+}
+
+pub(crate) fn add(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}

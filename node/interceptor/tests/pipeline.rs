@@ -1,0 +1,943 @@
+//! The pipeline from bytes to a durable record and a permit, with a scripted engine, a clock that
+//! stands still and a recorder that fails and waits on demand.
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests, outside of test functions"
+)]
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tidelock_interceptor::{
+    Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
+    Outcome, Pending, Reason,
+    limits::{MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
+    testing::{MemoryRecorder, TestClock},
+};
+use tidelock_policy::{
+    ActivePolicy, Evaluation, PolicyRequest, Posture, Source, Verdict,
+    testing::{ScriptedEngine, active_policy},
+};
+use tidelock_quota::Rate;
+use tidelock_segments::{AppendError, NodeId, RecordClass, Sha256Hash};
+
+const BOOT_UNIX_MS: u64 = 1_700_000_000_000;
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const MS: Duration = Duration::from_millis(1);
+
+struct Site {
+    interceptor: Interceptor,
+    recorder: Arc<MemoryRecorder>,
+    clock: Arc<TestClock>,
+    policy: Arc<Mutex<Option<Arc<ActivePolicy>>>>,
+    evaluations: Arc<AtomicUsize>,
+}
+
+fn evaluation(verdict: Verdict, policies: &[&str], errors: &[&str]) -> Evaluation {
+    let owned = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+    Evaluation {
+        verdict,
+        policies: owned(policies),
+        errors: owned(errors),
+    }
+}
+
+/// What the engine says depends on the action's name.
+fn script(request: &PolicyRequest, clock: &TestClock) -> Evaluation {
+    match request.action.as_str() {
+        "fs.read" | "fs.write" => evaluation(Verdict::Permit, &["permit-it"], &[]),
+        "forbidden" => evaluation(Verdict::Forbid, &["forbid-it"], &[]),
+        "errors" => evaluation(Verdict::Error, &[], &["type error, password=hunter2"]),
+        // An engine that skipped a forbid and says permit all the same.
+        "permits.with.error" => evaluation(Verdict::Permit, &["permit-it"], &["skipped"]),
+        "panics" => panic!("scripted"),
+        "slow" => {
+            clock.advance(Duration::from_millis(6));
+            evaluation(Verdict::Permit, &["permit-it"], &[])
+        }
+        "just.in.time" => {
+            clock.advance(Duration::from_millis(5));
+            evaluation(Verdict::Permit, &["permit-it"], &[])
+        }
+        "many" => Evaluation {
+            verdict: Verdict::Forbid,
+            policies: (0..5_000).map(|n| format!("policy-{n:0>200}")).collect(),
+            errors: Vec::new(),
+        },
+        _ => evaluation(Verdict::NoMatch, &[], &[]),
+    }
+}
+
+impl Site {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut InterceptorConfig)) -> Self {
+        let clock = TestClock::new(BOOT_UNIX_MS);
+        let recorder = MemoryRecorder::new();
+        let evaluations = Arc::new(AtomicUsize::new(0));
+        let engine = {
+            let (clock, evaluations) = (clock.clone(), evaluations.clone());
+            Arc::new(ScriptedEngine::new(move |request| {
+                evaluations.fetch_add(1, Ordering::SeqCst);
+                script(request, &clock)
+            }))
+        };
+        let active = active_policy(Some(engine), Source::Active, BOOT_UNIX_MS).unwrap();
+        let policy = Arc::new(Mutex::new(Some(Arc::new(active))));
+        let mut config = InterceptorConfig::new(NodeId::new("node-a").unwrap());
+        change(&mut config);
+        let source = policy.clone();
+        let interceptor = Interceptor::new(
+            config,
+            clock.clone(),
+            Arc::new(move || source.lock().unwrap().clone()),
+            recorder.clone(),
+        )
+        .unwrap();
+        Self {
+            interceptor,
+            recorder,
+            clock,
+            policy,
+            evaluations,
+        }
+    }
+
+    fn ask(&self, action: &str) -> Outcome {
+        self.ask_as(&caller(), Mode::Decide, &request(action))
+    }
+
+    fn ask_as(&self, caller: &Caller, mode: Mode, request: &Value) -> Outcome {
+        let (outcome, _pending) = self.start(caller, mode, request);
+        outcome.try_recv().unwrap()
+    }
+
+    fn start(
+        &self,
+        caller: &Caller,
+        mode: Mode,
+        request: &Value,
+    ) -> (mpsc::Receiver<Outcome>, Pending) {
+        let (sender, receiver) = mpsc::channel();
+        let pending = self.interceptor.decide(
+            request.to_string().as_bytes(),
+            caller,
+            mode,
+            Box::new(move |outcome| sender.send(outcome).unwrap()),
+        );
+        (receiver, pending)
+    }
+
+    fn records(&self) -> Vec<Value> {
+        let records = self.recorder.records();
+        records
+            .iter()
+            .map(|(_, bytes)| serde_json::from_slice(bytes).unwrap())
+            .collect()
+    }
+
+    fn last_record(&self) -> Value {
+        self.records().pop().unwrap()
+    }
+}
+
+fn caller() -> Caller {
+    caller_named("coder")
+}
+
+fn caller_named(id: &str) -> Caller {
+    Caller {
+        principal_type: "Agent".to_owned(),
+        principal_id: id.to_owned(),
+        may_act_as: false,
+        door: "test",
+    }
+}
+
+fn request(action: &str) -> Value {
+    json!({"action": action, "resource": {"type": "File", "id": "/srv/./x"}, "id": "r-1"})
+}
+
+#[test]
+fn an_allow_carries_answer_record_and_permit() {
+    let site = Site::new();
+    let outcome = site.ask("fs.read");
+    let answer = &outcome.answer;
+    assert_eq!(
+        (answer.decision, answer.reason),
+        (Decision::Allow, Reason::PolicyAllow)
+    );
+    assert_eq!(answer.policies, ["permit-it"]);
+    assert_eq!(answer.posture, Posture::Normal);
+    assert_eq!(answer.request_id.as_deref(), Some("r-1"));
+    let bundle = answer.bundle.as_ref().unwrap();
+    assert_eq!((bundle.name.as_str(), bundle.epoch), ("template", 1));
+    assert!(bundle.hash.starts_with("sha256:"));
+
+    let (class, bytes) = site.recorder.records().remove(0);
+    assert_eq!(class, RecordClass::Decision);
+    let position = answer.record.unwrap();
+    assert_eq!(
+        (position.index, position.leaf),
+        (0, Sha256Hash::of_parts(&[&[0], &bytes]))
+    );
+    let permit = outcome.permit.unwrap();
+    assert_eq!(permit.record(), position);
+    let action = permit.into_action();
+    assert_eq!(Some(action.hash()), answer.action_hash);
+
+    assert_eq!(
+        site.last_record(),
+        json!({
+            "v": 1, "type": "decision", "at": BOOT_UNIX_MS, "node": "node-a",
+            "caller": {"type": "Agent", "id": "coder", "door": "test"},
+            "principal": {"type": "Agent", "id": "coder"},
+            "action": "fs.read", "resource": {"type": "File", "id": "/srv/x"},
+            "action_hash": action.hash().to_string(),
+            "params_hash": action.params_hash().to_string(),
+            "request_id": "r-1",
+            "decision": "allow", "reason": "POLICY_ALLOW", "posture": "normal",
+            "policies": ["permit-it"],
+            "bundle": {
+                "name": "template", "epoch": 1, "hash": bundle.hash, "source": "active",
+            },
+        })
+    );
+    let canonical = serde_json::to_value(answer).unwrap();
+    assert_eq!(canonical["record"]["index"], 0);
+    assert_eq!(canonical["reason"], "POLICY_ALLOW");
+    assert_eq!(canonical["decision"], "allow");
+}
+
+#[test]
+fn every_early_exit_is_a_recorded_deny_with_its_reason() {
+    let site = Site::with(|config| {
+        config.actions = Rate {
+            per_second: 1,
+            burst: 9,
+        }
+    });
+    let cases = [
+        ("unknown", Reason::NoMatch),
+        ("forbidden", Reason::PolicyDeny),
+        ("errors", Reason::EvaluationError),
+        ("permits.with.error", Reason::EvaluationError),
+        ("panics", Reason::EvaluationError),
+        ("slow", Reason::Deadline),
+        ("not valid", Reason::InvalidRequest),
+        ("just.in.time", Reason::PolicyAllow),
+        ("fs.read", Reason::PolicyAllow),
+        ("fs.read", Reason::PolicyAllow),
+        ("fs.read", Reason::RateLimitExceeded),
+    ];
+    for (index, (action, reason)) in cases.into_iter().enumerate() {
+        let Outcome { answer, permit } = site.ask(action);
+        assert_eq!(answer.reason, reason, "{action}");
+        assert_eq!(answer.decision, reason.decision(), "{action}");
+        assert_eq!(permit.is_some(), reason == Reason::PolicyAllow, "{action}");
+        assert_eq!(answer.record.unwrap().index, index as u64, "{action}");
+        let (class, _) = site.recorder.records().pop().unwrap();
+        let allowed = reason == Reason::PolicyAllow;
+        assert_eq!(
+            class,
+            if allowed {
+                RecordClass::Decision
+            } else {
+                RecordClass::Denial
+            }
+        );
+        let record = site.last_record();
+        assert_eq!(record["reason"], reason.as_str(), "{action}");
+        assert_eq!(record["decision"], reason.decision().as_str(), "{action}");
+        assert!(answer.retry_after_ms.is_none() || reason == Reason::RateLimitExceeded);
+    }
+    let stats = site.interceptor.stats();
+    assert_eq!(
+        stats.answers.iter().map(|(_, count)| count).sum::<u64>(),
+        11
+    );
+    assert_eq!((stats.permits, stats.panics, stats.pending), (3, 1, 0));
+}
+
+#[test]
+fn what_an_engine_says_of_its_errors_is_redacted_and_shown_to_explain_only() {
+    let site = Site::new();
+    let answer = site.ask("errors").answer;
+    assert!(answer.errors.is_empty());
+    assert_eq!(
+        site.last_record()["errors"],
+        json!(["type error, password=[redacted:key]"])
+    );
+    let answer = site
+        .ask_as(&caller(), Mode::Explain, &request("errors"))
+        .answer;
+    assert_eq!(answer.errors, ["type error, password=[redacted:key]"]);
+}
+
+#[test]
+fn explain_tells_the_decision_and_never_makes_a_permit() {
+    let site = Site::new();
+    let outcome = site.ask_as(&caller(), Mode::Explain, &request("fs.read"));
+    assert_eq!(outcome.answer.reason, Reason::PolicyAllow);
+    assert!(outcome.permit.is_none());
+    assert_eq!(site.last_record()["type"], "explain");
+    assert!(outcome.answer.record.is_some());
+    assert!(site.ask("fs.read").permit.is_some(), "the control");
+    assert_eq!(site.interceptor.stats().explains, 1);
+}
+
+#[test]
+fn without_a_policy_every_action_is_denied() {
+    let site = Site::new();
+    let active = site.policy.lock().unwrap().take();
+    let answer = site.ask("fs.read").answer;
+    assert_eq!(
+        (answer.reason, answer.posture),
+        (Reason::NoPolicy, Posture::Closed)
+    );
+    assert_eq!(
+        (answer.bundle, site.interceptor.posture()),
+        (None, Posture::Closed)
+    );
+    assert_eq!(site.last_record()["reason"], "NO_POLICY");
+    *site.policy.lock().unwrap() = active;
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
+}
+
+#[test]
+fn posture_follows_the_bundles_age_and_closes_by_class() {
+    // Template: stale after 7 days, restricted after 30; fs.read is still allowed then, fs.write is
+    // not; closed after 180 days for fs.read, 90 for the rest.
+    let site = Site::new();
+    let mut day = 0;
+    for (at, posture, read, write) in [
+        (1, Posture::Normal, Reason::PolicyAllow, Reason::PolicyAllow),
+        (8, Posture::Stale, Reason::PolicyAllow, Reason::PolicyAllow),
+        (
+            31,
+            Posture::Restricted,
+            Reason::PolicyAllow,
+            Reason::PostureRestricted,
+        ),
+        (
+            91,
+            Posture::Restricted,
+            Reason::PolicyAllow,
+            Reason::PostureClosed,
+        ),
+        (
+            181,
+            Posture::Closed,
+            Reason::PostureClosed,
+            Reason::PostureClosed,
+        ),
+    ] {
+        site.clock.advance(DAY * (at - day));
+        day = at;
+        let answer = site.ask("fs.read").answer;
+        assert_eq!((answer.posture, answer.reason), (posture, read), "day {at}");
+        assert_eq!(site.ask("fs.write").answer.reason, write, "day {at}");
+        assert_eq!(site.last_record()["reason"], write.as_str(), "day {at}");
+    }
+    assert_eq!(site.interceptor.posture(), Posture::Closed);
+}
+
+#[test]
+fn a_posture_floor_holds_whatever_the_age_and_can_be_lifted() {
+    let site = Site::new();
+    for (floor, read, write) in [
+        (
+            Posture::Closed,
+            Reason::PostureClosed,
+            Reason::PostureClosed,
+        ),
+        (
+            Posture::Restricted,
+            Reason::PolicyAllow,
+            Reason::PostureRestricted,
+        ),
+        (Posture::Stale, Reason::PolicyAllow, Reason::PolicyAllow),
+        (Posture::Normal, Reason::PolicyAllow, Reason::PolicyAllow),
+    ] {
+        site.interceptor.set_posture_floor(floor);
+        assert_eq!(site.interceptor.posture_floor(), floor);
+        let before = site.evaluations.load(Ordering::SeqCst);
+        let answer = site.ask("fs.read").answer;
+        assert_eq!((answer.reason, answer.posture), (read, floor));
+        assert_eq!(site.ask("fs.write").answer.reason, write);
+        let evaluated = site.evaluations.load(Ordering::SeqCst) - before;
+        let expected = [read, write]
+            .iter()
+            .filter(|r| **r == Reason::PolicyAllow)
+            .count();
+        assert_eq!(
+            evaluated, expected,
+            "a closed gate stands before the engine"
+        );
+    }
+}
+
+#[test]
+fn a_spent_quota_denies_after_parsing_and_before_policy() {
+    let site = Site::with(|config| {
+        config.actions = Rate {
+            per_second: 2,
+            burst: 1,
+        }
+    });
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
+    // Invalid requests are told so, spent quota or not, and cost none.
+    assert_eq!(site.ask("not valid").answer.reason, Reason::InvalidRequest);
+    let answer = site.ask("fs.read").answer;
+    assert_eq!(answer.reason, Reason::RateLimitExceeded);
+    assert_eq!(answer.retry_after_ms, Some(500));
+    assert_eq!(
+        site.evaluations.load(Ordering::SeqCst),
+        1,
+        "the engine was not asked"
+    );
+    site.clock.advance(MS * 500);
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
+}
+
+#[test]
+fn inv_13_one_principals_flood_costs_another_nothing() {
+    let site = Site::with(|config| {
+        config.actions = Rate {
+            per_second: 1,
+            burst: 5,
+        }
+    });
+    let spent = (0..50).filter(|_| site.ask("fs.read").answer.reason != Reason::PolicyAllow);
+    assert_eq!(spent.count(), 45);
+    for _ in 0..5 {
+        let other = site.ask_as(&caller_named("other"), Mode::Decide, &request("fs.read"));
+        assert_eq!(other.answer.reason, Reason::PolicyAllow);
+    }
+}
+
+#[test]
+fn inv_14_no_permit_and_no_answer_before_the_record_is_durable() {
+    let site = Site::new();
+    site.recorder.hold();
+    let (outcome, _pending) = site.start(&caller(), Mode::Decide, &request("fs.read"));
+    assert_eq!(site.recorder.held(), 1);
+    assert!(
+        outcome.try_recv().is_err(),
+        "an answer before the record is durable"
+    );
+    assert_eq!(site.interceptor.stats().pending, 1);
+    site.recorder.release();
+    let outcome = outcome.try_recv().unwrap();
+    assert_eq!(outcome.answer.reason, Reason::PolicyAllow);
+    assert_eq!(
+        outcome.permit.unwrap().record(),
+        outcome.answer.record.unwrap()
+    );
+    assert_eq!(site.interceptor.stats().pending, 0);
+}
+
+#[test]
+fn inv_14_a_record_that_cannot_be_made_durable_is_a_deny() {
+    let site = Site::new();
+    for (failure, reason) in [
+        (AppendError::Capacity, Reason::AuditCapacity),
+        (
+            AppendError::Unavailable("eio".to_owned()),
+            Reason::AuditUnavailable,
+        ),
+        (AppendError::QueueFull, Reason::AuditUnavailable),
+        (AppendError::TooLarge, Reason::AuditUnavailable),
+    ] {
+        site.recorder.fail(Some(failure.clone()));
+        // Whatever the policies said: what is not recorded is denied for that.
+        for action in ["fs.read", "forbidden", "not valid"] {
+            let Outcome { answer, permit } = site.ask(action);
+            assert_eq!(
+                (answer.decision, answer.reason),
+                (Decision::Deny, reason),
+                "{failure}"
+            );
+            assert!(permit.is_none() && answer.record.is_none());
+        }
+        assert!(site.records().is_empty());
+        site.recorder.fail(None);
+    }
+    assert!(
+        site.ask("fs.read").permit.is_some(),
+        "the control: it recovers at once"
+    );
+}
+
+#[test]
+fn inv_14_a_late_record_makes_no_permit_and_is_marked_not_released() {
+    let site = Site::new();
+    site.recorder.hold();
+    let (outcome, _pending) = site.start(&caller(), Mode::Decide, &request("fs.read"));
+    let timeout = site.interceptor.config().append_timeout;
+    site.clock.advance(timeout - MS);
+    site.interceptor.tick();
+    assert!(outcome.try_recv().is_err(), "not yet");
+    site.clock.advance(MS);
+    site.interceptor.tick();
+    let answered = outcome.try_recv().unwrap();
+    assert_eq!(answered.answer.reason, Reason::AuditUnavailable);
+    assert!(answered.permit.is_none() && answered.answer.record.is_none());
+
+    site.recorder.release();
+    assert!(outcome.try_recv().is_err(), "one request, one outcome");
+    let records = site.records();
+    assert_eq!(records.len(), 2);
+    assert_eq!(records[0]["decision"], "allow");
+    let leaf = Sha256Hash::of_parts(&[&[0], &site.recorder.records()[0].1]);
+    assert_eq!(
+        records[1],
+        json!({
+            "v": 1, "type": "outcome", "at": BOOT_UNIX_MS + 250, "node": "node-a",
+            "outcome": "not_released", "decision_index": 0, "decision_leaf": leaf.to_string(),
+            "reason": "AUDIT_UNAVAILABLE",
+        })
+    );
+    assert_eq!(site.recorder.records()[1].0, RecordClass::State);
+    let stats = site.interceptor.stats();
+    assert_eq!((stats.permits, stats.not_released), (0, 1));
+}
+
+#[test]
+fn inv_14_giving_up_and_completing_race_to_exactly_one_outcome() {
+    let site = Site::new();
+    // Given up by hand, then late: as with a timeout.
+    site.recorder.hold();
+    let (outcome, pending) = site.start(&caller(), Mode::Decide, &request("fs.read"));
+    pending.give_up();
+    pending.give_up();
+    assert_eq!(
+        outcome.try_recv().unwrap().answer.reason,
+        Reason::AuditUnavailable
+    );
+    site.recorder.release();
+    assert_eq!(site.records().len(), 2);
+
+    // Complete, then given up: the answer stands and nothing more is recorded.
+    let (outcome, pending) = site.start(&caller(), Mode::Decide, &request("fs.read"));
+    pending.give_up();
+    assert!(outcome.try_recv().unwrap().permit.is_some());
+    assert!(outcome.try_recv().is_err());
+    assert_eq!(site.records().len(), 3);
+
+    // A late deny needs no outcome record: it released nothing.
+    site.recorder.hold();
+    let (outcome, pending) = site.start(&caller(), Mode::Decide, &request("forbidden"));
+    pending.give_up();
+    site.recorder.release();
+    assert_eq!(
+        outcome.try_recv().unwrap().answer.reason,
+        Reason::AuditUnavailable
+    );
+    assert_eq!(site.records().len(), 4);
+
+    // Real threads, many times: never two outcomes, never a permit beside `not_released`.
+    for _ in 0..200 {
+        let before = site.interceptor.stats();
+        site.recorder.hold();
+        let (outcome, pending) = site.start(&caller(), Mode::Decide, &request("fs.read"));
+        std::thread::scope(|scope| {
+            scope.spawn(|| site.recorder.release());
+            scope.spawn(|| pending.give_up());
+        });
+        let permit = outcome.try_recv().unwrap().permit.is_some();
+        assert!(outcome.try_recv().is_err());
+        let not_released = site.interceptor.stats().not_released - before.not_released;
+        assert_eq!(not_released, u64::from(!permit));
+    }
+}
+
+#[test]
+fn inv_14_waiting_for_a_recorder_that_never_answers_ends_in_a_deny() {
+    let site = Site::with(|config| config.append_timeout = MS * 20);
+    site.recorder.hold();
+    let body = request("fs.read").to_string();
+    let outcome = site
+        .interceptor
+        .decide_wait(body.as_bytes(), &caller(), Mode::Decide);
+    assert_eq!(outcome.answer.reason, Reason::AuditUnavailable);
+    assert!(outcome.permit.is_none());
+    site.recorder.release();
+    let outcome = site
+        .interceptor
+        .decide_wait(body.as_bytes(), &caller(), Mode::Decide);
+    assert!(outcome.permit.is_some(), "the control");
+}
+
+#[test]
+fn inv_07_requests_without_a_record_yet_are_limited() {
+    let site = Site::with(|config| {
+        config.actions = Rate {
+            per_second: 1,
+            burst: u32::MAX,
+        }
+    });
+    site.recorder.hold();
+    let waiting: Vec<_> = (0..MAX_PENDING)
+        .map(|_| site.start(&caller(), Mode::Decide, &request("fs.read")).0)
+        .collect();
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::AuditUnavailable);
+    site.recorder.release();
+    assert!(
+        waiting
+            .iter()
+            .all(|outcome| outcome.try_recv().unwrap().permit.is_some())
+    );
+    assert!(site.ask("fs.read").permit.is_some(), "room again");
+}
+
+#[test]
+fn inv_15_what_was_judged_is_what_is_recorded_and_permitted() {
+    let site = Site::new();
+    let seen: Arc<Mutex<Option<PolicyRequest>>> = Arc::default();
+    let engine = {
+        let seen = seen.clone();
+        Arc::new(ScriptedEngine::new(move |request| {
+            *seen.lock().unwrap() = Some(request.clone());
+            evaluation(Verdict::Permit, &["p"], &[])
+        }))
+    };
+    let active = active_policy(Some(engine), Source::Active, BOOT_UNIX_MS).unwrap();
+    *site.policy.lock().unwrap() = Some(Arc::new(active));
+    // Spelt as awkwardly as is allowed.
+    let body = br#"{"resource":{"id":"/srv/%61/../x/","type":"File"},"context":{"n":1e2},
+        "params":{"z":-0.0,"a":"\u0041"},"action":"fs.read"}"#;
+    let outcome = site.interceptor.decide_wait(body, &caller(), Mode::Decide);
+    let action = outcome.permit.unwrap().into_action();
+    let judged = seen.lock().unwrap().take().unwrap();
+    let record = site.last_record();
+    assert_eq!(judged.resource_id, "/srv/x");
+    assert_eq!(judged.params, json!({"a": "A", "z": 0}));
+    assert_eq!(judged.context, json!({"n": 100}));
+    assert_eq!(
+        (
+            action.name(),
+            action.resource_id(),
+            action.params(),
+            action.context()
+        ),
+        (
+            judged.action.as_str(),
+            "/srv/x",
+            &judged.params,
+            &judged.context
+        )
+    );
+    assert_eq!(action.resource_attributes(), &judged.resource_attributes);
+    assert_eq!(record["resource"]["id"], "/srv/x");
+    assert_eq!(
+        (&record["params"], &record["context"]),
+        (&judged.params, &judged.context)
+    );
+    // The recorded hash can be recomputed from the record alone.
+    let again = json!({
+        "action": record["action"], "resource": record["resource"],
+        "params": record["params"], "context": record["context"],
+        "principal": record["principal"],
+    });
+    let again = Action::parse(again.to_string().as_bytes(), &caller()).unwrap();
+    assert_eq!(record["action_hash"], again.hash().to_string());
+    assert_eq!(again.hash(), action.hash());
+}
+
+#[test]
+fn inv_15_a_request_with_two_readings_is_denied_recorded_and_never_judged() {
+    let site = Site::new();
+    for (body, code) in [
+        (
+            r#"{"action":"fs.read","action":"fs.write"}"#,
+            "duplicate_key",
+        ),
+        (
+            r#"{"action":"fs.read","Action":"fs.write"}"#,
+            "ambiguous_key",
+        ),
+        (
+            r#"{"action":"fs.read","resource":{"type":"File","id":"/a/%2e%2e%2fb"}}"#,
+            "resource",
+        ),
+        (
+            r#"{"action":"fs.read","resource":{"type":"File","id":"/a"}}x"#,
+            "trailing_bytes",
+        ),
+        (
+            r#"{"action":"fs.read","resource":{"type":"File","id":"/a"},"x":1}"#,
+            "unknown_field",
+        ),
+        ("", "syntax"),
+    ] {
+        let outcome = site
+            .interceptor
+            .decide_wait(body.as_bytes(), &caller(), Mode::Decide);
+        assert_eq!(outcome.answer.reason, Reason::InvalidRequest, "{body}");
+        assert!(outcome.permit.is_none());
+        assert!(
+            outcome.answer.message.starts_with(code),
+            "{}",
+            outcome.answer.message
+        );
+        let record = site.last_record();
+        assert_eq!(record["invalid"]["code"], code);
+        assert_eq!(record["invalid"]["body_bytes"], body.len());
+        assert_eq!(record.get("action"), None);
+    }
+    assert_eq!(site.evaluations.load(Ordering::SeqCst), 0);
+    assert!(site.ask("fs.read").permit.is_some(), "the control");
+}
+
+#[test]
+fn secrets_reach_the_executor_but_no_record_and_no_answer() {
+    let site = Site::new();
+    let secret = "hunter2secret";
+    let jwt = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJlLWJ5dGVz";
+    let request = json!({
+        "action": "fs.write",
+        "resource": {"type": "Url", "id": format!("https://a.example/x?access_token={secret}")},
+        "params": {
+            "headers": {"Authorization": format!("Bearer {jwt}"), "Accept": "text/html"},
+            "argv": ["--password", secret], "keep": "this text",
+        },
+        "context": {"note": format!("token={secret}")},
+        "id": format!("password={secret}"),
+    });
+    let outcome = site.ask_as(&caller(), Mode::Decide, &request);
+    let answer = serde_json::to_string(&outcome.answer).unwrap();
+    let record = String::from_utf8(site.recorder.records().remove(0).1).unwrap();
+    for text in [&answer, &record] {
+        assert!(!text.contains(secret) && !text.contains("eyJ"), "{text}");
+    }
+    let record: Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(
+        record["params"]["headers"]["Accept"], "text/html",
+        "structure is kept"
+    );
+    assert_eq!(record["params"]["keep"], "this text");
+    assert_eq!(record["redacted"], 4);
+    // Hashes in records are those of what is recorded: nobody can test guesses of the secret.
+    let action = outcome.permit.unwrap().into_action();
+    assert!(
+        action
+            .canonical()
+            .windows(secret.len())
+            .any(|w| w == secret.as_bytes())
+    );
+    assert_ne!(record["action_hash"], action.hash().to_string());
+    assert_eq!(
+        record["action_hash"],
+        outcome.answer.action_hash.unwrap().to_string()
+    );
+    assert_ne!(record["params_hash"], action.params_hash().to_string());
+    let shown = serde_json_canonicalizer::to_vec(&record["params"]).unwrap();
+    assert_eq!(record["params_hash"], Sha256Hash::of(&shown).to_string());
+    assert_eq!(site.interceptor.stats().redactions, 4);
+}
+
+#[test]
+fn invalid_requests_leak_no_secret_either() {
+    let site = Site::new();
+    let key = "AKIAIOSFODNN7EXAMPLE";
+    let body =
+        format!(r#"{{"action":"fs.read","{key}":1,"resource":{{"type":"File","id":"/x"}}}}"#);
+    let outcome = site
+        .interceptor
+        .decide_wait(body.as_bytes(), &caller(), Mode::Decide);
+    assert_eq!(outcome.answer.reason, Reason::InvalidRequest);
+    assert!(
+        outcome.answer.message.contains("[redacted:aws]"),
+        "{}",
+        outcome.answer.message
+    );
+    assert!(!site.last_record().to_string().contains(key));
+}
+
+#[test]
+fn records_stay_within_their_limit_whatever_is_asked() {
+    let site = Site::new();
+    let body_left = MAX_BODY_BYTES - 400;
+    let quotes = "\"".repeat(body_left / 2);
+    let secrets = "pwd=x&".repeat(600);
+    for request in [
+        json!({"action": "fs.read", "resource": {"type": "File", "id": "/x"}, "params": {"p": quotes}}),
+        json!({"action": "fs.read", "resource": {"type": "File", "id": "/x"}, "context": {"c": quotes}}),
+        json!({"action": "many", "resource": {"type": "File", "id": format!("/{}", "\"/".repeat(2000))}}),
+        json!({"action": "many", "resource": {"type": "Note", "id": secrets}}),
+        json!({
+            "action": "many", "resource": {"type": "Note", "id": secrets},
+            "params": {"p": "pwd=x&".repeat(1300)}, "context": {"c": "pwd=x&".repeat(1300)},
+        }),
+    ] {
+        let outcome = site.ask_as(&caller(), Mode::Decide, &request);
+        assert!(outcome.answer.record.is_some());
+        let (_, bytes) = site.recorder.records().pop().unwrap();
+        assert!(bytes.len() <= MAX_RECORD_BYTES, "{}", bytes.len());
+        let record = site.last_record();
+        assert!(record["action_hash"].is_string() && record["params_hash"].is_string());
+    }
+    let outcome = site.ask("many");
+    assert_eq!(outcome.answer.policies.len(), 32);
+    assert_eq!(site.last_record()["policies_total"], 5_000);
+    // What is not carried in full is named.
+    let big = json!({
+        "action": "fs.read", "resource": {"type": "File", "id": "/x"}, "params": {"p": quotes},
+    });
+    let _ = site.ask_as(&caller(), Mode::Decide, &big);
+    assert_eq!(site.last_record()["omitted"], json!(["params"]));
+}
+
+#[test]
+fn denials_are_recorded_up_to_a_budget_then_summarised_with_exact_counts() {
+    let site = Site::with(|config| {
+        config.denial_bytes = Rate {
+            per_second: 1,
+            burst: 70_000,
+        };
+        config.actions = Rate {
+            per_second: 1,
+            burst: u32::MAX,
+        };
+    });
+    let mut recorded = 0_u64;
+    let mut windows = Vec::new();
+    for _ in 0..1_000 {
+        let answer = site.ask("unknown").answer;
+        assert_eq!(answer.reason, Reason::NoMatch);
+        match (answer.record, answer.window) {
+            (Some(_), None) => recorded += 1,
+            (None, Some(window)) => windows.push(window),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(recorded > 50 && recorded < 500, "{recorded}");
+    assert_eq!(site.records().len() as u64, recorded);
+    windows.dedup();
+    assert_eq!(windows.len(), 1);
+    // Another principal has its own budget, and an allow is always recorded by itself.
+    let other = site.ask_as(&caller_named("other"), Mode::Decide, &request("unknown"));
+    assert!(other.answer.record.is_some());
+    assert!(site.ask("fs.read").permit.is_some());
+
+    site.interceptor.tick();
+    assert_eq!(
+        site.records().len() as u64,
+        recorded + 2,
+        "the window is still open"
+    );
+    site.clock.advance(site.interceptor.config().summary_window);
+    site.interceptor.tick();
+    let record = site.last_record();
+    assert_eq!(record["type"], "denials");
+    assert_eq!(record["first_window"], windows[0].as_str());
+    assert_eq!(
+        record["principals"],
+        json!([{"type": "Agent", "id": "coder", "counts": {"NO_MATCH": 1_000 - recorded}}])
+    );
+    assert_eq!(site.interceptor.stats().summarised, 1_000 - recorded);
+}
+
+#[test]
+fn answers_without_a_record_are_counted_and_the_count_outlives_a_full_log() {
+    let site = Site::new();
+    site.recorder.fail(Some(AppendError::Capacity));
+    for _ in 0..7 {
+        assert_eq!(site.ask("fs.read").answer.reason, Reason::AuditCapacity);
+    }
+    // The summary meets the same full log, again and again, and keeps its counts.
+    for _ in 0..3 {
+        site.clock.advance(site.interceptor.config().summary_window);
+        site.interceptor.tick();
+    }
+    site.recorder.fail(Some(AppendError::QueueFull));
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::AuditUnavailable);
+    site.recorder.fail(None);
+    site.interceptor.flush_summary();
+    let records = site.records();
+    assert_eq!(records.len(), 1);
+    assert_eq!(
+        records[0]["unrecorded"],
+        json!({"AUDIT_CAPACITY": 7, "AUDIT_UNAVAILABLE": 1})
+    );
+    site.interceptor.flush_summary();
+    assert_eq!(site.records().len(), 1, "an empty window writes nothing");
+}
+
+#[test]
+fn events_are_state_records_without_secrets() {
+    let site = Site::new();
+    site.interceptor
+        .record_event("policy_activated", &json!({"epoch": 2, "token": "s3cr3t"}));
+    assert_eq!(site.recorder.records()[0].0, RecordClass::State);
+    assert_eq!(
+        site.last_record(),
+        json!({
+            "v": 1, "type": "policy_activated", "at": BOOT_UNIX_MS, "node": "node-a",
+            "detail": {"epoch": 2, "token": "[redacted:key]"},
+        })
+    );
+    site.interceptor
+        .record_event("big", &json!({"x": "y".repeat(60_000)}));
+    assert_eq!(
+        site.last_record()["detail"],
+        json!({"omitted_bytes": 60_008})
+    );
+    site.recorder.fail(Some(AppendError::Capacity));
+    site.interceptor.record_event("lost", &json!({}));
+    assert_eq!(site.interceptor.stats().records_lost, 1);
+}
+
+#[test]
+fn a_malformed_caller_is_refused_and_recorded() {
+    let site = Site::new();
+    for bad in ["", "a\u{202e}b", &"x".repeat(300)] {
+        let outcome = site.ask_as(&caller_named(bad), Mode::Decide, &request("fs.read"));
+        assert_eq!(outcome.answer.reason, Reason::InvalidRequest, "{bad:?}");
+        assert!(outcome.answer.record.is_some());
+    }
+}
+
+#[test]
+fn nonsense_is_refused_by_the_constructor() {
+    let make = |change: fn(&mut InterceptorConfig)| {
+        let mut config = InterceptorConfig::new(NodeId::new("a").unwrap());
+        change(&mut config);
+        let clock = TestClock::new(0);
+        Interceptor::new(config, clock, Arc::new(|| None), MemoryRecorder::new()).err()
+    };
+    assert_eq!(make(|_| {}), None);
+    for change in [
+        (|c| c.engine_budget = Duration::ZERO) as fn(&mut InterceptorConfig),
+        |c| c.append_timeout = Duration::ZERO,
+        |c| c.summary_window = Duration::ZERO,
+    ] {
+        assert!(matches!(
+            make(change),
+            Some(InterceptorConfigError::ZeroDuration { .. })
+        ));
+    }
+    assert_eq!(
+        make(|c| c.denial_bytes.burst = 1_000),
+        Some(InterceptorConfigError::DenialBurst { burst: 1_000 })
+    );
+    assert!(matches!(
+        make(|c| c.actions.per_second = 0),
+        Some(InterceptorConfigError::Actions(_))
+    ));
+    assert!(matches!(
+        make(|c| c.denial_bytes.per_second = 0),
+        Some(InterceptorConfigError::DenialBytes(_))
+    ));
+}
