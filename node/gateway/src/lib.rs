@@ -1,1 +1,43 @@
-//! Doors for callers: the decision API over HTTP on loopback and a Unix socket
+//! Doors for callers: the decision API over HTTP on loopback and a Unix socket.
+//!
+//! The gateway authenticates, limits and forwards. It does not parse a request's body (the
+//! interceptor does, once, INV-15), it cannot make a permit, and it reads no configuration but the
+//! token file it is pointed at. Its doors are for callers on the same machine: a TCP address that
+//! other machines could reach is refused.
+//!
+//! What a request passes, in this order, each step before the next costs anything: the place it
+//! claims to be sent to (`routes`), its credentials ([`auth`], [`tokens`]), its scope, a
+//! concurrency slot (`slots`), its body within size and time, the decision ([`doors`]). Around all
+//! of it `connection` watches that nobody holds a socket for longer than he may, and [`refusals`]
+//! counts whoever was turned away.
+//!
+//! Start reading at [`Gateway`] in `server`, then `routes`. [`client`] is the other side, for the
+//! command line and the demo.
+
+pub mod auth;
+pub mod client;
+mod connection;
+pub mod doors;
+pub mod limits;
+mod listen;
+mod openapi;
+pub mod refusals;
+mod routes;
+mod server;
+mod slots;
+mod stats;
+pub mod tokens;
+pub mod wire;
+
+pub use auth::{AuthConfig, Grant, Scopes};
+pub use client::{Client, ClientError};
+pub use doors::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
+pub use listen::{ListenError, UnixDoor};
+pub use openapi::document as openapi_document;
+pub use refusals::{RefusalWindow, Source};
+pub use server::{
+    Drained, Gateway, GatewayConfig, GatewayError, GatewayHandle, GatewayLimits, GatewayParts,
+    OnRefused,
+};
+pub use stats::GatewayStats;
+pub use tokens::{TokenFileError, TokenSet};

@@ -1,0 +1,138 @@
+//! Every limit of the doors in one place, and how the limits relate.
+//!
+//! Worst case of the whole crate with the defaults, both doors open, every connection hostile and
+//! every buffer full: [`WORST_CASE_BYTES`], asserted below to stay under 224 MiB. An idle node
+//! holds a few kilobytes a connection.
+
+use std::time::Duration;
+
+/// Longest body of a decide or explain request: what the interceptor takes. One such buffer a concurrency slot, so at most
+/// [`SLOTS_DEFAULT`] of them: 16 MiB.
+pub const BODY_BYTES_MAX: usize = tidelock_interceptor::limits::MAX_BODY_BYTES;
+
+/// Longest body of an operator's request (a bundle or a CRL travels in it). At most
+/// [`ADMIN_SLOTS`] of them at once: 16 MiB.
+pub const ADMIN_BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Operator requests that run at once; the next one gets 429.
+pub const ADMIN_SLOTS: usize = 2;
+
+/// Longest request head, and the size of a connection's read buffer: longer heads get 431. One a
+/// connection.
+pub const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// Longest HTTP/2 header list, decompressed.
+pub const HEAD_LIST_BYTES_MAX: u32 = 16 * 1024;
+
+/// Requests that one HTTP/2 connection may have open: what clients take for granted before they
+/// hear of it (RFC 9113, 6.5.2). Each costs a task of about 2 KiB, and a slot if it is to last.
+pub const H2_STREAMS_MAX: u32 = 100;
+
+/// HTTP/2 flow-control window of a stream: a whole decide request fits without a round trip.
+pub const H2_STREAM_WINDOW_BYTES: u32 = 64 * 1024;
+
+/// HTTP/2 flow-control window of a connection: what an unread flood can make the node buffer.
+pub const H2_CONNECTION_WINDOW_BYTES: u32 = 64 * 1024;
+
+/// Bytes of responses that HTTP/2 buffers for one stream whose peer does not read.
+pub const H2_SEND_BUFFER_BYTES: usize = 64 * 1024;
+
+/// Connections of one door that have presented valid credentials, default.
+pub const CONNECTIONS_DEFAULT: usize = 256;
+
+/// Connections of one door that have not (yet) presented valid credentials, default. When they
+/// are all taken, the oldest of them makes room for the newest: a flood costs the flood.
+pub const STRANGERS_DEFAULT: usize = 64;
+
+/// Largest number of either kind that a configuration may ask for.
+pub const CONNECTIONS_MAX: usize = 16 * 1024;
+
+/// Decisions in flight, default. The next request gets 429 `rate_limited`.
+pub const SLOTS_DEFAULT: usize = 256;
+
+/// Of those, what one principal may hold, default: a single caller cannot starve the others.
+pub const SLOTS_PER_PRINCIPAL_DEFAULT: usize = 192;
+
+/// Largest number of slots that a configuration may ask for: 64 KiB of body each, 1 GiB.
+pub const SLOTS_MAX: usize = 16 * 1024;
+
+/// From the first byte of a request to the end of its head, and from connect to the first byte.
+pub const HEAD_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+
+/// From the head to the last byte of the body. A slot is held meanwhile, so it is short.
+pub const BODY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+
+/// A connection that has not presented valid credentials by then is closed.
+pub const STRANGER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+
+/// A connection without a request for this long is closed.
+pub const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(75);
+
+/// A client that accepts no byte of a response for this long is closed.
+pub const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+
+/// A decision that has not come back by then is given up and answered 503. The interceptor gives
+/// up by itself before that; this is for when nobody ticks it.
+pub const DECISION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
+
+/// An operator's request (verifying a bundle and running its tests, say) may take this long.
+pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What a drain may take before connections are cut, default.
+pub const DRAIN_TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+
+/// Length of the window in which refusals are counted into one summary, default.
+pub const REFUSAL_WINDOW_DEFAULT: Duration = Duration::from_secs(60);
+
+/// No timeout may be configured beyond this.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
+
+/// Sources that a refusal window tells apart; further ones are counted exactly, but together.
+/// At most 400 bytes of JSON each, so a whole window fits one event record of 48 KiB.
+pub const REFUSAL_SOURCES_MAX: usize = 96;
+
+/// Upper bound of one source's JSON in a window: an IPv6 address and seven 20-digit counters.
+pub(crate) const REFUSAL_SOURCE_JSON_BYTES_MAX: usize = 400;
+
+/// Tokens in one token file. Every one is compared in constant time on every request that brings
+/// a token: about 10 microseconds at the limit.
+pub const TOKENS_MAX: usize = 1024;
+
+/// Longest token file.
+pub const TOKEN_FILE_BYTES_MAX: usize = 1024 * 1024;
+
+/// Longest bearer token that is looked at.
+pub const TOKEN_BYTES_MAX: usize = 512;
+
+/// Unix user ids mapped to principals.
+pub const UNIX_PEERS_MAX: usize = 1024;
+
+/// Longest response that the client module reads.
+pub const CLIENT_RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Idle connections that one client keeps.
+pub const CLIENT_IDLE_MAX: usize = 64;
+
+/// What one connection can make the node hold, HTTP/2 being the costlier protocol.
+const CONNECTION_BYTES: usize = HEAD_BYTES_MAX
+    + HEAD_LIST_BYTES_MAX as usize
+    + H2_CONNECTION_WINDOW_BYTES as usize
+    + H2_STREAMS_MAX as usize * 2 * 1024;
+
+/// What both doors can hold with the defaults.
+pub const WORST_CASE_BYTES: usize =
+    2 * (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT) * CONNECTION_BYTES
+        + SLOTS_DEFAULT * BODY_BYTES_MAX
+        + ADMIN_SLOTS * ADMIN_BODY_BYTES_MAX;
+
+const _: () = assert!(WORST_CASE_BYTES < 224 * 1024 * 1024);
+const _: () = assert!(SLOTS_PER_PRINCIPAL_DEFAULT < SLOTS_DEFAULT);
+const _: () = assert!(SLOTS_DEFAULT <= SLOTS_MAX);
+const _: () = assert!(CONNECTIONS_DEFAULT <= CONNECTIONS_MAX && STRANGERS_DEFAULT > 0);
+const _: () = assert!(
+    DECISION_TIMEOUT_DEFAULT.as_millis() > tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
+);
+const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);
+const _: () = assert!(HEAD_BYTES_MAX >= 8192, "hyper's smallest read buffer");
+const _: () = assert!(REFUSAL_SOURCES_MAX * REFUSAL_SOURCE_JSON_BYTES_MAX < 48 * 1024 - 1024);
+const _: () = assert!(BODY_BYTES_MAX <= H2_STREAM_WINDOW_BYTES as usize);

@@ -1,0 +1,82 @@
+//! The OpenAPI 3.1 document, made from the handlers and wire types. A copy is committed as
+//! `docs/openapi.json`; a test says when it is out of date.
+
+use std::sync::LazyLock;
+
+use hyper::body::Bytes;
+use utoipa::openapi::OpenApi as Document;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa::{Modify, OpenApi};
+
+use crate::routes;
+use crate::wire::{
+    AnswerOrProblem, BundleRef, DecideRequest, DecisionAnswer, DecisionWord, EntityRef, Problem,
+    Readiness, RecordRef,
+};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Tidelock gateway",
+        description = "The decision API of one node, for callers on the same machine: TCP on \
+                       loopback and a Unix socket, HTTP/1.1 and HTTP/2 with prior knowledge. \
+                       A 200 whose body says `decision: allow` is the only permission; everything \
+                       else, an unknown status or a broken connection included, is a no. \
+                       Callers of the Unix socket are known by their user id and need no token; \
+                       operations are for root and the node's own user, there and only there.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0"),
+    ),
+    tags(
+        (name = "decisions", description = "May this action take effect"),
+        (name = "node", description = "How the node is"),
+        (name = "operator", description = "For the operator on this machine"),
+    ),
+    paths(
+        routes::decide,
+        routes::explain,
+        routes::status,
+        routes::healthz,
+        routes::readyz,
+        routes::metrics,
+        routes::openapi_json,
+        routes::admin,
+    ),
+    components(schemas(
+        BundleRef,
+        DecideRequest,
+        DecisionAnswer,
+        DecisionWord,
+        EntityRef,
+        Problem,
+        Readiness,
+        RecordRef,
+        AnswerOrProblem,
+    )),
+    modifiers(&SecuritySchemes),
+)]
+struct Api;
+
+struct SecuritySchemes;
+
+impl Modify for SecuritySchemes {
+    fn modify(&self, document: &mut Document) {
+        let components = document.components.get_or_insert_default();
+        let mut bearer = Http::new(HttpAuthScheme::Bearer);
+        bearer.description = Some("A token whose SHA-256 stands in the node's token file".into());
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+    }
+}
+
+/// The document, indented, ending in a line feed: the text of `docs/openapi.json`.
+#[must_use]
+pub fn document() -> String {
+    let mut text = serde_json::to_string_pretty(&Api::openapi()).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+/// The document as it is served.
+pub(crate) fn bytes() -> Bytes {
+    static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| Bytes::from(document()));
+    DOCUMENT.clone()
+}

@@ -1,0 +1,534 @@
+//! The token file: hashes of bearer tokens, never the tokens.
+//!
+//! ```toml
+//! format = 1
+//!
+//! [[tokens]]
+//! sha256 = "sha256:0f3c…"          # of the token's bytes
+//! principal = "build-agent-7"
+//! principal_type = "Agent"         # optional, this is the default
+//! scopes = ["decide", "explain"]   # also: "act_as"
+//! ```
+//!
+//! A token is 256 random bits ([`mint_token`]), so a plain hash of it is enough: there is nothing
+//! to guess. The file is refused when its group or others can read or write it, or when it belongs
+//! to somebody else: who can write it can let himself in.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use aws_lc_rs::digest::{SHA256, digest};
+use aws_lc_rs::rand;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use toml_edit::{Document, Item, TableLike};
+
+use crate::auth::{Grant, Scopes};
+use crate::limits::{TOKEN_FILE_BYTES_MAX, TOKENS_MAX};
+
+/// The SHA-256 of a token, written `sha256:` and 64 lower-case hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TokenDigest([u8; 32]);
+
+impl TokenDigest {
+    /// The digest of this token.
+    #[must_use]
+    pub fn of(token: &[u8]) -> Self {
+        let mut bytes = [0; 32];
+        bytes.copy_from_slice(digest(&SHA256, token).as_ref());
+        Self(bytes)
+    }
+
+    /// Reads the written form, strictly.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let hex = text.strip_prefix("sha256:")?.as_bytes();
+        let mut bytes = [0; 32];
+        if hex.len() != 2 * bytes.len() {
+            return None;
+        }
+        for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
+            for digit in pair {
+                let value = match digit {
+                    b'0'..=b'9' => digit - b'0',
+                    b'a'..=b'f' => digit - b'a' + 10,
+                    _ => return None,
+                };
+                *byte = *byte << 4 | value;
+            }
+        }
+        Some(Self(bytes))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Display for TokenDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("sha256:")?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for TokenDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A new token, and the digest that goes into the token file. The token is shown once and kept
+/// nowhere.
+///
+/// # Errors
+///
+/// When the system has no randomness to give.
+pub fn mint_token() -> Result<(String, TokenDigest), NoRandomness> {
+    let mut bytes = [0; 32];
+    rand::fill(&mut bytes).map_err(|_| NoRandomness)?;
+    let token = format!("tidelock_{}", URL_SAFE_NO_PAD.encode(bytes));
+    let digest = TokenDigest::of(token.as_bytes());
+    Ok((token, digest))
+}
+
+/// The system gave no randomness.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the system gave no randomness for a token")]
+pub struct NoRandomness;
+
+/// One mistake in a token file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenMistake {
+    /// The line it is in, from 1.
+    pub line: usize,
+    /// What is wrong, and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for TokenMistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.message)
+    }
+}
+
+fn list(mistakes: &[TokenMistake]) -> String {
+    mistakes
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
+}
+
+/// Why a token file was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenFileError {
+    /// Not there, or not readable.
+    #[error("token file {} cannot be read: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// A directory, device or pipe.
+    #[error("token file {} is not a regular file", path.display())]
+    NotAFile {
+        /// What was found.
+        path: PathBuf,
+    },
+    /// Others than the owner have access.
+    #[error(
+        "token file {} has mode {mode:04o}, open to others than its owner: run `chmod 600` on it",
+        path.display()
+    )]
+    LooseMode {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The owner is neither root nor the node's user.
+    #[error(
+        "token file {} belongs to user id {owner}, not to root or to the node's own user",
+        path.display()
+    )]
+    ForeignOwner {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+    },
+    /// More than a token file can be.
+    #[error("token file {} is longer than {TOKEN_FILE_BYTES_MAX} bytes", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Not what a token file holds. All mistakes at once.
+    #[error("token file {} is wrong: {}", path.display(), list(mistakes))]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// Every mistake, in the order of the file.
+        mistakes: Vec<TokenMistake>,
+    },
+}
+
+/// The tokens that are known, as digests, each with its grant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TokenSet {
+    entries: Vec<(TokenDigest, Grant)>,
+}
+
+impl TokenSet {
+    /// Reads a token file, after looking at who else could have.
+    ///
+    /// # Errors
+    ///
+    /// [`TokenFileError`], which names the file and the way out.
+    pub fn load(path: &Path) -> Result<Self, TokenFileError> {
+        let unreadable = |error: std::io::Error| TokenFileError::Unreadable {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        };
+        // What is judged is the open file, not a name that may have come to mean another one.
+        let file = File::open(path).map_err(unreadable)?;
+        let found = file.metadata().map_err(unreadable)?;
+        if !found.is_file() {
+            return Err(TokenFileError::NotAFile {
+                path: path.to_owned(),
+            });
+        }
+        let mode = found.mode() & 0o7777;
+        if mode & 0o077 != 0 {
+            return Err(TokenFileError::LooseMode {
+                path: path.to_owned(),
+                mode,
+            });
+        }
+        if found.uid() != 0 && found.uid() != rustix::process::geteuid().as_raw() {
+            return Err(TokenFileError::ForeignOwner {
+                path: path.to_owned(),
+                owner: found.uid(),
+            });
+        }
+        let mut text = String::new();
+        let limit = u64::try_from(TOKEN_FILE_BYTES_MAX).unwrap_or(u64::MAX);
+        file.take(limit.saturating_add(1))
+            .read_to_string(&mut text)
+            .map_err(unreadable)?;
+        if text.len() > TOKEN_FILE_BYTES_MAX {
+            return Err(TokenFileError::TooLong {
+                path: path.to_owned(),
+            });
+        }
+        Self::parse(&text).map_err(|mistakes| TokenFileError::Wrong {
+            path: path.to_owned(),
+            mistakes,
+        })
+    }
+
+    /// Reads the text of a token file.
+    ///
+    /// # Errors
+    ///
+    /// Every mistake in it, with its line.
+    pub fn parse(text: &str) -> Result<Self, Vec<TokenMistake>> {
+        let mut reader = Reader {
+            text,
+            mistakes: Vec::new(),
+        };
+        let entries = reader.file();
+        if reader.mistakes.is_empty() {
+            Ok(Self { entries })
+        } else {
+            reader.mistakes.sort_by_key(|mistake| mistake.line);
+            Err(reader.mistakes)
+        }
+    }
+
+    /// How many tokens there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &(TokenDigest, Grant)> {
+        self.entries.iter()
+    }
+}
+
+struct Reader<'t> {
+    text: &'t str,
+    mistakes: Vec<TokenMistake>,
+}
+
+impl Reader<'_> {
+    fn mistake(&mut self, span: Option<Range<usize>>, message: impl Into<String>) {
+        let start = span.map_or(0, |span| span.start).min(self.text.len());
+        let before = self.text.as_bytes().get(..start).unwrap_or_default();
+        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        self.mistakes.push(TokenMistake {
+            line,
+            message: message.into(),
+        });
+    }
+
+    fn file(&mut self) -> Vec<(TokenDigest, Grant)> {
+        let document = match Document::parse(self.text) {
+            Ok(document) => document,
+            Err(error) => {
+                self.mistake(error.span(), error.message().trim());
+                return Vec::new();
+            }
+        };
+        let root = document.as_table();
+        self.refuse_unknown(root, &["format", "tokens"]);
+        match root.get("format").map(Item::as_integer) {
+            Some(Some(1)) => {}
+            _ => self.mistake(
+                root.get("format").and_then(Item::span),
+                "`format = 1` is expected in a token file",
+            ),
+        }
+        let mut entries = Vec::new();
+        let mut seen = BTreeSet::new();
+        match root.get("tokens") {
+            None => {}
+            Some(Item::ArrayOfTables(tables)) => {
+                if tables.len() > TOKENS_MAX {
+                    self.mistake(tables.span(), format!("more than {TOKENS_MAX} tokens"));
+                    return Vec::new();
+                }
+                for table in tables {
+                    if let Some((digest, grant)) = self.token(table, table.span()) {
+                        if !seen.insert(digest) {
+                            self.mistake(table.span(), "this token stands here twice");
+                        }
+                        entries.push((digest, grant));
+                    }
+                }
+            }
+            Some(other) => {
+                self.mistake(other.span(), "tokens are written as `[[tokens]]` tables");
+            }
+        }
+        entries
+    }
+
+    fn token(
+        &mut self,
+        table: &dyn TableLike,
+        span: Option<Range<usize>>,
+    ) -> Option<(TokenDigest, Grant)> {
+        self.refuse_unknown(table, &["sha256", "principal", "principal_type", "scopes"]);
+        let digest = self
+            .text_of(table, "sha256", span.clone())
+            .and_then(|(text, at)| {
+                let digest = TokenDigest::parse(text);
+                if digest.is_none() {
+                    self.mistake(at, "`sha256` is \"sha256:\" and 64 lower-case hex digits");
+                }
+                digest
+            });
+        let principal = self.text_of(table, "principal", span.clone());
+        let principal_type = if table.contains_key("principal_type") {
+            self.text_of(table, "principal_type", span.clone())
+                .map(|(text, _)| text)
+        } else {
+            Some(Grant::DEFAULT_TYPE)
+        };
+        let scopes = self.scopes(table, span);
+        let (principal, at) = principal?;
+        match Grant::new(principal_type?, principal, scopes?) {
+            Ok(grant) => Some((digest?, grant)),
+            Err(error) => {
+                self.mistake(at, error.to_string());
+                None
+            }
+        }
+    }
+
+    fn text_of<'i>(
+        &mut self,
+        table: &'i dyn TableLike,
+        key: &str,
+        table_span: Option<Range<usize>>,
+    ) -> Option<(&'i str, Option<Range<usize>>)> {
+        let Some(item) = table.get(key) else {
+            self.mistake(table_span, format!("`{key}` is missing"));
+            return None;
+        };
+        let Some(text) = item.as_str() else {
+            self.mistake(item.span(), format!("`{key}` is a string"));
+            return None;
+        };
+        Some((text, item.span()))
+    }
+
+    fn scopes(
+        &mut self,
+        table: &dyn TableLike,
+        table_span: Option<Range<usize>>,
+    ) -> Option<Scopes> {
+        let Some(item) = table.get("scopes") else {
+            self.mistake(table_span, "`scopes` is missing: write [] for none");
+            return None;
+        };
+        let mut scopes = Scopes::default();
+        let known = item.as_array().is_some_and(|names| {
+            names
+                .iter()
+                .all(|name| name.as_str().is_some_and(|name| scopes.add(name)))
+        });
+        if !known {
+            self.mistake(
+                item.span(),
+                "`scopes` is a list of \"decide\", \"explain\" and \"act_as\"",
+            );
+        }
+        known.then_some(scopes)
+    }
+
+    fn refuse_unknown(&mut self, table: &dyn TableLike, known: &[&str]) {
+        for (name, item) in table.iter() {
+            if !known.contains(&name) {
+                let span = table
+                    .key(name)
+                    .and_then(toml_edit::Key::span)
+                    .or_else(|| item.span());
+                let message = format!("unknown key `{name}`: known are {}", known.join(", "));
+                self.mistake(span, message);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fn good() -> String {
+        format!(
+            "format = 1\n\n[[tokens]]\nsha256 = \"{}\"\nprincipal = \"ci\"\nscopes = [\"decide\"]\n",
+            TokenDigest::of(b"secret")
+        )
+    }
+
+    fn lines(text: &str) -> Vec<(usize, String)> {
+        TokenSet::parse(text)
+            .unwrap_err()
+            .into_iter()
+            .map(|mistake| (mistake.line, mistake.message))
+            .collect()
+    }
+
+    #[test]
+    fn a_good_file_is_read() {
+        let tokens = TokenSet::parse(&good()).unwrap();
+        let (digest, grant) = tokens.iter().next().unwrap();
+        assert_eq!(*digest, TokenDigest::of(b"secret"));
+        assert_eq!(
+            (grant.principal_type(), grant.principal_id()),
+            ("Agent", "ci")
+        );
+        assert_eq!(
+            grant.scopes(),
+            Scopes {
+                decide: true,
+                ..Scopes::default()
+            }
+        );
+        assert!(TokenSet::parse("format = 1\n").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_digest_is_what_sha256sum_prints() {
+        assert_eq!(
+            TokenDigest::of(b"abc").to_string(),
+            "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        let (token, digest) = mint_token().unwrap();
+        assert_eq!(TokenDigest::of(token.as_bytes()), digest);
+        assert_eq!(TokenDigest::parse(&digest.to_string()), Some(digest));
+        assert_ne!(mint_token().unwrap().0, token);
+        for bad in [
+            "",
+            "sha256:",
+            "SHA256:00",
+            &digest.to_string().to_uppercase(),
+            &digest.to_string()[7..],
+        ] {
+            assert_eq!(TokenDigest::parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_at_once_with_their_lines() {
+        let text = "format = 2\ncolour = \"red\"\n\n[[tokens]]\nsha256 = \"md5:00\"\n\
+                    principal = 7\nscopes = [\"decide\", \"admin\"]\n\n[[tokens]]\nprincpal = \"x\"\n";
+        let found = lines(text);
+        let at: Vec<_> = found.iter().map(|(line, _)| *line).collect();
+        assert_eq!(at, [1, 2, 5, 6, 7, 9, 9, 9, 10], "{found:#?}");
+        assert!(found[1].1.contains("unknown key `colour`"));
+        assert!(found[8].1.contains("unknown key `princpal`"));
+    }
+
+    #[test]
+    fn malformed_files_are_refused() {
+        for text in [
+            "",
+            "format = 1\nformat = 1\n",
+            "format",
+            "format = 1\ntokens = 3\n",
+        ] {
+            assert_eq!(lines(text).len(), 1, "{text}");
+        }
+        let twice = format!("{}{}", good(), good().replace("format = 1\n", ""));
+        assert!(lines(&twice)[0].1.contains("twice"));
+    }
+
+    #[test]
+    fn a_file_open_to_others_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokens.toml");
+        fs::write(&path, good()).unwrap();
+        for loose in [0o640, 0o604, 0o620, 0o666, 0o601] {
+            fs::set_permissions(&path, Permissions::from_mode(loose)).unwrap();
+            assert_eq!(
+                TokenSet::load(&path),
+                Err(TokenFileError::LooseMode {
+                    path: path.clone(),
+                    mode: loose
+                })
+            );
+        }
+        // Positive control: the same file, closed.
+        for tight in [0o600, 0o400] {
+            fs::set_permissions(&path, Permissions::from_mode(tight)).unwrap();
+            assert_eq!(TokenSet::load(&path).unwrap().len(), 1);
+        }
+        assert!(matches!(
+            TokenSet::load(dir.path()),
+            Err(TokenFileError::NotAFile { .. } | TokenFileError::LooseMode { .. })
+        ));
+        assert!(matches!(
+            TokenSet::load(&dir.path().join("absent")),
+            Err(TokenFileError::Unreadable { .. })
+        ));
+    }
+}

@@ -1,0 +1,151 @@
+//! The shapes that cross the wire, for the OpenAPI document and for the gateway's own answers.
+//!
+//! A decide request is *not* read into these types: the interceptor parses its bytes itself, once
+//! and strictly (INV-15), and its answer is serialised as it is. [`DecideRequest`] and
+//! [`DecisionAnswer`] describe both to the document's readers; tests hold them to the real ones.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+/// One governed action, as a caller asks for it.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecideRequest {
+    /// The caller's own name for this request, echoed as `request_id`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_length = 128)]
+    pub id: Option<String>,
+    /// Who acts. Without it the authenticated caller; another one needs the scope `act_as`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub principal: Option<EntityRef>,
+    /// What is to be done.
+    #[schema(example = "fs.read")]
+    pub action: String,
+    /// To what.
+    pub resource: EntityRef,
+    /// The action's parameters; any JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub params: Option<Value>,
+    /// What the policies may want to know of the circumstances; any JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub context: Option<Value>,
+}
+
+/// A principal or a resource by type and id.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EntityRef {
+    /// The type.
+    #[serde(rename = "type")]
+    #[schema(example = "File")]
+    pub kind: String,
+    /// The id.
+    #[schema(example = "/srv/data/report.csv")]
+    pub id: String,
+}
+
+/// What was decided.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DecisionWord {
+    /// The action may take effect: its record is durable.
+    Allow,
+    /// It must not.
+    Deny,
+    /// It waits for a human.
+    Hold,
+}
+
+/// A decision and where to find its record.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecisionAnswer {
+    /// What was decided.
+    pub decision: DecisionWord,
+    /// Why: a stable code, `POLICY_ALLOW` or `NO_MATCH` say.
+    #[schema(example = "POLICY_ALLOW")]
+    pub reason: String,
+    /// The reason in words.
+    pub message: String,
+    /// The ids of the policies that matched.
+    pub policies: Vec<String>,
+    /// What went wrong in the policies; only in answers to explain.
+    #[serde(default)]
+    pub errors: Vec<String>,
+    /// The bundle that decided; null when none is active or it was not asked.
+    pub bundle: Option<BundleRef>,
+    /// The node's posture for this class of action.
+    #[schema(example = "normal")]
+    pub posture: String,
+    /// Where the record of this decision stands; null when it has none of its own.
+    pub record: Option<RecordRef>,
+    /// The summary window that a summarised denial is counted in, instead of a record of its own.
+    #[serde(default)]
+    pub window: Option<String>,
+    /// `sha256:` of the canonical action; null when the request was not one.
+    pub action_hash: Option<String>,
+    /// The caller's own id of the request, if it gave one.
+    #[serde(default)]
+    pub request_id: Option<String>,
+    /// How long to wait before trying again, where that helps.
+    #[serde(default)]
+    pub retry_after_ms: Option<u64>,
+}
+
+/// The bundle that decided.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BundleRef {
+    /// Its name.
+    pub name: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// `sha256:` of its content.
+    pub hash: String,
+}
+
+/// A position in the node's audit log.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RecordRef {
+    /// Index of the record, from 0.
+    pub index: u64,
+    /// `sha256:` of its Merkle leaf.
+    pub leaf: String,
+}
+
+/// Why a request was not judged at all. Like everything but an `allow`, it permits nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    /// A stable code.
+    #[schema(example = "unauthenticated")]
+    pub error: String,
+    /// What went wrong, and the way out.
+    pub message: String,
+    /// How long to wait before trying again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+}
+
+/// Either a decision or a refusal to make one; only the former has a `decision`.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum AnswerOrProblem {
+    /// A decision.
+    Answer(Box<DecisionAnswer>),
+    /// A refusal to make one.
+    Problem(Problem),
+}
+
+/// Whether the node would decide now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Readiness {
+    /// Whether it would.
+    pub ready: bool,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
