@@ -1,0 +1,606 @@
+//! Whom to dial, and when: a pure scheduler over the configured peers.
+//!
+//! INV-12 in two layers. A *round* of dials to one peer backs off with a [`BoundedRetry`] whose
+//! count only goes up. Across rounds a [`RetryBudget`] bounds the rate: once round or budget is
+//! spent the peer is dialled once per cap interval, for ever; nothing is parked. Only an
+//! authenticated Hello or an operator refills the budget, and a new round begins only after a
+//! session that lasted. Jitter is handed in, peers are served in the order of their ids (INV-11).
+//!
+//! It opens nothing and knows no clock. Start at [`Dialer::poll_dial`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use tidelock_quota::{BoundedRetry, RetryBudget, RetryBudgetConfig, RetryConfig, RetryConfigError};
+use tidelock_segments::NodeId;
+
+use crate::limits::{MAX_ADDRESSES, MAX_PEERS};
+
+/// Pace of the dials.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DialConfig {
+    /// Width of the first back-off; it doubles with each failure.
+    pub base: Duration,
+    /// Longest back-off, and the interval of the slow pace.
+    pub cap: Duration,
+    /// Failures of one round.
+    pub attempts_max: u32,
+    /// Dials of a full budget.
+    pub budget_dials: u32,
+    /// Shortest time between two immediate dials that link-up events grant.
+    pub link_up_interval: Duration,
+    /// Time that a misbehaving peer is left alone, in both directions.
+    pub cool_down: Duration,
+}
+
+impl Default for DialConfig {
+    fn default() -> Self {
+        Self {
+            base: Duration::from_millis(500),
+            cap: Duration::from_secs(60),
+            attempts_max: 12,
+            budget_dials: 64,
+            link_up_interval: Duration::from_secs(5),
+            cool_down: Duration::from_secs(60),
+        }
+    }
+}
+
+/// A peer of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerConfig {
+    /// Its id; the one that its certificate must name.
+    pub node_id: NodeId,
+    /// Where it listens; tried in turn.
+    pub addresses: Vec<SocketAddr>,
+}
+
+/// Why the peers or their pace were refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DialConfigError {
+    /// The pace makes no sense.
+    #[error("redial settings: {0}")]
+    Retry(#[from] RetryConfigError),
+    /// A node in its own list of peers.
+    #[error("peer {0} is this node itself: take it out of the list")]
+    OwnNode(NodeId),
+    /// The same peer twice.
+    #[error("peer {0} is listed twice: give its addresses in one entry")]
+    Twice(NodeId),
+    /// No address, or too many.
+    #[error("peer {peer} has {addresses} addresses: give 1 to {MAX_ADDRESSES}")]
+    Addresses {
+        /// The peer.
+        peer: NodeId,
+        /// What was given.
+        addresses: usize,
+    },
+    /// Too many peers.
+    #[error("{0} peers are more than {MAX_PEERS}: meet the others through a hub")]
+    TooMany(usize),
+}
+
+/// One dial to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dial {
+    /// The peer.
+    pub peer: NodeId,
+    /// Where.
+    pub address: SocketAddr,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Waiting { until: Duration },
+    Dialing,
+    Connected { since: Duration },
+}
+
+#[derive(Debug)]
+struct Peer {
+    addresses: Vec<SocketAddr>,
+    next_address: usize,
+    retry: BoundedRetry,
+    budget: RetryBudget,
+    state: State,
+    dials: u64,
+}
+
+/// Where the dials to one peer stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DialStatus {
+    /// Dials since the start.
+    pub dials: u64,
+    /// When the next one is due, if the peer is neither connected nor being dialled.
+    pub next_dial: Option<Duration>,
+    /// Dials left at the fast pace.
+    pub budget_left: u32,
+    /// Until when the peer is left alone.
+    pub cooling_until: Option<Duration>,
+}
+
+/// The scheduler.
+#[derive(Debug)]
+pub struct Dialer {
+    config: DialConfig,
+    peers: BTreeMap<NodeId, Peer>,
+    cooling: BTreeMap<NodeId, Duration>,
+    enabled: bool,
+}
+
+fn retry_config(config: &DialConfig) -> RetryConfig {
+    RetryConfig {
+        base: config.base,
+        cap: config.cap,
+        attempts_max: config.attempts_max,
+    }
+}
+
+impl Dialer {
+    /// A scheduler that begins now. Of two nodes that list each other, the one with the smaller id
+    /// dials at once and the other a base delay later, so that mostly one connection is made.
+    ///
+    /// # Errors
+    /// The first setting that makes no sense.
+    pub fn new(
+        local: &NodeId,
+        config: DialConfig,
+        peers: Vec<PeerConfig>,
+        now: Duration,
+    ) -> Result<Self, DialConfigError> {
+        // Also when there is no peer yet, so that a bad setting shows at once.
+        BoundedRetry::new(retry_config(&config))?;
+        if peers.len() > MAX_PEERS {
+            return Err(DialConfigError::TooMany(peers.len()));
+        }
+        let mut map = BTreeMap::new();
+        for peer in peers {
+            if peer.node_id == *local {
+                return Err(DialConfigError::OwnNode(peer.node_id));
+            }
+            let addresses: BTreeSet<_> = peer.addresses.iter().collect();
+            if addresses.is_empty() || peer.addresses.len() > MAX_ADDRESSES {
+                let addresses = peer.addresses.len();
+                return Err(DialConfigError::Addresses {
+                    peer: peer.node_id,
+                    addresses,
+                });
+            }
+            let delay = if *local < peer.node_id {
+                Duration::ZERO
+            } else {
+                config.base
+            };
+            let entry = Peer {
+                addresses: peer.addresses,
+                next_address: 0,
+                retry: BoundedRetry::new(retry_config(&config))?,
+                budget: RetryBudget::new(RetryBudgetConfig {
+                    dials: config.budget_dials,
+                    cap: config.cap,
+                    link_up_interval: config.link_up_interval,
+                })?,
+                state: State::Waiting { until: now + delay },
+                dials: 0,
+            };
+            if map.insert(peer.node_id.clone(), entry).is_some() {
+                return Err(DialConfigError::Twice(peer.node_id));
+            }
+        }
+        Ok(Self {
+            config,
+            peers: map,
+            cooling: BTreeMap::new(),
+            enabled: true,
+        })
+    }
+
+    /// Sessions shorter than this do not begin a new round: a peer that accepts and hangs up is
+    /// backed off like one that does not answer.
+    fn lasting(&self) -> Duration {
+        (self.config.base * 16).min(self.config.cap)
+    }
+
+    /// The next dial that is due, charged to the peer's budget.
+    pub fn poll_dial(&mut self, now: Duration) -> Option<Dial> {
+        if !self.enabled {
+            return None;
+        }
+        for (id, peer) in &mut self.peers {
+            let State::Waiting { until } = peer.state else {
+                continue;
+            };
+            let rested = self.cooling.get(id).is_none_or(|cooled| *cooled <= now);
+            if until > now || !rested {
+                continue;
+            }
+            // INV-12: the budget has the last word on the rate.
+            if let Err(spent) = peer.budget.try_dial(now) {
+                peer.state = State::Waiting {
+                    until: now + spent.retry_after,
+                };
+                continue;
+            }
+            let at = peer.next_address % peer.addresses.len().max(1);
+            let Some(address) = peer.addresses.get(at).copied() else {
+                continue;
+            };
+            peer.next_address = at + 1;
+            peer.state = State::Dialing;
+            peer.dials += 1;
+            return Some(Dial {
+                peer: id.clone(),
+                address,
+            });
+        }
+        None
+    }
+
+    /// When a dial may be due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        if !self.enabled {
+            return None;
+        }
+        self.peers
+            .iter()
+            .filter_map(|(id, peer)| match peer.state {
+                State::Waiting { until } => Some(
+                    self.cooling
+                        .get(id)
+                        .map_or(until, |cooled| until.max(*cooled)),
+                ),
+                _ => None,
+            })
+            .min()
+    }
+
+    /// A dial did not lead to an established session.
+    pub fn on_failed(&mut self, peer: &NodeId, now: Duration, jitter: u64) {
+        if let Some(entry) = self.peers.get_mut(peer)
+            && entry.state == State::Dialing
+        {
+            Self::back_off(entry, &self.config, now, jitter);
+        }
+    }
+
+    fn back_off(peer: &mut Peer, config: &DialConfig, now: Duration, jitter: u64) {
+        // INV-12: when the round is over only the slow pace is left.
+        let delay = peer.retry.next_delay(jitter).unwrap_or(config.cap);
+        peer.state = State::Waiting { until: now + delay };
+    }
+
+    /// A session with this peer is established, whoever dialled.
+    pub fn on_established(&mut self, peer: &NodeId, now: Duration) {
+        if let Some(entry) = self.peers.get_mut(peer) {
+            entry.budget.on_authenticated_hello();
+            if !matches!(entry.state, State::Connected { .. }) {
+                entry.state = State::Connected { since: now };
+            }
+        }
+    }
+
+    /// The last session with this peer ended.
+    pub fn on_closed(&mut self, peer: &NodeId, now: Duration, jitter: u64) {
+        let lasting = self.lasting();
+        if let Some(entry) = self.peers.get_mut(peer)
+            && let State::Connected { since } = entry.state
+        {
+            if now.saturating_sub(since) >= lasting
+                && let Ok(fresh) = BoundedRetry::new(retry_config(&self.config))
+            {
+                entry.retry = fresh;
+            }
+            Self::back_off(entry, &self.config, now, jitter);
+        }
+    }
+
+    /// A link of this node came up: one immediate dial to whoever is not connected, rate-limited.
+    pub fn on_link_up(&mut self, now: Duration) {
+        for peer in self.peers.values_mut() {
+            if let State::Waiting { until } = &mut peer.state
+                && *until > now
+                && peer.budget.on_link_up(now)
+            {
+                *until = now;
+            }
+        }
+    }
+
+    /// An operator, or a new certificate of this node, wants everybody tried again at once.
+    pub fn on_operator(&mut self, now: Duration) {
+        self.cooling.clear();
+        for peer in self.peers.values_mut() {
+            peer.budget.on_operator();
+            if let Ok(fresh) = BoundedRetry::new(retry_config(&self.config)) {
+                peer.retry = fresh;
+            }
+            if let State::Waiting { until } = &mut peer.state {
+                *until = now;
+            }
+        }
+    }
+
+    /// Opens or closes the whole transport (ruling 12). Opening it dials at once.
+    pub fn set_enabled(&mut self, enabled: bool, now: Duration) {
+        if enabled && !self.enabled {
+            for peer in self.peers.values_mut() {
+                if let State::Waiting { until } = &mut peer.state {
+                    *until = (*until).min(now);
+                }
+            }
+        }
+        self.enabled = enabled;
+    }
+
+    /// This peer misbehaved: it is left alone for a while, whether it is in the list or not.
+    pub fn cool_down(&mut self, peer: &NodeId, now: Duration) {
+        self.cooling.retain(|_, until| *until > now);
+        // INV-07: the oldest goes first.
+        if self.cooling.len() >= MAX_PEERS
+            && let Some(first) = self
+                .cooling
+                .iter()
+                .min_by_key(|(_, until)| **until)
+                .map(|(id, _)| id.clone())
+        {
+            self.cooling.remove(&first);
+        }
+        self.cooling
+            .insert(peer.clone(), now + self.config.cool_down);
+    }
+
+    /// Until when the peer is left alone.
+    #[must_use]
+    pub fn cooling_until(&self, peer: &NodeId, now: Duration) -> Option<Duration> {
+        self.cooling.get(peer).copied().filter(|until| *until > now)
+    }
+
+    /// Where the dials to a configured peer stand.
+    #[must_use]
+    pub fn status(&self, peer: &NodeId, now: Duration) -> Option<DialStatus> {
+        let entry = self.peers.get(peer)?;
+        Some(DialStatus {
+            dials: entry.dials,
+            next_dial: match entry.state {
+                State::Waiting { until } => Some(until),
+                _ => None,
+            },
+            budget_left: entry.budget.left(),
+            cooling_until: self.cooling_until(peer, now),
+        })
+    }
+
+    /// The configured peers, in order.
+    pub fn peers(&self) -> impl Iterator<Item = &NodeId> {
+        self.peers.keys()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const CONFIG: DialConfig = DialConfig {
+        base: Duration::from_millis(100),
+        cap: Duration::from_secs(10),
+        attempts_max: 5,
+        budget_dials: 20,
+        link_up_interval: Duration::from_secs(3),
+        cool_down: Duration::from_secs(30),
+    };
+
+    fn node(name: &str) -> NodeId {
+        NodeId::new(name).unwrap()
+    }
+
+    fn peer(name: &str) -> PeerConfig {
+        PeerConfig {
+            node_id: node(name),
+            addresses: vec![
+                "127.0.0.1:1".parse().unwrap(),
+                "127.0.0.2:2".parse().unwrap(),
+            ],
+        }
+    }
+
+    fn dialer(local: &str, peers: &[&str]) -> Dialer {
+        let peers = peers.iter().map(|name| peer(name)).collect();
+        Dialer::new(&node(local), CONFIG, peers, Duration::ZERO).unwrap()
+    }
+
+    /// Runs until `end`, failing every dial at once, and gives the times of the dials.
+    fn fail_until(dialer: &mut Dialer, from: Duration, end: Duration) -> Vec<Duration> {
+        let mut now = from;
+        let mut dials = Vec::new();
+        while now <= end {
+            while let Some(dial) = dialer.poll_dial(now) {
+                dials.push(now);
+                dialer.on_failed(&dial.peer, now, u64::MAX / 3);
+            }
+            match dialer.poll_timeout() {
+                Some(next) => now = next.max(now + Duration::from_nanos(1)),
+                None => break,
+            }
+        }
+        dials
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let make = |peers: Vec<PeerConfig>| {
+            Dialer::new(&node("a"), CONFIG, peers, Duration::ZERO).map(|_| ())
+        };
+        assert_eq!(make(vec![peer("b")]), Ok(()), "the control");
+        assert_eq!(
+            make(vec![peer("a")]),
+            Err(DialConfigError::OwnNode(node("a")))
+        );
+        assert_eq!(
+            make(vec![peer("b"), peer("b")]),
+            Err(DialConfigError::Twice(node("b")))
+        );
+        let bare = PeerConfig {
+            node_id: node("b"),
+            addresses: Vec::new(),
+        };
+        assert_eq!(
+            make(vec![bare]),
+            Err(DialConfigError::Addresses {
+                peer: node("b"),
+                addresses: 0
+            })
+        );
+        let config = DialConfig {
+            base: Duration::ZERO,
+            ..CONFIG
+        };
+        assert_eq!(
+            Dialer::new(&node("a"), config, Vec::new(), Duration::ZERO).map(|_| ()),
+            Err(DialConfigError::Retry(RetryConfigError::ZeroBase))
+        );
+    }
+
+    #[test]
+    fn inv_11_peers_are_dialled_in_order_and_the_smaller_id_goes_first() {
+        let mut middle = dialer("m", &["z", "a", "q", "b"]);
+        let first: Vec<_> = std::iter::from_fn(|| middle.poll_dial(Duration::ZERO))
+            .map(|dial| dial.peer)
+            .collect();
+        assert_eq!(first, [node("q"), node("z")]);
+        let later: Vec<_> = std::iter::from_fn(|| middle.poll_dial(CONFIG.base))
+            .map(|dial| dial.peer)
+            .collect();
+        assert_eq!(later, [node("a"), node("b")]);
+    }
+
+    #[test]
+    fn addresses_are_tried_in_turn() {
+        let mut dialer = dialer("a", &["b"]);
+        let mut seen = Vec::new();
+        let mut now = Duration::ZERO;
+        while seen.len() < 4 {
+            if let Some(dial) = dialer.poll_dial(now) {
+                seen.push(dial.address.port());
+                dialer.on_failed(&dial.peer, now, 0);
+            }
+            now += MS;
+        }
+        assert_eq!(seen, [1, 2, 1, 2]);
+    }
+
+    #[test]
+    fn inv_12_a_dark_peer_is_dialled_once_per_cap_for_ever() {
+        let mut dialer = dialer("a", &["b"]);
+        let day = Duration::from_secs(24 * 3600);
+        let dials = fail_until(&mut dialer, Duration::ZERO, day);
+        let slow = day.as_secs() / CONFIG.cap.as_secs();
+        let count = dials.len() as u64;
+        assert!(
+            count <= slow + u64::from(CONFIG.budget_dials),
+            "{count} dials are too many"
+        );
+        assert!(count >= slow, "{count} dials: the peer was parked");
+        // The last hour is at the slow pace exactly.
+        let tail: Vec<_> = dials
+            .iter()
+            .filter(|at| **at > day - Duration::from_secs(3600))
+            .collect();
+        assert!(
+            tail.windows(2)
+                .all(|pair| *pair[1] - *pair[0] >= CONFIG.cap)
+        );
+    }
+
+    #[test]
+    fn inv_12_flapping_sessions_do_not_begin_new_rounds() {
+        // A peer that accepts and hangs up at once: the round's count goes on counting.
+        let mut dialer = dialer("a", &["b"]);
+        let mut now = Duration::ZERO;
+        let mut dials = 0u64;
+        let hour = Duration::from_secs(3600);
+        while now < hour {
+            if let Some(dial) = dialer.poll_dial(now) {
+                dials += 1;
+                dialer.on_established(&dial.peer, now);
+                dialer.on_closed(&dial.peer, now, u64::MAX);
+            }
+            now = dialer.poll_timeout().unwrap().max(now + MS);
+        }
+        assert!(
+            dials <= hour.as_secs() / CONFIG.cap.as_secs() + 10,
+            "{dials} dials"
+        );
+        // The control: a session that lasted begins a new round, at the fast pace.
+        let dial = loop {
+            if let Some(dial) = dialer.poll_dial(now) {
+                break dial;
+            }
+            now = dialer.poll_timeout().unwrap().max(now + MS);
+        };
+        dialer.on_established(&dial.peer, now);
+        now += hour;
+        dialer.on_closed(&dial.peer, now, u64::MAX);
+        assert!(dialer.poll_timeout().unwrap() <= now + CONFIG.base);
+    }
+
+    #[test]
+    fn inv_12_only_hello_operator_or_link_bring_the_fast_pace_back() {
+        let mut dialer = dialer("a", &["b"]);
+        let dark = Duration::from_secs(3600);
+        fail_until(&mut dialer, Duration::ZERO, dark);
+        let waiting = dialer.poll_timeout().unwrap();
+        assert!(
+            dialer.poll_dial(waiting - MS).is_none(),
+            "the control: it waits"
+        );
+        // A link-up grants one dial, and one only within its interval.
+        let now = waiting - 2 * MS;
+        dialer.on_link_up(now);
+        let dial = dialer.poll_dial(now).unwrap();
+        dialer.on_failed(&dial.peer, now, 0);
+        dialer.on_link_up(now + MS);
+        assert_eq!(dialer.poll_dial(now + MS), None);
+        assert!(dialer.status(&node("b"), now).unwrap().budget_left == 0);
+        // An operator refills.
+        dialer.on_operator(now + MS);
+        assert!(dialer.poll_dial(now + MS).is_some());
+        assert!(dialer.status(&node("b"), now).unwrap().budget_left > 0);
+    }
+
+    #[test]
+    fn a_misbehaving_peer_is_left_alone_for_a_while() {
+        let mut dialer = dialer("a", &["b", "c"]);
+        dialer.cool_down(&node("b"), Duration::ZERO);
+        dialer.cool_down(&node("stranger"), Duration::ZERO);
+        assert!(dialer.cooling_until(&node("stranger"), MS).is_some());
+        assert_eq!(
+            dialer.poll_dial(Duration::ZERO).unwrap().peer,
+            node("c"),
+            "a bystander"
+        );
+        assert_eq!(dialer.poll_dial(CONFIG.cool_down - MS), None);
+        assert_eq!(dialer.poll_timeout(), Some(CONFIG.cool_down));
+        assert_eq!(dialer.poll_dial(CONFIG.cool_down).unwrap().peer, node("b"));
+        for at in 0..5_000 {
+            dialer.cool_down(&node(&format!("n{at}")), CONFIG.cool_down);
+        }
+        assert!(dialer.cooling.len() <= MAX_PEERS);
+    }
+
+    #[test]
+    fn a_closed_transport_dials_nobody_and_an_opened_one_at_once() {
+        let mut dialer = dialer("a", &["b"]);
+        dialer.set_enabled(false, Duration::ZERO);
+        assert_eq!(
+            (dialer.poll_dial(CONFIG.cap), dialer.poll_timeout()),
+            (None, None)
+        );
+        dialer.set_enabled(true, CONFIG.cap);
+        assert!(dialer.poll_dial(CONFIG.cap).is_some());
+    }
+}

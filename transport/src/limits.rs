@@ -1,0 +1,166 @@
+//! Every bound of this crate in one place, each with its worst case.
+//!
+//! "A session" below is one connection to one peer. Bounds that a peer announces in its Hello only
+//! ever lower what is written here.
+
+use std::time::Duration;
+
+use tidelock_segments::limits as segments;
+
+/// Version of the wire protocol. A change of any byte of a frame bumps it.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// Bytes before the body of every frame: length and type.
+pub const FRAME_HEADER_BYTES: usize = 5;
+
+/// Longest body of any frame. A decoder holds at most one, so 64 KiB a stream.
+pub const MAX_FRAME_BODY_BYTES: usize = 64 * 1024;
+
+/// Memory that decoding one frame may claim. Bigger than the body because a decoded entry is wider
+/// than its encoding; `bincode` counts against it before it allocates.
+pub const MAX_DECODED_FRAME_BYTES: usize = 256 * 1024;
+
+/// Longest Hello: the endorsement with its certificate chain dominates.
+pub const MAX_HELLO_BYTES: usize = 32 * 1024;
+
+/// Longest endorsement that a Hello may carry.
+pub const MAX_ENDORSEMENT_BYTES: usize = segments::MAX_ENDORSEMENT_BYTES;
+
+/// Longest custody receipt, endorsement and certificate chain included.
+pub const MAX_RECEIPT_BYTES: usize = segments::MAX_RECEIPT_BYTES;
+
+/// Longest name of a domain or node in a Hello.
+pub const MAX_NAME_BYTES: usize = segments::MAX_NAME_BYTES;
+
+/// Longest name of an origin in a head.
+pub const MAX_ORIGIN_BYTES: usize = segments::MAX_ORIGIN_BYTES;
+
+/// Longest reason in a Bye or in a QUIC close; one packet holds it.
+pub const MAX_REASON_BYTES: usize = 256;
+
+/// Ranges of sequence numbers in one head; 512 bytes. The store keeps the highest ones; what lies
+/// below is offered once the holes between them are filled.
+pub const MAX_RANGES: usize = segments::MAX_HEAD_RANGES;
+
+/// Heads in one frame.
+pub const MAX_HEADS_PER_FRAME: usize = 64;
+
+/// Segment references in one frame.
+pub const MAX_REFS_PER_FRAME: usize = 512;
+
+/// Segments of one origin with the same sequence number that a page keeps together, beyond its size.
+pub const MAX_REFS_OF_ONE_NUMBER: usize = 8;
+
+/// Segment ids in one request for receipts. Worst case of the answers that wait to be written:
+/// 32 x 32 KiB = 1 MiB a session.
+pub const MAX_RECEIPTS_PER_FRAME: usize = 32;
+
+/// Origins that one peer may name in a session. Worst case 8,192 x (255 bytes of name + 3 x 512
+/// bytes of ranges), about 15 MiB; a site of 200 nodes with 20 log incarnations each uses half.
+pub const MAX_ORIGINS: usize = 8_192;
+
+/// References that are listed ahead of the fetches, over all origins of a session; about 200 bytes
+/// each, so 3 MiB.
+pub const MAX_LISTED_AHEAD: usize = 16_384;
+
+/// Lists that may be asked for before the first answer.
+pub const MAX_LISTS_OUTSTANDING: usize = 8;
+
+/// Fetches in flight in one session, and the number that is announced in Hello.
+pub const MAX_IN_FLIGHT: u16 = 32;
+
+/// Of these, the ones that only revocation and policy may use, so that a full pipe of audit never
+/// stands before a CRL (ruling 10).
+pub const URGENT_IN_FLIGHT: u16 = 4;
+
+/// Bytes of bulk segments (witness, audit) that one session may have in flight; a single bigger
+/// segment goes alone.
+pub const MAX_BULK_BYTES_IN_FLIGHT: u64 = 64 * 1024 * 1024;
+
+/// Bytes of bulk segments in flight over all sessions: what receive buffers cost at most, beside
+/// the urgent ones. One session may take a quarter of it, so that a stalled peer starves nobody.
+pub const MAX_BULK_BYTES_NODE: u64 = 4 * MAX_BULK_BYTES_IN_FLIGHT;
+
+/// Biggest segment of an urgent kind: a CRL of about 400,000 entries. Worst case over a session:
+/// [`URGENT_IN_FLIGHT`] requested, two of each class in memory, 64 MiB; only from a peer that has
+/// authenticated and only for ids that this node asked for.
+pub const MAX_URGENT_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Biggest segment of a bulk kind.
+pub const MAX_BULK_SEGMENT_BYTES: u64 = segments::MAX_SEGMENT_BYTES;
+
+/// Segments set aside in a session (refused, failed): 33 bytes each. One more ends the session.
+pub const MAX_SET_ASIDE: usize = 1_024;
+
+/// Bad transfers that end a session (INV-12: the count only goes up).
+pub const MAX_FAULTS: u32 = 3;
+
+/// Frames that may wait to be written. A peer that keeps to [`MAX_LISTS_OUTSTANDING`],
+/// [`MAX_IN_FLIGHT`] and one receipt request at a time never causes more; one that does not is
+/// disconnected. Worst case 128 x 64 KiB = 8 MiB a session.
+pub const MAX_FRAMES_QUEUED: usize = 128;
+
+/// Frames of heads that are made before the earlier ones were written.
+pub const MAX_HEADS_FRAMES_QUEUED: usize = 4;
+
+/// Events that a session may hold before the shell has taken them; the shell takes them after each
+/// step. The oldest go first.
+pub const MAX_EVENTS_QUEUED: usize = 1_024;
+
+/// Sessions at once, handshakes included.
+pub const MAX_SESSIONS: usize = 256;
+
+/// Handshakes from outside at once. Each holds TLS state of about 30 KiB: 2 MiB.
+pub const MAX_HANDSHAKES: usize = 64;
+
+/// Connection attempts that quinn may hold before the accept loop has seen them.
+pub const MAX_INCOMING: usize = 256;
+
+/// Bytes of early packets that quinn may buffer for them, over all of them.
+pub const MAX_INCOMING_BUFFER_BYTES: u64 = 1024 * 1024;
+
+/// Peers in the configuration.
+pub const MAX_PEERS: usize = 1_024;
+
+/// Addresses of one peer.
+pub const MAX_ADDRESSES: usize = 8;
+
+/// Stored segments that wait for a session to look at them; beyond it the session compares
+/// everything instead.
+pub const MAX_MAILBOX: usize = 1_024;
+
+/// Time from the start of a session to the second half of the Hello round trip.
+pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time without any byte from a peer that owes one.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Time that news of bulk kinds waits for more news. Urgent kinds do not wait.
+pub const HEADS_DELAY: Duration = Duration::from_millis(20);
+
+// A full frame of heads or references fits its body: widest encoding of each entry.
+const HEAD_ENTRY_MAX: usize = (5 + 3 + MAX_ORIGIN_BYTES) + (3 + MAX_RANGES * 2 * 9) + 12;
+const REF_ENTRY_MAX: usize = 32 + 9 + 9 + 33;
+const _: () = assert!(16 + MAX_HEADS_PER_FRAME * HEAD_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(32 + MAX_REFS_PER_FRAME * REF_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(8 + MAX_RECEIPTS_PER_FRAME * 32 <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(64 + MAX_RECEIPT_BYTES <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(MAX_ENDORSEMENT_BYTES + 2 * MAX_NAME_BYTES + 128 <= MAX_HELLO_BYTES);
+const _: () = assert!(MAX_HELLO_BYTES <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(MAX_FRAME_BODY_BYTES <= MAX_DECODED_FRAME_BYTES);
+// Everything that a well-behaved peer can have asked for fits the queue, heads beside it.
+const _: () = assert!(
+    MAX_LISTS_OUTSTANDING
+        + MAX_RECEIPTS_PER_FRAME
+        + MAX_IN_FLIGHT as usize
+        + MAX_HEADS_FRAMES_QUEUED
+        + 16
+        <= MAX_FRAMES_QUEUED
+);
+const _: () = assert!(MAX_REFS_OF_ONE_NUMBER < MAX_REFS_PER_FRAME);
+const _: () = assert!(URGENT_IN_FLIGHT < MAX_IN_FLIGHT);
+const _: () = assert!(MAX_LISTED_AHEAD >= 2 * MAX_ORIGINS);
+const _: () = assert!(MAX_HANDSHAKES <= MAX_SESSIONS);
+const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_BULK_BYTES_IN_FLIGHT);
+const _: () = assert!(MAX_URGENT_SEGMENT_BYTES <= segments::MAX_SEGMENT_BYTES);
+const _: () = assert!(MAX_REFS_PER_FRAME <= segments::MAX_REFS);

@@ -1,0 +1,1679 @@
+//! The session machine: everything that two nodes say to each other, without a socket, a thread or
+//! a clock.
+//!
+//! One [`SessionMachine`] is one side of one session. Whoever drives it hands in frames, the time
+//! and a [`View`] of the node, and takes out frames to write, segments to fetch, segments to send
+//! and events. The quinn shell drives it with sockets; the tests of this module drive several of
+//! them in virtual time. Same inputs, same outputs, in the same order.
+//!
+//! The course of a session: both sides send Hello; each answers the other's with HelloAck; a side
+//! that has received both is *established*. Then heads, if the digests in the Hellos differ; lists
+//! of what a head offers and this node lacks; fetches in the order of INV-11; receipts. Whatever is
+//! stored later, from anywhere, is offered at once as an incremental head.
+//!
+//! What it is not: it never sees a segment's bytes. Where to start: [`SessionMachine::handle_frame`].
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use tidelock_segments::{DomainId, Head, Kind, NodeId, Origin, SegmentId, SegmentRef};
+
+use crate::{
+    frame::{
+        Bye, CloseCode, Fetch, FetchRefusal, FetchRefused, Frame, FullHead, GetHead, HeadBody,
+        HeadEntry, HeadTag, Heads, Hello, ListRefs, OriginRef, Receipt, ReceiptWant, RefEntry,
+        Refs, WireLimits, bounded_reason,
+    },
+    limits::{
+        HEADS_DELAY, HELLO_TIMEOUT, MAX_BULK_BYTES_IN_FLIGHT, MAX_BULK_SEGMENT_BYTES,
+        MAX_EVENTS_QUEUED, MAX_FAULTS, MAX_FRAMES_QUEUED, MAX_HEADS_FRAMES_QUEUED,
+        MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD, MAX_LISTS_OUTSTANDING, MAX_ORIGINS,
+        MAX_RECEIPTS_PER_FRAME, MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME, MAX_SET_ASIDE,
+        MAX_URGENT_SEGMENT_BYTES, PROTOCOL_VERSION, STALL_TIMEOUT, URGENT_IN_FLIGHT,
+    },
+};
+
+mod ranges;
+#[cfg(test)]
+mod tests;
+
+use ranges::Ranges;
+
+/// What the machine may know of the node. Every answer comes from memory or one small read; the
+/// shell calls the machine where blocking is allowed.
+pub trait View {
+    /// All heads.
+    fn heads(&self) -> Vec<Head>;
+    /// The head of one origin.
+    fn head(&self, origin: &Origin) -> Option<Head> {
+        self.heads().into_iter().find(|head| head.origin == *origin)
+    }
+    /// References of one origin, ascending by number and then by id, at most `max`.
+    fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef>;
+    /// The reference of a segment that is held.
+    fn reference(&self, id: &SegmentId) -> Option<SegmentRef>;
+    /// Whether anything of this origin is taken from a peer. False for the node's own running log.
+    fn wants_origin(&self, origin: &Origin) -> bool;
+    /// Whether this segment is taken now: size, room, custody share.
+    fn wants(&self, reference: &SegmentRef) -> bool;
+    /// Own segments for which a receipt of this peer is still of use.
+    fn receipt_wants(&self) -> Vec<SegmentId>;
+    /// A receipt for a segment that is held in custody.
+    fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>>;
+    /// Takes a receipt that this peer gave.
+    ///
+    /// # Errors
+    /// The receipt does not verify, or could not be kept.
+    fn take_receipt(&self, receipt: &[u8]) -> Result<(), Refusal>;
+}
+
+/// Whose fault it is that something was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The peer sent what it must not send: counts towards the end of the session.
+    Peer,
+    /// This node could not take it: offered again at the next contact.
+    Local,
+}
+
+/// Why a segment or receipt was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct Refusal {
+    /// Stable word.
+    pub code: &'static str,
+    /// For a human.
+    pub message: String,
+    /// Whose fault.
+    pub fault: Fault,
+}
+
+/// A set of segment kinds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KindSet(u8);
+
+impl KindSet {
+    /// Every kind.
+    pub const ALL: Self = Self(0b1_1110);
+
+    /// The set of these kinds.
+    #[must_use]
+    pub fn of(kinds: &[Kind]) -> Self {
+        Self(kinds.iter().fold(0, |bits, kind| bits | Self::bit(*kind)))
+    }
+
+    /// Whether the set holds the kind.
+    #[must_use]
+    pub fn contains(self, kind: Kind) -> bool {
+        self.0 & Self::bit(kind) != 0
+    }
+
+    fn bit(kind: Kind) -> u8 {
+        1 << kind.number()
+    }
+}
+
+/// What a node takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PeerLimits {
+    /// Kinds that it keeps.
+    pub kinds: KindSet,
+    /// Biggest segment.
+    pub max_segment_bytes: u64,
+    /// Bytes of other nodes' audit that it still takes.
+    pub custody_free_bytes: u64,
+    /// Fetches that it answers at once.
+    pub max_in_flight: u16,
+}
+
+/// A node's posture as it tells its peers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum PeerPosture {
+    /// Everything is in order.
+    Normal = 0,
+    /// The policy is getting old.
+    Stale = 1,
+    /// Some classes of action are denied.
+    Restricted = 2,
+    /// All are.
+    Closed = 3,
+}
+
+impl PeerPosture {
+    /// The posture with this number.
+    #[must_use]
+    pub fn from_wire(code: u8) -> Option<Self> {
+        match code {
+            0 => Some(Self::Normal),
+            1 => Some(Self::Stale),
+            2 => Some(Self::Restricted),
+            3 => Some(Self::Closed),
+            _ => None,
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Normal => "normal",
+            Self::Stale => "stale",
+            Self::Restricted => "restricted",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// What this node says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalHello {
+    /// Its domain.
+    pub domain: DomainId,
+    /// Its id.
+    pub node_id: NodeId,
+    /// What it takes.
+    pub limits: PeerLimits,
+    /// Its posture.
+    pub posture: PeerPosture,
+    /// Encoded endorsement of its log key.
+    pub endorsement: Option<Vec<u8>>,
+}
+
+/// What the peer said of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerHello {
+    /// Its id; the one of its certificate.
+    pub node_id: NodeId,
+    /// What it takes.
+    pub limits: PeerLimits,
+    /// Its posture.
+    pub posture: PeerPosture,
+    /// Encoded endorsement of its log key. Not judged here.
+    pub endorsement: Option<Vec<u8>>,
+}
+
+/// Bounds of one session; the defaults are the limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionConfig {
+    /// Fetches in flight.
+    pub max_in_flight: u16,
+    /// Bytes of bulk segments in flight.
+    pub bulk_bytes_in_flight: u64,
+    /// Bad transfers that end the session.
+    pub faults_max: u32,
+    /// Time for the Hello round trip.
+    pub hello_timeout: Duration,
+    /// Time that a peer may owe an answer in silence.
+    pub stall_timeout: Duration,
+    /// Time that news of bulk kinds waits for more.
+    pub heads_delay: Duration,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self {
+            max_in_flight: MAX_IN_FLIGHT,
+            bulk_bytes_in_flight: MAX_BULK_BYTES_IN_FLIGHT,
+            faults_max: MAX_FAULTS,
+            hello_timeout: HELLO_TIMEOUT,
+            stall_timeout: STALL_TIMEOUT,
+            heads_delay: HEADS_DELAY,
+        }
+    }
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("session closed, {}: {reason}", code.as_str())]
+pub struct SessionClose {
+    /// Why.
+    pub code: CloseCode,
+    /// For a human.
+    pub reason: String,
+    /// Whether the peer said it.
+    pub by_peer: bool,
+}
+
+/// What a session has to tell the node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SessionEvent {
+    /// The peer's Hello was accepted.
+    Hello(PeerHello),
+    /// The Hello round trip is complete on this side: the peer counts as authenticated.
+    Established,
+    /// The peer's log of this origin differs from ours at the same place. Full heads, so evidence.
+    ForkSuspected {
+        /// The log.
+        origin: Origin,
+        /// Highest sequence number of both.
+        sequence: u64,
+        /// The segment held here.
+        ours: SegmentId,
+        /// The segment held there.
+        theirs: SegmentId,
+    },
+    /// A segment was not taken.
+    TransferFailed {
+        /// The segment.
+        reference: SegmentRef,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The peer does not send a segment that it listed.
+    FetchRefused {
+        /// The segment.
+        reference: SegmentRef,
+        /// Why.
+        code: FetchRefusal,
+    },
+    /// A receipt was taken.
+    ReceiptTaken {
+        /// The segment.
+        id: SegmentId,
+    },
+    /// A receipt was not taken.
+    ReceiptRefused {
+        /// The segment.
+        id: SegmentId,
+        /// Why.
+        refusal: Refusal,
+    },
+}
+
+/// A segment that the peer asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Serve {
+    /// The segment.
+    pub reference: SegmentRef,
+}
+
+/// INV-11: urgency, then age, then the name of the log.
+type WantKey = (Kind, u64, Origin, SegmentId);
+
+/// Where a list stands in the same order.
+type ListKey = (Kind, u64, Origin);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Waits for its turn.
+    Queued,
+    /// Another session of this node fetches it.
+    Deferred,
+    /// Asked for; no byte yet.
+    Requested,
+    /// Bytes arrive.
+    Receiving,
+    /// All bytes are here, the node looks at them.
+    Admitting,
+}
+
+impl Stage {
+    fn is_in_flight(self) -> bool {
+        matches!(self, Self::Requested | Self::Receiving | Self::Admitting)
+    }
+
+    fn is_owed(self) -> bool {
+        matches!(self, Self::Requested | Self::Receiving)
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    reference: SegmentRef,
+    stage: Stage,
+}
+
+/// What the peer said of one origin.
+#[derive(Debug, Default)]
+struct PeerOrigin {
+    /// The peer's number, unless the origin is known from an equal digest only.
+    index: Option<u32>,
+    /// What it holds.
+    ranges: Ranges,
+    /// Of that, what was listed in this session.
+    listed: Ranges,
+    /// What is still to be listed.
+    missing: Ranges,
+    /// The request that is out: first and last number and the page size.
+    asked: Option<(u64, u64, u16)>,
+    /// Wants of this origin that wait for their turn.
+    queued: usize,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Hello sent. Holds the heads that its digest was made from.
+    Greeting {
+        heads: Vec<Head>,
+        hello: Option<Box<PeerHello>>,
+        their_digest: [u8; 32],
+    },
+    Established,
+    Closed(SessionClose),
+}
+
+/// One side of one session.
+#[derive(Debug)]
+pub struct SessionMachine {
+    config: SessionConfig,
+    local: LocalHello,
+    peer: NodeId,
+    key: [u8; 32],
+    started: Duration,
+    phase: Phase,
+    peer_limits: PeerLimits,
+    out: VecDeque<Frame>,
+    events: VecDeque<SessionEvent>,
+
+    // What we offer.
+    my_origins: BTreeMap<Origin, u32>,
+    my_names: Vec<Origin>,
+    dirty: BTreeSet<(Kind, Origin)>,
+    heads_due: Option<Duration>,
+    /// Whether the last frame of heads promised another.
+    heads_promised: bool,
+
+    // What they offer.
+    origins: BTreeMap<Origin, PeerOrigin>,
+    their_names: Vec<Origin>,
+    more_heads: Option<Kind>,
+    open_lists: BTreeSet<ListKey>,
+    lists_asked: usize,
+    heads_asked: BTreeSet<Origin>,
+
+    // What we want.
+    known: BTreeMap<SegmentId, Known>,
+    queue: BTreeSet<WantKey>,
+    in_flight: u16,
+    owed: usize,
+    bulk_bytes: u64,
+    hold_urgent: Option<Duration>,
+    hold_bulk: Option<Duration>,
+    set_aside: BTreeMap<SegmentId, Fault>,
+    faults: u32,
+    last_progress: Duration,
+
+    // What they want.
+    serving: BTreeSet<SegmentId>,
+    to_serve: VecDeque<Serve>,
+
+    // Receipts.
+    receipts_asked: BTreeSet<SegmentId>,
+    receipts_answered: BTreeSet<SegmentId>,
+}
+
+fn is_urgent(kind: Kind) -> bool {
+    kind <= Kind::Policy
+}
+
+/// Keyed digest of a full head (ruling 6). Domain-separated from the digest of all heads.
+fn head_hash(key: &[u8; 32], head: &Head) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(b"head\0");
+    let name = head.origin.as_str().as_bytes();
+    hasher.update(&(name.len() as u64).to_le_bytes());
+    hasher.update(name);
+    hasher.update(&(head.ranges.len() as u64).to_le_bytes());
+    for (from, to) in &head.ranges {
+        hasher.update(&from.to_le_bytes());
+        hasher.update(&to.to_le_bytes());
+    }
+    hasher.update(head.last_id.as_bytes());
+    *hasher.finalize().as_bytes()
+}
+
+fn head_tag(key: &[u8; 32], head: &Head) -> HeadTag {
+    let mut tag = HeadTag::default();
+    for (to, from) in tag.iter_mut().zip(head_hash(key, head)) {
+        *to = from;
+    }
+    tag
+}
+
+fn state_digest(key: &[u8; 32], heads: &[Head]) -> [u8; 32] {
+    let sorted: BTreeMap<&Origin, &Head> = heads.iter().map(|head| (&head.origin, head)).collect();
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(b"state\0");
+    for head in sorted.values() {
+        hasher.update(&head_hash(key, head));
+    }
+    *hasher.finalize().as_bytes()
+}
+
+impl SessionMachine {
+    /// A session with the node that the certificate names. `key` comes from the TLS exporter, so
+    /// both sides have the same and nobody else has it.
+    #[must_use]
+    pub fn new(
+        config: SessionConfig,
+        local: LocalHello,
+        peer: NodeId,
+        key: [u8; 32],
+        now: Duration,
+        view: &dyn View,
+    ) -> Self {
+        let heads = view.heads();
+        let hello = Frame::Hello(Box::new(Hello {
+            version: PROTOCOL_VERSION,
+            domain: local.domain.as_str().to_owned(),
+            node_id: local.node_id.as_str().to_owned(),
+            limits: WireLimits {
+                kinds: local.limits.kinds.0,
+                max_segment_bytes: local.limits.max_segment_bytes,
+                custody_free_bytes: local.limits.custody_free_bytes,
+                max_in_flight: local.limits.max_in_flight,
+            },
+            posture: local.posture as u8,
+            endorsement: local.endorsement.clone(),
+            state_digest: state_digest(&key, &heads),
+        }));
+        let nothing = PeerLimits {
+            kinds: KindSet(0),
+            max_segment_bytes: 0,
+            custody_free_bytes: 0,
+            max_in_flight: 0,
+        };
+        Self {
+            config,
+            local,
+            peer,
+            key,
+            started: now,
+            phase: Phase::Greeting {
+                heads,
+                hello: None,
+                their_digest: [0; 32],
+            },
+            peer_limits: nothing,
+            out: VecDeque::from([hello]),
+            events: VecDeque::new(),
+            my_origins: BTreeMap::new(),
+            my_names: Vec::new(),
+            dirty: BTreeSet::new(),
+            heads_due: None,
+            heads_promised: false,
+            origins: BTreeMap::new(),
+            their_names: Vec::new(),
+            more_heads: None,
+            open_lists: BTreeSet::new(),
+            lists_asked: 0,
+            heads_asked: BTreeSet::new(),
+            known: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            in_flight: 0,
+            owed: 0,
+            bulk_bytes: 0,
+            hold_urgent: None,
+            hold_bulk: None,
+            set_aside: BTreeMap::new(),
+            faults: 0,
+            last_progress: now,
+            serving: BTreeSet::new(),
+            to_serve: VecDeque::new(),
+            receipts_asked: BTreeSet::new(),
+            receipts_answered: BTreeSet::new(),
+        }
+    }
+
+    /// Whether the Hello round trip is complete on this side.
+    #[must_use]
+    pub fn is_established(&self) -> bool {
+        matches!(self.phase, Phase::Established)
+    }
+
+    /// How the session ended, if it did.
+    #[must_use]
+    pub fn closed(&self) -> Option<&SessionClose> {
+        match &self.phase {
+            Phase::Closed(close) => Some(close),
+            _ => None,
+        }
+    }
+
+    /// Bad transfers so far.
+    #[must_use]
+    pub fn faults(&self) -> u32 {
+        self.faults
+    }
+
+    /// Segments that are known to be lacking here and held there.
+    #[must_use]
+    pub fn backlog(&self) -> usize {
+        self.known.len()
+    }
+
+    /// Takes one frame of the control stream.
+    pub fn handle_frame(&mut self, frame: Frame, now: Duration, view: &dyn View) {
+        if self.closed().is_some() {
+            return;
+        }
+        self.last_progress = now;
+        match (frame, self.is_established()) {
+            (Frame::Bye(bye), _) => self.on_bye(&bye),
+            (Frame::Hello(hello), false) => self.on_hello(&hello),
+            (Frame::HelloAck, false) => self.on_hello_ack(now, view),
+            (Frame::Heads(heads), true) => self.on_heads(heads, view),
+            (Frame::AskHeads, true) => self.offer_all(now, view),
+            (Frame::GetHead(get), true) => self.on_get_head(get, view),
+            (Frame::FullHead(head), true) => self.on_full_head(&head, view),
+            (Frame::ListRefs(list), true) => self.on_list_refs(list, view),
+            (Frame::Refs(refs), true) => self.on_refs(&refs, view),
+            (Frame::Fetch(fetch), true) => self.on_fetch(fetch, view),
+            (Frame::FetchRefused(refused), true) => self.on_fetch_refused(refused),
+            (Frame::ReceiptWant(want), true) => self.on_receipt_want(&want, view),
+            (Frame::Receipt(receipt), true) => self.on_receipt(&receipt, view),
+            (frame, established) => {
+                let when = if established { "after" } else { "before" };
+                let frame = frame.frame_type();
+                self.close(
+                    CloseCode::Protocol,
+                    &format!("{frame:?} frame {when} the hello round trip"),
+                );
+            }
+        }
+        self.pump(now, view);
+    }
+
+    /// Something was stored on this node, from whatever side.
+    pub fn handle_stored(&mut self, reference: &SegmentRef, now: Duration, view: &dyn View) {
+        if self.closed().is_some() {
+            return;
+        }
+        let waiting = self
+            .known
+            .get(&reference.id)
+            .is_some_and(|known| !known.stage.is_in_flight());
+        if waiting {
+            self.forget(&reference.id);
+        }
+        self.mark_dirty(reference.kind, reference.origin.clone(), now);
+        self.pump(now, view);
+    }
+
+    /// Another session of this node gave up a segment that this one deferred.
+    pub fn handle_released(&mut self, id: &SegmentId, now: Duration, view: &dyn View) {
+        let deferred = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.stage == Stage::Deferred);
+        if !deferred {
+            return;
+        }
+        if view.reference(id).is_some() {
+            self.forget(id);
+        } else {
+            self.set_stage(id, Stage::Queued);
+        }
+        self.pump(now, view);
+    }
+
+    /// What this node lacks or may take has changed in a way that single segments do not tell:
+    /// room came free, segments were lost, or the shell could not keep up. Compares everything.
+    pub fn refresh(&mut self, now: Duration, view: &dyn View) {
+        if self.closed().is_some() {
+            return;
+        }
+        self.offer_all(now, view);
+        if !self.is_established() {
+            return;
+        }
+        self.start_waiting(now);
+        let held: Vec<SegmentId> = self
+            .known
+            .iter()
+            .filter(|(id, known)| !known.stage.is_in_flight() && view.reference(id).is_some())
+            .map(|(id, _)| *id)
+            .collect();
+        for id in held {
+            self.forget(&id);
+        }
+        // INV-12: a segment that the peer spoilt stays aside; one without room is asked again.
+        self.set_aside.retain(|_, fault| *fault == Fault::Peer);
+        let mine: BTreeMap<Origin, Head> = view
+            .heads()
+            .into_iter()
+            .map(|head| (head.origin.clone(), head))
+            .collect();
+        let names: Vec<Origin> = self.origins.keys().cloned().collect();
+        let mut unnamed = false;
+        for name in names {
+            if let Some(origin) = self.origins.get_mut(&name) {
+                origin.listed = Ranges::default();
+                unnamed |= origin.index.is_none()
+                    && mine.get(&name).map(|head| head.ranges.as_slice())
+                        != Some(origin.ranges.as_slice());
+            }
+            self.compare(&name, mine.get(&name), false, view);
+        }
+        if unnamed {
+            self.push(Frame::AskHeads);
+        }
+        self.receipts_answered.clear();
+        self.ask_receipts(view);
+        self.pump(now, view);
+    }
+
+    /// Time has passed.
+    pub fn handle_timeout(&mut self, now: Duration, view: &dyn View) {
+        match &self.phase {
+            Phase::Closed(_) => return,
+            Phase::Greeting { .. } if now >= self.started + self.config.hello_timeout => {
+                self.close(CloseCode::HelloTimeout, "no hello round trip in time");
+            }
+            Phase::Established if self.owes() && now >= self.stall_deadline() => {
+                self.close(CloseCode::Stalled, "peer owes an answer and sends nothing");
+            }
+            _ => {}
+        }
+        self.pump(now, view);
+    }
+
+    /// When [`handle_timeout`](Self::handle_timeout) or [`poll_want`](Self::poll_want) have
+    /// something to do at the latest.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        let mut next: Option<Duration> = None;
+        let mut at = |deadline: Duration| {
+            next = Some(next.map_or(deadline, |earlier| earlier.min(deadline)));
+        };
+        match &self.phase {
+            Phase::Closed(_) => {}
+            Phase::Greeting { .. } => at(self.started + self.config.hello_timeout),
+            Phase::Established => {
+                if self.owes() {
+                    at(self.stall_deadline());
+                }
+                if let Some(due) = self.heads_due
+                    && self.out.len() < MAX_HEADS_FRAMES_QUEUED
+                {
+                    at(due);
+                }
+                if let Some(until) = self.queue.first().and_then(|(kind, ..)| self.hold(*kind)) {
+                    at(until);
+                }
+            }
+        }
+        next
+    }
+
+    /// The next frame to write.
+    pub fn poll_frame(&mut self) -> Option<Frame> {
+        self.out.pop_front()
+    }
+
+    /// Whether a frame waits.
+    #[must_use]
+    pub fn has_frames(&self) -> bool {
+        !self.out.is_empty()
+    }
+
+    /// The next event.
+    pub fn poll_event(&mut self) -> Option<SessionEvent> {
+        self.events.pop_front()
+    }
+
+    /// The next segment to send.
+    pub fn poll_serve(&mut self) -> Option<Serve> {
+        self.to_serve.pop_front()
+    }
+
+    /// A segment was sent, or its sending was given up together with its stream.
+    pub fn handle_served(&mut self, id: &SegmentId) {
+        self.serving.remove(id);
+    }
+
+    /// A segment cannot be sent.
+    pub fn handle_unservable(&mut self, id: &SegmentId, code: FetchRefusal) {
+        if self.serving.remove(id) {
+            self.push(Frame::FetchRefused(FetchRefused {
+                id: *id.as_bytes(),
+                code: code as u16,
+            }));
+        }
+    }
+
+    /// The segment whose turn it is (INV-11), if one may be asked for now. The caller answers with
+    /// [`fetch`](Self::fetch), [`defer`](Self::defer), [`hold_until`](Self::hold_until) or
+    /// [`handle_failed`](Self::handle_failed), and asks again.
+    #[must_use]
+    pub fn poll_want(&self, now: Duration) -> Option<&SegmentRef> {
+        if !self.is_established() {
+            return None;
+        }
+        let (kind, sequence, origin, id) = self.queue.first()?;
+        // INV-11: nothing overtakes what is not listed yet, so the order depends on what the peer
+        // holds and not on how fast its lists arrive.
+        if let Some((list_kind, cursor, list_origin)) = self.open_lists.first()
+            && (kind, sequence, origin) >= (list_kind, cursor, list_origin)
+        {
+            return None;
+        }
+        if self
+            .more_heads
+            .is_some_and(|complete_below| *kind >= complete_below)
+        {
+            return None;
+        }
+        if self.hold(*kind).is_some_and(|until| now < until) {
+            return None;
+        }
+        let reference = &self.known.get(id)?.reference;
+        let limit = self
+            .config
+            .max_in_flight
+            .min(self.peer_limits.max_in_flight)
+            .max(1);
+        let free = if is_urgent(*kind) {
+            self.in_flight < limit
+        } else {
+            // Ruling 10: a pipe full of audit never stands before a CRL.
+            self.in_flight < limit.saturating_sub(URGENT_IN_FLIGHT).max(1)
+                && (self.bulk_bytes == 0
+                    || self.bulk_bytes.saturating_add(reference.size_bytes)
+                        <= self.config.bulk_bytes_in_flight)
+        };
+        free.then_some(reference)
+    }
+
+    /// Asks the peer for a wanted segment.
+    pub fn fetch(&mut self, id: &SegmentId, now: Duration) {
+        let queued = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.stage == Stage::Queued);
+        if queued {
+            self.start_waiting(now);
+            self.set_stage(id, Stage::Requested);
+            self.push(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+            self.ask_lists(now);
+        }
+    }
+
+    /// Leaves a wanted segment to another session of this node.
+    pub fn defer(&mut self, id: &SegmentId) {
+        let queued = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.stage == Stage::Queued);
+        if queued {
+            self.set_stage(id, Stage::Deferred);
+        }
+    }
+
+    fn hold(&self, kind: Kind) -> Option<Duration> {
+        if is_urgent(kind) {
+            self.hold_urgent
+        } else {
+            self.hold_bulk
+        }
+    }
+
+    /// A quota is spent: asks for nothing of this class until then (INV-13).
+    pub fn hold_until(&mut self, kind: Kind, until: Duration) {
+        if is_urgent(kind) {
+            self.hold_urgent = Some(until);
+        } else {
+            self.hold_bulk = Some(until);
+        }
+    }
+
+    /// The peer announces the bytes of a segment on the stream of this kind.
+    ///
+    /// # Errors
+    /// It was not asked for, or is announced with another size. Its stream ends; the fault counts.
+    pub fn handle_segment(
+        &mut self,
+        kind: Kind,
+        id: &SegmentId,
+        size_bytes: u64,
+        now: Duration,
+    ) -> Result<SegmentRef, Refusal> {
+        self.last_progress = now;
+        let refusal = |message: String| Refusal {
+            code: "unexpected_segment",
+            message,
+            fault: Fault::Peer,
+        };
+        let refused = match self.known.get(id) {
+            // INV-09: bytes are taken only for a fetch, and a fetch exists only after the Hello
+            // round trip.
+            Some(known) if known.stage == Stage::Requested => {
+                if known.reference.size_bytes == size_bytes && known.reference.kind == kind {
+                    let reference = known.reference.clone();
+                    self.set_stage(id, Stage::Receiving);
+                    return Ok(reference);
+                }
+                let announced = known.reference.size_bytes;
+                refusal(format!(
+                    "segment {id} of {size_bytes} bytes on the {kind} stream was listed with {announced}"
+                ))
+            }
+            _ => {
+                let refusal = refusal(format!("segment {id} was not asked for"));
+                self.strike(&refusal);
+                return Err(refusal);
+            }
+        };
+        self.handle_failed(id, refused.clone(), now);
+        Err(refused)
+    }
+
+    /// Bytes of some segment arrived.
+    pub fn handle_progress(&mut self, now: Duration) {
+        self.last_progress = now;
+    }
+
+    /// All bytes of a segment are here; what follows is this node's time, not the peer's.
+    pub fn handle_received(&mut self, id: &SegmentId) {
+        let receiving = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.stage == Stage::Receiving);
+        if receiving {
+            self.set_stage(id, Stage::Admitting);
+        }
+    }
+
+    /// The node stored the segment, or held it already (INV-08). News of it come by
+    /// [`handle_stored`](Self::handle_stored) like all others.
+    pub fn handle_admitted(&mut self, id: &SegmentId, now: Duration) {
+        self.forget(id);
+        self.ask_lists(now);
+    }
+
+    /// A wanted segment was not taken. It is not asked for again in this session (INV-12), except
+    /// after [`refresh`](Self::refresh) when the fault was local.
+    pub fn handle_failed(&mut self, id: &SegmentId, refusal: Refusal, now: Duration) {
+        let Some(known) = self.forget(id) else { return };
+        self.set_aside(*id, refusal.fault);
+        self.strike(&refusal);
+        self.event(SessionEvent::TransferFailed {
+            reference: known.reference,
+            refusal,
+        });
+        self.ask_lists(now);
+    }
+
+    /// Ends the session from this side. The first reason stays.
+    pub fn close(&mut self, code: CloseCode, reason: &str) {
+        if self.closed().is_none() {
+            let reason = bounded_reason(reason);
+            self.out.clear();
+            self.out.push_back(Frame::Bye(Bye {
+                code: code as u32,
+                reason: reason.clone(),
+            }));
+            self.end(SessionClose {
+                code,
+                reason,
+                by_peer: false,
+            });
+        }
+    }
+
+    fn end(&mut self, close: SessionClose) {
+        self.phase = Phase::Closed(close);
+        self.known.clear();
+        self.queue.clear();
+        self.to_serve.clear();
+        self.serving.clear();
+    }
+
+    // ---- Hello ----
+
+    fn on_bye(&mut self, bye: &Bye) {
+        let code = CloseCode::from_wire(bye.code.into()).unwrap_or(CloseCode::Protocol);
+        self.out.clear();
+        self.end(SessionClose {
+            code,
+            reason: bye.reason.clone(),
+            by_peer: true,
+        });
+    }
+
+    fn on_hello(&mut self, hello: &Hello) {
+        let Phase::Greeting { hello: seen, .. } = &self.phase else {
+            return;
+        };
+        if seen.is_some() {
+            return self.close(CloseCode::Protocol, "second hello");
+        }
+        if hello.version != PROTOCOL_VERSION {
+            let version = hello.version;
+            return self.close(
+                CloseCode::Version,
+                &format!("peer speaks version {version}, this node {PROTOCOL_VERSION}"),
+            );
+        }
+        if hello.domain != self.local.domain.as_str() {
+            return self.close(CloseCode::Domain, "peer belongs to another domain");
+        }
+        if hello.node_id != self.peer.as_str() {
+            return self.close(
+                CloseCode::NodeId,
+                "hello names another node than the certificate",
+            );
+        }
+        if hello.node_id == self.local.node_id.as_str() {
+            return self.close(CloseCode::OwnNode, "peer has this node's id");
+        }
+        let Some(posture) = PeerPosture::from_wire(hello.posture) else {
+            return self.close(CloseCode::Protocol, "unknown posture");
+        };
+        self.peer_limits = PeerLimits {
+            kinds: KindSet(hello.limits.kinds),
+            max_segment_bytes: hello.limits.max_segment_bytes,
+            custody_free_bytes: hello.limits.custody_free_bytes,
+            max_in_flight: hello.limits.max_in_flight,
+        };
+        let said = PeerHello {
+            node_id: self.peer.clone(),
+            limits: self.peer_limits,
+            posture,
+            endorsement: hello.endorsement.clone(),
+        };
+        if let Phase::Greeting {
+            hello: seen,
+            their_digest,
+            ..
+        } = &mut self.phase
+        {
+            *seen = Some(Box::new(said));
+            *their_digest = hello.state_digest;
+        }
+        self.push(Frame::HelloAck);
+    }
+
+    fn on_hello_ack(&mut self, now: Duration, view: &dyn View) {
+        let Phase::Greeting {
+            heads,
+            hello,
+            their_digest,
+        } = &mut self.phase
+        else {
+            return;
+        };
+        // Their Hello comes first on an ordered stream, so an acknowledgement without one is wrong.
+        let Some(said) = hello.take() else {
+            return self.close(CloseCode::Protocol, "hello acknowledged before it was sent");
+        };
+        let heads = std::mem::take(heads);
+        let equal = state_digest(&self.key, &heads) == *their_digest;
+        // INV-09: only from here on is anything but Hello, HelloAck and Bye accepted or sent.
+        self.phase = Phase::Established;
+        self.event(SessionEvent::Hello(*said));
+        self.event(SessionEvent::Established);
+        if equal {
+            // They hold what we held when we greeted; what came since is dirty already.
+            for head in heads.into_iter().take(MAX_ORIGINS) {
+                let ranges = Ranges::from_sorted(&head.ranges);
+                self.origins.insert(
+                    head.origin,
+                    PeerOrigin {
+                        ranges,
+                        ..PeerOrigin::default()
+                    },
+                );
+            }
+        } else {
+            self.offer_all(now, view);
+        }
+        self.ask_receipts(view);
+    }
+
+    // ---- Heads ----
+
+    fn mark_dirty(&mut self, kind: Kind, origin: Origin, now: Duration) {
+        self.dirty.insert((kind, origin));
+        let due = if is_urgent(kind) {
+            now
+        } else {
+            now + self.config.heads_delay
+        };
+        self.heads_due = Some(self.heads_due.map_or(due, |earlier| earlier.min(due)));
+    }
+
+    fn offer_all(&mut self, now: Duration, view: &dyn View) {
+        for head in view.heads() {
+            self.dirty.insert((head.origin.kind(), head.origin));
+        }
+        if !self.dirty.is_empty() {
+            self.heads_due = Some(now);
+        }
+    }
+
+    /// Writes heads that are due, most urgent first, a few frames at a time.
+    fn offer(&mut self, now: Duration, view: &dyn View) {
+        if self.heads_due.is_none_or(|due| due > now) {
+            return;
+        }
+        let kinds = self.peer_limits.kinds;
+        self.dirty.retain(|(kind, _)| kinds.contains(*kind));
+        // One call for many heads, single calls for a few.
+        let mut all: Option<BTreeMap<Origin, Head>> = (self.dirty.len() > 8).then(|| {
+            view.heads()
+                .into_iter()
+                .map(|head| (head.origin.clone(), head))
+                .collect()
+        });
+        while !self.dirty.is_empty() && self.out.len() < MAX_HEADS_FRAMES_QUEUED {
+            let mut entries = Vec::new();
+            while entries.len() < MAX_HEADS_PER_FRAME {
+                let Some((_, name)) = self.dirty.pop_first() else {
+                    break;
+                };
+                let head = match &mut all {
+                    Some(all) => all.remove(&name),
+                    None => view.head(&name),
+                };
+                if let Some(head) = head
+                    && let Some(origin) = self.my_index(&name)
+                {
+                    let tag = head_tag(&self.key, &head);
+                    entries.push(HeadEntry {
+                        origin,
+                        ranges: head.ranges,
+                        tag,
+                    });
+                }
+            }
+            let more = !self.dirty.is_empty();
+            // Heads that vanished meanwhile leave nothing to say, but a promise is kept.
+            if !entries.is_empty() || (self.heads_promised && !more) {
+                self.heads_promised = more;
+                self.push(Frame::Heads(Heads { entries, more }));
+            }
+        }
+        if self.dirty.is_empty() {
+            self.heads_due = None;
+        }
+    }
+
+    fn my_index(&mut self, name: &Origin) -> Option<OriginRef> {
+        if let Some(index) = self.my_origins.get(name) {
+            return Some(OriginRef::Known(*index));
+        }
+        // The peer would hang up; the most urgent kinds were named first.
+        if self.my_names.len() >= MAX_ORIGINS {
+            return None;
+        }
+        let index = u32::try_from(self.my_names.len()).ok()?;
+        self.my_names.push(name.clone());
+        self.my_origins.insert(name.clone(), index);
+        Some(OriginRef::New(index, name.as_str().to_owned()))
+    }
+
+    fn their_name(&mut self, origin: &OriginRef) -> Result<Origin, &'static str> {
+        match origin {
+            OriginRef::Known(index) => usize::try_from(*index)
+                .ok()
+                .and_then(|at| self.their_names.get(at))
+                .cloned()
+                .ok_or("head of an origin without a name"),
+            OriginRef::New(index, name) => {
+                let next = self.their_names.len();
+                if usize::try_from(*index) != Ok(next) {
+                    return Err("origin numbers are not in order");
+                }
+                let name = Origin::parse(name).map_err(|_| "origin is malformed")?;
+                let entry = self.origins.entry(name.clone()).or_default();
+                if entry.index.replace(*index).is_some() {
+                    return Err("origin was named twice");
+                }
+                self.their_names.push(name.clone());
+                Ok(name)
+            }
+        }
+    }
+
+    fn on_heads(&mut self, heads: Heads, view: &dyn View) {
+        let mine: Option<BTreeMap<Origin, Head>> = (heads.entries.len() > 4).then(|| {
+            view.heads()
+                .into_iter()
+                .map(|head| (head.origin.clone(), head))
+                .collect()
+        });
+        let mut last_kind = None;
+        for entry in heads.entries {
+            let is_new = matches!(entry.origin, OriginRef::New(..));
+            if is_new && self.their_names.len() >= MAX_ORIGINS {
+                return self.close(CloseCode::Limit, "peer names too many origins");
+            }
+            let name = match self.their_name(&entry.origin) {
+                Ok(name) => name,
+                Err(detail) => return self.close(CloseCode::Protocol, detail),
+            };
+            last_kind = Some(name.kind());
+            if let Some(origin) = self.origins.get_mut(&name) {
+                origin.ranges = Ranges::from_sorted(&entry.ranges);
+            }
+            let ours = match &mine {
+                Some(mine) => mine.get(&name).cloned(),
+                None => view.head(&name),
+            };
+            let differs = ours.as_ref().is_some_and(|ours| {
+                ours.ranges == entry.ranges && head_tag(&self.key, ours) != entry.tag
+            });
+            self.compare(&name, ours.as_ref(), differs, view);
+            if name.audit_node() == Some(self.local.node_id.as_str()) {
+                self.receipts_answered.clear();
+            }
+        }
+        self.more_heads = heads.more.then_some(last_kind).flatten();
+        if heads.more && last_kind.is_none() {
+            return self.close(CloseCode::Protocol, "empty heads with more to come");
+        }
+        self.ask_receipts(view);
+    }
+
+    /// Works out what the peer holds of an origin and this node lacks.
+    fn compare(&mut self, name: &Origin, ours: Option<&Head>, differs: bool, view: &dyn View) {
+        let kind = name.kind();
+        let wanted = self.local.limits.kinds.contains(kind) && view.wants_origin(name);
+        // Ruling 5 and 6: linked logs that differ at the same place are evidence once both heads
+        // are seen in full; a policy with one more signature is the same policy.
+        if differs
+            && matches!(kind, Kind::Audit | Kind::Witness)
+            && self.heads_asked.len() < MAX_LISTS_OUTSTANDING
+            && let Some(index) = self.origins.get(name).and_then(|origin| origin.index)
+            && self.heads_asked.insert(name.clone())
+        {
+            self.push(Frame::GetHead(GetHead { origin: index }));
+        }
+        let Some(origin) = self.origins.get(name) else {
+            return;
+        };
+        let mut missing = match origin.ranges.last() {
+            _ if !wanted || origin.index.is_none() => Ranges::default(),
+            None => Ranges::default(),
+            // Of a CA's lists only the newest counts; gaps are normal (ruling 5). Two lists of one
+            // number are both wanted: the union of their serials holds.
+            Some(top) if kind == Kind::Revocation => {
+                let held = ours.and_then(|head| head.ranges.last()).map(|(_, to)| *to);
+                if held.is_none_or(|held| held < top) || (held == Some(top) && differs) {
+                    Ranges::from_sorted(&[(top, top)])
+                } else {
+                    Ranges::default()
+                }
+            }
+            Some(_) => {
+                let mut missing = origin.ranges.clone();
+                for (from, to) in ours.map(|head| head.ranges.as_slice()).unwrap_or_default() {
+                    missing.remove(*from, *to);
+                }
+                missing
+            }
+        };
+        for (from, to) in origin.listed.as_slice() {
+            missing.remove(*from, *to);
+        }
+        self.set_missing(name, missing);
+    }
+
+    fn set_missing(&mut self, name: &Origin, missing: Ranges) {
+        let Some(origin) = self.origins.get_mut(name) else {
+            return;
+        };
+        if let Some(cursor) = origin.missing.first() {
+            self.open_lists.remove(&(name.kind(), cursor, name.clone()));
+        }
+        if let Some(cursor) = missing.first() {
+            self.open_lists.insert((name.kind(), cursor, name.clone()));
+        }
+        origin.missing = missing;
+    }
+
+    fn on_get_head(&mut self, get: GetHead, view: &dyn View) {
+        let name = usize::try_from(get.origin)
+            .ok()
+            .and_then(|at| self.my_names.get(at))
+            .cloned();
+        let Some(name) = name else {
+            return self.close(
+                CloseCode::Protocol,
+                "head of an unknown origin was asked for",
+            );
+        };
+        let head = view.head(&name).map(|head| HeadBody {
+            ranges: head.ranges,
+            last_id: *head.last_id.as_bytes(),
+        });
+        self.push(Frame::FullHead(FullHead {
+            origin: get.origin,
+            head,
+        }));
+    }
+
+    fn on_full_head(&mut self, head: &FullHead, view: &dyn View) {
+        let name = usize::try_from(head.origin)
+            .ok()
+            .and_then(|at| self.their_names.get(at));
+        let Some(name) = name.cloned() else {
+            return self.close(CloseCode::Protocol, "full head of an unknown origin");
+        };
+        if !self.heads_asked.remove(&name) {
+            return self.close(CloseCode::Protocol, "full head was not asked for");
+        }
+        let (Some(head), Some(ours)) = (&head.head, view.head(&name)) else {
+            return;
+        };
+        let theirs = SegmentId::from_bytes(head.last_id);
+        if ours.ranges == head.ranges
+            && ours.last_id != theirs
+            && let Some((_, sequence)) = ours.ranges.last().copied()
+        {
+            self.event(SessionEvent::ForkSuspected {
+                origin: name,
+                sequence,
+                ours: ours.last_id,
+                theirs,
+            });
+        }
+    }
+
+    // ---- Lists ----
+
+    /// Asks for lists, in the order of INV-11, so far ahead that fetches do not wait.
+    fn ask_lists(&mut self, now: Duration) {
+        if !self.is_established() {
+            return;
+        }
+        self.start_waiting(now);
+        let open = self.open_lists.len().max(1);
+        let page = (MAX_LISTED_AHEAD / open).clamp(1, MAX_REFS_PER_FRAME - MAX_REFS_OF_ONE_NUMBER);
+        let mut ask = Vec::new();
+        for (_, _, name) in &self.open_lists {
+            if self.lists_asked + ask.len() >= MAX_LISTS_OUTSTANDING {
+                break;
+            }
+            if let Some(origin) = self.origins.get(name)
+                && origin.asked.is_none()
+                && origin.queued * 2 <= page
+                && let Some((from, to)) = origin.missing.first_range()
+                && let Some(index) = origin.index
+            {
+                let max = u16::try_from(page).unwrap_or(1);
+                ask.push((
+                    name.clone(),
+                    ListRefs {
+                        origin: index,
+                        from,
+                        to,
+                        max,
+                    },
+                ));
+            }
+        }
+        for (name, list) in ask {
+            if let Some(origin) = self.origins.get_mut(&name) {
+                origin.asked = Some((list.from, list.to, list.max));
+                self.lists_asked += 1;
+                self.push(Frame::ListRefs(list));
+            }
+        }
+    }
+
+    fn on_list_refs(&mut self, list: ListRefs, view: &dyn View) {
+        let name = usize::try_from(list.origin)
+            .ok()
+            .and_then(|at| self.my_names.get(at))
+            .cloned();
+        let Some(name) = name else {
+            return self.close(
+                CloseCode::Protocol,
+                "list of an unknown origin was asked for",
+            );
+        };
+        let max = usize::from(list.max);
+        // A page is never cut between two segments of one number (conflicting lists of a CA, a
+        // policy with one more signature), because the next page begins at the next number.
+        let most = (max + MAX_REFS_OF_ONE_NUMBER).min(MAX_REFS_PER_FRAME);
+        let mut held = view.refs(&name, list.from, list.to, most);
+        let all = held.len() < most;
+        let same = |at: usize| match (held.get(at.wrapping_sub(1)), held.get(at)) {
+            (Some(before), Some(next)) => before.sequence == next.sequence,
+            _ => false,
+        };
+        let cut = (max..most)
+            .find(|at| !same(*at))
+            .unwrap_or(most)
+            .min(held.len());
+        let done = (all && cut == held.len())
+            || held
+                .get(cut.wrapping_sub(1))
+                .is_some_and(|last| last.sequence >= list.to);
+        held.truncate(cut);
+        let refs = held
+            .iter()
+            .map(|held| RefEntry {
+                id: *held.id.as_bytes(),
+                sequence: held.sequence,
+                size_bytes: held.size_bytes,
+                prev: held.prev.map(|prev| *prev.as_bytes()),
+            })
+            .collect();
+        self.push(Frame::Refs(Refs {
+            origin: list.origin,
+            refs,
+            done,
+        }));
+    }
+
+    fn on_refs(&mut self, refs: &Refs, view: &dyn View) {
+        let name = usize::try_from(refs.origin)
+            .ok()
+            .and_then(|at| self.their_names.get(at));
+        let Some(name) = name.cloned() else {
+            return self.close(CloseCode::Protocol, "list of an unknown origin");
+        };
+        let asked = self
+            .origins
+            .get_mut(&name)
+            .and_then(|origin| origin.asked.take());
+        let Some((from, to, max)) = asked else {
+            return self.close(CloseCode::Protocol, "list was not asked for");
+        };
+        self.lists_asked = self.lists_asked.saturating_sub(1);
+        let ascending = refs.refs.windows(2).all(|pair| match pair {
+            [before, after] => (before.sequence, before.id) < (after.sequence, after.id),
+            _ => false,
+        });
+        let inside = refs
+            .refs
+            .iter()
+            .all(|entry| (from..=to).contains(&entry.sequence));
+        let last = refs.refs.last().map(|last| last.sequence);
+        if !ascending || !inside || refs.refs.len() > usize::from(max) + MAX_REFS_OF_ONE_NUMBER {
+            return self.close(CloseCode::Protocol, "list differs from what was asked for");
+        }
+        let listed_to = match (refs.done, last) {
+            (true, _) => to,
+            (false, Some(last)) => last,
+            (false, None) => {
+                return self.close(CloseCode::Protocol, "empty list with more to come");
+            }
+        };
+        for entry in &refs.refs {
+            self.consider(&name, entry, view);
+        }
+        let Some(origin) = self.origins.get_mut(&name) else {
+            return;
+        };
+        origin.listed.insert(from, listed_to);
+        let mut missing = origin.missing.clone();
+        missing.remove(from, listed_to);
+        self.set_missing(&name, missing);
+    }
+
+    fn consider(&mut self, name: &Origin, entry: &RefEntry, view: &dyn View) {
+        let reference = SegmentRef {
+            id: SegmentId::from_bytes(entry.id),
+            kind: name.kind(),
+            origin: name.clone(),
+            sequence: entry.sequence,
+            size_bytes: entry.size_bytes,
+            prev: entry.prev.map(SegmentId::from_bytes),
+        };
+        let id = reference.id;
+        let most = if is_urgent(reference.kind) {
+            MAX_URGENT_SEGMENT_BYTES
+        } else {
+            MAX_BULK_SEGMENT_BYTES
+        };
+        if reference.size_bytes == 0
+            || reference.size_bytes > self.local.limits.max_segment_bytes.min(most)
+            || self.known.contains_key(&id)
+            || self.set_aside.contains_key(&id)
+            || view.reference(&id).is_some()
+            || !view.wants(&reference)
+        {
+            return;
+        }
+        self.known.insert(
+            id,
+            Known {
+                reference,
+                stage: Stage::Deferred,
+            },
+        );
+        self.set_stage(&id, Stage::Queued);
+    }
+
+    // ---- Fetches ----
+
+    fn key_of(reference: &SegmentRef) -> WantKey {
+        (
+            reference.kind,
+            reference.sequence,
+            reference.origin.clone(),
+            reference.id,
+        )
+    }
+
+    /// The one place where a segment changes its stage, so that the counts cannot drift.
+    fn set_stage(&mut self, id: &SegmentId, stage: Stage) {
+        let Some(known) = self.known.get_mut(id) else {
+            return;
+        };
+        let before = std::mem::replace(&mut known.stage, stage);
+        let reference = known.reference.clone();
+        self.account(&reference, before, Some(stage));
+    }
+
+    fn forget(&mut self, id: &SegmentId) -> Option<Known> {
+        let known = self.known.remove(id)?;
+        self.account(&known.reference, known.stage, None);
+        Some(known)
+    }
+
+    fn account(&mut self, reference: &SegmentRef, before: Stage, after: Option<Stage>) {
+        let after_flies = after.is_some_and(Stage::is_in_flight);
+        let queued = |stage| stage == Stage::Queued;
+        if queued(before) != after.is_some_and(queued) {
+            if let Some(origin) = self.origins.get_mut(&reference.origin) {
+                origin.queued = if queued(before) {
+                    origin.queued.saturating_sub(1)
+                } else {
+                    origin.queued + 1
+                };
+            }
+            if queued(before) {
+                self.queue.remove(&Self::key_of(reference));
+            } else {
+                self.queue.insert(Self::key_of(reference));
+            }
+        }
+        let bulk = if is_urgent(reference.kind) {
+            0
+        } else {
+            reference.size_bytes
+        };
+        match (before.is_in_flight(), after_flies) {
+            (false, true) => {
+                self.in_flight += 1;
+                self.bulk_bytes = self.bulk_bytes.saturating_add(bulk);
+            }
+            (true, false) => {
+                self.in_flight = self.in_flight.saturating_sub(1);
+                self.bulk_bytes = self.bulk_bytes.saturating_sub(bulk);
+            }
+            _ => {}
+        }
+        match (before.is_owed(), after.is_some_and(Stage::is_owed)) {
+            (false, true) => self.owed += 1,
+            (true, false) => self.owed = self.owed.saturating_sub(1),
+            _ => {}
+        }
+    }
+
+    fn set_aside(&mut self, id: SegmentId, fault: Fault) {
+        self.set_aside.insert(id, fault);
+        if self.set_aside.len() > MAX_SET_ASIDE {
+            self.close(CloseCode::Limit, "too many segments were not taken");
+        }
+    }
+
+    fn strike(&mut self, refusal: &Refusal) {
+        if refusal.fault == Fault::Peer {
+            // INV-12: the count only goes up, and the last one ends the session.
+            self.faults += 1;
+            if self.faults >= self.config.faults_max {
+                self.close(CloseCode::Faults, &refusal.to_string());
+            }
+        }
+    }
+
+    fn on_fetch(&mut self, fetch: Fetch, view: &dyn View) {
+        let id = SegmentId::from_bytes(fetch.id);
+        // Twice, because the peer may see the end of a segment before this side has counted it.
+        if self.serving.len() >= 2 * usize::from(self.local.limits.max_in_flight.max(1)) {
+            return self.close(CloseCode::Limit, "more fetches at once than were announced");
+        }
+        let refused = match view.reference(&id) {
+            None => FetchRefusal::NotHeld,
+            Some(held) if held.size_bytes > self.peer_limits.max_segment_bytes => {
+                FetchRefusal::TooLarge
+            }
+            Some(reference) => {
+                if !self.serving.insert(id) {
+                    return self.close(CloseCode::Protocol, "segment was asked for twice");
+                }
+                self.to_serve.push_back(Serve { reference });
+                return;
+            }
+        };
+        self.push(Frame::FetchRefused(FetchRefused {
+            id: fetch.id,
+            code: refused as u16,
+        }));
+    }
+
+    fn on_fetch_refused(&mut self, refused: FetchRefused) {
+        let id = SegmentId::from_bytes(refused.id);
+        let asked = self
+            .known
+            .get(&id)
+            .is_some_and(|known| known.stage == Stage::Requested);
+        let code = FetchRefusal::from_wire(refused.code);
+        let (true, Some(code)) = (asked, code) else {
+            return self.close(CloseCode::Protocol, "refusal of a fetch that was not made");
+        };
+        if let Some(known) = self.forget(&id) {
+            self.set_aside(id, Fault::Local);
+            self.event(SessionEvent::FetchRefused {
+                reference: known.reference,
+                code,
+            });
+        }
+    }
+
+    // ---- Receipts ----
+
+    fn ask_receipts(&mut self, view: &dyn View) {
+        if !self.is_established() || !self.receipts_asked.is_empty() {
+            return;
+        }
+        let mut ids = Vec::new();
+        for id in view.receipt_wants() {
+            if ids.len() >= MAX_RECEIPTS_PER_FRAME {
+                break;
+            }
+            let held_there = view.reference(&id).is_some_and(|held| {
+                self.origins
+                    .get(&held.origin)
+                    .is_some_and(|origin| origin.ranges.contains(held.sequence))
+            });
+            if held_there && !self.receipts_answered.contains(&id) && self.receipts_asked.insert(id)
+            {
+                ids.push(*id.as_bytes());
+            }
+        }
+        if !ids.is_empty() {
+            self.push(Frame::ReceiptWant(ReceiptWant { ids }));
+        }
+    }
+
+    fn on_receipt_want(&mut self, want: &ReceiptWant, view: &dyn View) {
+        for id in &want.ids {
+            let receipt = view.receipt_for(&SegmentId::from_bytes(*id));
+            self.push(Frame::Receipt(Receipt { id: *id, receipt }));
+        }
+    }
+
+    fn on_receipt(&mut self, receipt: &Receipt, view: &dyn View) {
+        let id = SegmentId::from_bytes(receipt.id);
+        if !self.receipts_asked.remove(&id) {
+            return self.close(CloseCode::Protocol, "receipt was not asked for");
+        }
+        // Bounded by what is forgotten when the peer's head of this node's log changes.
+        if self.receipts_answered.len() >= MAX_SET_ASIDE {
+            self.receipts_answered.pop_first();
+        }
+        self.receipts_answered.insert(id);
+        if let Some(bytes) = &receipt.receipt {
+            match view.take_receipt(bytes) {
+                Ok(()) => self.event(SessionEvent::ReceiptTaken { id }),
+                Err(refusal) => {
+                    self.strike(&refusal);
+                    self.event(SessionEvent::ReceiptRefused { id, refusal });
+                }
+            }
+        }
+        self.ask_receipts(view);
+    }
+
+    // ---- Housekeeping ----
+
+    fn pump(&mut self, now: Duration, view: &dyn View) {
+        for hold in [&mut self.hold_urgent, &mut self.hold_bulk] {
+            if hold.is_some_and(|until| until <= now) {
+                *hold = None;
+            }
+        }
+        if self.is_established() {
+            self.ask_lists(now);
+            self.offer(now, view);
+        }
+    }
+
+    /// A peer that owed nothing begins to owe from now on.
+    fn start_waiting(&mut self, now: Duration) {
+        if !self.owes() {
+            self.last_progress = now;
+        }
+    }
+
+    /// Whether the peer owes this side anything.
+    fn owes(&self) -> bool {
+        self.owed > 0
+            || self.lists_asked > 0
+            || self.more_heads.is_some()
+            || !self.heads_asked.is_empty()
+            || !self.receipts_asked.is_empty()
+    }
+
+    fn stall_deadline(&self) -> Duration {
+        self.last_progress + self.config.stall_timeout
+    }
+
+    fn push(&mut self, frame: Frame) {
+        if self.closed().is_some() {
+            return;
+        }
+        // INV-07: only a peer that asks for more than it may can cause this.
+        if self.out.len() >= MAX_FRAMES_QUEUED {
+            return self.close(CloseCode::Limit, "peer asks for more than it reads");
+        }
+        self.out.push_back(frame);
+    }
+
+    fn event(&mut self, event: SessionEvent) {
+        if self.events.len() >= MAX_EVENTS_QUEUED {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}

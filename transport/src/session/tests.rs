@@ -1,0 +1,1891 @@
+//! Several machines in one process, in virtual time, joined by in-memory pipes.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+};
+
+use super::*;
+use crate::{
+    frame::{Channel, FrameDecoder},
+    registry::{Busy, Claims, Entry, Registry, SessionId},
+};
+
+const MS: Duration = Duration::from_millis(1);
+const LATENCY: Duration = Duration::from_millis(5);
+/// Time that one byte of a segment takes on a link.
+const BYTE: Duration = Duration::from_micros(1);
+const KEY: [u8; 32] = [42; 32];
+
+fn node_id(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+fn audit_origin(node: &str) -> Origin {
+    Origin::parse(&format!("audit/{node}/0123456789abcdef/0")).unwrap()
+}
+
+fn policy_origin() -> Origin {
+    Origin::policy("base").unwrap()
+}
+
+fn crl_origin() -> Origin {
+    Origin::crl(&[9; 32])
+}
+
+/// A seeded source, so that a failing run can be played again.
+struct Seeded(u64);
+
+impl Seeded {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % bound as u64).unwrap()
+    }
+}
+
+type Content = Vec<u8>;
+
+#[derive(Default)]
+struct Store {
+    name: String,
+    by_id: BTreeMap<SegmentId, (SegmentRef, Content)>,
+    /// How often each segment was written; INV-08 says once.
+    puts: BTreeMap<SegmentId, u32>,
+    /// Arrivals that were held already.
+    duplicates: u32,
+    receipts: BTreeMap<SegmentId, BTreeSet<String>>,
+    no_room_above: Option<u64>,
+}
+
+impl Store {
+    fn put(&mut self, reference: &SegmentRef, content: &[u8]) -> bool {
+        if self.by_id.contains_key(&reference.id) {
+            self.duplicates += 1;
+            return false;
+        }
+        *self.puts.entry(reference.id).or_default() += 1;
+        self.by_id
+            .insert(reference.id, (reference.clone(), content.to_vec()));
+        true
+    }
+
+    fn make(&mut self, origin: &Origin, sequence: u64, salt: &str, size: usize) -> SegmentRef {
+        let mut content = format!("{origin} {sequence} {salt}").into_bytes();
+        content.resize(size.max(content.len()), b'.');
+        let reference = SegmentRef {
+            id: SegmentId::of(&content),
+            kind: origin.kind(),
+            origin: origin.clone(),
+            sequence,
+            size_bytes: content.len() as u64,
+            prev: None,
+        };
+        self.put(&reference, &content);
+        reference
+    }
+
+    fn ids(&self) -> BTreeSet<SegmentId> {
+        self.by_id.keys().copied().collect()
+    }
+}
+
+struct StoreView<'a> {
+    store: &'a RefCell<Store>,
+    peer: &'a NodeId,
+}
+
+impl View for StoreView<'_> {
+    fn heads(&self) -> Vec<Head> {
+        let mut by_origin: BTreeMap<(Kind, Origin), Vec<(u64, SegmentId)>> = BTreeMap::new();
+        for (reference, _) in self.store.borrow().by_id.values() {
+            by_origin
+                .entry((reference.kind, reference.origin.clone()))
+                .or_default()
+                .push((reference.sequence, reference.id));
+        }
+        by_origin
+            .into_iter()
+            .map(|((_, origin), mut held)| {
+                held.sort();
+                let last = held.last().unwrap().1;
+                Head::from_sequences(origin, held.into_iter().map(|(sequence, _)| sequence), last)
+            })
+            .collect()
+    }
+
+    fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef> {
+        let mut refs: BTreeMap<(u64, SegmentId), SegmentRef> = BTreeMap::new();
+        for (reference, _) in self.store.borrow().by_id.values() {
+            if reference.origin == *origin && (from..=to).contains(&reference.sequence) {
+                refs.insert((reference.sequence, reference.id), reference.clone());
+            }
+        }
+        refs.into_values().take(max).collect()
+    }
+
+    fn reference(&self, id: &SegmentId) -> Option<SegmentRef> {
+        self.store
+            .borrow()
+            .by_id
+            .get(id)
+            .map(|(reference, _)| reference.clone())
+    }
+
+    fn wants_origin(&self, origin: &Origin) -> bool {
+        origin.audit_node() != Some(self.store.borrow().name.as_str())
+    }
+
+    fn wants(&self, reference: &SegmentRef) -> bool {
+        self.store
+            .borrow()
+            .no_room_above
+            .is_none_or(|max| reference.size_bytes <= max)
+    }
+
+    fn receipt_wants(&self) -> Vec<SegmentId> {
+        let store = self.store.borrow();
+        store
+            .by_id
+            .values()
+            .filter(|(reference, _)| reference.origin.audit_node() == Some(store.name.as_str()))
+            .map(|(reference, _)| reference.id)
+            .filter(|id| {
+                !store
+                    .receipts
+                    .get(id)
+                    .is_some_and(|from| from.contains(self.peer.as_str()))
+            })
+            .collect()
+    }
+
+    fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>> {
+        self.reference(id).map(|_| id.as_bytes().to_vec())
+    }
+
+    fn take_receipt(&self, receipt: &[u8]) -> Result<(), Refusal> {
+        let Ok(bytes) = <[u8; 32]>::try_from(receipt) else {
+            return Err(Refusal {
+                code: "receipt",
+                message: "not a receipt".into(),
+                fault: Fault::Peer,
+            });
+        };
+        self.store
+            .borrow_mut()
+            .receipts
+            .entry(SegmentId::from_bytes(bytes))
+            .or_default()
+            .insert(self.peer.as_str().to_owned());
+        Ok(())
+    }
+}
+
+fn local(name: &str) -> LocalHello {
+    LocalHello {
+        domain: DomainId::new("site").unwrap(),
+        node_id: node_id(name),
+        limits: PeerLimits {
+            kinds: KindSet::ALL,
+            max_segment_bytes: 1_000_000,
+            custody_free_bytes: 0,
+            max_in_flight: 8,
+        },
+        posture: PeerPosture::Normal,
+        endorsement: None,
+    }
+}
+
+/// One side of a link.
+struct Side {
+    node: usize,
+    session: SessionId,
+    machine: SessionMachine,
+    decoder: FrameDecoder,
+    /// When each data stream has written what it was given.
+    busy_until: BTreeMap<Kind, Duration>,
+}
+
+enum Message {
+    Control(Vec<u8>),
+    Segment(SegmentRef, Content),
+}
+
+struct Link {
+    sides: [Side; 2],
+    /// In flight towards side 0 and side 1: by arrival and order of sending.
+    wires: [BTreeMap<(Duration, u64), Message>; 2],
+}
+
+struct Node {
+    id: NodeId,
+    store: RefCell<Store>,
+    claims: RefCell<Claims>,
+    registry: Registry<(), ()>,
+}
+
+/// The world.
+struct World {
+    now: Duration,
+    config: SessionConfig,
+    nodes: Vec<Node>,
+    links: BTreeMap<(usize, usize), Link>,
+    sent: u64,
+    /// What happened, to compare runs and orders.
+    trace: Vec<String>,
+    /// Fetches: link, asking node, segment.
+    fetches: Vec<(usize, SegmentRef)>,
+    /// Spoils the content of every segment that this node sends.
+    liar: Option<usize>,
+    events: Vec<(usize, SessionEvent)>,
+}
+
+impl World {
+    fn new(names: &[&str]) -> Self {
+        let nodes = names
+            .iter()
+            .map(|name| Node {
+                id: node_id(name),
+                store: RefCell::new(Store {
+                    name: (*name).to_owned(),
+                    ..Store::default()
+                }),
+                claims: RefCell::default(),
+                registry: Registry::default(),
+            })
+            .collect();
+        Self {
+            now: Duration::ZERO,
+            config: SessionConfig::default(),
+            nodes,
+            links: BTreeMap::new(),
+            sent: 0,
+            trace: Vec::new(),
+            fetches: Vec::new(),
+            liar: None,
+            events: Vec::new(),
+        }
+    }
+
+    fn store(&self, node: usize) -> std::cell::RefMut<'_, Store> {
+        self.nodes[node].store.borrow_mut()
+    }
+
+    fn side(&mut self, node: usize, peer: usize) -> Side {
+        let entry = Entry {
+            peer: self.nodes[peer].id.clone(),
+            outbound: node < peer,
+            papers: (),
+            established: false,
+            handle: (),
+        };
+        let session = self.nodes[node].registry.insert(entry).unwrap();
+        let view = StoreView {
+            store: &self.nodes[node].store,
+            peer: &self.nodes[peer].id,
+        };
+        let machine = SessionMachine::new(
+            self.config,
+            local(self.nodes[node].id.as_str()),
+            self.nodes[peer].id.clone(),
+            KEY,
+            self.now,
+            &view,
+        );
+        Side {
+            node,
+            session,
+            machine,
+            decoder: FrameDecoder::new(Channel::Control),
+            busy_until: BTreeMap::new(),
+        }
+    }
+
+    fn connect(&mut self, a: usize, b: usize) {
+        if !self.links.contains_key(&(a, b)) {
+            let sides = [self.side(a, b), self.side(b, a)];
+            self.links.insert(
+                (a, b),
+                Link {
+                    sides,
+                    wires: Default::default(),
+                },
+            );
+        }
+    }
+
+    /// The link goes down: whatever was on its way is lost, both machines die.
+    fn cut(&mut self, a: usize, b: usize) {
+        if let Some(link) = self.links.remove(&(a, b)) {
+            for side in link.sides {
+                self.forget(&side);
+            }
+        }
+    }
+
+    fn forget(&mut self, side: &Side) {
+        let node = &mut self.nodes[side.node];
+        node.registry.remove(side.session);
+        let released = node.claims.borrow_mut().release_session(side.session);
+        self.released(side.node, &released);
+    }
+
+    fn released(&mut self, node: usize, ids: &[SegmentId]) {
+        let now = self.now;
+        for link in self.links.values_mut() {
+            for at in 0..2 {
+                if link.sides[at].node == node {
+                    let peer = self.nodes[link.sides[1 - at].node].id.clone();
+                    let view = StoreView {
+                        store: &self.nodes[node].store,
+                        peer: &peer,
+                    };
+                    for id in ids {
+                        link.sides[at].machine.handle_released(id, now, &view);
+                    }
+                }
+            }
+        }
+    }
+
+    fn restart(&mut self, node: usize) {
+        let links: Vec<_> = self.links.keys().copied().collect();
+        for (a, b) in links {
+            if a == node || b == node {
+                self.cut(a, b);
+            }
+        }
+        assert!(
+            self.nodes[node].claims.borrow().is_empty(),
+            "claims die with their sessions"
+        );
+    }
+
+    /// The node stores something by itself, and its sessions hear of it.
+    fn seal(&mut self, node: usize, origin: &Origin, sequence: u64, size: usize) -> SegmentRef {
+        let reference = self.store(node).make(origin, sequence, "", size);
+        self.stored(node, &reference);
+        reference
+    }
+
+    fn stored(&mut self, node: usize, reference: &SegmentRef) {
+        let now = self.now;
+        for link in self.links.values_mut() {
+            for at in 0..2 {
+                if link.sides[at].node == node {
+                    let peer = self.nodes[link.sides[1 - at].node].id.clone();
+                    let view = StoreView {
+                        store: &self.nodes[node].store,
+                        peer: &peer,
+                    };
+                    link.sides[at].machine.handle_stored(reference, now, &view);
+                }
+            }
+        }
+    }
+
+    /// Moves everything that can move at this moment. Gives whether anything did.
+    fn step(&mut self) -> bool {
+        let mut moved = false;
+        let keys: Vec<_> = self.links.keys().copied().collect();
+        for key in keys {
+            for at in 0..2 {
+                moved |= self.step_side(key, at);
+            }
+            let closed = self.links.get(&key).is_some_and(|link| {
+                link.sides
+                    .iter()
+                    .all(|side| side.machine.closed().is_some())
+            });
+            if closed {
+                self.cut(key.0, key.1);
+                moved = true;
+            }
+        }
+        moved
+    }
+
+    fn step_side(&mut self, key: (usize, usize), at: usize) -> bool {
+        let now = self.now;
+        let mut moved = false;
+        let mut stored = Vec::new();
+        let mut released = Vec::new();
+        let Some(link) = self.links.get_mut(&key) else {
+            return false;
+        };
+        let node = link.sides[at].node;
+        let peer_node = link.sides[1 - at].node;
+        let peer = self.nodes[peer_node].id.clone();
+        let node_store = &self.nodes[node].store;
+        let view = StoreView {
+            store: node_store,
+            peer: &peer,
+        };
+
+        // Arrivals.
+        while let Some(entry) = link.wires[at].first_entry()
+            && entry.key().0 <= now
+        {
+            moved = true;
+            let side = &mut link.sides[at];
+            match entry.remove() {
+                Message::Control(bytes) => {
+                    side.decoder.push(&bytes);
+                    while let Some(frame) = side.decoder.next_frame().unwrap() {
+                        self.trace
+                            .push(format!("{now:?} {} <- {:?}", self.nodes[node].id, frame));
+                        side.machine.handle_frame(frame, now, &view);
+                    }
+                }
+                Message::Segment(reference, content) => {
+                    let id = reference.id;
+                    let taken =
+                        side.machine
+                            .handle_segment(reference.kind, &id, content.len() as u64, now);
+                    if taken.is_err() {
+                        released.push(id);
+                        self.nodes[node]
+                            .claims
+                            .borrow_mut()
+                            .release(side.session, &id);
+                        continue;
+                    }
+                    side.machine.handle_received(&id);
+                    if SegmentId::of(&content) == id {
+                        node_store.borrow_mut().put(&reference, &content);
+                        side.machine.handle_admitted(&id, now);
+                        stored.push(reference);
+                    } else {
+                        let refusal = Refusal {
+                            code: "wrong_id",
+                            message: "hash differs".into(),
+                            fault: Fault::Peer,
+                        };
+                        side.machine.handle_failed(&id, refusal, now);
+                        released.push(id);
+                    }
+                    self.nodes[node]
+                        .claims
+                        .borrow_mut()
+                        .release(side.session, &id);
+                }
+            }
+        }
+
+        let side = &mut link.sides[at];
+        if side.machine.poll_timeout().is_some_and(|due| due <= now) {
+            side.machine.handle_timeout(now, &view);
+            moved = true;
+        }
+        // Wants.
+        while let Some(reference) = side.machine.poll_want(now).cloned() {
+            moved = true;
+            match self.nodes[node]
+                .claims
+                .borrow_mut()
+                .claim(side.session, &reference)
+            {
+                Ok(()) => {
+                    side.machine.fetch(&reference.id, now);
+                    self.fetches.push((node, reference));
+                }
+                Err(Busy::Elsewhere) => side.machine.defer(&reference.id),
+                Err(Busy::NoRoom) => side.machine.hold_until(reference.kind, now + MS),
+            }
+        }
+        // What the other side asked for.
+        while let Some(serve) = side.machine.poll_serve() {
+            moved = true;
+            assert!(side.machine.is_established(), "INV-09");
+            let id = serve.reference.id;
+            let mut content = node_store.borrow().by_id[&id].1.clone();
+            if self.liar == Some(node) {
+                content[0] ^= 1;
+            }
+            let busy = side.busy_until.entry(serve.reference.kind).or_default();
+            let size = u32::try_from(content.len()).unwrap();
+            *busy = (*busy).max(now) + BYTE * size;
+            let arrival = *busy + LATENCY;
+            self.sent += 1;
+            link.wires[1 - at].insert(
+                (arrival, self.sent),
+                Message::Segment(serve.reference, content),
+            );
+            side.machine.handle_served(&id);
+        }
+        while let Some(frame) = side.machine.poll_frame() {
+            moved = true;
+            self.sent += 1;
+            let bytes = frame.encode().unwrap();
+            link.wires[1 - at].insert((now + LATENCY, self.sent), Message::Control(bytes));
+        }
+        while let Some(event) = side.machine.poll_event() {
+            self.events.push((node, event));
+        }
+        for reference in stored {
+            self.stored(node, &reference);
+        }
+        self.released(node, &released);
+        moved
+    }
+
+    fn next_time(&self) -> Option<Duration> {
+        self.links
+            .values()
+            .flat_map(|link| {
+                let wires = link
+                    .wires
+                    .iter()
+                    .filter_map(|wire| wire.keys().next().map(|key| key.0));
+                let timers = link
+                    .sides
+                    .iter()
+                    .filter_map(|side| side.machine.poll_timeout());
+                wires.chain(timers).collect::<Vec<_>>()
+            })
+            .min()
+    }
+
+    fn run_until(&mut self, end: Duration) {
+        let mut rounds = 0;
+        loop {
+            while self.step() {
+                rounds += 1;
+                assert!(rounds < 1_000_000, "the world does not come to rest");
+            }
+            match self.next_time() {
+                Some(next) if next <= end => self.now = self.now.max(next),
+                _ => break,
+            }
+        }
+        self.now = end;
+    }
+
+    fn run_for(&mut self, time: Duration) {
+        self.run_until(self.now + time);
+    }
+
+    fn machine(&self, a: usize, b: usize, node: usize) -> &SessionMachine {
+        let link = &self.links[&(a, b)];
+        &link
+            .sides
+            .iter()
+            .find(|side| side.node == node)
+            .unwrap()
+            .machine
+    }
+}
+
+fn assert_converged(world: &World) {
+    // Everybody holds what anybody holds; of a CA only the newest list counts.
+    let newest: BTreeSet<SegmentId> = world
+        .nodes
+        .iter()
+        .flat_map(|node| {
+            node.store
+                .borrow()
+                .by_id
+                .values()
+                .cloned()
+                .collect::<Vec<_>>()
+        })
+        .filter(|(reference, _)| reference.kind != Kind::Revocation)
+        .map(|(reference, _)| reference.id)
+        .collect();
+    let top_crl = |node: &Node| {
+        node.store
+            .borrow()
+            .by_id
+            .values()
+            .filter(|(reference, _)| reference.kind == Kind::Revocation)
+            .map(|(reference, _)| reference.sequence)
+            .max()
+    };
+    let top = world.nodes.iter().map(top_crl).max().flatten();
+    for node in &world.nodes {
+        let held = node.store.borrow();
+        let missing = newest.difference(&held.ids()).count();
+        assert_eq!(missing, 0, "{} lacks {missing} segments", node.id);
+        drop(held);
+        assert_eq!(top_crl(node), top, "{} has an old list", node.id);
+    }
+}
+
+#[test]
+fn a_pair_converges_and_then_falls_silent() {
+    let mut world = World::new(&["a", "b"]);
+    for sequence in 0..40 {
+        world.store(0).make(&audit_origin("a"), sequence, "", 500);
+        world.store(1).make(&audit_origin("b"), sequence, "", 500);
+    }
+    world.store(0).make(&policy_origin(), 3, "", 2_000);
+    world.store(1).make(&crl_origin(), 7, "", 900);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert_converged(&world);
+    let fetched = world.fetches.len();
+    assert_eq!(fetched, 82, "each segment once");
+    let frames = world.sent;
+    world.run_for(Duration::from_secs(3600));
+    assert_eq!(world.sent, frames, "an idle session says nothing");
+    assert!(world.machine(0, 1, 0).is_established());
+    // Contact again: equal states compare by one digest, nothing is listed.
+    world.cut(0, 1);
+    world.trace.clear();
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    let heads = world
+        .trace
+        .iter()
+        .filter(|line| line.contains("Heads"))
+        .count();
+    assert_eq!((heads, world.fetches.len()), (0, fetched));
+}
+
+#[test]
+fn news_spread_at_once_over_live_sessions() {
+    let names = ["a", "b", "c", "d"];
+    let mut world = World::new(&names);
+    for at in 0..3 {
+        world.connect(at, at + 1);
+    }
+    world.run_for(Duration::from_secs(1));
+    let before = world.now;
+    let crl = world.seal(0, &crl_origin(), 1, 800);
+    // A line of four: each hop is heads, list, refs, fetch, segment, with latency and no waiting.
+    world.run_for((LATENCY * 5 + BYTE * 800) * 3 + MS);
+    for node in &world.nodes {
+        assert!(
+            node.store.borrow().by_id.contains_key(&crl.id),
+            "{} since {before:?}",
+            node.id
+        );
+    }
+}
+
+#[test]
+fn inv_11_urgent_kinds_overtake_a_bulk_transfer_in_flight() {
+    let mut world = World::new(&["a", "b"]);
+    for sequence in 0..200 {
+        world
+            .store(0)
+            .make(&audit_origin("a"), sequence, "", 50_000);
+    }
+    world.connect(0, 1);
+    // 200 x 50 ms of transfer; in the middle of it a CRL and a bundle appear.
+    world.run_for(Duration::from_secs(3));
+    let before = world.store(1).by_id.len();
+    assert!(
+        before > 20 && before < 150,
+        "the control: the transfer is in flight, {before} done"
+    );
+    let bundle = world.seal(0, &policy_origin(), 1, 3_000);
+    let crl = world.seal(0, &crl_origin(), 1, 3_000);
+    world.run_for(LATENCY * 6 + BYTE * 3_000);
+    assert!(world.store(1).by_id.contains_key(&crl.id));
+    assert!(world.store(1).by_id.contains_key(&bundle.id));
+    assert!(
+        world.store(1).by_id.len() < 150,
+        "the bulk is still on its way"
+    );
+    world.run_for(Duration::from_secs(20));
+    assert_converged(&world);
+}
+
+#[test]
+fn inv_11_fetches_are_made_in_the_order_of_urgency_then_age() {
+    // Many origins with very different lengths: lists arrive in pages, the order must not show it.
+    let mut world = World::new(&["a", "z"]);
+    let mut seeded = Seeded(11);
+    for origin in 0..8 {
+        // One of them is longer than a page.
+        let length = if origin == 3 {
+            800
+        } else {
+            1 + seeded.below(120) as u64
+        };
+        for sequence in 0..length {
+            world
+                .store(0)
+                .make(&audit_origin(&format!("n{origin}")), sequence, "", 60);
+        }
+    }
+    for sequence in 1..30 {
+        world.store(0).make(&policy_origin(), sequence, "", 60);
+    }
+    world.store(0).make(&crl_origin(), 4, "", 60);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(300));
+    assert_converged(&world);
+    let order: Vec<WantKey> = world
+        .fetches
+        .iter()
+        .map(|(_, reference)| SessionMachine::key_of(reference))
+        .collect();
+    assert_eq!(order.len(), world.store(0).by_id.len());
+    let mut sorted = order.clone();
+    sorted.sort();
+    assert!(order == sorted, "fetches are out of order");
+    assert_eq!(order[0].0, Kind::Revocation);
+}
+
+#[test]
+fn inv_11_nothing_overtakes_what_is_not_listed_yet() {
+    let (first, second) = (audit_origin("x"), audit_origin("y"));
+    let page = |origin, id: u8| {
+        let entry = RefEntry {
+            id: [id; 32],
+            sequence: 0,
+            size_bytes: 50,
+            prev: None,
+        };
+        Frame::Refs(Refs {
+            origin,
+            refs: vec![entry],
+            done: true,
+        })
+    };
+    let want = |bench: &Bench| bench.machine.poll_want(MS).map(|want| want.origin.clone());
+    // The list of the second origin comes first: its segment waits for the first one's.
+    let mut bench = Bench::established();
+    bench.give(heads(vec![
+        new_head(0, &first, &[(0, 0)]),
+        new_head(1, &second, &[(0, 0)]),
+    ]));
+    bench.give(page(1, 1));
+    assert_eq!(want(&bench), None);
+    bench.give(page(0, 2));
+    assert_eq!(want(&bench), Some(first.clone()));
+    // A round of heads that is not complete yet may still name something more urgent.
+    let mut bench = Bench::established();
+    let entries = vec![new_head(0, &second, &[(0, 0)])];
+    bench.give(Frame::Heads(Heads {
+        entries,
+        more: true,
+    }));
+    bench.give(page(0, 1));
+    assert_eq!(want(&bench), None);
+    bench.give(Frame::Heads(Heads {
+        entries: vec![],
+        more: false,
+    }));
+    assert_eq!(want(&bench), Some(second));
+}
+
+#[test]
+fn inv_11_same_inputs_same_course() {
+    let run = || {
+        let mut world = random_world(5, 77);
+        world.run_for(Duration::from_secs(60));
+        (world.trace, world.fetches)
+    };
+    let (first, second) = (run(), run());
+    assert!(first.0.len() > 100, "the control: something happened");
+    assert!(first == second);
+}
+
+/// A ring with chords and everybody's segments.
+fn random_world(size: usize, seed: u64) -> World {
+    let names: Vec<String> = (0..size).map(|at| format!("n{at}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut world = World::new(&names);
+    let mut seeded = Seeded(seed);
+    for (at, name) in names.iter().enumerate() {
+        for sequence in 0..seeded.below(60) as u64 {
+            let size = 100 + seeded.below(3_000);
+            world
+                .store(at)
+                .make(&audit_origin(name), sequence, "", size);
+        }
+        if at % 2 == 0 {
+            world.store(at).make(&policy_origin(), at as u64, "", 700);
+            world.store(at).make(&crl_origin(), at as u64, "", 700);
+        }
+    }
+    for at in 0..size {
+        let next = (at + 1) % size;
+        world.connect(at.min(next), at.max(next));
+    }
+    world
+}
+
+#[test]
+fn inv_08_many_peers_cuts_and_restarts_and_still_everything_is_stored_once() {
+    for seed in 0..12 {
+        let size = 6;
+        let mut world = random_world(size, seed);
+        let mut seeded = Seeded(seed ^ 0xfeed);
+        let mut next_sequence = vec![1_000u64; size];
+        for _ in 0..200 {
+            world.run_for(MS * u32::try_from(seeded.below(40)).unwrap());
+            let a = seeded.below(size);
+            let b = seeded.below(size);
+            let (low, high) = (a.min(b), a.max(b));
+            match seeded.below(8) {
+                0 | 1 if low != high => world.cut(low, high),
+                2..=4 if low != high => world.connect(low, high),
+                5 => world.restart(a),
+                6 => {
+                    next_sequence[a] += 1 + seeded.below(2) as u64;
+                    let name = format!("n{a}");
+                    world.seal(a, &audit_origin(&name), next_sequence[a], 300);
+                }
+                _ => {
+                    // The same segment comes in by another door: import from media.
+                    let copy = world.store(b).by_id.values().next().cloned();
+                    if let Some((reference, content)) = copy
+                        && world.store(a).put(&reference, &content)
+                    {
+                        world.stored(a, &reference);
+                    }
+                }
+            }
+        }
+        for at in 0..size {
+            let next = (at + 1) % size;
+            world.connect(at.min(next), at.max(next));
+        }
+        world.run_for(Duration::from_secs(120));
+        assert_converged(&world);
+        for node in &world.nodes {
+            let store = node.store.borrow();
+            assert!(
+                store.puts.values().all(|puts| *puts == 1),
+                "seed {seed}: written twice"
+            );
+            assert!(
+                node.claims.borrow().is_empty(),
+                "seed {seed}: a claim was left behind"
+            );
+        }
+        for link in world.links.values() {
+            for side in &link.sides {
+                assert_eq!(side.machine.backlog(), 0);
+                assert_eq!((side.machine.in_flight, side.machine.bulk_bytes), (0, 0));
+                assert_eq!((side.machine.owed, side.machine.faults), (0, 0));
+            }
+        }
+    }
+}
+
+#[test]
+fn inv_08_without_cuts_nothing_crosses_a_wire_twice() {
+    // Everybody is linked to everybody and one node has everything.
+    let names = ["a", "b", "c", "d", "e"];
+    let mut world = World::new(&names);
+    for sequence in 0..300 {
+        world.store(0).make(&audit_origin("a"), sequence, "", 400);
+    }
+    for a in 0..names.len() {
+        for b in a + 1..names.len() {
+            world.connect(a, b);
+        }
+    }
+    world.run_for(Duration::from_secs(60));
+    assert_converged(&world);
+    let asked: BTreeSet<(usize, SegmentId)> = world
+        .fetches
+        .iter()
+        .map(|(node, reference)| (*node, reference.id))
+        .collect();
+    assert_eq!(asked.len(), 4 * 300);
+    assert_eq!(
+        world.fetches.len(),
+        asked.len(),
+        "a segment was asked for twice by one node"
+    );
+    assert!(
+        world
+            .nodes
+            .iter()
+            .all(|node| node.store.borrow().duplicates == 0)
+    );
+    // And the work was shared: the others fetched from each other as well.
+    let from_a = world.fetches.len() - world.links.keys().filter(|(a, _)| *a != 0).count();
+    assert!(from_a > 0);
+}
+
+#[test]
+fn inv_12_the_third_bad_segment_ends_the_session_and_none_is_asked_for_again() {
+    let mut world = World::new(&["a", "b"]);
+    for sequence in 0..10 {
+        world.store(0).make(&audit_origin("a"), sequence, "", 400);
+    }
+    world.liar = Some(0);
+    world.config.max_in_flight = 1;
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(60));
+    assert_eq!(world.store(1).by_id.len(), 0, "nothing of it is stored");
+    assert_eq!(world.fetches.len(), 3);
+    let ids: BTreeSet<_> = world
+        .fetches
+        .iter()
+        .map(|(_, reference)| reference.id)
+        .collect();
+    assert_eq!(ids.len(), 3, "each was asked for once");
+    assert!(world.links.is_empty(), "the session is over");
+    // The control: an honest node at the next contact delivers the same segments.
+    world.liar = None;
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(60));
+    assert_converged(&world);
+}
+
+#[test]
+fn a_peer_without_room_is_offered_again_when_it_has_room() {
+    let mut world = World::new(&["a", "b"]);
+    world.store(0).make(&audit_origin("a"), 0, "", 400);
+    world.store(0).make(&audit_origin("a"), 1, "", 90_000);
+    world.store(1).no_room_above = Some(1_000);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert_eq!(
+        world.store(1).by_id.len(),
+        1,
+        "the control: what fits is taken"
+    );
+    world.store(1).no_room_above = None;
+    world.run_for(Duration::from_secs(5));
+    assert_eq!(world.store(1).by_id.len(), 1, "no timer asks again");
+    let now = world.now;
+    let peer = node_id("a");
+    let World { links, nodes, .. } = &mut world;
+    let view = StoreView {
+        store: &nodes[1].store,
+        peer: &peer,
+    };
+    links.get_mut(&(0, 1)).unwrap().sides[1]
+        .machine
+        .refresh(now, &view);
+    world.run_for(Duration::from_secs(5));
+    assert_converged(&world);
+}
+
+#[test]
+fn what_was_lost_on_disk_comes_back_on_the_live_session() {
+    let mut world = World::new(&["a", "b"]);
+    for sequence in 0..5 {
+        world.store(0).make(&audit_origin("x"), sequence, "", 400);
+    }
+    // Both hold the same, so the session begins with equal digests and no heads.
+    let copies: Vec<_> = world.store(0).by_id.values().cloned().collect();
+    for (reference, content) in &copies {
+        world.store(1).put(reference, content);
+    }
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(1));
+    assert!(world.fetches.is_empty(), "the control");
+    let lost = copies[2].0.id;
+    world.store(1).by_id.remove(&lost);
+    let now = world.now;
+    let peer = node_id("a");
+    let World { links, nodes, .. } = &mut world;
+    let view = StoreView {
+        store: &nodes[1].store,
+        peer: &peer,
+    };
+    links.get_mut(&(0, 1)).unwrap().sides[1]
+        .machine
+        .refresh(now, &view);
+    world.run_for(Duration::from_secs(1));
+    assert!(world.store(1).by_id.contains_key(&lost));
+}
+
+#[test]
+fn receipts_are_asked_for_and_given_for_own_audit_only() {
+    let mut world = World::new(&["a", "b", "c"]);
+    for sequence in 0..70 {
+        world.store(0).make(&audit_origin("a"), sequence, "", 200);
+    }
+    world.connect(0, 1);
+    world.connect(0, 2);
+    world.connect(1, 2);
+    world.run_for(Duration::from_secs(20));
+    let store = world.store(0);
+    assert_eq!(store.receipts.len(), 70);
+    for custodians in store.receipts.values() {
+        assert_eq!(
+            custodians.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["b", "c"]
+        );
+    }
+    drop(store);
+    assert!(world.store(1).receipts.is_empty() && world.store(2).receipts.is_empty());
+    // A later seal on the live session brings its receipts by itself.
+    let sealed = world.seal(0, &audit_origin("a"), 70, 200);
+    world.run_for(Duration::from_secs(1));
+    assert_eq!(world.store(0).receipts[&sealed.id].len(), 2);
+}
+
+#[test]
+fn of_a_ca_only_the_newest_list_is_fetched_and_conflicting_ones_are_both_held() {
+    let mut world = World::new(&["a", "b"]);
+    for number in [3, 9, 40] {
+        world.store(0).make(&crl_origin(), number, "", 300);
+    }
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(1));
+    let got: Vec<u64> = world
+        .fetches
+        .iter()
+        .map(|(_, reference)| reference.sequence)
+        .collect();
+    assert_eq!(got, [40]);
+    world.cut(0, 1);
+    // Ruling 5: two lists of one number; the union of both must hold on both sides.
+    let mut world = World::new(&["a", "b"]);
+    let one = world.store(0).make(&crl_origin(), 5, "one", 300);
+    let two = world.store(1).make(&crl_origin(), 5, "two", 300);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(1));
+    assert!(world.store(0).by_id.contains_key(&two.id));
+    assert!(world.store(1).by_id.contains_key(&one.id));
+}
+
+#[test]
+fn segments_of_one_number_are_never_split_by_a_page() {
+    // Policies with one to three sets of signatures, listed in the smallest pages.
+    let mut bench = Bench::new();
+    bench.store.borrow_mut().by_id.clear();
+    let mut made = 0;
+    for sequence in 0..30 {
+        for salt in 0..1 + sequence % 3 {
+            bench
+                .store
+                .borrow_mut()
+                .make(&policy_origin(), sequence, &salt.to_string(), 60);
+            made += 1;
+        }
+    }
+    bench.give(hello(|_| {})).give(Frame::HelloAck);
+    bench.frames();
+    for max in [1, 2, 5, 504] {
+        let (mut from, mut seen) = (0, BTreeSet::new());
+        loop {
+            bench.give(Frame::ListRefs(ListRefs {
+                origin: 0,
+                from,
+                to: u64::MAX,
+                max,
+            }));
+            let Some(Frame::Refs(page)) = bench.frames().pop() else {
+                panic!("no page")
+            };
+            seen.extend(page.refs.iter().map(|entry| entry.id));
+            if page.done {
+                break;
+            }
+            from = page.refs.last().unwrap().sequence + 1;
+        }
+        assert_eq!(seen.len(), made, "in pages of {max}");
+    }
+}
+
+#[test]
+fn a_fork_of_an_audit_log_is_seen_and_a_second_signature_on_a_policy_is_none() {
+    let mut world = World::new(&["a", "b"]);
+    world
+        .store(0)
+        .make(&policy_origin(), 5, "one signature", 300);
+    world
+        .store(1)
+        .make(&policy_origin(), 5, "two signatures", 300);
+    let ours = world.store(0).make(&audit_origin("x"), 0, "one", 300);
+    let theirs = world.store(1).make(&audit_origin("x"), 0, "other", 300);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(1));
+    let forks: Vec<_> = world
+        .events
+        .iter()
+        .filter(|(_, event)| matches!(event, SessionEvent::ForkSuspected { .. }))
+        .cloned()
+        .collect();
+    let expected = |ours: &SegmentRef, theirs: &SegmentRef| SessionEvent::ForkSuspected {
+        origin: audit_origin("x"),
+        sequence: 0,
+        ours: ours.id,
+        theirs: theirs.id,
+    };
+    assert_eq!(forks.len(), 2);
+    assert!(forks.contains(&(0, expected(&ours, &theirs))));
+    assert!(forks.contains(&(1, expected(&theirs, &ours))));
+    assert!(world.fetches.is_empty());
+}
+
+#[test]
+fn a_want_waits_for_the_other_session_and_is_taken_over_when_that_one_dies() {
+    let mut world = World::new(&["a", "b", "c"]);
+    let big = world.store(0).make(&audit_origin("x"), 0, "", 900_000);
+    let (reference, content) = world.store(0).by_id[&big.id].clone();
+    world.store(1).put(&reference, &content);
+    world.connect(0, 2);
+    world.connect(1, 2);
+    world.run_for(MS * 200);
+    assert_eq!(world.fetches.len(), 1, "two peers offer it, one is asked");
+    world.cut(0, 2);
+    world.run_for(Duration::from_secs(5));
+    assert_eq!(world.fetches.len(), 2);
+    assert!(world.store(2).by_id.contains_key(&big.id));
+}
+
+// ---- One machine by hand ----
+
+struct Bench {
+    store: RefCell<Store>,
+    peer: NodeId,
+    machine: SessionMachine,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let store = RefCell::new(Store {
+            name: "a".into(),
+            ..Store::default()
+        });
+        store.borrow_mut().make(&policy_origin(), 1, "", 100);
+        let peer = node_id("b");
+        let machine = SessionMachine::new(
+            SessionConfig::default(),
+            local("a"),
+            peer.clone(),
+            KEY,
+            Duration::ZERO,
+            &StoreView {
+                store: &store,
+                peer: &peer,
+            },
+        );
+        Self {
+            store,
+            peer,
+            machine,
+        }
+    }
+
+    fn give(&mut self, frame: Frame) -> &mut Self {
+        let view = StoreView {
+            store: &self.store,
+            peer: &self.peer,
+        };
+        self.machine.handle_frame(frame, MS, &view);
+        self
+    }
+
+    fn timeout(&mut self, now: Duration) {
+        let view = StoreView {
+            store: &self.store,
+            peer: &self.peer,
+        };
+        self.machine.handle_timeout(now, &view);
+    }
+
+    fn established() -> Self {
+        let mut bench = Self::new();
+        bench.give(hello(|_| {})).give(Frame::HelloAck);
+        assert!(bench.machine.is_established());
+        bench
+    }
+
+    fn code(&self) -> Option<CloseCode> {
+        self.machine.closed().map(|close| close.code)
+    }
+
+    fn frames(&mut self) -> Vec<Frame> {
+        std::iter::from_fn(|| self.machine.poll_frame()).collect()
+    }
+}
+
+fn hello(change: impl FnOnce(&mut Hello)) -> Frame {
+    let mut hello = Hello {
+        version: PROTOCOL_VERSION,
+        domain: "site".into(),
+        node_id: "b".into(),
+        limits: WireLimits {
+            kinds: 0b1_1110,
+            max_segment_bytes: 1_000_000,
+            custody_free_bytes: 0,
+            max_in_flight: 8,
+        },
+        posture: 0,
+        endorsement: None,
+        state_digest: [0; 32],
+    };
+    change(&mut hello);
+    Frame::Hello(Box::new(hello))
+}
+
+fn new_head(index: u32, origin: &Origin, ranges: &[(u64, u64)]) -> HeadEntry {
+    HeadEntry {
+        origin: OriginRef::New(index, origin.as_str().to_owned()),
+        ranges: ranges.to_vec(),
+        tag: [0; 12],
+    }
+}
+
+fn heads(entries: Vec<HeadEntry>) -> Frame {
+    Frame::Heads(Heads {
+        entries,
+        more: false,
+    })
+}
+
+fn reference_entry(sequence: u64) -> RefEntry {
+    RefEntry {
+        id: [u8::try_from(sequence).unwrap(); 32],
+        sequence,
+        size_bytes: 50,
+        prev: None,
+    }
+}
+
+#[test]
+fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
+    let id = Bench::new()
+        .store
+        .borrow()
+        .by_id
+        .keys()
+        .next()
+        .copied()
+        .unwrap();
+    let early: Vec<Frame> = vec![
+        heads(vec![new_head(0, &crl_origin(), &[(1, 1)])]),
+        Frame::Fetch(Fetch { id: *id.as_bytes() }),
+        Frame::ListRefs(ListRefs {
+            origin: 0,
+            from: 0,
+            to: 9,
+            max: 9,
+        }),
+        Frame::ReceiptWant(ReceiptWant {
+            ids: vec![*id.as_bytes()],
+        }),
+        Frame::AskHeads,
+        Frame::GetHead(GetHead { origin: 0 }),
+    ];
+    for frame in early {
+        for hello_first in [false, true] {
+            let mut bench = Bench::new();
+            if hello_first {
+                bench.give(hello(|_| {}));
+            }
+            bench.give(frame.clone());
+            assert_eq!(bench.code(), Some(CloseCode::Protocol), "{frame:?}");
+            assert_eq!(bench.machine.poll_serve(), None, "no byte is offered");
+            let said: Vec<_> = bench.frames().iter().map(Frame::frame_type).collect();
+            assert_eq!(said, [crate::frame::FrameType::Bye], "{frame:?}");
+        }
+    }
+    // Bytes of a segment before the round trip: refused, whatever they are.
+    let mut bench = Bench::new();
+    assert!(
+        bench
+            .machine
+            .handle_segment(Kind::Policy, &id, 100, MS)
+            .is_err()
+    );
+    assert_eq!(bench.machine.poll_want(MS), None);
+    // The control: after it the same fetch is served.
+    let mut bench = Bench::established();
+    bench.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    assert_eq!(
+        bench.machine.poll_serve().map(|serve| serve.reference.id),
+        Some(id)
+    );
+    assert_eq!(bench.code(), None);
+}
+
+#[test]
+fn each_wrong_hello_has_its_code() {
+    let cases: Vec<(Frame, CloseCode)> = vec![
+        (hello(|hello| hello.version = 2), CloseCode::Version),
+        (
+            hello(|hello| hello.domain = "other".into()),
+            CloseCode::Domain,
+        ),
+        (hello(|hello| hello.node_id = "c".into()), CloseCode::NodeId),
+        (hello(|hello| hello.node_id = "a".into()), CloseCode::NodeId),
+        (Frame::HelloAck, CloseCode::Protocol),
+    ];
+    for (frame, code) in cases {
+        let mut bench = Bench::new();
+        bench.give(frame).give(Frame::HelloAck);
+        assert_eq!(bench.code(), Some(code));
+        assert!(!bench.machine.is_established());
+    }
+    let mut twice = Bench::new();
+    twice.give(hello(|_| {})).give(hello(|_| {}));
+    assert_eq!(twice.code(), Some(CloseCode::Protocol));
+    let mut after = Bench::established();
+    after.give(hello(|_| {}));
+    assert_eq!(after.code(), Some(CloseCode::Protocol));
+    let said = Bench::established().frames().remove(0);
+    assert!(matches!(said, Frame::Hello(_)), "the control");
+}
+
+#[test]
+fn the_first_reason_stays_and_nothing_follows_it() {
+    let mut bench = Bench::established();
+    bench
+        .machine
+        .close(CloseCode::Disabled, "the certificate expired");
+    bench.give(hello(|_| {})).give(Frame::AskHeads);
+    assert_eq!(bench.code(), Some(CloseCode::Disabled));
+    let frames = bench.frames();
+    assert_eq!(
+        frames,
+        [Frame::Bye(Bye {
+            code: CloseCode::Disabled as u32,
+            reason: "the certificate expired".into()
+        })]
+    );
+    let mut other = Bench::established();
+    other.give(frames[0].clone());
+    let close = other.machine.closed().unwrap();
+    assert!(close.by_peer && close.code == CloseCode::Disabled);
+}
+
+#[test]
+fn each_answer_that_was_not_asked_for_ends_the_session() {
+    let wrong: Vec<Frame> = vec![
+        Frame::Refs(Refs {
+            origin: 0,
+            refs: vec![],
+            done: true,
+        }),
+        Frame::FullHead(FullHead {
+            origin: 0,
+            head: None,
+        }),
+        Frame::FetchRefused(FetchRefused {
+            id: [1; 32],
+            code: 1,
+        }),
+        Frame::Receipt(Receipt {
+            id: [1; 32],
+            receipt: None,
+        }),
+        Frame::ListRefs(ListRefs {
+            origin: 9,
+            from: 0,
+            to: 1,
+            max: 1,
+        }),
+        Frame::GetHead(GetHead { origin: 9 }),
+        heads(vec![HeadEntry {
+            origin: OriginRef::Known(0),
+            ranges: vec![(0, 0)],
+            tag: [0; 12],
+        }]),
+        heads(vec![new_head(1, &crl_origin(), &[(1, 1)])]),
+        heads(vec![
+            new_head(0, &crl_origin(), &[(1, 1)]),
+            new_head(1, &crl_origin(), &[(1, 1)]),
+        ]),
+        Frame::Heads(Heads {
+            entries: vec![],
+            more: true,
+        }),
+        Frame::DataStream(crate::frame::DataStream { kind: 1 }),
+    ];
+    for frame in wrong {
+        let mut bench = Bench::established();
+        bench.give(frame.clone());
+        assert_eq!(bench.code(), Some(CloseCode::Protocol), "{frame:?}");
+    }
+    let mut malformed = Bench::established();
+    let mut head = new_head(0, &crl_origin(), &[(1, 1)]);
+    head.origin = OriginRef::New(0, "crl/../x".into());
+    malformed.give(heads(vec![head]));
+    assert_eq!(malformed.code(), Some(CloseCode::Protocol));
+}
+
+#[test]
+fn a_list_that_differs_from_the_question_ends_the_session() {
+    let origin = audit_origin("x");
+    let answers: Vec<(Vec<RefEntry>, bool)> = vec![
+        (vec![reference_entry(2), reference_entry(1)], true),
+        (vec![reference_entry(1), reference_entry(1)], true),
+        (vec![reference_entry(200)], true),
+        (vec![], false),
+    ];
+    for (refs, done) in answers {
+        let mut bench = Bench::established();
+        bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
+        bench.give(Frame::Refs(Refs {
+            origin: 0,
+            refs: refs.clone(),
+            done,
+        }));
+        assert_eq!(bench.code(), Some(CloseCode::Protocol), "{refs:?}");
+    }
+    // The control, and then an answer too many.
+    let mut bench = Bench::established();
+    bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
+    let refs = Refs {
+        origin: 0,
+        refs: vec![reference_entry(1), reference_entry(2)],
+        done: true,
+    };
+    bench.give(Frame::Refs(refs.clone()));
+    assert_eq!((bench.code(), bench.machine.backlog()), (None, 2));
+    bench.give(Frame::Refs(refs));
+    assert_eq!(bench.code(), Some(CloseCode::Protocol));
+}
+
+#[test]
+fn unexpected_segments_count_and_the_third_ends_the_session() {
+    let origin = audit_origin("x");
+    let mut bench = Bench::established();
+    bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
+    let refs = (1..6).map(reference_entry).collect();
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs,
+        done: true,
+    }));
+    let id = |sequence| SegmentId::from_bytes(reference_entry(sequence).id);
+    let first = bench.machine.poll_want(MS).unwrap().id;
+    assert_eq!(first, id(1));
+    bench.machine.fetch(&first, MS);
+    bench.machine.fetch(&id(2), MS);
+    bench.machine.fetch(&id(3), MS);
+    // The control: what was asked for, with its size, on its stream.
+    assert!(
+        bench
+            .machine
+            .handle_segment(Kind::Audit, &id(1), 50, MS)
+            .is_ok()
+    );
+    // Announced twice, of another size, on another stream.
+    assert!(
+        bench
+            .machine
+            .handle_segment(Kind::Audit, &id(1), 50, MS)
+            .is_err()
+    );
+    assert!(
+        bench
+            .machine
+            .handle_segment(Kind::Audit, &id(2), 51, MS)
+            .is_err()
+    );
+    assert_eq!((bench.machine.faults(), bench.code()), (2, None));
+    assert!(
+        bench
+            .machine
+            .handle_segment(Kind::Policy, &id(3), 50, MS)
+            .is_err()
+    );
+    assert_eq!(bench.code(), Some(CloseCode::Faults));
+}
+
+#[test]
+fn fetches_beyond_what_was_announced_end_the_session() {
+    let mut bench = Bench::established();
+    for sequence in 2..60 {
+        bench
+            .store
+            .borrow_mut()
+            .make(&policy_origin(), sequence, "", 100);
+    }
+    let ids: Vec<SegmentId> = bench.store.borrow().by_id.keys().copied().collect();
+    let allowed = 2 * usize::from(local("a").limits.max_in_flight);
+    for id in &ids[..allowed] {
+        bench.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    }
+    assert_eq!(bench.code(), None, "the control");
+    bench.give(Frame::Fetch(Fetch {
+        id: *ids[allowed].as_bytes(),
+    }));
+    assert_eq!(bench.code(), Some(CloseCode::Limit));
+    let mut twice = Bench::established();
+    let id = twice.store.borrow().by_id.keys().next().copied().unwrap();
+    twice.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    twice.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    assert_eq!(twice.code(), Some(CloseCode::Protocol));
+}
+
+#[test]
+fn a_peer_that_asks_and_does_not_read_is_let_go() {
+    let mut bench = Bench::established();
+    let mut asked = 0;
+    while bench.code().is_none() {
+        bench.give(Frame::ReceiptWant(ReceiptWant {
+            ids: vec![[1; 32]; 8],
+        }));
+        asked += 1;
+        assert!(asked < 1_000);
+    }
+    assert_eq!(bench.code(), Some(CloseCode::Limit));
+    assert!(bench.frames().len() <= MAX_FRAMES_QUEUED);
+    // The control: the same questions with the answers read.
+    let mut bench = Bench::established();
+    for _ in 0..asked {
+        bench.give(Frame::ReceiptWant(ReceiptWant {
+            ids: vec![[1; 32]; 8],
+        }));
+        bench.frames();
+    }
+    assert_eq!(bench.code(), None);
+}
+
+#[test]
+fn the_number_of_origins_is_bounded() {
+    let mut bench = Bench::established();
+    let mut index = 0u32;
+    let mut name = || {
+        let head = new_head(
+            index,
+            &Origin::policy(&format!("p{index}")).unwrap(),
+            &[(1, 1)],
+        );
+        index += 1;
+        head
+    };
+    for _ in 0..MAX_ORIGINS / MAX_HEADS_PER_FRAME {
+        bench.give(heads((0..MAX_HEADS_PER_FRAME).map(|_| name()).collect()));
+        bench.frames();
+    }
+    assert_eq!(bench.code(), None, "the control");
+    bench.give(heads(vec![name()]));
+    assert_eq!(bench.code(), Some(CloseCode::Limit));
+}
+
+#[test]
+fn listing_ahead_is_bounded_over_all_origins() {
+    // A thousand origins with a million segments each: the peer answers every list in full.
+    let mut bench = Bench::established();
+    let origins = 1_000u32;
+    for chunk in 0..origins / 50 {
+        let entries = (0..50)
+            .map(|at| {
+                let index = chunk * 50 + at;
+                let origin = audit_origin(&format!("n{index:04}"));
+                new_head(index, &origin, &[(0, 999_999)])
+            })
+            .collect();
+        bench.give(heads(entries));
+    }
+    let mut seeded = Seeded(5);
+    let mut served = VecDeque::new();
+    for _ in 0..20_000 {
+        served.extend(bench.frames());
+        let Some(frame) = served.pop_front() else {
+            break;
+        };
+        if let Frame::ListRefs(list) = frame {
+            let refs = (list.from..=list.to)
+                .take(usize::from(list.max))
+                .map(|sequence| {
+                    let mut id = [0; 32];
+                    id.iter_mut()
+                        .for_each(|byte| *byte = seeded.next().to_le_bytes()[0]);
+                    RefEntry {
+                        id,
+                        sequence,
+                        size_bytes: 10,
+                        prev: None,
+                    }
+                })
+                .collect();
+            bench.give(Frame::Refs(Refs {
+                origin: list.origin,
+                refs,
+                done: false,
+            }));
+        }
+        assert!(bench.machine.backlog() <= 2 * MAX_LISTED_AHEAD);
+    }
+    assert!(
+        bench.machine.backlog() >= 1_000,
+        "the control: it lists ahead"
+    );
+    assert!(bench.machine.poll_want(MS).is_some());
+}
+
+#[test]
+fn a_silent_peer_is_let_go_only_when_it_owes_something() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.machine.poll_timeout(), Some(HELLO_TIMEOUT));
+    bench.timeout(HELLO_TIMEOUT - MS);
+    assert_eq!(bench.code(), None, "the control");
+    bench.timeout(HELLO_TIMEOUT);
+    assert_eq!(bench.code(), Some(CloseCode::HelloTimeout));
+
+    let mut bench = Bench::established();
+    bench.frames();
+    bench.timeout(Duration::from_secs(100_000));
+    assert_eq!(bench.code(), None, "a silent peer that owes nothing stays");
+    let started = Duration::from_secs(100_000);
+    let view = StoreView {
+        store: &bench.store,
+        peer: &bench.peer,
+    };
+    let asked = heads(vec![new_head(0, &audit_origin("x"), &[(0, 9)])]);
+    bench.machine.handle_frame(asked, started, &view);
+    assert_eq!(bench.machine.poll_timeout(), Some(started + STALL_TIMEOUT));
+    bench.timeout(started + STALL_TIMEOUT - MS);
+    assert_eq!(bench.code(), None);
+    bench.timeout(started + STALL_TIMEOUT);
+    assert_eq!(bench.code(), Some(CloseCode::Stalled));
+}
+
+#[test]
+fn inv_13_a_spent_quota_holds_its_class_back_and_the_session_stays() {
+    let mut bench = Bench::established();
+    bench.give(heads(vec![new_head(0, &audit_origin("x"), &[(0, 9)])]));
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs: vec![reference_entry(1)],
+        done: true,
+    }));
+    assert!(bench.machine.poll_want(MS).is_some(), "the control");
+    let later = Duration::from_secs(7);
+    bench.machine.hold_until(Kind::Audit, later);
+    assert_eq!(bench.machine.poll_want(MS), None);
+    assert_eq!(bench.machine.poll_timeout(), Some(later));
+    // A CRL does not wait for the bulk quota.
+    bench.give(heads(vec![new_head(1, &crl_origin(), &[(4, 4)])]));
+    bench.give(Frame::Refs(Refs {
+        origin: 1,
+        refs: vec![reference_entry(4)],
+        done: true,
+    }));
+    let urgent = bench.machine.poll_want(MS).unwrap().clone();
+    assert_eq!(urgent.kind, Kind::Revocation);
+    bench.machine.fetch(&urgent.id, MS);
+    bench.timeout(later);
+    assert_eq!(
+        bench.machine.poll_want(later).map(|want| want.kind),
+        Some(Kind::Audit)
+    );
+    assert_eq!(bench.code(), None);
+}
+
+#[test]
+fn ruling_10_a_full_pipe_of_audit_leaves_room_for_a_crl() {
+    let mut bench = Bench::established();
+    bench.give(heads(vec![new_head(0, &audit_origin("x"), &[(0, 99)])]));
+    let refs = (1..90).map(reference_entry).collect();
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs,
+        done: true,
+    }));
+    let mut flying = 0;
+    while let Some(want) = bench.machine.poll_want(MS).cloned() {
+        bench.machine.fetch(&want.id, MS);
+        flying += 1;
+    }
+    assert_eq!(flying, local("a").limits.max_in_flight - URGENT_IN_FLIGHT);
+    bench.give(heads(vec![new_head(1, &crl_origin(), &[(95, 95)])]));
+    bench.give(Frame::Refs(Refs {
+        origin: 1,
+        refs: vec![reference_entry(95)],
+        done: true,
+    }));
+    assert_eq!(
+        bench.machine.poll_want(MS).map(|want| want.kind),
+        Some(Kind::Revocation)
+    );
+}
+
+#[test]
+fn only_kinds_that_the_peer_keeps_are_offered() {
+    let mut bench = Bench::new();
+    bench
+        .store
+        .borrow_mut()
+        .make(&audit_origin("a"), 0, "", 100);
+    bench.give(hello(|hello| {
+        hello.limits.kinds = KindSet::of(&[Kind::Policy]).0
+    }));
+    bench.give(Frame::HelloAck);
+    let offered: Vec<String> = bench
+        .frames()
+        .into_iter()
+        .filter_map(|frame| match frame {
+            Frame::Heads(heads) => Some(heads.entries),
+            _ => None,
+        })
+        .flatten()
+        .map(|entry| format!("{:?}", entry.origin))
+        .collect();
+    assert_eq!(offered, ["New(0, \"policy/base\")"]);
+}
+
+#[test]
+fn tags_and_digests_depend_on_the_session_and_on_every_part_of_a_head() {
+    let head = Head {
+        origin: policy_origin(),
+        ranges: vec![(1, 4)],
+        last_id: SegmentId::of(b"x"),
+    };
+    let same = head_tag(&KEY, &head);
+    assert_eq!(same, head_tag(&KEY, &head.clone()), "the control");
+    assert_ne!(same, head_tag(&[1; 32], &head));
+    assert_ne!(
+        same,
+        head_tag(
+            &KEY,
+            &Head {
+                ranges: vec![(1, 5)],
+                ..head.clone()
+            }
+        )
+    );
+    assert_ne!(
+        same,
+        head_tag(
+            &KEY,
+            &Head {
+                last_id: SegmentId::of(b"y"),
+                ..head.clone()
+            }
+        )
+    );
+    assert_ne!(
+        same,
+        head_tag(
+            &KEY,
+            &Head {
+                origin: crl_origin(),
+                ..head.clone()
+            }
+        )
+    );
+    let other = Head {
+        origin: crl_origin(),
+        ..head.clone()
+    };
+    assert_eq!(
+        state_digest(&KEY, &[head.clone(), other.clone()]),
+        state_digest(&KEY, &[other, head.clone()]),
+        "the order does not matter"
+    );
+    assert_ne!(state_digest(&KEY, &[head]), state_digest(&KEY, &[]));
+}
+
+mod random {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn any_frame() -> impl Strategy<Value = Frame> {
+        let id = prop_oneof![Just([1u8; 32]), Just([2u8; 32]), any::<[u8; 32]>()];
+        let small = 0u32..4;
+        let sequence = prop_oneof![0u64..8, any::<u64>()];
+        prop_oneof![
+            Just(hello(|_| {})),
+            Just(Frame::HelloAck),
+            Just(Frame::AskHeads),
+            (
+                small.clone(),
+                any::<bool>(),
+                any::<bool>(),
+                sequence.clone()
+            )
+                .prop_map(|(index, new, more, to)| {
+                    let origin = match index % 3 {
+                        0 => crl_origin(),
+                        1 => policy_origin(),
+                        _ => audit_origin("x"),
+                    };
+                    let mut entry = new_head(index, &origin, &[(0, to)]);
+                    if !new {
+                        entry.origin = OriginRef::Known(index);
+                    }
+                    Frame::Heads(Heads {
+                        entries: vec![entry],
+                        more,
+                    })
+                }),
+            small
+                .clone()
+                .prop_map(|origin| Frame::GetHead(GetHead { origin })),
+            (small.clone(), id.clone()).prop_map(|(origin, last_id)| Frame::FullHead(FullHead {
+                origin,
+                head: Some(HeadBody {
+                    ranges: vec![(0, 3)],
+                    last_id
+                }),
+            })),
+            (small.clone(), sequence.clone(), 1u16..9).prop_map(|(origin, from, max)| {
+                Frame::ListRefs(ListRefs {
+                    origin,
+                    from,
+                    to: u64::MAX,
+                    max,
+                })
+            }),
+            (
+                small,
+                proptest::collection::vec((id.clone(), sequence), 0..4),
+                any::<bool>()
+            )
+                .prop_map(|(origin, refs, done)| Frame::Refs(Refs {
+                    origin,
+                    refs: refs
+                        .into_iter()
+                        .map(|(id, sequence)| RefEntry {
+                            id,
+                            sequence,
+                            size_bytes: 9,
+                            prev: None
+                        })
+                        .collect(),
+                    done,
+                })),
+            id.clone().prop_map(|id| Frame::Fetch(Fetch { id })),
+            id.clone()
+                .prop_map(|id| Frame::FetchRefused(FetchRefused { id, code: 1 })),
+            id.clone()
+                .prop_map(|id| Frame::ReceiptWant(ReceiptWant { ids: vec![id] })),
+            id.prop_map(|id| Frame::Receipt(Receipt {
+                id,
+                receipt: Some(vec![0; 32])
+            })),
+        ]
+    }
+
+    proptest! {
+        /// Whatever a peer says, in whatever order: no panic, counts that fit, bounded queues.
+        #[test]
+        fn any_course_of_frames_is_survived(
+            frames in proptest::collection::vec(any_frame(), 0..60),
+            fetch in any::<bool>(),
+        ) {
+            let mut bench = Bench::established();
+            for (at, frame) in frames.into_iter().enumerate() {
+                bench.give(frame);
+                let now = MS * u32::try_from(at).unwrap();
+                if fetch && let Some(want) = bench.machine.poll_want(now).cloned() {
+                    bench.machine.fetch(&want.id, now);
+                    if at % 2 == 0 {
+                        let _ = bench.machine.handle_segment(want.kind, &want.id, 9, now);
+                        bench.machine.handle_admitted(&want.id, now);
+                    }
+                }
+                let machine = &bench.machine;
+                let flying = machine.known.values().filter(|known| known.stage.is_in_flight());
+                prop_assert_eq!(flying.count(), usize::from(machine.in_flight) * usize::from(machine.closed().is_none()));
+                prop_assert!(machine.out.len() <= MAX_FRAMES_QUEUED);
+                prop_assert!(machine.events.len() <= MAX_EVENTS_QUEUED);
+                let queued: usize = machine.origins.values().map(|origin| origin.queued).sum();
+                if machine.closed().is_none() {
+                    prop_assert_eq!(queued, machine.queue.len());
+                }
+                for frame in &machine.out {
+                    prop_assert!(frame.encode().is_ok());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,1157 @@
+//! The shell: sockets, tasks and time around the pure parts. The only place with I/O in it.
+//!
+//! [`Mesh::start`] binds one UDP socket, accepts and dials peers, and drives one
+//! [`SessionMachine`](crate::session::SessionMachine) for each session. What it needs of the node it
+//! asks through [`MeshHooks`]; what the node wants of it goes through [`MeshHandle`].
+//!
+//! Order of checks for whoever knocks, each before anything that costs more: transport open, address
+//! validated by a Retry, quota of the address, room for a handshake, TLS 1.3 with certificates on
+//! both sides (chain, revocation, domain), own id, cool-down, room for a session, Hello round trip.
+//! Only then does a segment byte move (INV-09).
+//!
+//! Where to start: [`MeshHooks`] for what the node gives, `driver.rs` for the life of a session,
+//! `data.rs` for segments on their streams, `quic.rs` for how quinn is configured.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc as std_mpsc,
+    },
+    time::Duration,
+};
+
+use quinn::{Endpoint, TokioRuntime, VarInt};
+use tidelock_quota::{MonotonicClock, RateError};
+use tidelock_segments::{DomainId, Head, NodeId, Origin, SegmentId, SegmentRef, VerifiedSegment};
+use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::{
+    dial::{Dial, DialConfig, DialConfigError, Dialer, PeerConfig},
+    frame::CloseCode,
+    limits::{MAX_BULK_BYTES_NODE, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
+    registry::{Claims, Registry, SessionId},
+    revocation::RevocationError,
+    session::{PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
+    tls::{MeshTls, SERVER_NAME, TlsError},
+    verifier::{self, VerifiedPeer},
+};
+
+mod data;
+mod driver;
+mod quic;
+mod quotas;
+
+use driver::{Ended, SessionHandle};
+pub use quic::QuicConfig;
+pub use quotas::QuotaConfig;
+use quotas::Quotas;
+
+/// Events that wait for the node. Past it they are counted, and the count is told.
+const EVENTS: usize = 1_024;
+
+/// Segments that wait in memory to be written, in KiB over all sessions, beside the urgent ones.
+const SEND_MEMORY_KIB: usize = 256 * 1024;
+
+const _: () = assert!(SEND_MEMORY_KIB as u64 * 1024 >= crate::limits::MAX_BULK_SEGMENT_BYTES);
+
+/// Time that a closing socket stays open for the last packets.
+const LINGER: Duration = Duration::from_millis(250);
+
+/// Between two flushes of the counters of refusals before authentication.
+const REFUSAL_WINDOW: Duration = Duration::from_secs(60);
+
+/// What became of a segment that the node took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admitted {
+    /// It is stored now.
+    Stored,
+    /// It was stored before (INV-08).
+    AlreadyHeld,
+}
+
+/// What the node says of itself in a Hello.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HelloFacts {
+    /// What it takes.
+    pub limits: PeerLimits,
+    /// Its posture.
+    pub posture: PeerPosture,
+    /// Encoded endorsement of its log key.
+    pub endorsement: Option<Vec<u8>>,
+}
+
+/// What the mesh needs of the node. Every call may block for a short while: none is made from a
+/// network thread, except that [`event`](Self::event) has a thread of its own.
+pub trait MeshHooks: Send + Sync + 'static {
+    /// All heads.
+    fn heads(&self) -> Vec<Head>;
+    /// The head of one origin.
+    fn head(&self, origin: &Origin) -> Option<Head> {
+        self.heads().into_iter().find(|head| head.origin == *origin)
+    }
+    /// References of one origin, ascending by number and then by id, at most `max`.
+    fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef>;
+    /// The reference of a segment that is held.
+    fn reference(&self, id: &SegmentId) -> Option<SegmentRef>;
+    /// The bytes of a segment that is held. They are sent as they are; the receiver verifies.
+    fn read(&self, id: &SegmentId) -> Option<Vec<u8>>;
+    /// Whether anything of this origin is taken from a peer. False for the node's own running log
+    /// and for an origin that was found forked.
+    fn wants_origin(&self, origin: &Origin) -> bool;
+    /// Whether this segment is taken now. True for revocation and policy whatever the room
+    /// (ruling 10); custody share and ceiling decide on the rest.
+    fn wants(&self, reference: &SegmentRef) -> bool;
+    /// Stores a segment whose bytes verified. What is judged here: the endorsement's chain, the link
+    /// to the segment before, the CRL's signature, the policy's form. On success the mesh tells
+    /// every peer by itself; after a revocation it closes whoever is revoked.
+    ///
+    /// # Errors
+    /// Why it was not taken, and whose fault that is.
+    fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal>;
+    /// A custody receipt for a segment that is held for its origin.
+    fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>>;
+    /// Own segments for which a receipt of this peer is still of use.
+    fn receipt_wants(&self, peer: &NodeId) -> Vec<SegmentId>;
+    /// Takes a receipt that this peer gave.
+    ///
+    /// # Errors
+    /// Why it was not taken, and whose fault that is.
+    fn take_receipt(&self, peer: &NodeId, receipt: &[u8]) -> Result<(), Refusal>;
+    /// What the node says of itself.
+    fn hello_local(&self) -> HelloFacts;
+    /// A peer is authenticated, and this is what it said of itself. Called before anything of it is
+    /// admitted, and from a network thread: it must be quick.
+    fn authenticated(&self, _hello: &PeerHello) {}
+    /// Something happened that the node may want to record or show.
+    fn event(&self, event: MeshEvent);
+}
+
+/// Refusals before authentication: counts only, so that a flood costs no more than a number
+/// (ruling 20).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RefusalCounts {
+    /// While the transport was closed.
+    pub closed: u64,
+    /// Past the quota of the address.
+    pub address_quota: u64,
+    /// No room for another handshake.
+    pub busy: u64,
+    /// TLS did not complete: no certificate, a refused one, wrong protocol, silence.
+    pub handshake: u64,
+}
+
+impl RefusalCounts {
+    fn total(&self) -> u64 {
+        self.closed + self.address_quota + self.busy + self.handshake
+    }
+}
+
+/// What happens in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshEvent {
+    /// A peer is authenticated on both sides, as far as this node can see.
+    SessionUp {
+        /// The peer.
+        peer: NodeId,
+        /// Its address.
+        address: SocketAddr,
+        /// Whether this node dialled.
+        outbound: bool,
+        /// What it said of itself.
+        hello: PeerHello,
+    },
+    /// A session ended.
+    SessionDown {
+        /// The peer.
+        peer: NodeId,
+        /// Its address.
+        address: SocketAddr,
+        /// The code, if either side gave one.
+        code: Option<CloseCode>,
+        /// For a human.
+        reason: String,
+        /// Whether the peer ended it.
+        by_peer: bool,
+        /// Whether it had been established.
+        established: bool,
+    },
+    /// A dial led to no session.
+    DialFailed {
+        /// The peer.
+        peer: NodeId,
+        /// Where.
+        address: SocketAddr,
+        /// For a human.
+        reason: String,
+    },
+    /// A connection was refused after its handshake.
+    PeerRefused {
+        /// The peer, if its certificate told.
+        peer: Option<NodeId>,
+        /// Its address.
+        address: SocketAddr,
+        /// Stable word.
+        code: &'static str,
+        /// For a human.
+        reason: String,
+    },
+    /// Connections were refused before authentication, in the last window.
+    Refusals(RefusalCounts),
+    /// A segment was asked of a peer. The order of these is the order of INV-11.
+    Requested {
+        /// The peer.
+        peer: NodeId,
+        /// The segment.
+        reference: SegmentRef,
+    },
+    /// A segment of a peer was stored.
+    Stored {
+        /// The peer.
+        peer: NodeId,
+        /// The segment.
+        reference: SegmentRef,
+    },
+    /// A segment of a peer was not stored.
+    TransferFailed {
+        /// The peer.
+        peer: NodeId,
+        /// The segment.
+        reference: SegmentRef,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Two nodes hold different segments at the same place of a linked log.
+    ForkSuspected {
+        /// The peer with the other history.
+        peer: NodeId,
+        /// The log.
+        origin: Origin,
+        /// The place.
+        sequence: u64,
+        /// The segment held here.
+        ours: SegmentId,
+        /// The segment held there.
+        theirs: SegmentId,
+    },
+    /// A custody receipt was taken.
+    ReceiptTaken {
+        /// The custodian.
+        peer: NodeId,
+        /// The segment.
+        id: SegmentId,
+    },
+    /// A custody receipt was not taken.
+    ReceiptRefused {
+        /// The peer.
+        peer: NodeId,
+        /// The segment.
+        id: SegmentId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The transport closed itself or was closed (ruling 12).
+    TransportClosed {
+        /// For a human, beginning with a stable word.
+        reason: String,
+    },
+    /// The transport is open again.
+    TransportOpened,
+    /// Events were lost because the node did not take them in time.
+    EventsLost {
+        /// How many.
+        count: u64,
+    },
+}
+
+/// Settings of the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshConfig {
+    /// Where to listen, and from where to dial.
+    pub listen: SocketAddr,
+    /// Peers to dial. Others of the domain may dial this node.
+    pub peers: Vec<PeerConfig>,
+    /// Pace of the dials.
+    pub dial: DialConfig,
+    /// Bounds of a session.
+    pub session: SessionConfig,
+    /// QUIC.
+    pub quic: QuicConfig,
+    /// Quotas of each peer.
+    pub quotas: QuotaConfig,
+    /// Bytes of bulk segments being received, over all sessions.
+    pub receive_memory_bytes: u64,
+    /// Between two looks at notAfter and nextUpdate of live sessions and of the own papers.
+    pub recheck_interval: Duration,
+    /// Seed of the redial jitter; none takes one from the system. The same seed gives the same
+    /// delays.
+    pub jitter_seed: Option<u64>,
+}
+
+impl MeshConfig {
+    /// Defaults for everything that has one.
+    #[must_use]
+    pub fn new(listen: SocketAddr, peers: Vec<PeerConfig>) -> Self {
+        Self {
+            listen,
+            peers,
+            dial: DialConfig::default(),
+            session: SessionConfig::default(),
+            quic: QuicConfig::default(),
+            quotas: QuotaConfig::default(),
+            receive_memory_bytes: MAX_BULK_BYTES_NODE,
+            recheck_interval: Duration::from_secs(1),
+            jitter_seed: None,
+        }
+    }
+
+    fn check(&self) -> Result<(), MeshError> {
+        self.quic.check()?;
+        let session = &self.session;
+        if session.max_in_flight == 0
+            || session.faults_max == 0
+            || session.hello_timeout.is_zero()
+            || session.stall_timeout.is_zero()
+        {
+            return Err(MeshError::Config {
+                detail: "a bound of the sessions is 0",
+            });
+        }
+        let longest = Duration::from_secs(60);
+        if self.recheck_interval.is_zero() || self.recheck_interval > longest {
+            return Err(MeshError::Config {
+                detail: "recheck interval must be above 0 and at most 60 s",
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Why the mesh did not start. The fault is the local configuration's or the system's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MeshError {
+    /// A setting makes no sense.
+    #[error("mesh settings: {detail}")]
+    Config {
+        /// What is wrong.
+        detail: &'static str,
+    },
+    /// The peers or the pace of the dials make no sense.
+    #[error(transparent)]
+    Dial(#[from] DialConfigError),
+    /// A quota makes no sense.
+    #[error("mesh quotas: {0}")]
+    Quota(#[from] RateError),
+    /// The socket cannot be had.
+    #[error(
+        "cannot listen on {address}: {kind}; is the port in use, is the address this machine's?"
+    )]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        kind: io::ErrorKind,
+    },
+    /// TLS cannot be configured.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// A thread cannot be had, or there is no tokio runtime here.
+    #[error("cannot start the mesh: {kind}")]
+    Start {
+        /// What the system said.
+        kind: io::ErrorKind,
+    },
+}
+
+/// How a session ended, for status.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct CloseStatus {
+    /// The code's word, if either side gave one.
+    pub code: Option<&'static str>,
+    /// For a human.
+    pub reason: String,
+    /// Whether the peer ended it.
+    pub by_peer: bool,
+    /// Milliseconds ago.
+    pub ago_ms: u64,
+}
+
+/// Where things stand with one peer.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PeerStatus {
+    /// Its id.
+    pub node_id: NodeId,
+    /// Whether it stands in the configuration.
+    pub configured: bool,
+    /// Whether a session is established.
+    pub connected: bool,
+    /// Its address, while connected.
+    pub address: Option<SocketAddr>,
+    /// Whether this node dialled, while connected.
+    pub outbound: Option<bool>,
+    /// Milliseconds since the handshake, while connected.
+    pub connected_ms: Option<u64>,
+    /// Its posture in its last Hello.
+    pub posture: Option<&'static str>,
+    /// Bytes of custody that it offered in its last Hello.
+    pub custody_free_bytes: Option<u64>,
+    /// Sessions established since the start.
+    pub sessions: u64,
+    /// Segments taken from it.
+    pub segments_in: u64,
+    /// Bytes of them.
+    pub bytes_in: u64,
+    /// Segments sent to it.
+    pub segments_out: u64,
+    /// Bytes of them.
+    pub bytes_out: u64,
+    /// Segments of it that were not taken.
+    pub refused_in: u64,
+    /// Of those, the ones that were its fault.
+    pub faults: u64,
+    /// Dials since the start.
+    pub dials: u64,
+    /// Milliseconds until the next dial.
+    pub next_dial_ms: Option<u64>,
+    /// Dials left at the fast pace.
+    pub budget_left: Option<u32>,
+    /// Milliseconds for which it is left alone.
+    pub cooling_ms: Option<u64>,
+    /// How the last session ended.
+    pub last_close: Option<CloseStatus>,
+}
+
+/// Counters of one peer.
+#[derive(Debug, Default)]
+struct PeerStats {
+    hello: Option<PeerHello>,
+    sessions: u64,
+    segments_in: u64,
+    bytes_in: u64,
+    segments_out: u64,
+    bytes_out: u64,
+    refused_in: u64,
+    faults: u64,
+    last_end: Option<(Ended, Duration)>,
+}
+
+/// Why the transport is closed, if it is (ruling 12).
+#[derive(Debug, Default)]
+struct Gate {
+    by_operator: Option<String>,
+    own_papers: Option<String>,
+}
+
+impl Gate {
+    fn reason(&self) -> Option<&String> {
+        self.by_operator.as_ref().or(self.own_papers.as_ref())
+    }
+}
+
+/// Everything that the tasks share. No lock of it is held across an await or a call into the node.
+struct Shared {
+    config: MeshConfig,
+    tls: Arc<MeshTls>,
+    hooks: Arc<dyn MeshHooks>,
+    clock: MonotonicClock,
+    local: NodeId,
+    domain: DomainId,
+    endpoint: Endpoint,
+    quotas: Quotas,
+    registry: Mutex<Registry<VerifiedPeer, SessionHandle>>,
+    claims: Mutex<Claims>,
+    dialer: Mutex<Dialer>,
+    dial_wake: Notify,
+    jitter: Mutex<u64>,
+    gate: Mutex<Gate>,
+    stats: Mutex<BTreeMap<NodeId, PeerStats>>,
+    refusals: Mutex<(RefusalCounts, RefusalCounts)>,
+    events: std_mpsc::SyncSender<MeshEvent>,
+    events_lost: AtomicU64,
+    handshakes: Arc<Semaphore>,
+    send_memory: Arc<Semaphore>,
+    stopping: watch::Sender<bool>,
+    sessions_over: Notify,
+}
+
+/// A lock whose holder cannot have left it half-written: every critical section here is a few
+/// assignments.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The code that a refusal of a chain closes a live session with.
+fn close_code(refusal: &verifier::Refusal) -> CloseCode {
+    use verifier::Refusal as R;
+    match refusal {
+        R::Revocation(error) => revocation_code(error),
+        R::Expired { .. } | R::NotYetValid { .. } => CloseCode::Expired,
+        R::Identity(_) => CloseCode::Domain,
+        R::OtherNode { .. } => CloseCode::NodeId,
+        _ => CloseCode::Untrusted,
+    }
+}
+
+fn revocation_code(error: &RevocationError) -> CloseCode {
+    match error {
+        RevocationError::Revoked { .. } | RevocationError::KeyRevoked { .. } => CloseCode::Revoked,
+        _ => CloseCode::RevocationUnknown,
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+impl Shared {
+    fn now(&self) -> Duration {
+        self.clock.elapsed()
+    }
+
+    /// The runtime's name for a moment of the node's clock.
+    fn instant(&self, at: Duration) -> tokio::time::Instant {
+        tokio::time::Instant::now() + at.saturating_sub(self.now())
+    }
+
+    fn jitter(&self) -> u64 {
+        // splitmix64: uniform, seeded, and nobody's secret.
+        let mut state = lock(&self.jitter);
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = *state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn event(&self, event: MeshEvent) {
+        tracing::debug!(?event, "mesh");
+        // INV-10: a node that does not keep up loses events, never frames.
+        if self.events.try_send(event).is_err() {
+            self.events_lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn counted(&self, peer: &NodeId, change: impl FnOnce(&mut PeerStats)) {
+        let mut stats = lock(&self.stats);
+        // INV-07: of peers outside the configuration the first by name goes; only counters do.
+        if !stats.contains_key(peer) && stats.len() >= MAX_PEERS + MAX_SESSIONS {
+            stats.pop_first();
+        }
+        change(stats.entry(peer.clone()).or_default());
+    }
+
+    fn refused(&self, count: impl FnOnce(&mut RefusalCounts)) {
+        count(&mut lock(&self.refusals).0);
+    }
+
+    /// Tells every session that a segment is stored.
+    fn announce(&self, reference: &SegmentRef) {
+        for (_, entry) in lock(&self.registry).iter() {
+            entry.handle.mailbox.stored(reference);
+        }
+    }
+
+    /// Gives a claim up; sessions that left the segment to this one may take it over.
+    fn release(&self, session: SessionId, id: &SegmentId) {
+        lock(&self.claims).release(session, id);
+        self.released(session, &[*id]);
+    }
+
+    fn released(&self, by: SessionId, ids: &[SegmentId]) {
+        if ids.is_empty() {
+            return;
+        }
+        for (session, entry) in lock(&self.registry).iter() {
+            if session != by {
+                entry.handle.mailbox.released(ids);
+            }
+        }
+    }
+
+    fn close(&self, session: SessionId, code: CloseCode, reason: &str) {
+        if let Some(entry) = lock(&self.registry).get(session) {
+            entry.handle.close(code, reason);
+        }
+    }
+
+    /// Whether a peer's papers still hold: two lookups and a comparison, no signature.
+    fn judge(&self, papers: &VerifiedPeer) -> Result<(), (CloseCode, &'static str, String)> {
+        let now_unix_ms = self.tls.now_unix_ms();
+        if now_unix_ms > papers.chain().not_after_unix_ms() {
+            let refusal = verifier::Refusal::Expired {
+                not_after_unix_ms: papers.chain().not_after_unix_ms(),
+            };
+            return Err((CloseCode::Expired, refusal.code(), refusal.to_string()));
+        }
+        self.tls
+            .revocation()
+            .check(papers.keys(), now_unix_ms)
+            .map(|_| ())
+            .map_err(|error| (revocation_code(&error), error.code(), error.to_string()))
+    }
+
+    /// Closes exactly the sessions whose papers do not hold any more. Gives how many.
+    fn close_failing(
+        &self,
+        judge: impl Fn(&VerifiedPeer) -> Result<(), (CloseCode, &'static str, String)>,
+    ) -> usize {
+        let registry = lock(&self.registry);
+        let failing = registry.failing(judge);
+        for (session, (code, word, reason)) in &failing {
+            if let Some(entry) = registry.get(*session) {
+                entry.handle.close(*code, &format!("{word}: {reason}"));
+            }
+        }
+        failing.len()
+    }
+
+    fn close_revoked(&self) -> usize {
+        self.close_failing(|papers| self.judge(papers))
+    }
+
+    fn closed_because(&self) -> Option<String> {
+        lock(&self.gate).reason().cloned()
+    }
+
+    /// Changes the gate and does what follows from it.
+    fn set_gate(&self, change: impl FnOnce(&mut Gate)) {
+        let mut gate = lock(&self.gate);
+        let before = gate.reason().cloned();
+        change(&mut gate);
+        let after = gate.reason().cloned();
+        drop(gate);
+        match (before, after) {
+            (None, Some(reason)) => {
+                lock(&self.dialer).set_enabled(false, self.now());
+                for (_, entry) in lock(&self.registry).iter() {
+                    entry.handle.close(CloseCode::Disabled, &reason);
+                }
+                self.event(MeshEvent::TransportClosed { reason });
+            }
+            (Some(_), None) => {
+                lock(&self.dialer).set_enabled(true, self.now());
+                self.dial_wake.notify_one();
+                self.event(MeshEvent::TransportOpened);
+            }
+            _ => {}
+        }
+    }
+
+    /// Judges the node's own papers as a peer would (ruling 12).
+    fn check_own_papers(&self) {
+        let fault = self
+            .tls
+            .own_status()
+            .err()
+            .map(|refusal| format!("{}: {refusal}", refusal.code()));
+        self.set_gate(|gate| gate.own_papers = fault);
+    }
+
+    /// The end of a session, in the registry, the claims and the dialler.
+    fn session_over(
+        &self,
+        session: SessionId,
+        peer: &NodeId,
+        address: SocketAddr,
+        outbound: bool,
+        ended: &Ended,
+    ) {
+        let mut registry = lock(&self.registry);
+        registry.remove(session);
+        let connected = registry.established(peer).is_some();
+        drop(registry);
+        let released = lock(&self.claims).release_session(session);
+        self.released(session, &released);
+        let now = self.now();
+        let jitter = self.jitter();
+        let mut dialer = lock(&self.dialer);
+        let misbehaved = matches!(
+            ended.code,
+            Some(CloseCode::Protocol | CloseCode::Faults | CloseCode::Limit)
+        );
+        if misbehaved && !ended.by_peer {
+            dialer.cool_down(peer, now);
+        }
+        if !connected {
+            if ended.established {
+                dialer.on_closed(peer, now, jitter);
+            } else if outbound {
+                dialer.on_failed(peer, now, jitter);
+            }
+        }
+        drop(dialer);
+        self.dial_wake.notify_one();
+        self.counted(peer, |stats| stats.last_end = Some((ended.clone(), now)));
+        self.event(MeshEvent::SessionDown {
+            peer: peer.clone(),
+            address,
+            code: ended.code,
+            reason: ended.reason.clone(),
+            by_peer: ended.by_peer,
+            established: ended.established,
+        });
+        self.sessions_over.notify_waiters();
+    }
+}
+
+/// The mesh; see the module.
+#[derive(Debug)]
+pub struct Mesh;
+
+impl Mesh {
+    /// Binds the socket and starts accepting and dialling. Must be called within a tokio runtime
+    /// with time and I/O.
+    ///
+    /// Papers that are no good (expired, revoked, without CRL) are no error: the transport stays
+    /// closed with that reason until they are mended (ruling 12).
+    ///
+    /// # Errors
+    /// A setting that makes no sense, or an address that cannot be had.
+    pub fn start(
+        config: MeshConfig,
+        tls: Arc<MeshTls>,
+        hooks: Arc<dyn MeshHooks>,
+        clock: MonotonicClock,
+    ) -> Result<MeshHandle, MeshError> {
+        config.check()?;
+        tokio::runtime::Handle::try_current().map_err(|_| MeshError::Start {
+            kind: io::ErrorKind::Unsupported,
+        })?;
+        let local = tls.node_id().clone();
+        let domain = tls.rules().domain.clone();
+        let dialer = Dialer::new(&local, config.dial, config.peers.clone(), clock.elapsed())?;
+        let quotas = Quotas::new(&config.quotas, &clock)?;
+        let seed = match config.jitter_seed {
+            Some(seed) => seed,
+            None => random_seed()?,
+        };
+        let socket = config.quic.bind(config.listen)?;
+        let endpoint = Endpoint::new(
+            config.quic.endpoint()?,
+            Some(config.quic.server(&tls)?),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(|error| MeshError::Bind {
+            address: config.listen,
+            kind: error.kind(),
+        })?;
+        let (events, taken) = std_mpsc::sync_channel(EVENTS);
+        let shared = Arc::new(Shared {
+            claims: Mutex::new(Claims::new(config.receive_memory_bytes)),
+            config,
+            tls,
+            hooks: Arc::clone(&hooks),
+            clock,
+            local,
+            domain,
+            endpoint,
+            quotas,
+            registry: Mutex::default(),
+            dialer: Mutex::new(dialer),
+            dial_wake: Notify::new(),
+            jitter: Mutex::new(seed),
+            gate: Mutex::default(),
+            stats: Mutex::default(),
+            refusals: Mutex::default(),
+            events,
+            events_lost: AtomicU64::new(0),
+            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+            send_memory: Arc::new(Semaphore::new(SEND_MEMORY_KIB)),
+            stopping: watch::Sender::new(false),
+            sessions_over: Notify::new(),
+        });
+        // Ends when the last sender is gone, that is with `Shared`.
+        std::thread::Builder::new()
+            .name("mesh-events".to_owned())
+            .spawn(move || taken.iter().for_each(|event| hooks.event(event)))
+            .map_err(|error| MeshError::Start { kind: error.kind() })?;
+        shared.check_own_papers();
+        tokio::spawn(accept_all(Arc::clone(&shared)));
+        tokio::spawn(dial_all(Arc::clone(&shared)));
+        tokio::spawn(keep_house(Arc::clone(&shared)));
+        Ok(MeshHandle { shared })
+    }
+}
+
+fn random_seed() -> Result<u64, MeshError> {
+    let mut seed = [0; 8];
+    aws_lc_rs::rand::fill(&mut seed).map_err(|_| MeshError::Start {
+        kind: io::ErrorKind::Other,
+    })?;
+    Ok(u64::from_le_bytes(seed))
+}
+
+async fn stopped(shared: &Shared) {
+    let mut stopping = shared.stopping.subscribe();
+    // An error means that `Shared` is gone, which is the same.
+    let _ = stopping.wait_for(|stopping| *stopping).await;
+}
+
+// ---- Whoever knocks ----
+
+async fn accept_all(shared: Arc<Shared>) {
+    loop {
+        let incoming = tokio::select! {
+            incoming = shared.endpoint.accept() => incoming,
+            () = stopped(&shared) => None,
+        };
+        let Some(incoming) = incoming else { break };
+        if shared.closed_because().is_some() {
+            shared.refused(|counts| counts.closed += 1);
+            incoming.refuse();
+            continue;
+        }
+        if !incoming.remote_address_validated() {
+            // Nothing is kept for an address that has not shown that it receives.
+            if incoming.may_retry() {
+                let _ = incoming.retry();
+            } else {
+                incoming.refuse();
+            }
+            continue;
+        }
+        if !shared.quotas.handshake(incoming.remote_address().ip()) {
+            shared.refused(|counts| counts.address_quota += 1);
+            incoming.ignore();
+            continue;
+        }
+        let Ok(permit) = Arc::clone(&shared.handshakes).try_acquire_owned() else {
+            shared.refused(|counts| counts.busy += 1);
+            incoming.refuse();
+            continue;
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move {
+            let timeout = shared.config.quic.handshake_timeout;
+            let connected = match incoming.accept() {
+                Ok(connecting) => tokio::time::timeout(timeout, connecting).await.ok(),
+                Err(_) => None,
+            };
+            drop(permit);
+            match connected {
+                Some(Ok(connection)) => {
+                    driver::run(shared, connection, false).await;
+                }
+                // Which certificate was refused, and why, the verifier's observer has told.
+                Some(Err(_)) | None => shared.refused(|counts| counts.handshake += 1),
+            }
+        });
+    }
+}
+
+// ---- Whom to call ----
+
+async fn dial_all(shared: Arc<Shared>) {
+    // Dials at once, so that a thousand dark peers do not cost a thousand handshakes of memory.
+    let dials = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    loop {
+        let Ok(permit) = Arc::clone(&dials).acquire_owned().await else {
+            break;
+        };
+        let (dial, next) = {
+            let mut dialer = lock(&shared.dialer);
+            (dialer.poll_dial(shared.now()), dialer.poll_timeout())
+        };
+        if let Some(dial) = dial {
+            let shared = Arc::clone(&shared);
+            tokio::spawn(async move {
+                dial_one(shared, dial).await;
+                drop(permit);
+            });
+            continue;
+        }
+        drop(permit);
+        let wake = async {
+            match next {
+                Some(at) => tokio::time::sleep_until(shared.instant(at)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = wake => {}
+            () = shared.dial_wake.notified() => {}
+            () = stopped(&shared) => break,
+        }
+    }
+}
+
+async fn dial_one(shared: Arc<Shared>, dial: Dial) {
+    let Dial { peer, address } = dial;
+    let timeout = shared.config.quic.handshake_timeout;
+    let connected = match shared.config.quic.client(&shared.tls, &peer) {
+        Err(error) => Err(error.to_string()),
+        Ok(config) => match shared.endpoint.connect_with(config, address, SERVER_NAME) {
+            Err(error) => Err(error.to_string()),
+            Ok(connecting) => match tokio::time::timeout(timeout, connecting).await {
+                Ok(connected) => connected.map_err(|error| Ended::from_connection(&error).reason),
+                Err(_) => Err("no answer in time".to_owned()),
+            },
+        },
+    };
+    match connected {
+        Ok(connection) => {
+            // The session outlives the dial, and the dial's permit must not wait for it.
+            tokio::spawn(async move {
+                let ended = driver::run(Arc::clone(&shared), connection, true).await;
+                // What ended before the registry knew of it has not told the dialler yet.
+                if !ended.registered {
+                    let jitter = shared.jitter();
+                    lock(&shared.dialer).on_failed(&peer, shared.now(), jitter);
+                    shared.dial_wake.notify_one();
+                    let reason = ended.reason;
+                    shared.event(MeshEvent::DialFailed {
+                        peer,
+                        address,
+                        reason,
+                    });
+                }
+            });
+        }
+        Err(reason) => {
+            let jitter = shared.jitter();
+            lock(&shared.dialer).on_failed(&peer, shared.now(), jitter);
+            shared.dial_wake.notify_one();
+            shared.event(MeshEvent::DialFailed {
+                peer,
+                address,
+                reason,
+            });
+        }
+    }
+}
+
+// ---- What time brings ----
+
+async fn keep_house(shared: Arc<Shared>) {
+    let mut ticks = tokio::time::interval(shared.config.recheck_interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut flushed = shared.now();
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = stopped(&shared) => break,
+        }
+        // notAfter and nextUpdate pass by themselves.
+        shared.close_revoked();
+        let papers = Arc::clone(&shared);
+        // A path is verified here, with signatures: not on a network thread.
+        let _ = tokio::task::spawn_blocking(move || papers.check_own_papers()).await;
+        let now = shared.now();
+        if now.saturating_sub(flushed) >= REFUSAL_WINDOW {
+            flushed = now;
+            shared.quotas.retain_recent();
+            let counts = {
+                let mut refusals = lock(&shared.refusals);
+                let (window, total) = &mut *refusals;
+                total.closed += window.closed;
+                total.address_quota += window.address_quota;
+                total.busy += window.busy;
+                total.handshake += window.handshake;
+                std::mem::take(window)
+            };
+            if counts.total() > 0 {
+                shared.event(MeshEvent::Refusals(counts));
+            }
+        }
+        let lost = shared.events_lost.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            shared.event(MeshEvent::EventsLost { count: lost });
+        }
+    }
+}
+
+/// The node's hand on the mesh. Clones share it.
+#[derive(Clone)]
+pub struct MeshHandle {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for MeshHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MeshHandle")
+            .field("node", &self.shared.local)
+            .finish_non_exhaustive()
+    }
+}
+
+impl MeshHandle {
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// The socket is gone.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.shared.endpoint.local_addr()
+    }
+
+    /// The node stored something by itself: sealed, imported or restored. Segments of peers are
+    /// announced by the mesh.
+    pub fn notify_stored(&self, reference: &SegmentRef) {
+        self.shared.announce(reference);
+    }
+
+    /// What the node lacks or takes has changed: room came free, segments were quarantined, a limit
+    /// was changed. Every session compares again.
+    pub fn refresh(&self) {
+        for (_, entry) in lock(&self.shared.registry).iter() {
+            entry.handle.mailbox.refresh();
+        }
+    }
+
+    /// The CRLs changed: closes exactly the sessions that are revoked by it, before it returns.
+    /// Gives how many.
+    pub fn revocation_changed(&self) -> usize {
+        let closed = self.shared.close_revoked();
+        self.shared.check_own_papers();
+        closed
+    }
+
+    /// Certificate, key or trust changed: judges every live session by the new trust, and dials
+    /// whoever is not connected. Sessions that pass stay. Gives how many were closed.
+    pub fn credentials_changed(&self) -> usize {
+        let shared = &self.shared;
+        shared.check_own_papers();
+        let closed = shared.close_failing(|papers| {
+            shared
+                .tls
+                .recheck(papers)
+                .map_err(|refusal| (close_code(&refusal), refusal.code(), refusal.to_string()))
+        });
+        self.dial_now();
+        closed
+    }
+
+    /// An operator wants everybody tried again at once: fills the budgets, ends cool-downs.
+    pub fn dial_now(&self) {
+        lock(&self.shared.dialer).on_operator(self.shared.now());
+        self.shared.dial_wake.notify_one();
+    }
+
+    /// A link of this machine came up: one immediate dial to whoever is not connected, rate-limited.
+    pub fn link_up(&self) {
+        lock(&self.shared.dialer).on_link_up(self.shared.now());
+        self.shared.dial_wake.notify_one();
+    }
+
+    /// Opens or closes the transport. Closing ends every session with this reason; opening holds
+    /// only if the node's own papers are good.
+    pub fn set_enabled(&self, enabled: bool, reason: &str) {
+        let reason = (!enabled).then(|| reason.to_owned());
+        self.shared.set_gate(|gate| gate.by_operator = reason);
+    }
+
+    /// Why the transport is closed, if it is.
+    #[must_use]
+    pub fn closed_because(&self) -> Option<String> {
+        self.shared.closed_because()
+    }
+
+    /// Refusals before authentication since the start.
+    #[must_use]
+    pub fn refusals(&self) -> RefusalCounts {
+        let (window, total) = *lock(&self.shared.refusals);
+        RefusalCounts {
+            closed: window.closed + total.closed,
+            address_quota: window.address_quota + total.address_quota,
+            busy: window.busy + total.busy,
+            handshake: window.handshake + total.handshake,
+        }
+    }
+
+    /// Where things stand with every peer that is configured or was met, in order of their ids.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        let shared = &self.shared;
+        let now = shared.now();
+        let mut dials = BTreeMap::new();
+        {
+            let dialer = lock(&shared.dialer);
+            for peer in dialer.peers() {
+                dials.insert(peer.clone(), dialer.status(peer, now));
+            }
+        }
+        let mut live = BTreeMap::new();
+        for (_, entry) in lock(&shared.registry)
+            .iter()
+            .filter(|(_, entry)| entry.established && entry.handle.is_alive())
+        {
+            let facts = (entry.handle.address, entry.outbound, entry.handle.since);
+            live.insert(entry.peer.clone(), facts);
+        }
+        let stats = lock(&shared.stats);
+        let names: std::collections::BTreeSet<&NodeId> = dials
+            .keys()
+            .chain(live.keys())
+            .chain(stats.keys())
+            .collect();
+        let nothing = PeerStats::default();
+        names
+            .into_iter()
+            .map(|peer| {
+                let stats = stats.get(peer).unwrap_or(&nothing);
+                let dial = dials.get(peer).copied().flatten();
+                let live = live.get(peer);
+                let until = |at: Duration| millis(at.saturating_sub(now));
+                PeerStatus {
+                    node_id: peer.clone(),
+                    configured: dials.contains_key(peer),
+                    connected: live.is_some(),
+                    address: live.map(|(address, ..)| *address),
+                    outbound: live.map(|(_, outbound, _)| *outbound),
+                    connected_ms: live.map(|(.., since)| millis(now.saturating_sub(*since))),
+                    posture: stats.hello.as_ref().map(|hello| hello.posture.as_str()),
+                    custody_free_bytes: stats
+                        .hello
+                        .as_ref()
+                        .map(|hello| hello.limits.custody_free_bytes),
+                    sessions: stats.sessions,
+                    segments_in: stats.segments_in,
+                    bytes_in: stats.bytes_in,
+                    segments_out: stats.segments_out,
+                    bytes_out: stats.bytes_out,
+                    refused_in: stats.refused_in,
+                    faults: stats.faults,
+                    dials: dial.map_or(0, |dial| dial.dials),
+                    next_dial_ms: dial.and_then(|dial| dial.next_dial).map(until),
+                    budget_left: dial.map(|dial| dial.budget_left),
+                    cooling_ms: dial.and_then(|dial| dial.cooling_until).map(until),
+                    last_close: stats.last_end.as_ref().map(|(ended, at)| CloseStatus {
+                        code: ended.code.map(CloseCode::as_str),
+                        reason: ended.reason.clone(),
+                        by_peer: ended.by_peer,
+                        ago_ms: millis(now.saturating_sub(*at)),
+                    }),
+                }
+            })
+            .collect()
+    }
+
+    /// Says Bye to every peer and closes the socket, within the deadline. Gives whether all
+    /// sessions were gone by then.
+    pub async fn shutdown(&self, deadline: Duration) -> bool {
+        let shared = &self.shared;
+        shared.stopping.send_replace(true);
+        let drained = tokio::time::timeout(deadline, async {
+            loop {
+                let over = shared.sessions_over.notified();
+                if lock(&shared.registry).is_empty() {
+                    break;
+                }
+                over.await;
+            }
+        })
+        .await
+        .is_ok();
+        shared.endpoint.close(
+            VarInt::from_u32(CloseCode::Normal as u32),
+            b"the node stops",
+        );
+        // Until the closing packets have left. Waiting out the whole draining period of QUIC would
+        // only answer late packets more politely.
+        let _ = tokio::time::timeout(deadline.min(LINGER), shared.endpoint.wait_idle()).await;
+        drained
+    }
+}

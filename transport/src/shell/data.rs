@@ -1,0 +1,494 @@
+//! Segments on their streams: one sender for each kind, one reader for each stream, and the way of
+//! what was read into the node.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
+use tidelock_segments::{Kind, SegmentId, SegmentRef, verify_segment};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::{
+    Admitted, MeshEvent,
+    driver::{Input, Link},
+    lock,
+    quotas::Wait,
+};
+use crate::{
+    frame::{
+        Channel, CloseCode, DataStream, FetchRefusal, Frame, FrameError, FrameHeader, Segment,
+    },
+    limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT},
+    session::{Fault, Refusal, Serve},
+};
+
+/// Between two words of progress from a reader to its session.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+
+/// INV-11 on the wire: a stream of higher priority is written first, so a CRL overtakes a bulk
+/// transfer that is already under way. The control stream stands above all.
+pub(super) const CONTROL_PRIORITY: i32 = 100;
+
+fn priority(kind: Kind) -> i32 {
+    match kind {
+        Kind::Revocation => 40,
+        Kind::Policy => 30,
+        Kind::Witness => 20,
+        Kind::Audit => 10,
+    }
+}
+
+// ---- Sending ----
+
+/// The senders of a session, started when their kind is first asked for.
+pub(super) struct Senders {
+    by_kind: BTreeMap<Kind, mpsc::Sender<Serve>>,
+}
+
+impl Senders {
+    pub(super) fn new() -> Self {
+        Self {
+            by_kind: BTreeMap::new(),
+        }
+    }
+
+    /// Queues a segment for sending. The machine lets no more of them be asked for than fit.
+    pub(super) fn serve(&mut self, link: &Link, connection: &Connection, serve: Serve) {
+        let kind = serve.reference.kind;
+        let sender = self.by_kind.entry(kind).or_insert_with(|| {
+            let (sender, queue) = mpsc::channel(2 * usize::from(MAX_IN_FLIGHT) + 1);
+            link.spawn(send_kind(link.clone(), connection.clone(), kind, queue));
+            sender
+        });
+        if let Err(error) = sender.try_send(serve) {
+            let id = error.into_inner().reference.id;
+            link.tell_later(Input::Unservable(id, FetchRefusal::Unreadable));
+        }
+    }
+}
+
+/// A segment that is ready to be written, with its place in the memory for sending.
+struct Prepared {
+    reference: SegmentRef,
+    content: Option<Vec<u8>>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+/// Reads ahead by one segment, so that disk and network work at the same time.
+async fn send_kind(
+    link: Link,
+    connection: Connection,
+    kind: Kind,
+    mut queue: mpsc::Receiver<Serve>,
+) {
+    let (ahead, ready) = mpsc::channel(1);
+    link.spawn(write_kind(link.clone(), connection, kind, ready));
+    while let Some(serve) = queue.recv().await {
+        let Some(prepared) = prepare(&link, serve.reference).await else {
+            break;
+        };
+        if ahead.send(prepared).await.is_err() {
+            break;
+        }
+    }
+}
+
+/// Waits for quota and memory, then reads. None: the session is over.
+async fn prepare(link: &Link, reference: SegmentRef) -> Option<Prepared> {
+    let shared = &link.shared;
+    let unreadable = |reference| {
+        Some(Prepared {
+            reference,
+            content: None,
+            _room: None,
+        })
+    };
+    // INV-13: the peer's own share of this node's uplink.
+    loop {
+        match shared.quotas.send(&link.peer, reference.size_bytes) {
+            Ok(()) => break,
+            Err(Wait::For(time)) => tokio::time::sleep(time).await,
+            Err(Wait::Never) => return unreadable(reference),
+        }
+    }
+    // INV-07: bulk segments that wait in memory to be written are bounded over all sessions.
+    let room = if reference.kind <= Kind::Policy {
+        None
+    } else {
+        let kib = u32::try_from(reference.size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        let room = Arc::clone(&shared.send_memory)
+            .acquire_many_owned(kib)
+            .await;
+        Some(room.ok()?)
+    };
+    let (hooks, id) = (Arc::clone(&shared.hooks), reference.id);
+    let read = tokio::task::spawn_blocking(move || hooks.read(&id)).await;
+    match read {
+        Ok(Some(content)) if content.len() as u64 == reference.size_bytes => Some(Prepared {
+            reference,
+            content: Some(content),
+            _room: room,
+        }),
+        _ => unreadable(reference),
+    }
+}
+
+async fn write_kind(
+    link: Link,
+    connection: Connection,
+    kind: Kind,
+    mut ready: mpsc::Receiver<Prepared>,
+) {
+    let mut stream: Option<SendStream> = None;
+    while let Some(Prepared {
+        reference,
+        content,
+        _room,
+    }) = ready.recv().await
+    {
+        let id = reference.id;
+        let told = match content {
+            None => Input::Unservable(id, FetchRefusal::Unreadable),
+            Some(content) => {
+                let written =
+                    write_one(&link, &connection, kind, &mut stream, &reference, content).await;
+                // The peer stopped this stream: the transfer is over, the next one has its own.
+                if written.is_err()
+                    && let Some(mut abandoned) = stream.take()
+                {
+                    let _ = abandoned.reset(VarInt::from_u32(CloseCode::Normal as u32));
+                }
+                Input::Served(id)
+            }
+        };
+        if link.tell(told).await.is_err() {
+            break;
+        }
+    }
+    if let Some(mut stream) = stream {
+        let _ = stream.finish();
+    }
+}
+
+/// Writes one segment. An error: the stream is gone.
+async fn write_one(
+    link: &Link,
+    connection: &Connection,
+    kind: Kind,
+    stream: &mut Option<SendStream>,
+    reference: &SegmentRef,
+    content: Vec<u8>,
+) -> Result<(), ()> {
+    let open = match stream {
+        Some(open) => open,
+        None => {
+            let mut fresh = connection.open_uni().await.map_err(|_| ())?;
+            let _ = fresh.set_priority(priority(kind));
+            let opening = Frame::DataStream(DataStream {
+                kind: kind.number(),
+            })
+            .encode();
+            fresh
+                .write_all(&opening.map_err(|_| ())?)
+                .await
+                .map_err(|_| ())?;
+            stream.insert(fresh)
+        }
+    };
+    let announced = Frame::Segment(Segment {
+        id: *reference.id.as_bytes(),
+        size_bytes: reference.size_bytes,
+    })
+    .encode();
+    // The content as one `Bytes`: quinn cuts slices off it and copies nothing.
+    let mut parts = [
+        Bytes::from(announced.map_err(|_| ())?),
+        Bytes::from(content),
+    ];
+    let mut rest = parts.as_mut_slice();
+    let stall = link.shared.config.session.stall_timeout;
+    while !rest.is_empty() {
+        // A peer that asks and does not read must not hold this node's memory for ever.
+        let written = match tokio::time::timeout(stall, open.write_chunks(rest)).await {
+            Ok(written) => written.map_err(|_| ())?,
+            Err(_) => {
+                let reason = "peer asked for a segment and does not read it".to_owned();
+                let _ = link.tell(Input::Broken(CloseCode::Stalled, reason)).await;
+                return Err(());
+            }
+        };
+        rest = rest.get_mut(written.chunks..).unwrap_or_default();
+    }
+    link.counted(|stats| {
+        stats.segments_out += 1;
+        stats.bytes_out += reference.size_bytes;
+    });
+    Ok(())
+}
+
+// ---- Receiving ----
+
+/// A segment whose bytes are all here.
+pub(super) struct Arrived {
+    pub(super) reference: SegmentRef,
+    pub(super) content: Vec<u8>,
+}
+
+/// Where readers hand over what they read: urgent kinds do not queue behind bulk ones.
+#[derive(Clone)]
+pub(super) struct Admission {
+    urgent: mpsc::Sender<Arrived>,
+    bulk: mpsc::Sender<Arrived>,
+}
+
+impl Admission {
+    /// Starts the two workers. One segment waits while one is looked at.
+    pub(super) fn start(link: &Link) -> Self {
+        let worker = |link: &Link| {
+            let (sender, arrived) = mpsc::channel(1);
+            link.spawn(admit_all(link.clone(), arrived));
+            sender
+        };
+        Self {
+            urgent: worker(link),
+            bulk: worker(link),
+        }
+    }
+
+    async fn hand_over(&self, arrived: Arrived) -> Result<(), ()> {
+        let queue = if arrived.reference.kind <= Kind::Policy {
+            &self.urgent
+        } else {
+            &self.bulk
+        };
+        queue.send(arrived).await.map_err(|_| ())
+    }
+}
+
+async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
+    while let Some(next) = arrived.recv().await {
+        let id = next.reference.id;
+        let worker = link.clone();
+        let told = match tokio::task::spawn_blocking(move || admit(&worker, next)).await {
+            Ok(Ok(())) => Input::Admitted(id),
+            Ok(Err(refusal)) => Input::Failed(id, refusal),
+            Err(_) => Input::Failed(
+                id,
+                Refusal {
+                    code: "internal",
+                    message: "admission was cut short by a fault of this node".to_owned(),
+                    fault: Fault::Local,
+                },
+            ),
+        };
+        if link.tell(told).await.is_err() {
+            break;
+        }
+    }
+}
+
+/// Checks and stores one segment. Runs where blocking is allowed.
+fn admit(link: &Link, arrived: Arrived) -> Result<(), Refusal> {
+    let Arrived { reference, content } = arrived;
+    let shared = &link.shared;
+    // INV-09: a session that was closed meanwhile, by a revocation above all, stores nothing.
+    if !link.is_alive() {
+        return Err(Refusal {
+            code: "session_closed",
+            message: "session was closed before the segment was stored".to_owned(),
+            fault: Fault::Local,
+        });
+    }
+    // The one hash over the content is made here, in a single pass and off the network's threads.
+    let segment =
+        verify_segment(content, Some(reference.id), &shared.domain).map_err(|error| Refusal {
+            code: "format",
+            message: error.to_string(),
+            fault: Fault::Peer,
+        })?;
+    let header = segment.header();
+    if header.origin != reference.origin || header.sequence != reference.sequence {
+        return Err(Refusal {
+            code: "listed_otherwise",
+            message: format!(
+                "segment {} is {} of {}, listed as {} of {}",
+                reference.id, header.sequence, header.origin, reference.sequence, reference.origin
+            ),
+            fault: Fault::Peer,
+        });
+    }
+    let held = segment.reference();
+    let admitted = shared.hooks.admit(&link.peer, segment)?;
+    link.counted(|stats| {
+        stats.segments_in += 1;
+        stats.bytes_in += held.size_bytes;
+    });
+    if admitted == Admitted::Stored {
+        shared.event(MeshEvent::Stored {
+            peer: link.peer.clone(),
+            reference: held.clone(),
+        });
+    }
+    if held.kind == Kind::Revocation {
+        // The node has taken the list over in `admit`; who is revoked by it goes now.
+        shared.close_revoked();
+    }
+    shared.announce(&held);
+    Ok(())
+}
+
+/// Accepts the peer's data streams, from the moment that it is authenticated.
+pub(super) async fn accept_streams(link: Link, connection: Connection, admission: Admission) {
+    let open = Arc::new(Mutex::new(BTreeSet::new()));
+    while let Ok(stream) = connection.accept_uni().await {
+        let (link, admission, open) = (link.clone(), admission.clone(), Arc::clone(&open));
+        let reader = link.clone();
+        link.spawn(async move { read_stream(reader, stream, admission, open).await });
+    }
+}
+
+/// Why a data stream ended before its time.
+enum Broken {
+    /// The peer gave the stream up.
+    Gone,
+    /// The connection or the session is over; that has its own reason.
+    Lost,
+    /// The peer sent what is no frame.
+    Frame(FrameError),
+    /// The session refused what was announced.
+    Refused,
+}
+
+impl From<ReadError> for Broken {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::ConnectionLost(_) => Self::Lost,
+            _ => Self::Gone,
+        }
+    }
+}
+
+async fn read_stream(
+    link: Link,
+    mut stream: RecvStream,
+    admission: Admission,
+    open: Arc<Mutex<BTreeSet<Kind>>>,
+) {
+    let kind = match read_frame(&mut stream).await {
+        Ok(Some(Frame::DataStream(DataStream { kind }))) => Kind::from_number(kind).ok(),
+        Err(Broken::Lost) => return,
+        _ => None,
+    };
+    let Some(kind) = kind.filter(|kind| lock(&open).insert(*kind)) else {
+        let reason = "data stream without a kind, or a second one of its kind".to_owned();
+        let _ = link.tell(Input::Broken(CloseCode::Protocol, reason)).await;
+        return;
+    };
+    let mut reading = None;
+    let ended = loop {
+        match read_segment(&link, &mut stream, kind, &admission, &mut reading).await {
+            Ok(true) => {}
+            Ok(false) => break None,
+            Err(broken) => break Some(broken),
+        }
+    };
+    // Before the peer is told, so that its next stream of this kind finds the place free.
+    lock(&open).remove(&kind);
+    let _ = stream.stop(VarInt::from_u32(CloseCode::Protocol as u32));
+    match ended {
+        Some(Broken::Frame(error)) => {
+            let _ = link
+                .tell(Input::Broken(CloseCode::Protocol, error.to_string()))
+                .await;
+        }
+        Some(Broken::Gone) => {
+            if let Some(id) = reading {
+                let refusal = Refusal {
+                    code: "cut_short",
+                    message: format!("stream ended within segment {id}"),
+                    fault: Fault::Peer,
+                };
+                let _ = link.tell(Input::Failed(id, refusal)).await;
+            }
+        }
+        Some(Broken::Refused | Broken::Lost) | None => {}
+    }
+}
+
+/// Reads one segment and hands it over. False: the stream ended between segments.
+async fn read_segment(
+    link: &Link,
+    stream: &mut RecvStream,
+    kind: Kind,
+    admission: &Admission,
+    reading: &mut Option<SegmentId>,
+) -> Result<bool, Broken> {
+    let Segment { id, size_bytes } = match read_frame(stream).await? {
+        Some(Frame::Segment(segment)) => segment,
+        Some(_) => return Err(Broken::Refused),
+        None => return Ok(false),
+    };
+    let id = SegmentId::from_bytes(id);
+    let (reply, answer) = oneshot::channel();
+    link.tell(Input::Announced {
+        kind,
+        id,
+        size_bytes,
+        reply,
+    })
+    .await
+    .map_err(|_| Broken::Lost)?;
+    // INV-07: memory is taken only for a segment that was asked for, of the size that was listed
+    // and allowed; untouched pages of it cost nothing until bytes arrive.
+    let reference = answer
+        .await
+        .map_err(|_| Broken::Lost)?
+        .map_err(|_| Broken::Refused)?;
+    let size = usize::try_from(reference.size_bytes).map_err(|_| Broken::Refused)?;
+    *reading = Some(id);
+    let mut content = Vec::with_capacity(size);
+    let mut told = tokio::time::Instant::now();
+    while content.len() < size {
+        let chunk = stream.read_chunk(size - content.len(), true).await?;
+        content.extend_from_slice(&chunk.ok_or(Broken::Gone)?.bytes);
+        if told.elapsed() >= PROGRESS_INTERVAL {
+            told = tokio::time::Instant::now();
+            link.tell_later(Input::Progress);
+        }
+    }
+    *reading = None;
+    link.tell(Input::Received(id))
+        .await
+        .map_err(|_| Broken::Lost)?;
+    let handed = admission.hand_over(Arrived { reference, content }).await;
+    handed.map(|()| true).map_err(|()| Broken::Lost)
+}
+
+/// Reads one small frame of a data stream. None: the stream ended before its first byte.
+async fn read_frame(stream: &mut RecvStream) -> Result<Option<Frame>, Broken> {
+    let mut header = [0; FRAME_HEADER_BYTES];
+    let mut filled = 0;
+    while let Some(rest) = header.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        match stream.read(rest).await? {
+            Some(read) => filled += read,
+            None if filled == 0 => return Ok(None),
+            None => return Err(Broken::Gone),
+        }
+    }
+    let header = FrameHeader::decode(Channel::Data, header).map_err(Broken::Frame)?;
+    let mut body = vec![0; header.body_bytes];
+    stream
+        .read_exact(&mut body)
+        .await
+        .map_err(|error| match error {
+            ReadExactError::ReadError(error) => error.into(),
+            ReadExactError::FinishedEarly(_) => Broken::Gone,
+        })?;
+    Frame::decode_body(header, &body)
+        .map(Some)
+        .map_err(Broken::Frame)
+}

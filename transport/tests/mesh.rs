@@ -1,0 +1,1104 @@
+//! Nodes on real sockets: 127.0.0.1, .2 and .3, real stores on a simulated disk, real certificates.
+//!
+//! No test waits for a fixed time to pass and calls the outcome a result: each waits until what it
+//! expects is there, with a bound that only a hang can reach.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
+)]
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, UdpSocket},
+    path::Path,
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use quinn::{Connection, VarInt};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+    date_time_ymd,
+};
+use tidelock_quota::{MonotonicClock, Rate};
+use tidelock_segments::{
+    AuditLog, Charge, CustodyReceipt, DomainId, Head, Kind, LogConfig, NodeId, Origin, PutOutcome,
+    RecordClass, Root, RootOptions, SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment,
+    seal_unsigned, testing::SimDisk, verify_segment,
+};
+use tidelock_transport::{
+    dial::{DialConfig, PeerConfig},
+    endorse::endorse,
+    frame::{
+        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, Hello, Segment, WireLimits,
+    },
+    identity::IdentityRules,
+    limits,
+    revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crl_segment},
+    session::{Fault, KindSet, PeerLimits, PeerPosture, Refusal},
+    shell::{
+        Admitted, HelloFacts, Mesh, MeshConfig, MeshError, MeshEvent, MeshHandle, MeshHooks,
+        PeerStatus,
+    },
+    tls::{Credentials, MeshTls, SERVER_NAME},
+};
+
+/// 2030-06-01: "now" for certificates and CRLs.
+const NOW_UNIX_MS: u64 = 1_906_502_400_000;
+
+/// Far above anything that a healthy run needs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn domain() -> DomainId {
+    DomainId::new("site").unwrap()
+}
+
+fn node_id(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+/// The site's CA.
+struct Ca {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+    next_serial: AtomicU64,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "site CA");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        Self {
+            issuer,
+            next_serial: AtomicU64::new(100),
+        }
+    }
+
+    /// A node's credentials under a new key, and their serial number.
+    fn issue(&self, node: &str) -> (Credentials, u64) {
+        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, node);
+        params.serial_number = Some(SerialNumber::from(serial));
+        let uri = format!("spiffe://example.org/domains/site/peers/{node}");
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+        let key = KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        let credentials = Credentials::from_pem(
+            certificate.pem().as_bytes(),
+            key.serialize_pem().as_bytes(),
+            self.issuer.pem().as_bytes(),
+        );
+        (credentials.unwrap(), serial)
+    }
+
+    fn crl(&self, number: u64, revoked: &[u64]) -> Vec<u8> {
+        let revoked = revoked.iter().map(|serial| RevokedCertParams {
+            serial_number: SerialNumber::from(*serial),
+            revocation_time: date_time_ymd(2030, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2030, 1, 1),
+            next_update: date_time_ymd(2031, 1, 1),
+            crl_number: SerialNumber::from(number),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().der().to_vec()
+    }
+}
+
+/// A node without a gateway: store, log, papers and mesh.
+struct Node {
+    id: NodeId,
+    serial: u64,
+    tls: Arc<MeshTls>,
+    store: Arc<Store>,
+    log: Arc<AuditLog>,
+    events: Mutex<Vec<MeshEvent>>,
+    admissions: Mutex<BTreeMap<SegmentId, u32>>,
+    duplicates: AtomicU64,
+    /// Sends one flipped bit in every segment.
+    lies: AtomicBool,
+    /// Held by a test that wants the node to be slow in taking a segment.
+    slow: Mutex<()>,
+    mesh: OnceLock<MeshHandle>,
+}
+
+impl Node {
+    fn new(ca: &Ca, name: &str) -> Arc<Self> {
+        let id = node_id(name);
+        let (credentials, serial) = ca.issue(name);
+        let revocation = Arc::new(Revocation::new(RevocationState::new(
+            RevocationOptions::default(),
+        )));
+        let crl = VerifiedCrl::verify(&ca.crl(1, &[]), credentials.trust()).unwrap();
+        revocation.import(crl, NOW_UNIX_MS).unwrap();
+        let rules = IdentityRules {
+            domain: domain(),
+            allow_without_domain: false,
+        };
+        let tls = MeshTls::new(
+            rules,
+            id.clone(),
+            credentials.clone(),
+            revocation,
+            Arc::new(|| NOW_UNIX_MS),
+            None,
+        );
+        let options = RootOptions {
+            ceiling_bytes: 1 << 30,
+            reserve_bytes: 64 << 20,
+        };
+        let root = Root::open(SimDisk::new().disk(), Path::new("/sim/root"), options).unwrap();
+        let store = Store::open(Arc::clone(&root), domain()).unwrap();
+        let config = LogConfig {
+            domain: domain(),
+            node_id: id.clone(),
+            segment_bytes: limits_of_log(),
+            segment_max_age_ms: 3_600_000,
+            custody_required: 2,
+            min_retention_ms: 0,
+            clock: Arc::new(|| NOW_UNIX_MS),
+        };
+        let (log, _) = AuditLog::open(root, Arc::clone(&store), config, &|key, incarnation| {
+            endorse(&credentials, &id, key, incarnation).map_err(Into::into)
+        })
+        .unwrap();
+        Arc::new(Self {
+            id: node_id(name),
+            serial,
+            tls: Arc::new(tls),
+            store,
+            log,
+            events: Mutex::default(),
+            admissions: Mutex::default(),
+            duplicates: AtomicU64::new(0),
+            lies: AtomicBool::new(false),
+            slow: Mutex::new(()),
+            mesh: OnceLock::new(),
+        })
+    }
+
+    fn start(self: &Arc<Self>, config: MeshConfig) {
+        let hooks: Arc<dyn MeshHooks> = Arc::new(Hooks(Arc::clone(self)));
+        let mesh =
+            Mesh::start(config, Arc::clone(&self.tls), hooks, MonotonicClock::new()).unwrap();
+        assert!(self.mesh.set(mesh).is_ok());
+    }
+
+    fn mesh(&self) -> &MeshHandle {
+        self.mesh.get().unwrap()
+    }
+
+    /// Writes records and seals them into one segment.
+    fn seal(&self, records: usize) -> SegmentRef {
+        for at in 0..records {
+            let record = format!("{{\"node\":\"{}\",\"n\":{at}}}", self.id);
+            self.log
+                .append_wait(RecordClass::Decision, record.into_bytes(), PATIENCE)
+                .unwrap();
+        }
+        let sealed = self.log.seal_now().unwrap().unwrap();
+        if let Some(mesh) = self.mesh.get() {
+            mesh.notify_stored(&sealed);
+        }
+        sealed
+    }
+
+    fn import(&self, bytes: Vec<u8>) -> SegmentRef {
+        let segment = verify_segment(bytes, None, &domain()).unwrap();
+        if segment.header().kind == Kind::Revocation {
+            let crl = VerifiedCrl::from_segment(&segment, self.tls.credentials().trust()).unwrap();
+            self.tls.revocation().import(crl, NOW_UNIX_MS).unwrap();
+        }
+        self.store.put(&segment, Charge::Reserve).unwrap();
+        if let Some(mesh) = self.mesh.get() {
+            // First who may not hear of it any more, then who shall.
+            mesh.revocation_changed();
+            mesh.notify_stored(&segment.reference());
+        }
+        segment.reference()
+    }
+
+    fn status(&self, peer: &str) -> PeerStatus {
+        let peers = self.mesh().peers();
+        peers
+            .into_iter()
+            .find(|status| status.node_id == node_id(peer))
+            .unwrap()
+    }
+
+    fn is_connected(&self, peer: &str) -> bool {
+        self.mesh()
+            .peers()
+            .iter()
+            .any(|status| status.node_id == node_id(peer) && status.connected)
+    }
+
+    fn saw(&self, found: impl Fn(&MeshEvent) -> bool) -> bool {
+        self.events.lock().unwrap().iter().any(found)
+    }
+
+    fn held(&self) -> Vec<SegmentId> {
+        let mut ids: Vec<_> = self
+            .store
+            .list(None)
+            .into_iter()
+            .map(|reference| reference.id)
+            .collect();
+        ids.sort();
+        ids
+    }
+}
+
+fn limits_of_log() -> u64 {
+    tidelock_segments::limits::MIN_LOG_FILE_BYTES * 8
+}
+
+struct Hooks(Arc<Node>);
+
+impl MeshHooks for Hooks {
+    fn heads(&self) -> Vec<Head> {
+        self.0.store.heads()
+    }
+
+    fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef> {
+        self.0.store.refs(origin, from, to, max)
+    }
+
+    fn reference(&self, id: &SegmentId) -> Option<SegmentRef> {
+        self.0.store.reference(id)
+    }
+
+    fn read(&self, id: &SegmentId) -> Option<Vec<u8>> {
+        let mut bytes = self.0.store.get(id).ok()?.into_bytes();
+        if self.0.lies.load(Ordering::Relaxed) {
+            bytes[40] ^= 1;
+        }
+        Some(bytes)
+    }
+
+    fn wants_origin(&self, origin: &Origin) -> bool {
+        origin.audit_node() != Some(self.0.id.as_str())
+    }
+
+    fn wants(&self, _reference: &SegmentRef) -> bool {
+        true
+    }
+
+    fn admit(&self, _peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {
+        let node = &self.0;
+        let refusal = |message: String| Refusal {
+            code: "test",
+            message,
+            fault: Fault::Local,
+        };
+        *node
+            .admissions
+            .lock()
+            .unwrap()
+            .entry(segment.id())
+            .or_default() += 1;
+        drop(node.slow.lock().unwrap());
+        let charge = if segment.header().kind == Kind::Audit {
+            Charge::Custody
+        } else {
+            Charge::Reserve
+        };
+        if segment.header().kind == Kind::Revocation {
+            let crl = VerifiedCrl::from_segment(&segment, node.tls.credentials().trust())
+                .map_err(|error| refusal(error.to_string()))?;
+            node.tls
+                .revocation()
+                .import(crl, NOW_UNIX_MS)
+                .map_err(|error| refusal(error.to_string()))?;
+        }
+        match node.store.put(&segment, charge) {
+            Ok(PutOutcome::Stored) => Ok(Admitted::Stored),
+            Ok(PutOutcome::AlreadyHeld) => {
+                node.duplicates.fetch_add(1, Ordering::Relaxed);
+                Ok(Admitted::AlreadyHeld)
+            }
+            Err(error) => Err(refusal(error.to_string())),
+        }
+    }
+
+    fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>> {
+        self.0.log.issue_receipt(id).ok()?.encode().ok()
+    }
+
+    fn receipt_wants(&self, peer: &NodeId) -> Vec<SegmentId> {
+        self.0
+            .store
+            .own_audit(&self.0.id)
+            .into_iter()
+            .map(|reference| reference.id)
+            .filter(|id| !self.0.store.custodians(id).contains(peer))
+            .collect()
+    }
+
+    fn take_receipt(&self, peer: &NodeId, receipt: &[u8]) -> Result<(), Refusal> {
+        let refusal = |message: String| Refusal {
+            code: "test",
+            message,
+            fault: Fault::Peer,
+        };
+        let receipt =
+            CustodyReceipt::decode(receipt).map_err(|error| refusal(error.to_string()))?;
+        assert_eq!(receipt.custodian, *peer);
+        self.0
+            .log
+            .take_receipt(&receipt)
+            .map_err(|error| refusal(error.to_string()))
+    }
+
+    fn hello_local(&self) -> HelloFacts {
+        HelloFacts {
+            limits: PeerLimits {
+                kinds: KindSet::ALL,
+                max_segment_bytes: tidelock_segments::limits::MAX_SEGMENT_BYTES,
+                custody_free_bytes: 1 << 20,
+                max_in_flight: limits::MAX_IN_FLIGHT,
+            },
+            posture: PeerPosture::Normal,
+            endorsement: self.0.log.endorsement().encode().ok(),
+        }
+    }
+
+    fn event(&self, event: MeshEvent) {
+        self.0.events.lock().unwrap().push(event);
+    }
+}
+
+/// A port that was free a moment ago.
+fn address(last: u8) -> SocketAddr {
+    UdpSocket::bind(SocketAddr::from(([127, 0, 0, last], 0)))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+fn config(listen: SocketAddr, peers: &[(&str, SocketAddr)]) -> MeshConfig {
+    let peers = peers
+        .iter()
+        .map(|(name, address)| PeerConfig {
+            node_id: node_id(name),
+            addresses: vec![*address],
+        })
+        .collect();
+    let mut config = MeshConfig::new(listen, peers);
+    config.dial = DialConfig {
+        base: Duration::from_millis(20),
+        cap: Duration::from_millis(300),
+        link_up_interval: Duration::from_millis(100),
+        cool_down: Duration::from_secs(3_600),
+        ..DialConfig::default()
+    };
+    config.quic.keep_alive = Duration::from_millis(500);
+    config.quic.idle_timeout = Duration::from_secs(5);
+    config.quic.handshake_timeout = Duration::from_secs(1);
+    config.recheck_interval = Duration::from_millis(100);
+    config.jitter_seed = Some(7);
+    config
+}
+
+async fn until(what: &str, holds: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < PATIENCE, "never came true: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Three nodes that all list each other.
+fn three(ca: &Ca) -> [Arc<Node>; 3] {
+    let names = ["a", "b", "c"];
+    let addresses = [address(1), address(2), address(3)];
+    std::array::from_fn(|at| {
+        let node = Node::new(ca, names[at]);
+        let peers: Vec<_> = (0..3)
+            .filter(|other| *other != at)
+            .map(|other| (names[other], addresses[other]))
+            .collect();
+        node.start(config(addresses[at], &peers));
+        node
+    })
+}
+
+fn policy(sequence: u64, body: &[u8]) -> Vec<u8> {
+    let header = SegmentHeader {
+        kind: Kind::Policy,
+        domain: domain(),
+        origin: Origin::policy("base").unwrap(),
+        sequence,
+        prev: None,
+        created_unix_ms: 0,
+    };
+    seal_unsigned(&header, body).unwrap()
+}
+
+async fn all_connected(nodes: &[Arc<Node>; 3]) {
+    let names = ["a", "b", "c"];
+    for node in nodes {
+        for peer in names.iter().filter(|name| **name != node.id.as_str()) {
+            until("all are connected", || node.is_connected(peer)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_spread_what_they_have_and_a_revoked_one_is_closed_and_comes_back() {
+    let ca = Ca::new();
+    let nodes = three(&ca);
+    let [a, b, c] = &nodes;
+    for _ in 0..3 {
+        a.seal(20);
+        b.seal(20);
+    }
+    c.seal(5);
+    a.import(policy(1, b"permit"));
+    all_connected(&nodes).await;
+    until("all hold the same", || {
+        a.held().len() == 8 && a.held() == b.held() && b.held() == c.held()
+    })
+    .await;
+    // A later seal spreads over the live sessions, and receipts of both others come back.
+    let sealed = c.seal(3);
+    until("receipts of both", || {
+        c.store.custodians(&sealed.id).len() == 2
+    })
+    .await;
+    until("a's receipts", || {
+        a.store
+            .own_audit(&a.id)
+            .iter()
+            .all(|own| a.store.custodians(&own.id).len() == 2)
+    })
+    .await;
+    for node in &nodes {
+        // INV-08
+        assert!(
+            node.admissions
+                .lock()
+                .unwrap()
+                .values()
+                .all(|times| *times == 1)
+        );
+        assert_eq!(node.duplicates.load(Ordering::Relaxed), 0);
+    }
+
+    // b is revoked; only a is told. c learns it from a, both close b at once and nobody else.
+    let a_to_c = a.status("c").sessions;
+    let crl = ca.crl(2, &[b.serial]);
+    let crl = VerifiedCrl::verify(&crl, a.tls.credentials().trust()).unwrap();
+    let closed_at = Instant::now();
+    a.import(crl_segment(&domain(), &crl).unwrap());
+    let gone = |node: &Arc<Node>| {
+        !node.is_connected("b")
+            && node
+                .status("b")
+                .last_close
+                .is_some_and(|close| close.code == Some("revoked"))
+    };
+    until("a and c close b", || gone(a) && gone(c)).await;
+    println!(
+        "revoked sessions closed on both nodes after {:?}",
+        closed_at.elapsed()
+    );
+    until("b is told why", || {
+        b.saw(|event| {
+            matches!(
+                event,
+                MeshEvent::SessionDown {
+                    code: Some(CloseCode::Revoked),
+                    by_peer: true,
+                    ..
+                }
+            )
+        })
+    })
+    .await;
+    assert!(a.is_connected("c") && c.is_connected("a"), "no bystander");
+    assert_eq!(a.status("c").sessions, a_to_c, "not even for a moment");
+    // Its redials are refused, in both directions, and go on at their pace.
+    let (dials, refused) = (b.status("a").dials, a.mesh().refusals().handshake);
+    until("b dials again and is refused", || {
+        b.status("a").dials > dials + 3 && a.mesh().refusals().handshake > refused
+    })
+    .await;
+    assert!(!a.is_connected("b") && !b.is_connected("a") && !c.is_connected("b"));
+
+    // A new certificate under a new key: back without a restart, and what was missed arrives.
+    let missed = a.seal(4);
+    let (renewed, _) = ca.issue("b");
+    b.tls.replace_credentials(renewed);
+    b.mesh().credentials_changed();
+    until("b is back", || b.is_connected("a") && b.is_connected("c")).await;
+    until("b has what it missed", || b.store.contains(&missed.id)).await;
+    until("b has the list", || {
+        b.store.list(Some(Kind::Revocation)).len() == 1
+    })
+    .await;
+    for node in &nodes {
+        assert!(node.mesh().shutdown(PATIENCE).await, "sessions are over");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_that_dial_each_other_keep_one_connection() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    let mut config_a = config(to_a, &[("b", to_b)]);
+    let mut config_b = config(to_b, &[("a", to_a)]);
+    // Both at the same moment: the larger id's courtesy delay is one nanosecond.
+    config_a.dial.base = Duration::from_nanos(1);
+    config_b.dial.base = Duration::from_nanos(1);
+    a.start(config_a);
+    b.start(config_b);
+    until("connected", || a.is_connected("b") && b.is_connected("a")).await;
+    let sealed = a.seal(2);
+    until("it spreads", || b.store.contains(&sealed.id)).await;
+    // Whatever was doubled is over, and both sides kept the connection that a dialled.
+    until("both keep the same connection", || {
+        let (here, there) = (a.status("b").outbound, b.status("a").outbound);
+        here.is_some() && there.is_some() && here != there
+    })
+    .await;
+    // A dial that was under way at that moment may still arrive and be judged.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let sessions = (a.status("b").sessions, b.status("a").sessions);
+    let dials = (a.status("b").dials, b.status("a").dials);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(
+        (a.status("b").sessions, b.status("a").sessions),
+        sessions,
+        "it is stable"
+    );
+    assert_eq!(
+        (a.status("b").dials, b.status("a").dials),
+        dials,
+        "nobody dials a friend"
+    );
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_a_lying_peer_is_closed_and_left_alone_and_the_others_go_on() {
+    let ca = Ca::new();
+    let nodes = three(&ca);
+    let [a, b, c] = &nodes;
+    all_connected(&nodes).await;
+    c.lies.store(true, Ordering::Relaxed);
+    for _ in 0..4 {
+        c.seal(2);
+    }
+    for node in [a, b] {
+        until("c is closed for its lies", || {
+            !node.is_connected("c")
+                && node.saw(|event| {
+                    matches!(
+                        event,
+                        MeshEvent::SessionDown {
+                            code: Some(CloseCode::Faults),
+                            by_peer: false,
+                            ..
+                        }
+                    )
+                })
+        })
+        .await;
+        assert!(node.status("c").cooling_ms.is_some());
+        assert_eq!(node.status("c").faults, u64::from(limits::MAX_FAULTS));
+        assert!(
+            node.store.own_audit(&c.id).is_empty(),
+            "nothing of it was stored"
+        );
+    }
+    until("c's dials are refused as cooling down", || {
+        c.saw(|event| {
+            matches!(
+                event,
+                MeshEvent::SessionDown {
+                    code: Some(CloseCode::CoolingDown),
+                    ..
+                }
+            )
+        })
+    })
+    .await;
+    // The control: the others exchange as before, and an operator lets c in again.
+    let sealed = a.seal(3);
+    until("b has it", || b.store.contains(&sealed.id)).await;
+    c.lies.store(false, Ordering::Relaxed);
+    a.mesh().dial_now();
+    until("a has what c sealed", || {
+        a.store.own_audit(&c.id).len() == 4
+    })
+    .await;
+    for node in &nodes {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ruling_12_a_closed_transport_meets_nobody_and_says_why() {
+    let ca = Ca::new();
+    let nodes = three(&ca);
+    let [a, b, c] = &nodes;
+    all_connected(&nodes).await;
+    b.mesh().set_enabled(false, "OPERATOR: maintenance");
+    assert_eq!(
+        b.mesh().closed_because().as_deref(),
+        Some("OPERATOR: maintenance")
+    );
+    until("both lose b", || {
+        !a.is_connected("b") && !c.is_connected("b")
+    })
+    .await;
+    until("with the reason", || {
+        a.saw(|event| {
+            matches!(event, MeshEvent::SessionDown { code: Some(CloseCode::Disabled), reason, .. }
+                if reason == "OPERATOR: maintenance")
+        })
+    })
+    .await;
+    until("knocking is counted", || b.mesh().refusals().closed > 2).await;
+    assert!(a.is_connected("c"), "no bystander");
+    b.mesh().set_enabled(true, "");
+    until("b is back", || b.is_connected("a") && b.is_connected("c")).await;
+
+    // A fault of its own papers closes a transport by itself: c's certificate is revoked, and c
+    // hears of it before anybody else.
+    let crl = ca.crl(2, &[c.serial]);
+    let crl = VerifiedCrl::verify(&crl, c.tls.credentials().trust()).unwrap();
+    c.import(crl_segment(&domain(), &crl).unwrap());
+    until("c closes itself", || {
+        c.mesh()
+            .closed_because()
+            .is_some_and(|reason| reason.starts_with("CERT_REVOKED"))
+    })
+    .await;
+    assert!(!c.is_connected("a"));
+    let (renewed, _) = ca.issue("c");
+    c.tls.replace_credentials(renewed);
+    c.mesh().credentials_changed();
+    until("c opens itself", || {
+        c.mesh().closed_because().is_none() && c.is_connected("a")
+    })
+    .await;
+    until("and brings the list", || {
+        a.store.list(Some(Kind::Revocation)).len() == 1
+    })
+    .await;
+    for node in &nodes {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    until("connected", || a.is_connected("b")).await;
+    let control = b.seal(2);
+    until("the control: it is stored", || {
+        a.store.contains(&control.id)
+    })
+    .await;
+
+    let crl = ca.crl(2, &[b.serial]);
+    let crl = VerifiedCrl::verify(&crl, a.tls.credentials().trust()).unwrap();
+    let (first, second) = {
+        let _slow = a.slow.lock().unwrap();
+        let sealed = (b.seal(2), b.seal(2));
+        // Blocking waits on purpose: the guard must not cross an await. The runtime has a second
+        // thread, and the mesh calls the node on threads of its own.
+        let started = Instant::now();
+        let taking = || a.admissions.lock().unwrap().contains_key(&sealed.0.id);
+        while !taking() || b.status("a").segments_out < 3 {
+            assert!(started.elapsed() < PATIENCE, "the segments do not arrive");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        a.import(crl_segment(&domain(), &crl).unwrap());
+        sealed
+    };
+    until("the session is over", || {
+        a.saw(|event| {
+            matches!(
+                event,
+                MeshEvent::SessionDown {
+                    code: Some(CloseCode::Revoked),
+                    ..
+                }
+            )
+        })
+    })
+    .await;
+    until("the one that was being taken is", || {
+        a.store.contains(&first.id)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!a.store.contains(&second.id), "the one that waited is not");
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn settings_that_make_no_sense_and_a_port_in_use_are_errors_at_start() {
+    let ca = Ca::new();
+    let node = Node::new(&ca, "a");
+    let held = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let start = |config: MeshConfig| {
+        let hooks: Arc<dyn MeshHooks> = Arc::new(Hooks(Arc::clone(&node)));
+        Mesh::start(config, Arc::clone(&node.tls), hooks, MonotonicClock::new())
+    };
+    let taken = held.local_addr().unwrap();
+    assert_eq!(
+        start(config(taken, &[])).map(|_| ()),
+        Err(MeshError::Bind {
+            address: taken,
+            kind: std::io::ErrorKind::AddrInUse
+        })
+    );
+    let mut own = config(address(1), &[("a", address(2))]);
+    assert!(matches!(start(own.clone()), Err(MeshError::Dial(_))));
+    own.peers.clear();
+    own.session.faults_max = 0;
+    assert!(matches!(start(own.clone()), Err(MeshError::Config { .. })));
+    own.session.faults_max = 3;
+    own.quotas.frames = Rate {
+        per_second: 0,
+        burst: 1,
+    };
+    assert!(matches!(start(own.clone()), Err(MeshError::Quota(_))));
+    own.quotas.frames = Rate {
+        per_second: 10,
+        burst: 10,
+    };
+    let mesh = start(own).expect("the control");
+    assert!(mesh.shutdown(PATIENCE).await);
+}
+
+// ---- A peer played by hand ----
+
+/// An authenticated QUIC client that says whatever a test wants.
+struct Raw {
+    connection: Connection,
+    send: quinn::SendStream,
+    recv: quinn::RecvStream,
+    decoder: FrameDecoder,
+    _endpoint: quinn::Endpoint,
+}
+
+impl Raw {
+    async fn connect(node: &Node, to: SocketAddr, expected: &str) -> Self {
+        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let tls = node
+            .tls
+            .quic_client_config(Some(&node_id(expected)))
+            .unwrap();
+        let client = quinn::ClientConfig::new(tls);
+        let connection = endpoint
+            .connect_with(client, to, SERVER_NAME)
+            .unwrap()
+            .await
+            .unwrap();
+        let (send, recv) = connection.open_bi().await.unwrap();
+        let decoder = FrameDecoder::new(Channel::Control);
+        Self {
+            connection,
+            send,
+            recv,
+            decoder,
+            _endpoint: endpoint,
+        }
+    }
+
+    async fn say(&mut self, frame: &Frame) {
+        // The other side may have hung up already; the test asks for its reason.
+        let _ = self.send.write_all(&frame.encode().unwrap()).await;
+    }
+
+    fn hello(name: &str) -> Frame {
+        Frame::Hello(Box::new(Hello {
+            version: limits::PROTOCOL_VERSION,
+            domain: "site".into(),
+            node_id: name.into(),
+            limits: WireLimits {
+                kinds: 0b1_1110,
+                max_segment_bytes: 1 << 20,
+                custody_free_bytes: 0,
+                max_in_flight: 8,
+            },
+            posture: 0,
+            endorsement: None,
+            state_digest: [0; 32],
+        }))
+    }
+
+    async fn hear(&mut self) -> Option<Frame> {
+        loop {
+            if let Some(frame) = self.decoder.next_frame().unwrap() {
+                return Some(frame);
+            }
+            let chunk = self.recv.read_chunk(65_536, true).await.ok()??;
+            self.decoder.push(&chunk.bytes);
+        }
+    }
+
+    async fn closed(&self) -> CloseCode {
+        close_code(&self.connection).await
+    }
+}
+
+/// Why the other side hung up.
+async fn close_code(connection: &Connection) -> CloseCode {
+    match tokio::time::timeout(PATIENCE, connection.closed())
+        .await
+        .unwrap()
+    {
+        quinn::ConnectionError::ApplicationClosed(close) => {
+            CloseCode::from_wire(close.error_code.into_inner()).unwrap()
+        }
+        other => panic!("closed by {other}"),
+    }
+}
+
+async fn lone_node(ca: &Ca) -> (Arc<Node>, SocketAddr) {
+    let node = Node::new(ca, "a");
+    let listen = address(1);
+    let mut config = config(listen, &[]);
+    // Each test below plays a peer that deserves a cool-down; here it must be able to come back.
+    config.dial.cool_down = Duration::from_nanos(1);
+    node.start(config);
+    (node, listen)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_09_no_segment_byte_moves_before_hello_and_hello_ack_on_both_sides() {
+    let ca = Ca::new();
+    let (a, listen) = lone_node(&ca).await;
+    let secret = a.import(policy(1, b"not for strangers"));
+    let peer = Node::new(&ca, "p");
+    let fetch = Frame::Fetch(Fetch {
+        id: *secret.id.as_bytes(),
+    });
+
+    // Asked for without a Hello, and with a Hello but without the acknowledgement.
+    for opening in [vec![], vec![Raw::hello("p")]] {
+        let mut raw = Raw::connect(&peer, listen, "a").await;
+        for frame in &opening {
+            raw.say(frame).await;
+        }
+        raw.say(&fetch).await;
+        let bytes = raw.connection.accept_uni().await;
+        assert!(bytes.is_err(), "no stream was opened");
+        assert_eq!(raw.closed().await, CloseCode::Protocol);
+    }
+    // Sent without a Hello: the stream is not even accepted, nothing is stored.
+    let theirs = policy(2, b"unasked");
+    let id = SegmentId::of(&theirs);
+    let raw = Raw::connect(&peer, listen, "a").await;
+    let mut stream = raw.connection.open_uni().await.unwrap();
+    push_segment(&mut stream, &theirs).await;
+    // The other side waits for a Hello until its patience ends; it has read none of this.
+    assert_eq!(raw.connection.stats().frame_rx.stop_sending, 0);
+    assert!(!a.store.contains(&id));
+    raw.connection.close(VarInt::from_u32(0), b"");
+
+    // The control: after the round trip the same fetch is answered.
+    let mut raw = Raw::connect(&peer, listen, "a").await;
+    raw.say(&Raw::hello("p")).await;
+    assert!(matches!(raw.hear().await, Some(Frame::Hello(_))));
+    assert_eq!(raw.hear().await, Some(Frame::HelloAck));
+    raw.say(&Frame::HelloAck).await;
+    raw.say(&fetch).await;
+    let mut stream = raw.connection.accept_uni().await.unwrap();
+    let opening = Frame::DataStream(DataStream { kind: 2 }).encode().unwrap();
+    let announced = Frame::Segment(Segment {
+        id: *secret.id.as_bytes(),
+        size_bytes: secret.size_bytes,
+    });
+    let mut expected = opening;
+    expected.extend(announced.encode().unwrap());
+    expected.extend(policy(1, b"not for strangers"));
+    let mut got = vec![0; expected.len()];
+    stream.read_exact(&mut got).await.unwrap();
+    assert_eq!(got, expected);
+    // A segment that was not asked for ends its stream; the third one ends the session.
+    for sequence in 0..3 {
+        let mut stream = raw.connection.open_uni().await.unwrap();
+        push_segment(&mut stream, &policy(10 + sequence, b"unasked")).await;
+        let _ = stream.stopped().await;
+    }
+    assert_eq!(raw.closed().await, CloseCode::Faults);
+    assert!(!a.store.contains(&id) && a.held().len() == 1);
+    a.mesh().shutdown(PATIENCE).await;
+}
+
+async fn push_segment(stream: &mut quinn::SendStream, bytes: &[u8]) {
+    let opening = Frame::DataStream(DataStream { kind: 2 }).encode().unwrap();
+    let id = SegmentId::of(bytes);
+    let announced = Frame::Segment(Segment {
+        id: *id.as_bytes(),
+        size_bytes: bytes.len() as u64,
+    });
+    for part in [opening, announced.encode().unwrap(), bytes.to_vec()] {
+        if stream.write_all(&part).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_malformed_course_ends_with_its_code() {
+    let ca = Ca::new();
+    let (a, listen) = lone_node(&ca).await;
+    let peer = Node::new(&ca, "p");
+    let mut other_domain = Raw::hello("p");
+    let mut other_version = Raw::hello("p");
+    if let Frame::Hello(hello) = &mut other_domain {
+        hello.domain = "elsewhere".into();
+    }
+    if let Frame::Hello(hello) = &mut other_version {
+        hello.version = 99;
+    }
+    let bytes: Vec<(Vec<u8>, CloseCode)> = vec![
+        (other_domain.encode().unwrap(), CloseCode::Domain),
+        (other_version.encode().unwrap(), CloseCode::Version),
+        (Raw::hello("q").encode().unwrap(), CloseCode::NodeId),
+        (vec![0, 0, 0, 0, 99], CloseCode::Protocol),
+        (vec![0xff, 0xff, 0xff, 0xff, 1], CloseCode::Protocol),
+        (vec![1, 0, 0, 0, 2, 0], CloseCode::Protocol),
+        (b"GET / HTTP/1.1\r\n\r\n".to_vec(), CloseCode::Protocol),
+    ];
+    for (bytes, code) in bytes {
+        let mut raw = Raw::connect(&peer, listen, "a").await;
+        let _ = raw.send.write_all(&bytes).await;
+        assert_eq!(raw.closed().await, code, "{bytes:?}");
+    }
+    // The control stream ended, and a second one is not even possible.
+    let mut raw = Raw::connect(&peer, listen, "a").await;
+    raw.say(&Raw::hello("p")).await;
+    let second = tokio::time::timeout(Duration::from_millis(100), raw.connection.open_bi()).await;
+    assert!(second.is_err(), "one control stream is all there is");
+    raw.send.finish().unwrap();
+    assert_eq!(raw.closed().await, CloseCode::Protocol);
+    // A node that presents this node's own id.
+    let double = Node::new(&ca, "a");
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let tls = double.tls.quic_client_config(Some(&node_id("a"))).unwrap();
+    let client = quinn::ClientConfig::new(tls);
+    let connection = endpoint
+        .connect_with(client, listen, SERVER_NAME)
+        .unwrap()
+        .await
+        .unwrap();
+    assert_eq!(close_code(&connection).await, CloseCode::OwnNode);
+    until("all are gone", || {
+        a.mesh().peers().iter().all(|peer| !peer.connected)
+    })
+    .await;
+    a.mesh().shutdown(PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_a_flood_of_frames_is_read_later_and_the_session_stays_up() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    let mut config_a = config(to_a, &[]);
+    config_a.quotas.frames = Rate {
+        per_second: 200,
+        burst: 200,
+    };
+    a.start(config_a);
+    b.start(config(to_b, &[("a", to_a)]));
+    until("b is connected", || a.is_connected("b")).await;
+
+    let flooder = Node::new(&ca, "f");
+    let mut raw = Raw::connect(&flooder, to_a, "a").await;
+    raw.say(&Raw::hello("f")).await;
+    raw.say(&Frame::HelloAck).await;
+    until("the flooder is in", || a.is_connected("f")).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let said = Arc::new(AtomicU64::new(0));
+    let flood = {
+        let (stop, said) = (Arc::clone(&stop), Arc::clone(&said));
+        tokio::spawn(async move {
+            let frames = Frame::AskHeads.encode().unwrap().repeat(1_000);
+            while !stop.load(Ordering::Relaxed) {
+                let write = raw.send.write_all(&frames);
+                match tokio::time::timeout(Duration::from_millis(50), write).await {
+                    Ok(Ok(())) => said.fetch_add(1_000, Ordering::Relaxed),
+                    // Held back by flow control: that is the point.
+                    Err(_) => continue,
+                    Ok(Err(error)) => panic!("the session was closed: {error}"),
+                };
+            }
+            raw
+        })
+    };
+    until("more was said than the quota reads", || {
+        said.load(Ordering::Relaxed) > 10_000
+    })
+    .await;
+    // The bystander's traffic goes on meanwhile, in both directions.
+    for _ in 0..5 {
+        let (there, back) = (b.seal(3), a.seal(3));
+        until("b's segment arrives", || a.store.contains(&there.id)).await;
+        until("a's segment arrives", || b.store.contains(&back.id)).await;
+    }
+    assert!(a.is_connected("f"), "the flooder's session stays up");
+    stop.store(true, Ordering::Relaxed);
+    drop(flood.await.unwrap());
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_goes_dark_is_met_again_when_it_returns() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    a.start(config(to_a, &[("b", to_b)]));
+    until("a dials into the dark", || a.status("b").dials > 3).await;
+    let waiting = a.seal(3);
+    b.start(config(to_b, &[]));
+    until("it arrives", || b.store.contains(&waiting.id)).await;
+    // A stop is a Bye, not a silence.
+    assert!(b.mesh().shutdown(PATIENCE).await);
+    until("a heard the Bye", || {
+        a.saw(|event| {
+            matches!(event, MeshEvent::SessionDown { code: Some(CloseCode::Normal), by_peer: true, reason, .. }
+                if reason == "the node stops")
+        })
+    })
+    .await;
+    a.mesh().shutdown(PATIENCE).await;
+}
