@@ -1,2 +1,5 @@
-//! The node binary.
-fn main() {}
+//! The `tidelock` program.
+
+fn main() -> std::process::ExitCode {
+    tidelock::cli::main()
+}

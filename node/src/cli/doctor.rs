@@ -1,0 +1,303 @@
+//! `tidelock doctor`: looks at everything that keeps a node from its work, and names the way out.
+
+use std::{fs, net::UdpSocket, path::Path};
+
+use serde_json::{Value, json};
+use tidelock_policy::TrustFile;
+use tidelock_transport::{
+    revocation::{VerifiedCrl, crls_in_file},
+    tls::Credentials,
+    verifier::Trust,
+};
+use x509_parser::pem::parse_x509_pem;
+
+use super::{ConfigArg, Exit, Failure, Output, node::Door, output::table};
+use crate::{clock::wall_unix_ms, config::Config};
+
+/// Expiry is worth a word from here on.
+const WARN_MS: u64 = 30 * 86_400_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Grade {
+    Good,
+    Note,
+    Bad,
+}
+
+impl Grade {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Note => "note",
+            Self::Bad => "BAD",
+        }
+    }
+}
+
+/// One finding.
+struct Finding {
+    what: &'static str,
+    grade: Grade,
+    text: String,
+}
+
+#[derive(Default)]
+struct Findings(Vec<Finding>);
+
+impl Findings {
+    fn add(&mut self, what: &'static str, grade: Grade, text: impl Into<String>) {
+        self.0.push(Finding {
+            what,
+            grade,
+            text: text.into(),
+        });
+    }
+
+    fn result<T, E: std::fmt::Display>(
+        &mut self,
+        what: &'static str,
+        result: Result<T, E>,
+        good: impl FnOnce(&T) -> String,
+    ) -> Option<T> {
+        match result {
+            Ok(value) => {
+                self.add(what, Grade::Good, good(&value));
+                Some(value)
+            }
+            Err(error) => {
+                self.add(what, Grade::Bad, error.to_string());
+                None
+            }
+        }
+    }
+}
+
+pub(super) fn run(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
+    let config = Config::load(&args.config)?;
+    let mut findings = Findings::default();
+    findings.add(
+        "config",
+        Grade::Good,
+        format!("{} has no mistakes", args.config.display()),
+    );
+    for name in config.loosened() {
+        findings.add(
+            "config",
+            Grade::Note,
+            format!("{name} loosens a default; remove it where you can"),
+        );
+    }
+    files(&config, &mut findings);
+    mesh(&config, &mut findings);
+    node(args, &config, &mut findings);
+    let bad = findings.0.iter().filter(|f| f.grade == Grade::Bad).count();
+    let list: Vec<Value> = findings
+        .0
+        .iter()
+        .map(|f| json!({"what": f.what, "grade": f.grade.word().to_lowercase(), "text": f.text}))
+        .collect();
+    output.say(&json!({"ok": bad == 0, "findings": list}), || {
+        let rows: Vec<Vec<String>> = findings
+            .0
+            .iter()
+            .map(|f| vec![f.what.to_owned(), f.grade.word().to_owned(), f.text.clone()])
+            .collect();
+        format!(
+            "{}\n\n{bad} of {} findings are bad",
+            table(&["what", "grade", "finding"], &rows),
+            rows.len()
+        )
+    });
+    Ok(if bad == 0 { Exit::Done } else { Exit::Failed })
+}
+
+fn until(unix_ms: u64) -> (Grade, String) {
+    let now = wall_unix_ms();
+    if unix_ms <= now {
+        (Grade::Bad, "has expired".to_owned())
+    } else {
+        let left = unix_ms - now;
+        let grade = if left < WARN_MS {
+            Grade::Note
+        } else {
+            Grade::Good
+        };
+        (grade, format!("{} days left", left / 86_400_000))
+    }
+}
+
+fn files(config: &Config, findings: &mut Findings) {
+    let identity = &config.identity;
+    findings.result(
+        "identity",
+        Credentials::load(&identity.certificate, &identity.key, &identity.ca),
+        |c| {
+            format!(
+                "certificate, key and CA fit together, {} certificate(s) in the chain",
+                c.chain().len()
+            )
+        },
+    );
+    if let Ok(pem) = fs::read(&identity.certificate)
+        && let Ok((_, pem)) = parse_x509_pem(&pem)
+        && let Ok(certificate) = pem.parse_x509()
+    {
+        let not_after =
+            u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or_default();
+        let (grade, left) = until(not_after.saturating_mul(1_000));
+        findings.add("identity", grade, format!("certificate: {left}"));
+    }
+    let trust = fs::read(&identity.ca)
+        .ok()
+        .and_then(|pem| Trust::from_pem(&pem).ok());
+    if config.revocation.crls.is_empty() {
+        findings.add(
+            "revocation",
+            Grade::Note,
+            "revocation.crls names no file; the transport opens only with a CRL from the store",
+        );
+    }
+    for path in &config.revocation.crls {
+        match trust.as_ref().map(|trust| read_crls(path, trust)) {
+            None => findings.add(
+                "revocation",
+                Grade::Bad,
+                "the CA file is unusable, so no CRL can be checked",
+            ),
+            Some(Err(why)) => findings.add(
+                "revocation",
+                Grade::Bad,
+                format!("{}: {why}", path.display()),
+            ),
+            Some(Ok(crls)) => crls.iter().for_each(|crl| {
+                let (grade, left) = until(crl.next_update_unix_ms());
+                let text = format!(
+                    "{}: number {}, {} revoked, {left}",
+                    path.display(),
+                    crl.number(),
+                    crl.revoked_count()
+                );
+                findings.add("revocation", grade, text);
+            }),
+        }
+    }
+    let trust_path = &config.policy.trust;
+    findings.result(
+        "policy",
+        fs::read_to_string(trust_path)
+            .map_err(|e| format!("{}: {e}", trust_path.display()))
+            .and_then(|text| TrustFile::parse(&text).map_err(|e| e.to_string())),
+        |trust| {
+            format!(
+                "trust file for domain {}, {} signature(s) needed",
+                trust.domain(),
+                trust.threshold()
+            )
+        },
+    );
+}
+
+fn read_crls(path: &Path, trust: &Trust) -> Result<Vec<VerifiedCrl>, String> {
+    let bytes = fs::read(path).map_err(|e| e.to_string())?;
+    crls_in_file(&bytes)
+        .and_then(|ders| {
+            ders.iter()
+                .map(|der| VerifiedCrl::verify(der, trust))
+                .collect()
+        })
+        .map_err(|e| format!("{}: {e}", e.code()))
+}
+
+fn mesh(config: &Config, findings: &mut Findings) {
+    if config.mesh.peers.is_empty() {
+        findings.add(
+            "mesh",
+            Grade::Note,
+            "mesh.peers is empty: this node exchanges nothing",
+        );
+    } else {
+        // Ruling 3: a mesh without an archive is finite.
+        findings.add(
+            "mesh",
+            Grade::Note,
+            "without an archive a mesh is finite: when every node's custody share is full, logs fill",
+        );
+    }
+}
+
+/// INV-05: what is claimed of the running node is what it answers.
+fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
+    let status = Door::of(args).and_then(|door| door.get("/v1/status"));
+    let status = match status {
+        Ok(status) => status,
+        Err(_) => {
+            findings.add(
+                "node",
+                Grade::Note,
+                "no node answers at gateway.unix; only files were checked",
+            );
+            findings.result(
+                "mesh",
+                UdpSocket::bind(config.mesh.listen).map_err(|e| {
+                    format!(
+                        "mesh.listen {}: {e}; choose another address",
+                        config.mesh.listen
+                    )
+                }),
+                |_| format!("{} can be bound", config.mesh.listen),
+            );
+            return;
+        }
+    };
+    let text = |pointer: &str| {
+        status
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    findings.add("node", Grade::Good, "answers at its socket");
+    let posture = text("/posture");
+    let grade = match posture.as_str() {
+        "normal" => Grade::Good,
+        "stale" | "restricted" => Grade::Note,
+        _ => Grade::Bad,
+    };
+    findings.add("node", grade, format!("posture {posture}"));
+    if status.pointer("/bundle").is_none_or(Value::is_null) {
+        findings.add(
+            "policy",
+            Grade::Bad,
+            "no bundle: every action is denied; tidelock bundle install one",
+        );
+    }
+    match status.pointer("/mesh/reason").and_then(Value::as_str) {
+        None => findings.add("mesh", Grade::Good, "the transport is open"),
+        Some(why) => findings.add(
+            "mesh",
+            Grade::Bad,
+            format!("the transport is closed: {why}"),
+        ),
+    }
+    let ladder = text("/disk/ladder");
+    let grade = match ladder.as_str() {
+        "normal" => Grade::Good,
+        "warn" | "reclaim" => Grade::Note,
+        _ => Grade::Bad,
+    };
+    findings.add("disk", grade, format!("ladder state {ladder}"));
+    let audit = text("/audit/state");
+    let grade = if audit == "open" {
+        Grade::Good
+    } else {
+        Grade::Bad
+    };
+    findings.add("audit", grade, format!("the log is {audit}"));
+    if status.pointer("/clock/suspect").and_then(Value::as_bool) == Some(true) {
+        findings.add(
+            "clock",
+            Grade::Bad,
+            "the wall clock has jumped; set it right, or tidelock clock accept",
+        );
+    }
+}

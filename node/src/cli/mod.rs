@@ -1,0 +1,198 @@
+//! The command line: what a person types, and what a machine reads with `--json`.
+//!
+//! Everything that changes a node's live state, revokes, imports, evicts or clears prints its plan
+//! and acts only with `--apply`. Exit codes are part of the interface: see [`Exit`].
+
+mod audit;
+mod bundle;
+mod ca;
+mod decide;
+mod doctor;
+mod node;
+mod output;
+mod segment;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueHint};
+
+pub use self::output::{Failure, Output};
+pub(crate) use self::{node::new_token, output::table};
+
+/// What a command's end means to the script that called it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Done; for `decide`: allow.
+    Done,
+    /// The command ran and the answer is no: a check failed, a damaged log, a story step missed.
+    Failed,
+    /// The command could not run: usage, config, an unreadable file, no node to talk to.
+    CannotRun,
+    /// `decide`: deny.
+    Denied,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        match exit {
+            Exit::Done => Self::SUCCESS,
+            Exit::Failed => Self::from(1),
+            Exit::CannotRun => Self::from(2),
+            Exit::Denied => Self::from(3),
+        }
+    }
+}
+
+/// A mesh of peer edge nodes that decide, record and exchange when the control plane is gone.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tidelock",
+    version,
+    propagate_version = true,
+    after_help = "Start with:\n  tidelock demo                          the whole story on this machine\n  \
+                  tidelock ca init --dir ca --domain harbour\n  tidelock config check -c tidelock.toml\n  \
+                  tidelock run -c tidelock.toml\n\nExit codes: 0 done or allow, 1 the answer is no, \
+                  2 could not run, 3 deny."
+)]
+pub struct Cli {
+    /// Print one JSON document on standard output instead of text.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Where the node's config is.
+#[derive(Debug, Args)]
+pub struct ConfigArg {
+    /// The node's config file.
+    #[arg(short = 'c', long = "config", default_value = "tidelock.toml", value_hint = ValueHint::FilePath)]
+    pub config: PathBuf,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the node until SIGINT or SIGTERM; SIGHUP reloads.
+    #[command(after_help = "Example:\n  tidelock run -c /etc/tidelock/tidelock.toml")]
+    Run(ConfigArg),
+    /// Play the whole story with three real node processes on this machine.
+    #[command(
+        after_help = "Examples:\n  tidelock demo\n  tidelock demo --keep /tmp/harbour --json"
+    )]
+    Demo {
+        /// Keep certificates, bundles, logs and stores in this directory.
+        #[arg(long, value_hint = ValueHint::DirPath)]
+        keep: Option<PathBuf>,
+    },
+    /// A site CA for sites that have none.
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
+    /// Make, sign, check and install policy bundles.
+    #[command(subcommand)]
+    Bundle(bundle::BundleCommand),
+    /// Import a CRL into a running node.
+    #[command(subcommand)]
+    Crl(node::CrlCommand),
+    /// Decide one action at a running node: exit 0 allow, 3 deny, 2 error.
+    #[command(
+        after_help = "Example:\n  echo '{\"principal\":{\"type\":\"Agent\",\"id\":\"ops-1\"},\"action\":\"fs.read\",\
+                      \"resource\":{\"type\":\"File\",\"id\":\"/srv/app/README.md\"}}' | tidelock decide"
+    )]
+    Decide(decide::DecideArgs),
+    /// What a running node is doing.
+    Status(ConfigArg),
+    /// The peers of a running node, and why any of them is not connected.
+    Peers(ConfigArg),
+    /// Read and verify audit logs, on a running or a stopped node.
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
+    /// List, show and verify stored segments, on a running or a stopped node.
+    #[command(subcommand)]
+    Segment(segment::SegmentCommand),
+    /// Check this host, the config, the keys, the CRLs and the node, and say what to mend.
+    Doctor(ConfigArg),
+    /// Check a config file.
+    #[command(subcommand)]
+    Config(node::ConfigCommand),
+    /// Accept the wall clock after it was found to have jumped.
+    #[command(subcommand)]
+    Clock(node::ClockCommand),
+    /// Make a bearer token and the line that admits it.
+    #[command(subcommand)]
+    Token(node::TokenCommand),
+    /// Print shell completions.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages.
+    Man {
+        /// The directory to write them to.
+        #[arg(long, value_hint = ValueHint::DirPath)]
+        dir: PathBuf,
+    },
+}
+
+/// Runs one command and answers its exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let output = Output::new(cli.json);
+    match run(cli.command, &output) {
+        Ok(exit) => exit.into(),
+        Err(failure) => {
+            output.failure(&failure);
+            failure.exit.into()
+        }
+    }
+}
+
+fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
+    match command {
+        Command::Run(args) => node::run(&args),
+        Command::Demo { keep } => crate::demo::run(keep, output),
+        Command::Ca(command) => ca::run(command, output),
+        Command::Bundle(command) => bundle::run(command, output),
+        Command::Crl(command) => node::crl(command, output),
+        Command::Decide(args) => decide::run(&args, output),
+        Command::Status(args) => node::status(&args, output),
+        Command::Peers(args) => node::peers(&args, output),
+        Command::Audit(command) => audit::run(command, output),
+        Command::Segment(command) => segment::run(command, output),
+        Command::Doctor(args) => doctor::run(&args, output),
+        Command::Config(command) => node::config(command, output),
+        Command::Clock(command) => node::clock(command, output),
+        Command::Token(command) => node::token(command, output),
+        Command::Completions { shell } => {
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "tidelock",
+                &mut std::io::stdout(),
+            );
+            Ok(Exit::Done)
+        }
+        Command::Man { dir } => man(&dir, output),
+    }
+}
+
+fn man(dir: &std::path::Path, output: &Output) -> Result<Exit, Failure> {
+    std::fs::create_dir_all(dir).map_err(|e| Failure::at(dir, &e))?;
+    clap_mangen::generate_to(Cli::command(), dir).map_err(|e| Failure::at(dir, &e))?;
+    output.say(&serde_json::json!({"dir": dir}), || {
+        format!("manual pages written to {}", dir.display())
+    });
+    Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,352 @@
+//! The commands that run a node or talk to a running one over its Unix socket.
+
+use std::{fs, path::PathBuf};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use clap::{Subcommand, ValueHint};
+use serde_json::{Value, json};
+use tidelock_gateway::{
+    Client, ClientError, Grant, Scopes, client::Door as Way, tokens::mint_token,
+};
+
+use super::{ConfigArg, Exit, Failure, Output, output::table};
+use crate::config::Config;
+
+/// What to do with a CRL.
+#[derive(Debug, Subcommand)]
+pub enum CrlCommand {
+    /// Give a CRL file to a running node. It needs no peer and no session, so that a node whose
+    /// own CRL has expired can be mended at its door.
+    #[command(
+        after_help = "Examples:\n  tidelock crl import crl.pem           the plan\n  \
+                            tidelock crl import crl.pem --apply   the act"
+    )]
+    Import {
+        /// The CRL, PEM or DER.
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        #[command(flatten)]
+        config: ConfigArg,
+        /// Act on the printed plan.
+        #[arg(long)]
+        apply: bool,
+    },
+}
+
+/// What to do with a config.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Report every mistake, with key and line.
+    Check(ConfigArg),
+}
+
+/// What to do about the clock.
+#[derive(Debug, Subcommand)]
+pub enum ClockCommand {
+    /// Accept what the wall clock says now; recorded.
+    Accept {
+        #[command(flatten)]
+        config: ConfigArg,
+        /// Act on the printed plan.
+        #[arg(long)]
+        apply: bool,
+    },
+}
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Print a new token and the entry for the node's token file, which holds only its hash.
+    #[command(after_help = "Example:\n  tidelock token new --principal Agent::ops-1")]
+    New {
+        /// The principal that the token stands for, Type::id.
+        #[arg(long)]
+        principal: String,
+        /// Let its bearer name other principals (for a service that asks on behalf of agents).
+        #[arg(long)]
+        act_as: bool,
+    },
+}
+
+/// A running node's Unix socket, for one command.
+pub(super) struct Door {
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+}
+
+impl Door {
+    pub(super) fn of(args: &ConfigArg) -> Result<Self, Failure> {
+        let config = Config::load(&args.config)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let socket = config.gateway.unix;
+        Ok(Self {
+            runtime,
+            client: Client::new(Way::Unix(socket), None)?,
+        })
+    }
+
+    fn answer(
+        &self,
+        exchange: impl Future<Output = Result<(u16, impl AsRef<[u8]>), ClientError>>,
+    ) -> Result<(u16, Value), Failure> {
+        let (status, body) = self.runtime.block_on(exchange)?;
+        Ok((status, serde_json::from_slice(body.as_ref())?))
+    }
+
+    pub(super) fn post(&self, path: &str, body: Vec<u8>) -> Result<(u16, Value), Failure> {
+        self.answer(self.client.post_json(path, body))
+    }
+
+    /// What the node answers to a question that it has no reason to refuse to its operator.
+    pub(super) fn get(&self, path: &str) -> Result<Value, Failure> {
+        match self.answer(self.client.get(path))? {
+            (200, answer) => Ok(answer),
+            (status, answer) => Err(Failure::cannot_run(problem(status, &answer))),
+        }
+    }
+}
+
+/// The gateway's refusal of a request, as one line.
+pub(super) fn problem(status: u16, answer: &Value) -> String {
+    let word = |name: &str| answer.get(name).and_then(Value::as_str);
+    match (word("error"), word("message")) {
+        (Some(error), Some(message)) => format!("{error}: {message}"),
+        _ => format!("the node answered with status {status}"),
+    }
+}
+
+/// Asks a running node to plan or do something that only its operator may.
+pub(super) fn operate(
+    args: &ConfigArg,
+    op: &str,
+    body: &Value,
+    apply: bool,
+) -> Result<Value, Failure> {
+    let door = Door::of(args)?;
+    let path = format!("/v1/admin/{op}{}", if apply { "?apply=true" } else { "" });
+    let (status, answer) = door.post(&path, serde_json::to_vec(body)?)?;
+    if status == 200 {
+        return Ok(answer);
+    }
+    Err(Failure::failed(problem(status, &answer)))
+}
+
+/// A plan or its result as lines, `key  value`.
+pub(super) fn describe(answer: &Value, applied: bool) -> String {
+    let head = if applied {
+        "done"
+    } else {
+        "plan (act with --apply)"
+    };
+    let rows: Vec<Vec<String>> = answer
+        .as_object()
+        .map(|fields| {
+            fields
+                .iter()
+                .map(|(k, v)| vec![format!("  {k}"), plain(v)])
+                .collect()
+        })
+        .unwrap_or_default();
+    table(&[head, ""], &rows)
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+pub(super) fn run(args: &ConfigArg) -> Result<Exit, Failure> {
+    crate::run::main(&args.config)
+}
+
+pub(super) fn config(command: ConfigCommand, output: &Output) -> Result<Exit, Failure> {
+    let ConfigCommand::Check(args) = command;
+    match Config::load(&args.config) {
+        Ok(config) => {
+            output.say(
+                &json!({"ok": true, "mistakes": [], "loosened": config.loosened()}),
+                || {
+                    let loosened = config.loosened();
+                    if loosened.is_empty() {
+                        format!("{} is good", args.config.display())
+                    } else {
+                        format!(
+                            "{} is good; loosened: {}",
+                            args.config.display(),
+                            loosened.join(", ")
+                        )
+                    }
+                },
+            );
+            Ok(Exit::Done)
+        }
+        Err(crate::config::ConfigError::Mistakes { path, mistakes }) if output.is_json() => {
+            let list: Vec<Value> = mistakes
+                .iter()
+                .map(|m| json!({"line": m.line, "key": m.key, "message": m.message}))
+                .collect();
+            output.say(
+                &json!({"ok": false, "file": path, "mistakes": list}),
+                String::new,
+            );
+            Ok(Exit::CannotRun)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(super) fn crl(command: CrlCommand, output: &Output) -> Result<Exit, Failure> {
+    let CrlCommand::Import {
+        file,
+        config,
+        apply,
+    } = command;
+    let bytes = fs::read(&file).map_err(|e| Failure::at(&file, &e))?;
+    let body = json!({"crl": BASE64_STANDARD.encode(bytes)});
+    let answer = operate(&config, "crl.import", &body, apply)?;
+    output.say(&answer, || describe(&answer, apply));
+    Ok(Exit::Done)
+}
+
+pub(super) fn clock(command: ClockCommand, output: &Output) -> Result<Exit, Failure> {
+    let ClockCommand::Accept { config, apply } = command;
+    let answer = operate(&config, "clock.accept", &json!({}), apply)?;
+    output.say(&answer, || describe(&answer, apply));
+    Ok(Exit::Done)
+}
+
+pub(super) fn token(command: TokenCommand, output: &Output) -> Result<Exit, Failure> {
+    let TokenCommand::New { principal, act_as } = command;
+    let (token, entry) = new_token(&principal, act_as)?;
+    output.say(&json!({"token": token, "entry": entry}), || {
+        format!(
+            "token (shown once; give it to the caller)\n  {token}\nentry for the file named by gateway.tokens, below its first line `format = 1`\n{entry}"
+        )
+    });
+    Ok(Exit::Done)
+}
+
+/// A fresh token and the entry of a token file that admits it.
+pub(crate) fn new_token(principal: &str, act_as: bool) -> Result<(String, String), Failure> {
+    let (kind, id) = principal
+        .split_once("::")
+        .filter(|(kind, id)| !kind.is_empty() && !id.is_empty())
+        .ok_or_else(|| {
+            Failure::cannot_run("--principal must have the form Type::id, as in Agent::ops-1")
+        })?;
+    let scopes = Scopes {
+        decide: true,
+        explain: true,
+        act_as,
+    };
+    Grant::new(kind, id, scopes).map_err(|e| Failure::cannot_run(format!("--principal: {e}")))?;
+    let (token, digest) = mint_token()?;
+    let act = if act_as { ", \"act_as\"" } else { "" };
+    // An id may hold quotes. A JSON text is a TOML text, too.
+    let (kind, id) = (json!(kind), json!(id));
+    let entry = format!(
+        "[[tokens]]\nsha256 = \"{digest}\"\nprincipal_type = {kind}\nprincipal = {id}\n\
+         scopes = [\"decide\", \"explain\"{act}]\n"
+    );
+    Ok((token, entry))
+}
+
+pub(super) fn status(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
+    let status = Door::of(args)?.get("/v1/status")?;
+    output.say(&status, || status_text(&status));
+    Ok(Exit::Done)
+}
+
+fn at<'v>(value: &'v Value, pointer: &str) -> &'v Value {
+    value.pointer(pointer).unwrap_or(&Value::Null)
+}
+
+fn status_text(status: &Value) -> String {
+    let get = |pointer: &str| plain(at(status, pointer));
+    let rows = [
+        (
+            "node",
+            format!("{} of domain {}", get("/node"), get("/domain")),
+        ),
+        ("posture", get("/posture")),
+        (
+            "policy",
+            if at(status, "/bundle").is_null() {
+                "none: every action is denied NO_POLICY".to_owned()
+            } else {
+                format!(
+                    "{} epoch {} from {}, {}",
+                    get("/bundle/name"),
+                    get("/bundle/epoch"),
+                    get("/bundle/source"),
+                    get("/bundle/hash")
+                )
+            },
+        ),
+        (
+            "audit",
+            format!(
+                "{} records, {}, {} segments without enough custodians",
+                get("/audit/records"),
+                get("/audit/state"),
+                get("/audit/unlicensed_segments")
+            ),
+        ),
+        (
+            "disk",
+            format!(
+                "{} of {} bytes, {}",
+                get("/disk/allocated_bytes"),
+                get("/disk/ceiling_bytes"),
+                get("/disk/ladder")
+            ),
+        ),
+        (
+            "transport",
+            if at(status, "/mesh/enabled") == &Value::Bool(true) {
+                "open".to_owned()
+            } else {
+                format!("closed: {}", get("/mesh/reason"))
+            },
+        ),
+        ("loosened", get("/loosened")),
+    ];
+    let rows: Vec<Vec<String>> = rows
+        .into_iter()
+        .map(|(k, v)| vec![k.to_owned(), v])
+        .collect();
+    let mut text = table(&["what", "state"], &rows);
+    text.push_str("\n\n");
+    text.push_str(&peers_text(at(status, "/mesh/peers")));
+    text
+}
+
+fn peers_text(peers: &Value) -> String {
+    let rows: Vec<Vec<String>> = peers
+        .as_array()
+        .map(|peers| {
+            peers
+                .iter()
+                .map(|p| {
+                    ["id", "state", "address", "last_reason"]
+                        .iter()
+                        .map(|k| plain(p.get(*k).unwrap_or(&Value::Null)))
+                        .collect()
+                })
+                .collect()
+        })
+        .unwrap_or_default();
+    table(&["peer", "state", "address", "last reason"], &rows)
+}
+
+pub(super) fn peers(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
+    let status = Door::of(args)?.get("/v1/status")?;
+    let peers = at(&status, "/mesh/peers").clone();
+    output.say(&peers, || peers_text(&peers));
+    Ok(Exit::Done)
+}

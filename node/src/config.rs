@@ -1,0 +1,754 @@
+//! `tidelock.toml`: read once, strictly, with every mistake reported at once.
+//!
+//! A [`Config`] that exists is usable: names are valid, numbers are within their limits, paths are
+//! absolute (relative ones are taken from the directory of the file). Unknown keys are refused with
+//! the nearest known one, because a misspelt safety setting must not become its default.
+
+mod reader;
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use tidelock_interceptor::Principal;
+use tidelock_segments::{
+    DomainId, NodeId,
+    limits::{MAX_LOG_FILE_BYTES, MIN_LOG_FILE_BYTES},
+};
+
+use self::reader::Section;
+
+/// The smallest ceiling a node starts with, in bytes: one active log file, one segment being
+/// sealed, the reserve and the policy slots have to fit beside each other.
+pub const CEILING_MIN_BYTES: u64 = 16 * 1024 * 1024;
+
+/// The smallest reserve, in bytes: it holds one CRL and one bundle of the largest size, and the
+/// records that say so (ruling 10).
+pub const RESERVE_MIN_BYTES: u64 = 6 * 1024 * 1024;
+
+/// What one node needs to know of itself, its site and its peers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// `[node]`
+    pub node: NodeSection,
+    /// `[identity]`
+    pub identity: IdentitySection,
+    /// `[revocation]`
+    pub revocation: RevocationSection,
+    /// `[policy]`
+    pub policy: PolicySection,
+    /// `[mesh]`
+    pub mesh: MeshSection,
+    /// `[gateway]`
+    pub gateway: GatewaySection,
+    /// `[audit]`
+    pub audit: AuditSection,
+    /// `[quota]`
+    pub quota: QuotaSection,
+    /// `[log]`
+    pub log: LogSection,
+}
+
+/// Who this node is and where its state lives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeSection {
+    /// The node id; must equal the one in the certificate.
+    pub id: NodeId,
+    /// The trust domain's name.
+    pub domain: DomainId,
+    /// The one local root (INV-01).
+    pub root: PathBuf,
+    /// The disk ceiling (INV-04), bytes.
+    pub ceiling_bytes: u64,
+    /// Room inside the ceiling kept for revocation, policy and state records, bytes.
+    pub reserve_bytes: u64,
+}
+
+/// The node's certificate, key and the authorities it trusts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IdentitySection {
+    /// PEM, leaf first.
+    pub certificate: PathBuf,
+    /// PKCS#8 PEM, mode 0600 or tighter.
+    pub key: PathBuf,
+    /// PEM, one or more trusted CAs.
+    pub ca: PathBuf,
+    /// Accept certificates that name no domain (loud, off by default).
+    pub allow_without_domain: bool,
+}
+
+/// Where the first CRLs come from and how strict their age is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RevocationSection {
+    /// CRL files (PEM or DER) read at start and on reload.
+    pub crls: Vec<PathBuf>,
+    /// Seconds past nextUpdate for which a CRL is still used.
+    pub grace_s: u64,
+    /// Open the transport without any CRL (loud, off by default).
+    pub allow_missing: bool,
+}
+
+/// Who may sign policy.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PolicySection {
+    /// The trust file.
+    pub trust: PathBuf,
+}
+
+/// The mesh of peers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MeshSection {
+    /// UDP address to listen on.
+    pub listen: SocketAddr,
+    /// The static peer list.
+    pub peers: Vec<PeerSection>,
+    /// First redial delay bound, milliseconds.
+    pub redial_base_ms: u64,
+    /// Longest redial delay, milliseconds.
+    pub redial_cap_ms: u64,
+    /// QUIC keep-alive interval, milliseconds.
+    pub keep_alive_ms: u64,
+    /// Idle time after which a session is lost, milliseconds.
+    pub idle_timeout_ms: u64,
+    /// Bytes a second that one peer may make this node serve or take.
+    pub peer_bytes_per_second: u32,
+    /// Frames a second that one peer may send.
+    pub peer_requests_per_second: u32,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeerSection {
+    /// Its node id.
+    pub id: NodeId,
+    /// Where it is met.
+    pub address: SocketAddr,
+}
+
+/// The doors for callers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GatewaySection {
+    /// Loopback TCP address, if any.
+    pub tcp: Option<SocketAddr>,
+    /// Unix socket; always there, because the operator's commands use it.
+    pub unix: PathBuf,
+    /// File of hashed bearer tokens.
+    pub tokens: Option<PathBuf>,
+    /// Unix user ids that may call, with the principal each stands for.
+    pub users: Vec<UserSection>,
+    /// Serve TCP callers without authentication (loud, off by default).
+    pub allow_anonymous_loopback: bool,
+    /// Requests decided at once.
+    pub concurrent_max: u32,
+}
+
+/// One Unix user id and the principal it stands for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UserSection {
+    /// The user id of the calling process.
+    pub uid: u32,
+    /// `Type::id` of the principal.
+    pub principal: String,
+    /// Whether it may name other principals.
+    pub act_as: bool,
+}
+
+/// The audit log.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AuditSection {
+    /// Size of one log segment, bytes.
+    pub segment_bytes: u64,
+    /// Age at which a segment is sealed, seconds.
+    pub segment_max_age_s: u64,
+    /// Distinct custodians needed before own audit may be evicted; 0: it never is.
+    pub custody: u32,
+    /// Age before which nothing is evicted, seconds.
+    pub retention_min_s: u64,
+    /// Bytes of other nodes' audit this node takes.
+    pub custody_max_bytes: u64,
+}
+
+/// Limits for callers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuotaSection {
+    /// Actions a second for each principal.
+    pub actions_per_second: u32,
+    /// Actions at once for each principal.
+    pub actions_burst: u32,
+}
+
+/// The node's own log on standard error.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LogSection {
+    /// `error`, `warn`, `info`, `debug` or `trace`.
+    pub level: String,
+    /// JSON lines instead of text.
+    pub json: bool,
+}
+
+/// One mistake in a config file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    /// Line, from 1; 0 where the mistake is an absence in the whole file.
+    pub line: usize,
+    /// The key, dotted.
+    pub key: String,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.line == 0 {
+            write!(f, "{}: {}", self.key, self.message)
+        } else {
+            write!(f, "line {}: {}: {}", self.line, self.key, self.message)
+        }
+    }
+}
+
+/// Why no [`Config`] came to be.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file itself.
+    #[error("cannot read {path}: {source}; name the config file with -c FILE")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Its contents: every mistake, in the order of the file.
+    #[error("{path} has {} mistake(s):\n{}", mistakes.len(), list(mistakes))]
+    Mistakes {
+        /// The file.
+        path: PathBuf,
+        /// All of them.
+        mistakes: Vec<Mistake>,
+    },
+}
+
+fn list(mistakes: &[Mistake]) -> String {
+    mistakes
+        .iter()
+        .map(|m| format!("  {m}"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unreadable`], or [`ConfigError::Mistakes`] with all of them.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        })?;
+        let base = std::path::absolute(path)
+            .ok()
+            .and_then(|p| p.parent().map(Path::to_owned))
+            .unwrap_or_default();
+        Self::parse(&text, &base).map_err(|mistakes| ConfigError::Mistakes {
+            path: path.to_owned(),
+            mistakes,
+        })
+    }
+
+    /// Checks the text of a config; relative paths are taken from `base`.
+    ///
+    /// # Errors
+    /// Every mistake, ordered by line.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, Vec<Mistake>> {
+        let document = match toml_edit::Document::parse(text) {
+            Ok(document) => document,
+            Err(error) => {
+                let line = error
+                    .span()
+                    .map_or(0, |span| reader::line_of(text, span.start));
+                return Err(vec![Mistake {
+                    line,
+                    key: "(syntax)".to_owned(),
+                    message: error.message().to_owned(),
+                }]);
+            }
+        };
+        let cx = reader::Cx::new(text, base);
+        let mut top = Section::root(&cx, document.as_table());
+
+        let mut s = top.section("node");
+        let id = s.parsed("id", NodeId::new);
+        let domain = s.parsed("domain", DomainId::new);
+        let root = s.required_path("root");
+        let ceiling_bytes = s.bytes("ceiling_bytes", 1 << 30, CEILING_MIN_BYTES..=1 << 50);
+        let reserve_bytes = s.bytes(
+            "reserve_bytes",
+            derived_reserve_bytes(ceiling_bytes),
+            RESERVE_MIN_BYTES..=1 << 40,
+        );
+        if reserve_bytes > ceiling_bytes / 2 {
+            s.mistake(
+                "reserve_bytes",
+                "more than half of node.ceiling_bytes; make it smaller",
+            );
+        }
+        s.finish();
+
+        let mut s = top.section("identity");
+        let certificate = s.required_path("certificate");
+        let key = s.required_path("key");
+        let ca = s.required_path("ca");
+        let allow_without_domain = s.boolean("allow_without_domain", false);
+        s.finish();
+
+        let mut s = top.section("revocation");
+        let crls = s.paths("crls");
+        let grace_s = s.integer("grace_s", 0, 0..=365 * 86_400);
+        let allow_missing = s.boolean("allow_missing", false);
+        s.finish();
+
+        let mut s = top.section("policy");
+        let trust = s.required_path("trust");
+        s.finish();
+
+        let mut s = top.section("mesh");
+        let listen = s.address("listen");
+        let redial_base_ms = s.integer("redial_base_ms", 500, 10..=60_000);
+        let redial_cap_ms = s.integer("redial_cap_ms", 30_000, 100..=3_600_000);
+        if redial_cap_ms < redial_base_ms {
+            s.mistake(
+                "redial_cap_ms",
+                "less than mesh.redial_base_ms; make it larger",
+            );
+        }
+        let keep_alive_ms = s.integer("keep_alive_ms", 5_000, 100..=60_000);
+        let idle_timeout_ms = s.integer("idle_timeout_ms", 30_000, 500..=600_000);
+        if idle_timeout_ms < keep_alive_ms.saturating_mul(2) {
+            s.mistake(
+                "idle_timeout_ms",
+                "must be at least twice mesh.keep_alive_ms",
+            );
+        }
+        let peer_bytes_per_second =
+            s.number32("peer_bytes_per_second", 1 << 30, 1 << 16..=u32::MAX);
+        let peer_requests_per_second =
+            s.number32("peer_requests_per_second", 20_000, 10..=10_000_000);
+        let mut peers = Vec::new();
+        let mut peers_listed = 0;
+        for mut peer in s.tables("peers") {
+            peers_listed += 1;
+            let peer_id = peer.parsed("id", NodeId::new);
+            let address = peer.address("address");
+            if let (Some(peer_id), Some(address)) = (peer_id, address) {
+                if Some(&peer_id) == id.as_ref() {
+                    peer.mistake("id", "is this node itself; list only the others");
+                } else if peers.iter().any(|p: &PeerSection| p.id == peer_id) {
+                    peer.mistake("id", "is listed twice; keep one entry per peer");
+                } else {
+                    peers.push(PeerSection {
+                        id: peer_id,
+                        address,
+                    });
+                }
+            }
+            peer.finish();
+        }
+        s.finish();
+
+        let mut s = top.section("gateway");
+        let tcp = s.optional_address("tcp");
+        if let Some(address) = tcp
+            && !is_loopback(address.ip())
+        {
+            s.mistake(
+                "tcp",
+                "is not a loopback address; callers on other hosts are not served",
+            );
+        }
+        let unix = s.optional_path("unix");
+        let tokens = s.optional_path("tokens");
+        let allow_anonymous_loopback = s.boolean("allow_anonymous_loopback", false);
+        let concurrent_max = s.number32("concurrent_max", 256, 1..=65_536);
+        let mut users = Vec::new();
+        for mut user in s.tables("users") {
+            let uid = user.required_number32("uid", 0..=u32::MAX - 1);
+            let principal = user.required_string("principal");
+            let act_as = user.boolean("act_as", false);
+            if let Some(principal) = principal {
+                let (kind, id) = principal.split_once("::").unwrap_or_default();
+                if let Err(error) = Principal::new(kind, id) {
+                    user.mistake(
+                        "principal",
+                        format!("must have the form Type::id, as in Agent::ops-1: {error}"),
+                    );
+                }
+                if let Some(uid) = uid {
+                    if users.iter().any(|u: &UserSection| u.uid == uid) {
+                        user.mistake("uid", "is listed twice; keep one entry per user");
+                    }
+                    users.push(UserSection {
+                        uid,
+                        principal,
+                        act_as,
+                    });
+                }
+            }
+            user.finish();
+        }
+        if tcp.is_some() && tokens.is_none() && !allow_anonymous_loopback {
+            s.mistake(
+                "tcp",
+                "would serve callers without authentication; name gateway.tokens, or set \
+                 gateway.allow_anonymous_loopback = true and accept that every local process may ask",
+            );
+        }
+        s.finish();
+
+        let mut s = top.section("audit");
+        let segment_bytes = s.bytes(
+            "segment_bytes",
+            derived_segment_bytes(ceiling_bytes),
+            MIN_LOG_FILE_BYTES..=MAX_LOG_FILE_BYTES,
+        );
+        if segment_bytes > ceiling_bytes / 8 {
+            s.mistake(
+                "segment_bytes",
+                "more than an eighth of node.ceiling_bytes; make it smaller",
+            );
+        }
+        let segment_max_age_s = s.integer("segment_max_age_s", 300, 1..=86_400 * 30);
+        let custody = s.number32("custody", 2, 0..=16);
+        if custody > peers_listed {
+            // Ruling 2: a site of one or two nodes says so itself.
+            s.mistake(
+                "custody",
+                format!(
+                    "{custody} custodians, but mesh.peers has {peers_listed} entries: nothing could \
+                     ever be evicted; set audit.custody to 1 in a site of two, or to 0 to keep \
+                     everything"
+                ),
+            );
+        }
+        let retention_min_s = s.integer("retention_min_s", 0, 0..=86_400 * 3_650);
+        let custody_max_bytes = s.bytes(
+            "custody_max_bytes",
+            ceiling_bytes / 10 * 4,
+            0..=ceiling_bytes / 2,
+        );
+        s.finish();
+
+        let mut s = top.section("quota");
+        let actions_per_second = s.number32("actions_per_second", 5_000, 1..=10_000_000);
+        let actions_burst = s.number32("actions_burst", 10_000, 1..=10_000_000);
+        s.finish();
+
+        let mut s = top.section("log");
+        let level = s.one_of(
+            "level",
+            "info",
+            &["error", "warn", "info", "debug", "trace"],
+        );
+        let json = s.boolean("json", false);
+        s.finish();
+        top.finish();
+
+        let mistakes = cx.into_mistakes();
+        if !mistakes.is_empty() {
+            return Err(mistakes);
+        }
+        // Every `None` below was reported as a mistake above, so this match cannot miss silently.
+        match (id, domain, root, certificate, key, ca, trust, listen) {
+            (
+                Some(id),
+                Some(domain),
+                Some(root),
+                Some(certificate),
+                Some(key),
+                Some(ca),
+                Some(trust),
+                Some(listen),
+            ) => Ok(Self {
+                gateway: GatewaySection {
+                    tcp,
+                    unix: unix.unwrap_or_else(|| root.join("tidelock.sock")),
+                    tokens,
+                    users,
+                    allow_anonymous_loopback,
+                    concurrent_max,
+                },
+                node: NodeSection {
+                    id,
+                    domain,
+                    root,
+                    ceiling_bytes,
+                    reserve_bytes,
+                },
+                identity: IdentitySection {
+                    certificate,
+                    key,
+                    ca,
+                    allow_without_domain,
+                },
+                revocation: RevocationSection {
+                    crls,
+                    grace_s,
+                    allow_missing,
+                },
+                policy: PolicySection { trust },
+                mesh: MeshSection {
+                    listen,
+                    peers,
+                    redial_base_ms,
+                    redial_cap_ms,
+                    keep_alive_ms,
+                    idle_timeout_ms,
+                    peer_bytes_per_second,
+                    peer_requests_per_second,
+                },
+                audit: AuditSection {
+                    segment_bytes,
+                    segment_max_age_s,
+                    custody,
+                    retention_min_s,
+                    custody_max_bytes,
+                },
+                quota: QuotaSection {
+                    actions_per_second,
+                    actions_burst,
+                },
+                log: LogSection { level, json },
+            }),
+            _ => Err(vec![Mistake {
+                line: 0,
+                key: "(config)".to_owned(),
+                message: "a required key is missing".to_owned(),
+            }]),
+        }
+    }
+
+    /// Sizes that follow from the ceiling stay what the running node `old` was opened with, so that
+    /// a new ceiling alone is no change of anything else. Where they no longer fit below the new
+    /// ceiling they follow it, which is a change that needs a restart.
+    pub(crate) fn keep_derived_sizes(&mut self, old: &Self) {
+        let ceiling_bytes = self.node.ceiling_bytes;
+        if self.audit.segment_bytes == derived_segment_bytes(ceiling_bytes)
+            && old.audit.segment_bytes <= ceiling_bytes / 8
+        {
+            self.audit.segment_bytes = old.audit.segment_bytes;
+        }
+        if self.node.reserve_bytes == derived_reserve_bytes(ceiling_bytes)
+            && old.node.reserve_bytes <= ceiling_bytes / 2
+        {
+            self.node.reserve_bytes = old.node.reserve_bytes;
+        }
+    }
+
+    /// The loosened settings in force, by their loud names; shown by `doctor` and `status`.
+    #[must_use]
+    pub fn loosened(&self) -> Vec<&'static str> {
+        [
+            (
+                self.identity.allow_without_domain,
+                "identity.allow_without_domain",
+            ),
+            (self.revocation.allow_missing, "revocation.allow_missing"),
+            (self.revocation.grace_s > 0, "revocation.grace_s"),
+            (
+                self.gateway.allow_anonymous_loopback,
+                "gateway.allow_anonymous_loopback",
+            ),
+        ]
+        .into_iter()
+        .filter_map(|(on, name)| on.then_some(name))
+        .collect()
+    }
+}
+
+/// What `audit.segment_bytes` is where the config does not name it.
+fn derived_segment_bytes(ceiling_bytes: u64) -> u64 {
+    (ceiling_bytes / 16).clamp(256 << 10, 8 << 20)
+}
+
+/// What `node.reserve_bytes` is where the config does not name it.
+fn derived_reserve_bytes(ceiling_bytes: u64) -> u64 {
+    (ceiling_bytes / 16).clamp(RESERVE_MIN_BYTES, 64 << 20)
+}
+
+fn is_loopback(ip: IpAddr) -> bool {
+    ip.is_loopback()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+[node]
+id = "a"
+domain = "harbour"
+root = "state"
+ceiling_bytes = "64MiB"
+
+[identity]
+certificate = "a.crt"
+key = "a.key"
+ca = "ca.crt"
+
+[revocation]
+crls = ["site.crl"]
+
+[policy]
+trust = "trust.toml"
+
+[mesh]
+listen = "127.0.0.1:7411"
+
+[[mesh.peers]]
+id = "b"
+address = "127.0.0.2:7411"
+
+[audit]
+custody = 1
+"#;
+
+    fn keys(text: &str) -> Vec<(usize, String)> {
+        Config::parse(text, Path::new("/etc/tidelock"))
+            .unwrap_err()
+            .into_iter()
+            .map(|m| (m.line, m.key))
+            .collect()
+    }
+
+    #[test]
+    fn a_small_config_gets_the_documented_defaults() {
+        let config = Config::parse(GOOD, Path::new("/etc/tidelock")).unwrap();
+        assert_eq!(config.node.root, Path::new("/etc/tidelock/state"));
+        assert_eq!(config.node.ceiling_bytes, 64 << 20);
+        assert_eq!(
+            config.gateway.unix,
+            Path::new("/etc/tidelock/state/tidelock.sock")
+        );
+        assert!(config.loosened().is_empty());
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_at_once_with_line_and_key() {
+        let text = GOOD
+            .replace("id = \"a\"", "id = \"-a\"")
+            .replace("ceiling_bytes = \"64MiB\"", "ceiling_byte = \"64MiB\"")
+            .replace("key = \"a.key\"", "key = 7")
+            .replace("crls", "crl")
+            .replace("127.0.0.2:7411", "harbour-b");
+        let found = keys(&text);
+        assert_eq!(
+            found,
+            [
+                (3, "node.id".to_owned()),
+                (6, "node.ceiling_byte".to_owned()),
+                (10, "identity.key".to_owned()),
+                (14, "revocation.crl".to_owned()),
+                (24, "mesh.peers.address".to_owned()),
+            ]
+        );
+    }
+
+    #[test]
+    fn an_unknown_key_names_its_nearest_neighbour() {
+        let text = GOOD.replace("crls", "crl");
+        let mistakes = Config::parse(&text, Path::new("/")).unwrap_err();
+        assert!(mistakes[0].message.contains("`crls`"), "{}", mistakes[0]);
+    }
+
+    #[test]
+    fn unauthenticated_tcp_is_refused_unless_named_loudly() {
+        let open = format!("{GOOD}\n[gateway]\ntcp = \"127.0.0.1:7480\"\n");
+        assert_eq!(keys(&open)[0].1, "gateway.tcp");
+        let loud = format!("{open}allow_anonymous_loopback = true\n");
+        let config = Config::parse(&loud, Path::new("/")).unwrap();
+        assert_eq!(config.loosened(), ["gateway.allow_anonymous_loopback"]);
+        let tokens = format!("{open}tokens = \"tokens.toml\"\n");
+        assert!(Config::parse(&tokens, Path::new("/")).is_ok());
+    }
+
+    #[test]
+    fn callers_on_other_hosts_are_refused() {
+        let text = format!("{GOOD}\n[gateway]\ntcp = \"0.0.0.0:7480\"\ntokens = \"t\"\n");
+        assert_eq!(keys(&text)[0].1, "gateway.tcp");
+    }
+
+    #[test]
+    fn more_custodians_than_peers_is_refused() {
+        assert!(
+            Config::parse(GOOD, Path::new("/")).is_ok(),
+            "positive control"
+        );
+        for custody in ["custody = 2", ""] {
+            let text = GOOD.replace("custody = 1", custody);
+            assert_eq!(keys(&text)[0].1, "audit.custody");
+        }
+    }
+
+    #[test]
+    fn a_user_is_named_in_full_once_and_by_a_principal() {
+        let users = |text: &str| format!("{GOOD}\n{text}");
+        let one = "[[gateway.users]]\nuid = 1000\nprincipal = \"Agent::ops-1\"\n";
+        let config = Config::parse(&users(one), Path::new("/")).unwrap();
+        assert_eq!(config.gateway.users.len(), 1);
+        for (text, key) in [
+            (one.replace("uid = 1000\n", ""), "gateway.users.uid"),
+            (one.replace("1000", "-1"), "gateway.users.uid"),
+            (format!("{one}{one}"), "gateway.users.uid"),
+            (one.replace("Agent::", "Agent:"), "gateway.users.principal"),
+            (one.replace("Agent::", "9 x::"), "gateway.users.principal"),
+            (one.replace("ops-1", ""), "gateway.users.principal"),
+        ] {
+            let found = keys(&users(&text));
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].1, key);
+        }
+    }
+
+    #[test]
+    fn a_size_that_the_log_would_refuse_is_refused_here() {
+        let sized = |size: &str| format!("{GOOD}segment_bytes = \"{size}\"\n");
+        for bad in ["64KiB", "32MiB"] {
+            assert_eq!(keys(&sized(bad))[0].1, "audit.segment_bytes", "{bad}");
+        }
+        for good in ["128KiB", "8MiB"] {
+            assert!(
+                Config::parse(&sized(good), Path::new("/")).is_ok(),
+                "{good}"
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_that_follow_from_the_ceiling_stay_over_a_reload_while_they_fit() {
+        let parse = |text: &str| Config::parse(text, Path::new("/")).unwrap();
+        let old = parse(GOOD);
+        let mut higher = parse(&GOOD.replace("64MiB", "512MiB"));
+        assert_ne!(higher.audit.segment_bytes, old.audit.segment_bytes);
+        higher.keep_derived_sizes(&old);
+        assert_eq!(higher.audit.segment_bytes, old.audit.segment_bytes);
+        assert_eq!(higher.node.reserve_bytes, old.node.reserve_bytes);
+        let mut named = parse(&format!("{GOOD}segment_bytes = \"1MiB\"\n"));
+        named.keep_derived_sizes(&old);
+        assert_eq!(named.audit.segment_bytes, 1 << 20, "what is named is meant");
+        let old = parse(&GOOD.replace("64MiB", "512MiB"));
+        let mut lower = parse(&GOOD.replace("64MiB", "16MiB"));
+        lower.keep_derived_sizes(&old);
+        assert!(
+            lower.audit.segment_bytes < old.audit.segment_bytes,
+            "the old size would not fit"
+        );
+    }
+
+    #[test]
+    fn broken_syntax_names_its_line() {
+        let found = keys("[node]\nid = \n");
+        assert_eq!(found, [(2, "(syntax)".to_owned())]);
+    }
+}

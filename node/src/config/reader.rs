@@ -1,0 +1,410 @@
+//! Reads TOML tables key by key and collects mistakes instead of stopping at the first.
+
+use std::{
+    cell::RefCell,
+    fmt::Display,
+    net::SocketAddr,
+    ops::RangeInclusive,
+    path::{Path, PathBuf},
+};
+
+use toml_edit::{Item, TableLike};
+
+use super::Mistake;
+
+/// What all sections of one file share.
+pub(super) struct Cx<'a> {
+    text: &'a str,
+    base: &'a Path,
+    mistakes: RefCell<Vec<Mistake>>,
+}
+
+/// The line of a byte offset, from 1.
+pub(super) fn line_of(text: &str, offset: usize) -> usize {
+    text.bytes().take(offset).filter(|b| *b == b'\n').count() + 1
+}
+
+impl<'a> Cx<'a> {
+    pub(super) fn new(text: &'a str, base: &'a Path) -> Self {
+        Self {
+            text,
+            base,
+            mistakes: RefCell::new(Vec::new()),
+        }
+    }
+
+    /// Everything found, in the order of the file.
+    pub(super) fn into_mistakes(self) -> Vec<Mistake> {
+        let mut mistakes = self.mistakes.into_inner();
+        mistakes.sort_by_key(|m| m.line);
+        mistakes
+    }
+}
+
+/// One table being read; the keys asked for are the keys known.
+pub(super) struct Section<'a> {
+    cx: &'a Cx<'a>,
+    name: String,
+    line: usize,
+    table: Option<&'a dyn TableLike>,
+    known: Vec<&'static str>,
+}
+
+impl<'a> Section<'a> {
+    pub(super) fn root(cx: &'a Cx<'a>, table: &'a toml_edit::Table) -> Self {
+        Self {
+            cx,
+            name: String::new(),
+            line: 0,
+            table: Some(table),
+            known: Vec::new(),
+        }
+    }
+
+    fn dotted(&self, key: &str) -> String {
+        if self.name.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}.{key}", self.name)
+        }
+    }
+
+    fn item(&mut self, key: &'static str) -> Option<&'a Item> {
+        self.known.push(key);
+        self.table.and_then(|t| t.get(key)).filter(|i| !i.is_none())
+    }
+
+    fn line_of_key(&self, key: &str) -> usize {
+        self.table
+            .and_then(|t| t.get_key_value(key))
+            .and_then(|(k, item)| k.span().or_else(|| item.span()))
+            .map_or(self.line, |span| line_of(self.cx.text, span.start))
+    }
+
+    /// Reports a mistake at a key of this section.
+    pub(super) fn mistake(&mut self, key: &str, message: impl Into<String>) {
+        self.cx.mistakes.borrow_mut().push(Mistake {
+            line: self.line_of_key(key),
+            key: self.dotted(key),
+            message: message.into(),
+        });
+    }
+
+    pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
+        let table = match self.item(key) {
+            None => None,
+            Some(item) => {
+                let table = item.as_table_like();
+                if table.is_none() {
+                    self.mistake(key, format!("must be a table: write [{key}]"));
+                }
+                table
+            }
+        };
+        Section {
+            cx: self.cx,
+            name: self.dotted(key),
+            line: self.line_of_key(key),
+            table,
+            known: Vec::new(),
+        }
+    }
+
+    pub(super) fn tables(&mut self, key: &'static str) -> Vec<Section<'a>> {
+        let name = self.dotted(key);
+        let Some(item) = self.item(key) else {
+            return Vec::new();
+        };
+        let Some(array) = item.as_array_of_tables() else {
+            self.mistake(key, format!("must be a list of tables: write [[{name}]]"));
+            return Vec::new();
+        };
+        array
+            .iter()
+            .map(|table| Section {
+                cx: self.cx,
+                name: name.clone(),
+                line: table.span().map_or(0, |s| line_of(self.cx.text, s.start)),
+                table: Some(table),
+                known: Vec::new(),
+            })
+            .collect()
+    }
+
+    fn optional_string(&mut self, key: &'static str) -> Option<String> {
+        let item = self.item(key)?;
+        match item.as_str() {
+            Some(text) if !text.is_empty() => Some(text.to_owned()),
+            Some(_) => {
+                self.mistake(key, "must not be empty");
+                None
+            }
+            None => {
+                self.mistake(key, format!("must be a string, not a {}", item.type_name()));
+                None
+            }
+        }
+    }
+
+    pub(super) fn required_string(&mut self, key: &'static str) -> Option<String> {
+        if self.item(key).is_none() {
+            self.mistake(key, "is required");
+            return None;
+        }
+        self.optional_string(key)
+    }
+
+    /// A required string that a constructor accepts or refuses.
+    pub(super) fn parsed<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        make: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
+        let text = self.required_string(key)?;
+        make(&text)
+            .map_err(|error| self.mistake(key, error.to_string()))
+            .ok()
+    }
+
+    pub(super) fn optional_path(&mut self, key: &'static str) -> Option<PathBuf> {
+        self.optional_string(key)
+            .map(|text| self.cx.base.join(text))
+    }
+
+    pub(super) fn required_path(&mut self, key: &'static str) -> Option<PathBuf> {
+        self.required_string(key)
+            .map(|text| self.cx.base.join(text))
+    }
+
+    pub(super) fn paths(&mut self, key: &'static str) -> Vec<PathBuf> {
+        let Some(item) = self.item(key) else {
+            return Vec::new();
+        };
+        let all: Option<Vec<PathBuf>> = item.as_array().and_then(|array| {
+            array
+                .iter()
+                .map(|v| v.as_str().map(|text| self.cx.base.join(text)))
+                .collect()
+        });
+        all.unwrap_or_else(|| {
+            self.mistake(key, "must be a list of strings");
+            Vec::new()
+        })
+    }
+
+    pub(super) fn optional_address(&mut self, key: &'static str) -> Option<SocketAddr> {
+        let text = self.optional_string(key)?;
+        text.parse()
+            .map_err(|_| {
+                self.mistake(
+                    key,
+                    format!("`{text}` is not ADDRESS:PORT, as in 127.0.0.1:7411"),
+                )
+            })
+            .ok()
+    }
+
+    pub(super) fn address(&mut self, key: &'static str) -> Option<SocketAddr> {
+        if self.item(key).is_none() {
+            self.mistake(key, "is required, as in 127.0.0.1:7411");
+            return None;
+        }
+        self.optional_address(key)
+    }
+
+    pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
+        match self.item(key) {
+            None => default,
+            Some(item) => item.as_bool().unwrap_or_else(|| {
+                self.mistake(key, "must be true or false");
+                default
+            }),
+        }
+    }
+
+    pub(super) fn integer(
+        &mut self,
+        key: &'static str,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> u64 {
+        match self.item(key) {
+            None => default,
+            Some(item) => {
+                let value = item.as_integer().and_then(|i| u64::try_from(i).ok());
+                self.in_range(key, value, default, range)
+            }
+        }
+    }
+
+    pub(super) fn number32(
+        &mut self,
+        key: &'static str,
+        default: u32,
+        range: RangeInclusive<u32>,
+    ) -> u32 {
+        let wide = u64::from(*range.start())..=u64::from(*range.end());
+        u32::try_from(self.integer(key, u64::from(default), wide)).unwrap_or(default)
+    }
+
+    /// A number that has no default.
+    pub(super) fn required_number32(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<u32>,
+    ) -> Option<u32> {
+        let Some(item) = self.item(key) else {
+            self.mistake(key, "is required");
+            return None;
+        };
+        let value = item.as_integer().and_then(|i| u32::try_from(i).ok());
+        let value = value.filter(|value| range.contains(value));
+        if value.is_none() {
+            let (least, most) = range.into_inner();
+            self.mistake(
+                key,
+                format!("must be a whole number from {least} to {most}"),
+            );
+        }
+        value
+    }
+
+    /// Bytes: an integer, or a string with a unit (`KiB`, `MiB`, `GiB`, `TiB`).
+    pub(super) fn bytes(
+        &mut self,
+        key: &'static str,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> u64 {
+        let Some(item) = self.item(key) else {
+            return default;
+        };
+        let value = match item.as_str() {
+            Some(text) => parse_bytes(text),
+            None => item.as_integer().and_then(|i| u64::try_from(i).ok()),
+        };
+        if value.is_none() {
+            self.mistake(
+                key,
+                "must be a number of bytes, or a string as in \"64MiB\"",
+            );
+            return default;
+        }
+        self.in_range(key, value, default, range)
+    }
+
+    fn in_range(
+        &mut self,
+        key: &'static str,
+        value: Option<u64>,
+        default: u64,
+        range: RangeInclusive<u64>,
+    ) -> u64 {
+        match value {
+            Some(value) if range.contains(&value) => value,
+            _ => {
+                self.mistake(
+                    key,
+                    format!(
+                        "must be a whole number from {} to {}",
+                        range.start(),
+                        range.end()
+                    ),
+                );
+                default
+            }
+        }
+    }
+
+    pub(super) fn one_of(&mut self, key: &'static str, default: &str, allowed: &[&str]) -> String {
+        match self.optional_string(key) {
+            None => default.to_owned(),
+            Some(text) if allowed.contains(&text.as_str()) => text,
+            Some(text) => {
+                self.mistake(
+                    key,
+                    format!("`{text}` is not one of {}", allowed.join(", ")),
+                );
+                default.to_owned()
+            }
+        }
+    }
+
+    /// Refuses every key that nobody asked for.
+    pub(super) fn finish(mut self) {
+        let Some(table) = self.table else { return };
+        let unknown: Vec<String> = table
+            .iter()
+            .map(|(key, _)| key.to_owned())
+            .filter(|key| !self.known.contains(&key.as_str()))
+            .collect();
+        for key in unknown {
+            let nearest = self
+                .known
+                .iter()
+                .map(|known| (distance(&key, known), *known))
+                .min()
+                .filter(|(d, _)| *d <= 3);
+            let message = match nearest {
+                Some((_, known)) => format!("unknown key; did you mean `{known}`?"),
+                None => format!("unknown key; known here: {}", self.known.join(", ")),
+            };
+            self.mistake(&key, message);
+        }
+    }
+}
+
+fn parse_bytes(text: &str) -> Option<u64> {
+    let split = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (digits, unit) = text.split_at(split);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return None,
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// Levenshtein distance, for "did you mean".
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.bytes().enumerate() {
+        let mut previous = i;
+        let mut next = vec![i + 1];
+        for (cb, above) in b.bytes().zip(row.iter().skip(1)) {
+            let left = next.last().copied().unwrap_or(usize::MAX - 1);
+            let cost = previous + usize::from(ca != cb);
+            previous = *above;
+            next.push(cost.min(above + 1).min(left + 1));
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distance_counts_edits() {
+        assert_eq!(distance("crl", "crls"), 1);
+        assert_eq!(distance("", "abc"), 3);
+        assert_eq!(distance("listen", "listen"), 0);
+        assert_eq!(distance("kitten", "sitting"), 3);
+    }
+
+    #[test]
+    fn bytes_take_binary_units_only() {
+        assert_eq!(parse_bytes("64MiB"), Some(64 << 20));
+        assert_eq!(parse_bytes("5"), Some(5));
+        assert_eq!(parse_bytes("64MB"), None);
+        assert_eq!(parse_bytes("99999999TiB"), None);
+        assert_eq!(parse_bytes("-1"), None);
+    }
+}

@@ -1,0 +1,447 @@
+//! What stands behind the gateway's doors: the interceptor for callers, the operator's operations.
+
+use std::{fmt::Write as _, sync::Arc};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::{Value, json};
+use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
+use tidelock_interceptor::{Caller, Done, Mode};
+use tidelock_policy::Posture;
+use tidelock_segments::{Ladder, Origin, merkle};
+
+use tidelock_transport::shell::{MeshHandle, PeerStatus};
+
+use super::{
+    admit::{Denied, describe_activation, outcome_word},
+    hooks::peer_json,
+    node::Node,
+};
+
+/// The node, as the gateway sees it.
+pub(super) struct Doors(pub(super) Arc<Node>);
+
+impl Decider for Doors {
+    fn decide(&self, body: &[u8], caller: &Caller, mode: Mode, done: Done) -> GiveUp {
+        let pending = self.0.interceptor.decide(body, caller, mode, done);
+        Box::new(move || pending.give_up())
+    }
+
+    fn status(&self) -> Value {
+        self.0.status()
+    }
+
+    fn ready(&self) -> Result<(), String> {
+        if self.0.slots.current().is_none() {
+            return Err("NO_POLICY: no bundle verifies; tidelock bundle install one".to_owned());
+        }
+        if let Some(why) = self.0.log.latched() {
+            return Err(format!(
+                "AUDIT_UNAVAILABLE: {why}; restart the node when the disk is sound"
+            ));
+        }
+        if self.0.root.ledger().ladder() == Ladder::Sealed {
+            return Err("AUDIT_CAPACITY: the disk ceiling is reached".to_owned());
+        }
+        if self.0.interceptor.posture() == Posture::Closed {
+            return Err("POSTURE_CLOSED: policy age or the clock closes this node".to_owned());
+        }
+        Ok(())
+    }
+
+    fn metrics(&self) -> String {
+        self.0.metrics()
+    }
+}
+
+fn refused(denied: &Denied) -> OperatorError {
+    OperatorError {
+        status: if denied.bringer { 422 } else { 409 },
+        code: denied.code.to_owned(),
+        message: denied.message.clone(),
+    }
+}
+
+fn unrecorded(why: String) -> OperatorError {
+    OperatorError {
+        status: 503,
+        code: "AUDIT_UNAVAILABLE".to_owned(),
+        message: format!("not done, because it could not be recorded: {why}"),
+    }
+}
+
+fn bad(message: impl Into<String>) -> OperatorError {
+    OperatorError {
+        status: 400,
+        code: "INVALID_REQUEST".to_owned(),
+        message: message.into(),
+    }
+}
+
+fn field_bytes(body: &Value, field: &str) -> Result<Vec<u8>, OperatorError> {
+    let text = body
+        .get(field)
+        .and_then(Value::as_str)
+        .ok_or_else(|| bad(format!("`{field}` is required, base64")))?;
+    BASE64_STANDARD
+        .decode(text)
+        .map_err(|e| bad(format!("`{field}` is not base64: {e}")))
+}
+
+impl Operator for Doors {
+    fn call(&self, op: &str, body: Value, apply: bool) -> BoxFuture<Result<Value, OperatorError>> {
+        let (node, op) = (self.0.clone(), op.to_owned());
+        Box::pin(async move {
+            // Operations read and write the disk.
+            tokio::task::spawn_blocking(move || {
+                let answer = node.operate(&op, &body, apply);
+                if apply {
+                    node.settle();
+                }
+                answer
+            })
+            .await
+            .unwrap_or_else(|_| {
+                Err(OperatorError {
+                    status: 500,
+                    code: "BUG".to_owned(),
+                    message: "the operation ended abnormally; the node's log says more".to_owned(),
+                })
+            })
+        })
+    }
+}
+
+impl Node {
+    fn operate(&self, op: &str, body: &Value, apply: bool) -> Result<Value, OperatorError> {
+        match op {
+            "bundle.install" => self.operate_bundle(body, apply),
+            "crl.import" => self.operate_crl(body, apply),
+            "clock.accept" => self.operate_clock(apply),
+            "audit.seal" => self.operate_seal(apply),
+            "audit.tail" => self.operate_tail(body),
+            "audit.accept" => self.operate_accept(body, apply),
+            "journal" => {
+                let since = body
+                    .get("since")
+                    .and_then(Value::as_u64)
+                    .unwrap_or_default();
+                Ok(json!({"entries": self.journal.since(since)}))
+            }
+            _ => Err(OperatorError {
+                status: 404,
+                code: "UNKNOWN_OPERATION".to_owned(),
+                message: format!(
+                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.tail, audit.accept, journal"
+                ),
+            }),
+        }
+    }
+
+    fn operate_bundle(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
+        let package = field_bytes(body, "package")?;
+        let checked = self
+            .verify_package(&package)
+            .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle));
+        let bundle = match checked {
+            Ok(bundle) => bundle,
+            Err(denied) => {
+                if apply {
+                    self.event(
+                        "bundle_rejected",
+                        json!({"code": denied.code, "message": denied.message, "by": "operator"}),
+                    );
+                }
+                return Err(refused(&denied));
+            }
+        };
+        let manifest = bundle.manifest();
+        let plan = json!({
+            "activate": format!("{} epoch {}", manifest.name, manifest.epoch),
+            "hash": bundle.content_id(),
+            "signers": bundle.signers(),
+            "replaces_epoch": self.slots.current().map(|p| p.bundle().manifest().epoch),
+        });
+        if !apply {
+            return Ok(plan);
+        }
+        self.install_bundle(&package)
+            .map(|activation| describe_activation(&activation))
+            .map_err(|denied| refused(&denied))
+    }
+
+    fn operate_crl(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
+        let crls = self
+            .verify_crls(&field_bytes(body, "crl")?)
+            .map_err(|denied| refused(&denied))?;
+        let mut done = Vec::new();
+        for crl in crls {
+            let (issuer, number) = (crl.issuer_name().to_owned(), crl.number());
+            let (revoked, next_update_unix_ms) = (crl.revoked_count(), crl.next_update_unix_ms());
+            let imported = apply
+                .then(|| self.apply_crl(crl))
+                .transpose()
+                .map_err(|denied| refused(&denied))?;
+            done.push(json!({
+                "issuer": issuer,
+                "number": number,
+                "revoked": revoked,
+                "next_update_unix_ms": next_update_unix_ms,
+                "outcome": imported.map(|i| outcome_word(i.outcome)),
+                "newly_revoked": imported.map(|i| i.newly_revoked),
+            }));
+        }
+        Ok(json!({"crls": done}))
+    }
+
+    fn operate_clock(&self, apply: bool) -> Result<Value, OperatorError> {
+        let before = self.clock.trusted();
+        let facts = json!({
+            "suspect": before.suspect,
+            "trusted_unix_ms": before.unix_ms,
+            "wall_unix_ms": crate::clock::wall_unix_ms(),
+        });
+        if apply {
+            self.record_act("clock_accepted", facts.clone())
+                .map_err(unrecorded)?;
+            self.clock.accept();
+        }
+        Ok(facts)
+    }
+
+    fn operate_seal(&self, apply: bool) -> Result<Value, OperatorError> {
+        if !apply {
+            return Ok(json!({"seal": self.log.origin(), "records": self.log.size()}));
+        }
+        let sealed = self.log.seal_now().map_err(|e| OperatorError {
+            status: 503,
+            code: "AUDIT_UNAVAILABLE".to_owned(),
+            message: e.to_string(),
+        })?;
+        Ok(json!({"sealed": sealed.map(|s| s.id)}))
+    }
+
+    fn operate_accept(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
+        let origin = body
+            .get("origin")
+            .and_then(Value::as_str)
+            .ok_or_else(|| bad("`origin` is required, as in audit/NODE/KEY/INCARNATION"))
+            .and_then(|text| Origin::parse(text).map_err(|e| bad(e.to_string())))?;
+        if origin.audit_node().is_none() {
+            return Err(bad(format!("{origin} is no audit log")));
+        }
+        let forked = self.is_forked(&origin);
+        if apply {
+            self.record_act("audit_log_accepted", json!({"origin": origin}))
+                .map_err(unrecorded)?;
+            self.accept_log(&origin);
+        }
+        Ok(json!({"accept": origin, "was_refused": forked}))
+    }
+
+    fn operate_tail(&self, body: &Value) -> Result<Value, OperatorError> {
+        let lines = body
+            .get("lines")
+            .and_then(Value::as_u64)
+            .unwrap_or(u64::MAX);
+        let records = self
+            .log
+            .tail(usize::try_from(lines).unwrap_or(usize::MAX))
+            .map_err(|e| OperatorError {
+                status: 503,
+                code: "AUDIT_UNAVAILABLE".to_owned(),
+                message: e.to_string(),
+            })?;
+        let records: Vec<Value> = records
+            .into_iter()
+            .map(|(index, bytes)| {
+                json!({
+                    "index": index,
+                    "leaf": merkle::leaf_hash(&bytes),
+                    "record": serde_json::from_slice::<Value>(&bytes).unwrap_or_default(),
+                })
+            })
+            .collect();
+        Ok(json!({"records": records}))
+    }
+
+    /// What `/v1/status` answers; its shape is documented in docs/src/api.md.
+    pub(super) fn status(&self) -> Value {
+        let config = self.config.load();
+        let usage = self.root.ledger().usage();
+        let now = self.clock.trusted();
+        let bundle = self.slots.current().map(|policy| {
+            let manifest = policy.bundle().manifest();
+            let segment = self
+                .store
+                .list(Some(tidelock_segments::Kind::Policy))
+                .into_iter()
+                .rfind(|s| s.sequence == manifest.epoch)
+                .map(|s| s.id);
+            json!({
+                "name": manifest.name,
+                "epoch": manifest.epoch,
+                "version": manifest.version,
+                "hash": policy.bundle().content_id(),
+                "source": policy.source(),
+                "segment": segment,
+            })
+        });
+        let audit: serde_json::Map<String, Value> = self
+            .store
+            .heads()
+            .into_iter()
+            .filter(|head| head.origin.kind() == tidelock_segments::Kind::Audit)
+            .filter_map(|head| {
+                let last = head.ranges.last().map(|(_, last)| *last)?;
+                Some((
+                    head.origin.as_str().to_owned(),
+                    json!({"last": last, "ranges": head.ranges}),
+                ))
+            })
+            .collect();
+        let fault = self.transport_fault();
+        let peers: Vec<Value> = self
+            .peers()
+            .iter()
+            .map(|peer| peer_json(peer, &config.mesh))
+            .collect();
+        let crls: Vec<Value> = self
+            .revocation
+            .state()
+            .issuers(now.unix_ms)
+            .iter()
+            .map(|i| {
+                json!({
+                    "issuer": i.name, "number": i.number, "revoked": i.revoked,
+                    "next_update_unix_ms": i.next_update_unix_ms,
+                    "freshness": format!("{:?}", i.freshness).to_lowercase(),
+                    "conflict": i.conflict,
+                })
+            })
+            .collect();
+        json!({
+            "node": config.node.id,
+            "domain": config.node.domain,
+            "version": env!("CARGO_PKG_VERSION"),
+            "posture": self.interceptor.posture(),
+            "bundle": bundle,
+            "audit": {
+                "origin": self.log.origin(),
+                "records": self.log.size(),
+                "state": self.log.latched().map_or("open".to_owned(), |why| format!("latched: {why}")),
+                "unlicensed_segments": self.unlicensed_segments(),
+            },
+            "store": {"audit": audit, "foreign_audit_bytes": self.store.foreign_audit_bytes()},
+            "disk": {
+                "ceiling_bytes": usage.ceiling_bytes,
+                "allocated_bytes": usage.allocated_bytes,
+                "reserved_bytes": usage.reserved_bytes,
+                "custody_bytes": usage.custody_bytes,
+                "ladder": self.root.ledger().ladder(),
+            },
+            "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers},
+            "crls": crls,
+            "clock": {"trusted_unix_ms": now.unix_ms, "suspect": now.suspect},
+            "loosened": config.loosened(),
+        })
+    }
+
+    fn peers(&self) -> Vec<PeerStatus> {
+        self.mesh.get().map(MeshHandle::peers).unwrap_or_default()
+    }
+
+    fn metrics(&self) -> String {
+        let usage = self.root.ledger().usage();
+        let stats = self.interceptor.stats();
+        let connected = self.peers().iter().filter(|peer| peer.connected).count();
+        let gauges = [
+            (
+                "tidelock_disk_ceiling_bytes",
+                "The disk ceiling.",
+                usage.ceiling_bytes,
+            ),
+            (
+                "tidelock_disk_allocated_bytes",
+                "Bytes allocated below the root.",
+                usage.allocated_bytes,
+            ),
+            (
+                "tidelock_disk_custody_bytes",
+                "Bytes of other nodes' audit.",
+                usage.custody_bytes,
+            ),
+            (
+                "tidelock_audit_records",
+                "Records in the own log.",
+                self.log.size(),
+            ),
+            (
+                "tidelock_audit_unlicensed_segments",
+                "Own sealed segments without enough custodians.",
+                u64::try_from(self.unlicensed_segments()).unwrap_or(u64::MAX),
+            ),
+            (
+                "tidelock_policy_epoch",
+                "Epoch of the bundle that decides; 0 without one.",
+                self.slots
+                    .current()
+                    .map_or(0, |p| p.bundle().manifest().epoch),
+            ),
+            (
+                "tidelock_peers_connected",
+                "Peers with an authenticated session.",
+                u64::try_from(connected).unwrap_or(u64::MAX),
+            ),
+        ];
+        let mut text = String::new();
+        for (name, help, value) in gauges {
+            let _ = writeln!(
+                text,
+                "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}"
+            );
+        }
+        text.push_str("# HELP tidelock_answers_total Answers by reason.\n# TYPE tidelock_answers_total counter\n");
+        for (reason, count) in &stats.answers {
+            let _ = writeln!(
+                text,
+                "tidelock_answers_total{{reason=\"{}\"}} {count}",
+                reason.as_str()
+            );
+        }
+        let counters = [
+            ("tidelock_permits_total", "Permits made.", stats.permits),
+            (
+                "tidelock_denials_summarised_total",
+                "Denials counted in summary windows.",
+                stats.summarised,
+            ),
+            (
+                "tidelock_redactions_total",
+                "Secrets cut out of records.",
+                stats.redactions,
+            ),
+            (
+                "tidelock_not_released_total",
+                "Records durable after their caller was given up.",
+                stats.not_released,
+            ),
+            (
+                "tidelock_records_lost_total",
+                "State records that could not be written.",
+                stats.records_lost,
+            ),
+            (
+                "tidelock_engine_microseconds_total",
+                "CPU time in policy engines.",
+                stats.engine_us,
+            ),
+        ];
+        for (name, help, value) in counters {
+            let _ = writeln!(
+                text,
+                "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}"
+            );
+        }
+        text
+    }
+}

@@ -1,0 +1,399 @@
+//! What the mesh asks of the node, and what it tells it.
+
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tidelock_policy::Posture;
+use tidelock_quota::{MonotonicClock, Rate};
+use tidelock_segments::{
+    CustodyReceipt, Endorsement, Head, Kind, LogError, NodeId, Origin, PutOutcome, SegmentId,
+    SegmentRef, StoreError, VerifiedSegment,
+};
+use tidelock_transport::{
+    dial::{DialConfig, PeerConfig},
+    session::{Fault, KindSet, PeerHello, PeerLimits, PeerPosture, Refusal},
+    shell::{
+        Admitted, HelloFacts, Mesh, MeshConfig, MeshEvent, MeshHooks, PeerStatus, QuicConfig,
+        QuotaConfig,
+    },
+};
+
+use super::{admit::Denied, node::Node};
+use crate::{
+    cli::Failure,
+    config::{Config, MeshSection},
+};
+
+/// The node, as the mesh sees it.
+pub(super) struct Hooks(pub(super) Arc<Node>);
+
+impl From<Denied> for Refusal {
+    fn from(denied: Denied) -> Self {
+        Self {
+            code: denied.code,
+            message: denied.message,
+            fault: if denied.bringer {
+                Fault::Peer
+            } else {
+                Fault::Local
+            },
+        }
+    }
+}
+
+impl MeshHooks for Hooks {
+    fn heads(&self) -> Vec<Head> {
+        self.0.store.heads()
+    }
+
+    fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef> {
+        self.0.store.refs(origin, from, to, max)
+    }
+
+    fn reference(&self, id: &SegmentId) -> Option<SegmentRef> {
+        self.0.store.reference(id)
+    }
+
+    fn read(&self, id: &SegmentId) -> Option<Vec<u8>> {
+        match self.0.store.get(id) {
+            Ok(segment) => Some(segment.into_bytes()),
+            Err(error) => {
+                self.0.event(
+                    "segment_unreadable",
+                    json!({"segment": id, "why": error.to_string()}),
+                );
+                None
+            }
+        }
+    }
+
+    fn wants_origin(&self, origin: &Origin) -> bool {
+        match origin.kind() {
+            Kind::Revocation | Kind::Policy => true,
+            Kind::Audit => {
+                origin.audit_node() != Some(self.0.config.load().node.id.as_str())
+                    && !self.0.is_forked(origin)
+            }
+            Kind::Witness => false,
+        }
+    }
+
+    fn wants(&self, reference: &SegmentRef) -> bool {
+        self.0.wants(reference)
+    }
+
+    fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {
+        match self.0.admit(peer, &segment)? {
+            PutOutcome::Stored => Ok(Admitted::Stored),
+            PutOutcome::AlreadyHeld => Ok(Admitted::AlreadyHeld),
+        }
+    }
+
+    fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>> {
+        self.0
+            .log
+            .issue_receipt(id)
+            .map_err(|e| e.to_string())
+            .and_then(|receipt| receipt.encode().map_err(|e| e.to_string()))
+            .map_err(|why| tracing::warn!(%id, why, "no custody receipt is given"))
+            .ok()
+    }
+
+    fn receipt_wants(&self, peer: &NodeId) -> Vec<SegmentId> {
+        let own = self.0.config.load().node.id.clone();
+        self.0
+            .store
+            .list(Some(Kind::Audit))
+            .into_iter()
+            .filter(|s| s.origin.audit_node() == Some(own.as_str()))
+            .filter(|s| !self.0.store.custodians(&s.id).contains(peer))
+            .map(|s| s.id)
+            .collect()
+    }
+
+    fn take_receipt(&self, peer: &NodeId, receipt: &[u8]) -> Result<(), Refusal> {
+        Ok(self.0.take_receipt(peer, receipt)?)
+    }
+
+    fn hello_local(&self) -> HelloFacts {
+        let usage = self.0.root.ledger().usage();
+        HelloFacts {
+            limits: PeerLimits {
+                kinds: KindSet::of(&[Kind::Revocation, Kind::Policy, Kind::Audit]),
+                max_segment_bytes: tidelock_segments::limits::MAX_SEGMENT_BYTES,
+                custody_free_bytes: usage.custody_max_bytes.saturating_sub(usage.custody_bytes),
+                max_in_flight: tidelock_transport::limits::MAX_IN_FLIGHT,
+            },
+            posture: match self.0.interceptor.posture() {
+                Posture::Normal => PeerPosture::Normal,
+                Posture::Stale => PeerPosture::Stale,
+                Posture::Restricted => PeerPosture::Restricted,
+                Posture::Closed => PeerPosture::Closed,
+            },
+            endorsement: self.0.log.endorsement().encode().ok(),
+        }
+    }
+
+    fn authenticated(&self, hello: &PeerHello) {
+        self.0.learn_endorsement(hello);
+    }
+
+    fn event(&self, event: MeshEvent) {
+        self.0.mesh_event(event);
+    }
+}
+
+impl Node {
+    fn wants(&self, reference: &SegmentRef) -> bool {
+        match reference.kind {
+            Kind::Revocation => self
+                .revocation
+                .state()
+                .crls()
+                .iter()
+                .filter(|crl| crl.origin() == reference.origin)
+                .all(|crl| reference.sequence >= crl.number()),
+            // The floor's own epoch is of use only while it is not held whole.
+            Kind::Policy => self.slots.floor().is_none_or(|floor| {
+                let held = || {
+                    self.store
+                        .find(&reference.origin, reference.sequence)
+                        .is_some()
+                };
+                reference.sequence > floor.epoch
+                    || (reference.sequence == floor.epoch
+                        && (self.slots.wanted().is_some() || !held()))
+            }),
+            Kind::Audit => {
+                let usage = self.root.ledger().usage();
+                usage.custody_bytes.saturating_add(reference.size_bytes) <= usage.custody_max_bytes
+            }
+            Kind::Witness => false,
+        }
+    }
+
+    fn take_receipt(&self, peer: &NodeId, bytes: &[u8]) -> Result<(), Denied> {
+        let receipt =
+            CustodyReceipt::decode(bytes).map_err(|e| Denied::bringer("RECEIPT_FORMAT", e))?;
+        if receipt.custodian != *peer {
+            return Err(Denied::bringer(
+                "RECEIPT_CUSTODIAN",
+                "the receipt is not the peer's own",
+            ));
+        }
+        let custodian = self.check_endorsement(&receipt.endorsement, receipt.issued_unix_ms)?;
+        if custodian != receipt.custodian {
+            return Err(Denied::bringer(
+                "RECEIPT_CUSTODIAN",
+                "the endorsement names another node",
+            ));
+        }
+        match self.log.take_receipt(&receipt) {
+            // Evicted on the receipts of others: one more is no fault and of no use.
+            Ok(()) | Err(LogError::Store(StoreError::NotHeld(_))) => Ok(()),
+            Err(
+                e @ (LogError::Receipt(_)
+                | LogError::Store(StoreError::Receipt(_) | StoreError::ReceiptMismatch(_))),
+            ) => Err(Denied::bringer("RECEIPT_REFUSED", e)),
+            Err(e) => Err(Denied::local("RECEIPT_NOT_KEPT", e)),
+        }
+    }
+
+    /// Keeps the newest endorsement that a node has shown in an authenticated Hello (decision 0016).
+    fn learn_endorsement(&self, hello: &PeerHello) {
+        let Some(bytes) = &hello.endorsement else {
+            return;
+        };
+        let Ok(endorsement) = Endorsement::decode(bytes) else {
+            return;
+        };
+        // Judged by itself: an older one must not vouch for its own successor.
+        let vouched = self.judge_endorsement(&endorsement, self.clock.unix_ms());
+        if endorsement.node_id != hello.node_id || vouched.as_ref() != Ok(&hello.node_id) {
+            return;
+        }
+        let mut known = self
+            .endorsements
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // One log key a node: an older incarnation's audit carries its own endorsement.
+        known.retain(|(node, _), _| *node != endorsement.node_id);
+        if known.len() < tidelock_transport::limits::MAX_PEERS {
+            known.insert(
+                (endorsement.node_id.clone(), endorsement.log_key),
+                endorsement,
+            );
+        }
+    }
+
+    fn mesh_event(&self, event: MeshEvent) {
+        let now = self.clock.unix_ms();
+        match event {
+            MeshEvent::SessionUp { peer, address, outbound, .. } => self.journal.note(
+                now,
+                "session_established",
+                json!({"peer": peer, "address": address, "outbound": outbound}),
+            ),
+            MeshEvent::Requested { peer, reference } => self.journal.note(
+                now,
+                "segment_requested",
+                json!({
+                    "peer": peer, "segment": reference.id, "kind": reference.kind,
+                    "origin": reference.origin, "sequence": reference.sequence,
+                }),
+            ),
+            MeshEvent::SessionDown { peer, address, code, reason, by_peer, established } => {
+                let code = code.map_or("lost", |c| c.as_str());
+                let fields = json!({
+                    "peer": peer, "address": address, "reason": code, "detail": reason, "by_peer": by_peer,
+                });
+                if established && code == "revoked" && !by_peer {
+                    self.event("session_closed", fields);
+                } else if established {
+                    self.journal.note(now, "session_closed", fields);
+                } else {
+                    self.journal.note(now, "session_failed", fields);
+                }
+            }
+            MeshEvent::DialFailed { peer, address, reason } => self.journal.note(
+                now,
+                "dial_failed",
+                json!({"peer": peer, "address": address, "reason": reason}),
+            ),
+            MeshEvent::PeerRefused { peer, address, code, reason } => {
+                let name = peer.as_ref().map_or("(unknown)", |p| p.as_str());
+                self.count_refusal(name, code);
+                self.journal.note(
+                    now,
+                    "peer_refused",
+                    json!({"peer": peer, "address": address, "reason": code, "detail": reason}),
+                );
+            }
+            MeshEvent::Refusals(counts) => {
+                self.interceptor.record_event("connections_refused", &json!(counts));
+            }
+            // Noted where the segment was admitted.
+            MeshEvent::Stored { .. } => {}
+            MeshEvent::TransferFailed { peer, reference, refusal } => self.journal.note(
+                now,
+                "transfer_failed",
+                json!({"peer": peer, "segment": reference.id, "code": refusal.code, "message": refusal.message}),
+            ),
+            // A claim without proof: shown, and no record is spent on it.
+            MeshEvent::ForkSuspected { peer, origin, sequence, ours, theirs } => self.journal.note(
+                now,
+                "audit_fork_suspected",
+                json!({"peer": peer, "origin": origin, "sequence": sequence, "ours": ours, "theirs": theirs}),
+            ),
+            MeshEvent::ReceiptTaken { peer, id } => {
+                self.journal.note(now, "receipt_taken", json!({"peer": peer, "segment": id}));
+                self.log.reclaim();
+            }
+            MeshEvent::ReceiptRefused { peer, id, refusal } => self.journal.note(
+                now,
+                "receipt_refused",
+                json!({"peer": peer, "segment": id, "code": refusal.code, "message": refusal.message}),
+            ),
+            MeshEvent::TransportClosed { reason } => {
+                self.event("transport_closed", json!({"reason": reason}));
+            }
+            MeshEvent::TransportOpened => self.event("transport_opened", json!({})),
+            MeshEvent::EventsLost { count } => {
+                self.event("mesh_events_lost", json!({"count": count}));
+            }
+        }
+    }
+}
+
+/// One peer, as `status` and `peers` show it.
+pub(super) fn peer_json(peer: &PeerStatus, configured: &MeshSection) -> Value {
+    let state = if peer.connected {
+        "connected"
+    } else if peer.cooling_ms.is_some() {
+        "cooling down"
+    } else {
+        "not connected"
+    };
+    let address = configured
+        .peers
+        .iter()
+        .find(|p| p.id == peer.node_id)
+        .map(|p| p.address)
+        .or(peer.address);
+    json!({
+        "id": peer.node_id,
+        "state": state,
+        "address": address,
+        "last_reason": peer.last_close.as_ref().map(|c| {
+            c.code.map_or_else(|| c.reason.clone(), |code| format!("{code}: {}", c.reason))
+        }),
+        "detail": peer,
+    })
+}
+
+/// Starts the mesh as soon as there is an identity to start it with.
+pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
+    let Some(tls) = node.tls.load_full() else {
+        return Ok(());
+    };
+    if node.mesh.get().is_some() {
+        return Ok(());
+    }
+    let config = mesh_config(&node.config.load());
+    let mesh = Mesh::start(
+        config,
+        tls,
+        Arc::new(Hooks(node.clone())),
+        MonotonicClock::default(),
+    )?;
+    // What the log seals reaches the peers at once.
+    let sealed = mesh.clone();
+    node.log
+        .on_seal(Box::new(move |reference| sealed.notify_stored(&reference)));
+    // Only this function sets it, and only the main loop calls this function.
+    let _ = node.mesh.set(mesh);
+    Ok(())
+}
+
+fn mesh_config(config: &Config) -> MeshConfig {
+    let section = &config.mesh;
+    let peers = section
+        .peers
+        .iter()
+        .map(|p| PeerConfig {
+            node_id: p.id.clone(),
+            addresses: vec![p.address],
+        })
+        .collect();
+    let kib = (section.peer_bytes_per_second / 1_024).max(1);
+    // Twice the rate at once: a bucket smaller than a segment would never let it through.
+    let bytes = Rate {
+        per_second: kib,
+        burst: kib.saturating_mul(2).max(128 * 1_024),
+    };
+    MeshConfig {
+        dial: DialConfig {
+            base: Duration::from_millis(section.redial_base_ms),
+            cap: Duration::from_millis(section.redial_cap_ms),
+            ..DialConfig::default()
+        },
+        quic: QuicConfig {
+            keep_alive: Duration::from_millis(section.keep_alive_ms),
+            idle_timeout: Duration::from_millis(section.idle_timeout_ms),
+            ..QuicConfig::default()
+        },
+        quotas: QuotaConfig {
+            frames: Rate {
+                per_second: section.peer_requests_per_second,
+                burst: section.peer_requests_per_second.saturating_mul(2),
+            },
+            bulk_in_kib: bytes,
+            out_kib: bytes,
+            ..QuotaConfig::default()
+        },
+        ..MeshConfig::new(section.listen, peers)
+    }
+}

@@ -1,0 +1,207 @@
+//! `tidelock run`: config, logging, rooms, doors, mesh, run, drain.
+//!
+//! The order is fixed, and so is its reverse at the end. Nothing is accepted before everything that
+//! can keep a node from starting has been opened, so that there is no partial start.
+
+mod admit;
+mod doors;
+mod hooks;
+mod journal;
+mod node;
+mod policy;
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use serde_json::json;
+use tidelock_gateway::{
+    AuthConfig, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant, RefusalWindow, Scopes,
+    TokenSet, UnixDoor,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use self::{doors::Doors, node::Node};
+use crate::{
+    cli::{Exit, Failure},
+    config::{Config, GatewaySection, LogSection},
+};
+
+/// How long open requests and sessions may take to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(8);
+/// Often enough that an append of 250 ms is given up in time.
+const TICK: Duration = Duration::from_millis(25);
+/// Between two slow ticks, in ticks.
+const SLOW_TICKS: u64 = 8;
+/// Between two minute ticks, in ticks.
+const MINUTE_TICKS: u64 = 2_400;
+
+/// Runs a node until it is told to stop.
+///
+/// # Errors
+/// What keeps it from starting; nothing was accepted in that case.
+pub fn main(config_path: &Path) -> Result<Exit, Failure> {
+    let config = Config::load(config_path)?;
+    start_logging(&config.log)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(run(config_path, config));
+    // Blocking tasks are disk work of refused or abandoned transfers: nobody waits for them.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+fn start_logging(log: &LogSection) -> Result<(), Failure> {
+    let filter = EnvFilter::try_new(&log.level)?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    let started = if log.json {
+        builder.json().try_init()
+    } else {
+        builder.try_init()
+    };
+    started.map_err(|e| Failure::cannot_run(e.to_string()))
+}
+
+async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
+    // Signals first: one that comes while the rooms are opened must not kill half a node.
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+
+    let gateway_section = config.gateway.clone();
+    let path = config_path.to_owned();
+    let node = tokio::task::spawn_blocking(move || Node::open(&path, config)).await??;
+    let doors = Arc::new(Doors(node.clone()));
+    let refused_node = node.clone();
+    let gateway = Gateway::bind(
+        gateway_config(&gateway_section)?,
+        GatewayParts {
+            decider: doors.clone(),
+            operator: Some(doors),
+            on_refused: Arc::new(move |window: RefusalWindow| {
+                refused_node
+                    .interceptor
+                    .record_event("callers_refused", &json!(window));
+            }),
+        },
+    )
+    .await?;
+    let doorkeeper = gateway.handle();
+    hooks::ensure_mesh(&node).await?;
+    node.event(
+        "started",
+        json!({"version": env!("CARGO_PKG_VERSION"), "loosened": node.config.load().loosened()}),
+    );
+
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let serving = tokio::spawn(gateway.serve(async move {
+        // An error means that the sender is gone: the same as being told.
+        let _ = stopped.await;
+    }));
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut count = 0_u64;
+    let mut slow = None;
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {
+                count += 1;
+                node.tick();
+                if count.is_multiple_of(SLOW_TICKS) {
+                    slow = slow_work(&node, count, slow).await;
+                }
+            }
+            _ = hangup.recv() => {
+                let (reloading, doorkeeper) = (node.clone(), doorkeeper.clone());
+                let reload = move || reloading.reload(|auth| doorkeeper.set_auth(auth));
+                match tokio::task::spawn_blocking(reload).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(failure)) => node.event("reload_refused", json!({"why": failure.message})),
+                    Err(error) => node.event("reload_refused", json!({"why": error.to_string()})),
+                }
+                // A node that decides is never stopped by its mesh; `doctor` shows why it is closed.
+                if let Err(failure) = hooks::ensure_mesh(&node).await {
+                    node.event("mesh_not_started", json!({"why": failure.message}));
+                }
+            }
+            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break,
+        }
+    }
+
+    tracing::info!("draining");
+    let _ = stop.send(());
+    if let Some(mesh) = node.mesh.get() {
+        mesh.shutdown(DRAIN_LIMIT).await;
+    }
+    let drained = tokio::time::timeout(DRAIN_LIMIT, serving).await;
+    if drained.is_err() {
+        tracing::warn!("open requests were cut off at the deadline");
+    }
+    tokio::task::spawn_blocking(move || node.close()).await?;
+    Ok(Exit::Done)
+}
+
+/// Starts the periodic disk work beside the loop, unless the last one still runs: on a stalled disk
+/// the loop goes on giving overdue callers up and hearing signals.
+async fn slow_work(
+    node: &Arc<Node>,
+    count: u64,
+    running: Option<tokio::task::JoinHandle<()>>,
+) -> Option<tokio::task::JoinHandle<()>> {
+    if let Some(running) = running {
+        if !running.is_finished() {
+            return Some(running);
+        }
+        if let Err(error) = running.await {
+            tracing::error!(%error, "a periodic task ended abnormally");
+        }
+    }
+    let working = node.clone();
+    Some(tokio::task::spawn_blocking(move || {
+        working.slow_tick();
+        if count.is_multiple_of(MINUTE_TICKS) {
+            working.minute_tick();
+        }
+    }))
+}
+
+/// Who may call; the token file is read at start and on reload.
+fn auth_config(section: &GatewaySection) -> Result<AuthConfig, Failure> {
+    let mut auth = AuthConfig::default();
+    if let Some(path) = &section.tokens {
+        auth = auth.tokens(TokenSet::load(path)?);
+    }
+    for user in &section.users {
+        let (kind, id) = user
+            .principal
+            .split_once("::")
+            .unwrap_or(("", &user.principal));
+        let scopes = Scopes {
+            decide: true,
+            explain: true,
+            act_as: user.act_as,
+        };
+        auth = auth.unix_peer(user.uid, Grant::new(kind, id, scopes)?)?;
+    }
+    if section.allow_anonymous_loopback {
+        auth = auth.allow_anonymous_loopback(Grant::new("Service", "anonymous", Scopes::ALL)?);
+    }
+    Ok(auth)
+}
+
+fn gateway_config(section: &GatewaySection) -> Result<GatewayConfig, Failure> {
+    Ok(GatewayConfig {
+        tcp: section.tcp,
+        unix: Some(UnixDoor::new(section.unix.clone())),
+        limits: GatewayLimits {
+            slots: usize::try_from(section.concurrent_max).unwrap_or(usize::MAX),
+            ..GatewayLimits::default()
+        },
+        auth: auth_config(section)?,
+    })
+}

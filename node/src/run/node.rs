@@ -1,0 +1,774 @@
+//! The opened rooms of one node, joined.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc},
+    time::Duration,
+};
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tidelock_gateway::AuthConfig;
+use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig};
+use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
+use tidelock_quota::Rate;
+use tidelock_segments::{
+    AuditLog, Charge, Endorsement, Kind, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
+    Root, RootOptions, SegmentRef, Sha256Hash, Store,
+};
+use tidelock_transport::{
+    endorse::endorse,
+    identity::IdentityRules,
+    revocation::{Revocation, RevocationOptions, RevocationState, SpkiHash},
+    shell::MeshHandle,
+    tls::{Credentials, CredentialsError, MeshTls, RefusalObserver},
+    verifier::Trust,
+};
+
+use super::{journal::Journal, policy::RootSlots};
+use crate::{
+    cli::Failure,
+    clock::{NodeClock, PersistedFloor},
+    config::Config,
+};
+
+/// How long an operator's act waits for its record.
+const ACT_RECORD_LIMIT: Duration = Duration::from_secs(2);
+/// Where the time floor lies below the root.
+const CLOCK_FILE: &str = "clock";
+/// Where the keys of revoked certificates lie below the root.
+const REVOKED_KEYS_FILE: &str = "revocation/keys";
+/// Which logs of known nodes an operator has accepted.
+pub(super) const ACCEPTED_LOGS_FILE: &str = "state/accepted-logs";
+/// Whose root it is, below the root.
+const OWNER_FILE: &str = "owner";
+/// Where the newest endorsement of the own log key lies below the root.
+const ENDORSEMENT_FILE: &str = "keys/endorsement";
+/// Distinct (peer, reason) pairs of refusals counted in one window (INV-07).
+const REFUSALS_MAX: usize = 256;
+
+/// Refused peers by (peer, reason), in the open window.
+type Refusals = Mutex<BTreeMap<(String, String), u64>>;
+
+/// Events that are on their way into the log.
+#[derive(Default)]
+struct Unsettled {
+    count: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Unsettled {
+    fn begin(&self) {
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+    }
+
+    fn end(&self) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = count.saturating_sub(1);
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, limit: Duration) {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        // Past the limit the answer goes out all the same; the log's own state says why.
+        drop(
+            self.changed
+                .wait_timeout_while(count, limit, |count| *count > 0),
+        );
+    }
+}
+
+/// One node.
+pub(super) struct Node {
+    pub(super) config_path: PathBuf,
+    pub(super) config: ArcSwap<Config>,
+    pub(super) clock: Arc<NodeClock>,
+    pub(super) root: Arc<Root>,
+    pub(super) store: Arc<Store>,
+    pub(super) log: Arc<AuditLog>,
+    pub(super) interceptor: Interceptor,
+    pub(super) slots: Arc<Slots>,
+    pub(super) policy_trust: ArcSwapOption<TrustFile>,
+    pub(super) context: LoadContext,
+    pub(super) authorities: ArcSwapOption<Trust>,
+    pub(super) revocation: Arc<Revocation>,
+    pub(super) tls: ArcSwapOption<MeshTls>,
+    pub(super) identity_fault: ArcSwapOption<String>,
+    pub(super) journal: Arc<Journal>,
+    pub(super) mesh: OnceLock<MeshHandle>,
+    /// Log keys that peers have vouched for in an authenticated Hello.
+    pub(super) endorsements: Mutex<BTreeMap<(NodeId, LogPublicKey), Endorsement>>,
+    /// Audit origins that contradict what is held; nothing more of them is taken.
+    pub(super) forked: Mutex<BTreeSet<Origin>>,
+    /// Audit origins that an operator has accepted all the same.
+    pub(super) accepted: Mutex<BTreeSet<Origin>>,
+    refusals: Arc<Refusals>,
+    unsettled: Arc<Unsettled>,
+    kept_keys: Mutex<BTreeSet<SpkiHash>>,
+    kept_floor: Mutex<PersistedFloor>,
+    /// Policy comes from the operator, from peers and from the store; one at a time.
+    pub(super) activating: Mutex<()>,
+}
+
+/// The node's clocks, as the interceptor reads them.
+struct InterceptorClock(Arc<NodeClock>);
+
+impl Clock for InterceptorClock {
+    fn now(&self) -> Duration {
+        self.0.monotonic()
+    }
+
+    fn unix_ms(&self) -> u64 {
+        self.0.unix_ms()
+    }
+
+    fn thread_cpu(&self) -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(
+            u64::try_from(time.tv_sec).unwrap_or_default(),
+            u32::try_from(time.tv_nsec).unwrap_or_default(),
+        )
+    }
+}
+
+pub(super) fn identity_rules(config: &Config) -> IdentityRules {
+    IdentityRules {
+        domain: config.node.domain.clone(),
+        allow_without_domain: config.identity.allow_without_domain,
+    }
+}
+
+fn revocation_options(config: &Config) -> RevocationOptions {
+    RevocationOptions {
+        grace_ms: config.revocation.grace_s.saturating_mul(1_000),
+        allow_missing: config.revocation.allow_missing,
+    }
+}
+
+fn load_credentials(config: &Config) -> Result<Credentials, CredentialsError> {
+    let identity = &config.identity;
+    Credentials::load(&identity.certificate, &identity.key, &identity.ca)
+}
+
+fn load_authorities(config: &Config) -> Result<Trust, String> {
+    let path = &config.identity.ca;
+    let pem = std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Trust::from_pem(&pem).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn load_policy_trust(config: &Config) -> Result<TrustFile, String> {
+    let path = &config.policy.trust;
+    let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let trust = TrustFile::parse(&text).map_err(|e| format!("{}: {e}", path.display()))?;
+    if trust.domain() != config.node.domain.as_str() {
+        return Err(format!(
+            "{}: is for domain {}, this node is of {}",
+            path.display(),
+            trust.domain(),
+            config.node.domain
+        ));
+    }
+    Ok(trust)
+}
+
+/// A state file with its check: what does not match is damaged, and never taken for the truth.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Checked<T> {
+    check: Sha256Hash,
+    value: T,
+}
+
+/// What reading a state file came to.
+enum State<T> {
+    Kept(T),
+    Absent,
+    Damaged(String),
+}
+
+impl<T: Default> State<T> {
+    fn value_or_default(self) -> T {
+        match self {
+            Self::Kept(value) => value,
+            Self::Absent | Self::Damaged(_) => T::default(),
+        }
+    }
+}
+
+fn read_state<T: DeserializeOwned + Serialize>(root: &Root, path: &str) -> State<T> {
+    match root.read(path) {
+        Ok(None) => State::Absent,
+        Ok(Some(bytes)) => match serde_json::from_slice::<Checked<T>>(&bytes) {
+            Ok(file) if check_of(&file.value).is_ok_and(|check| check == file.check) => {
+                State::Kept(file.value)
+            }
+            Ok(_) => State::Damaged("its check does not match".to_owned()),
+            Err(error) => State::Damaged(error.to_string()),
+        },
+        Err(error) => State::Damaged(error.to_string()),
+    }
+}
+
+fn damage<T>(state: &State<T>) -> Option<String> {
+    match state {
+        State::Damaged(why) => Some(why.clone()),
+        State::Kept(_) | State::Absent => None,
+    }
+}
+
+fn check_of<T: Serialize>(value: &T) -> Result<Sha256Hash, serde_json::Error> {
+    Ok(Sha256Hash::of(&serde_json::to_vec(value)?))
+}
+
+impl Node {
+    /// Opens the rooms in order. Only a loose key, an unsafe root, a held lock or an unusable log
+    /// keep a node from starting (ruling 12); other faults close the transport or deny actions.
+    pub(super) fn open(config_path: &Path, config: Config) -> Result<Arc<Self>, Failure> {
+        let credentials = match load_credentials(&config) {
+            Err(loose @ CredentialsError::KeyMode { .. }) => return Err(loose.into()),
+            other => other,
+        };
+        let root = Root::open(
+            Arc::new(RealDisk),
+            &config.node.root,
+            RootOptions {
+                ceiling_bytes: config.node.ceiling_bytes,
+                reserve_bytes: config.node.reserve_bytes,
+            },
+        )?;
+        claim_root(&config, &root)?;
+        root.ledger()
+            .set_custody_max(config.audit.custody_max_bytes);
+        let kept_clock: State<PersistedFloor> = read_state(&root, CLOCK_FILE);
+        let kept_keys: State<Vec<[u8; 32]>> = read_state(&root, REVOKED_KEYS_FILE);
+        let accepted: State<BTreeSet<Origin>> = read_state(&root, ACCEPTED_LOGS_FILE);
+        let mut damaged = Vec::new();
+        for (path, why) in [
+            (CLOCK_FILE, damage(&kept_clock)),
+            (REVOKED_KEYS_FILE, damage(&kept_keys)),
+            (ACCEPTED_LOGS_FILE, damage(&accepted)),
+        ] {
+            damaged.extend(why.map(|why| (path, why)));
+        }
+        let doubt = matches!(kept_clock, State::Damaged(_));
+        let clock = Arc::new(NodeClock::new(kept_clock.value_or_default()));
+        if doubt {
+            clock.doubt();
+        }
+        let store = Store::open(root.clone(), config.node.domain.clone())?;
+        store.set_own_node(&config.node.id);
+        let log = open_log(&config, &root, &store, &clock, &credentials)?;
+        let journal = Arc::new(Journal::default());
+        let revocation = Arc::new(Revocation::new(RevocationState::new(revocation_options(
+            &config,
+        ))));
+        let revoked_keys = kept_keys.value_or_default();
+        revocation.add_revoked_keys(revoked_keys.into_iter().map(SpkiHash::from_bytes));
+        let context = LoadContext::new(config.node.domain.as_str(), env!("CARGO_PKG_VERSION"))?;
+        let policy_trust = load_policy_trust(&config);
+        // Without a trust file nothing verifies: an empty one says the same with one code path less.
+        let trust = match &policy_trust {
+            Ok(trust) => trust.clone(),
+            Err(_) => TrustFile::nobody(config.node.domain.as_str()),
+        };
+        let (slots, faults) = Slots::open(Arc::new(RootSlots(root.clone())), &trust, &context);
+        let slots = Arc::new(slots);
+        let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
+        let node = Arc::new(Self {
+            config_path: config_path.to_owned(),
+            clock,
+            root,
+            store,
+            log,
+            interceptor,
+            slots,
+            policy_trust: ArcSwapOption::from_pointee(policy_trust.as_ref().ok().cloned()),
+            context,
+            authorities: ArcSwapOption::empty(),
+            revocation,
+            tls: ArcSwapOption::empty(),
+            identity_fault: ArcSwapOption::empty(),
+            journal,
+            mesh: OnceLock::new(),
+            endorsements: Mutex::default(),
+            forked: Mutex::default(),
+            accepted: Mutex::new(accepted.value_or_default()),
+            refusals: Arc::default(),
+            unsettled: Arc::default(),
+            kept_keys: Mutex::default(),
+            kept_floor: Mutex::default(),
+            activating: Mutex::default(),
+            config: ArcSwap::from_pointee(config),
+        });
+        for (path, why) in damaged {
+            node.event("state_damaged", json!({"file": path, "why": why}));
+        }
+        if let Some(policy) = node.slots.current() {
+            // A lost floor is made up for by what the authority has signed.
+            node.clock
+                .raise_by_signed(policy.bundle().manifest().created_unix_ms);
+        }
+        if let Err(why) = policy_trust {
+            node.event("policy_trust_unusable", json!({"why": why}));
+        }
+        node.take_identity(credentials);
+        node.load_crls();
+        node.slot_faults(&faults);
+        node.restore_policy();
+        Ok(node)
+    }
+
+    /// Notes an event in the journal and in the audit log.
+    pub(super) fn event(&self, kind: &str, detail: Value) {
+        let unsettled = self.unsettled.clone();
+        unsettled.begin();
+        let name = kind.to_owned();
+        self.interceptor.record_event_then(
+            kind,
+            &detail,
+            Box::new(move |result| {
+                if let Err(error) = result {
+                    tracing::error!(event = name, %error, "an event could not be recorded");
+                }
+                unsettled.end();
+            }),
+        );
+        self.journal.note(self.clock.unix_ms(), kind, detail);
+    }
+
+    /// Waits until the events so far are recorded or lost, so that an operator who has his answer
+    /// finds them in the log.
+    pub(super) fn settle(&self) {
+        self.unsettled.wait(ACT_RECORD_LIMIT);
+    }
+
+    /// Records an operator's act before it happens (INV-14 for operators): without a durable record
+    /// there is no act.
+    pub(super) fn record_act(&self, kind: &str, detail: Value) -> Result<(), String> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.interceptor.record_event_then(
+            kind,
+            &detail,
+            // A receiver that has given up is no reason to fail here.
+            Box::new(move |result| drop(sender.try_send(result))),
+        );
+        match receiver.recv_timeout(ACT_RECORD_LIMIT) {
+            Ok(Ok(_)) => {
+                self.journal.note(self.clock.unix_ms(), kind, detail);
+                Ok(())
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("the audit log did not answer in time".to_owned()),
+        }
+    }
+
+    fn slot_faults(&self, faults: &[SlotFault]) {
+        for fault in faults {
+            self.event(
+                "policy_slot_fault",
+                json!({"slot": fault.slot, "code": fault.code, "message": fault.message}),
+            );
+        }
+    }
+
+    /// Takes credentials into use, or says why the transport stays closed.
+    fn take_identity(&self, credentials: Result<Credentials, CredentialsError>) {
+        let config = self.config.load();
+        match load_authorities(&config) {
+            Ok(trust) => self.authorities.store(Some(Arc::new(trust))),
+            Err(why) => self.event("authorities_unusable", json!({"why": why})),
+        }
+        match credentials {
+            Ok(credentials) => {
+                self.identity_fault.store(None);
+                self.endorse_log(&credentials);
+                match self.tls.load_full() {
+                    Some(tls) => tls.replace_credentials(credentials),
+                    None => {
+                        let clock = self.clock.clone();
+                        self.tls.store(Some(Arc::new(MeshTls::new(
+                            identity_rules(&config),
+                            config.node.id.clone(),
+                            credentials,
+                            self.revocation.clone(),
+                            Arc::new(move || clock.unix_ms()),
+                            Some(self.refusal_observer()),
+                        ))));
+                    }
+                }
+            }
+            Err(error) => {
+                self.event("identity_unusable", json!({"why": error.to_string()}));
+                self.identity_fault.store(Some(Arc::new(error.to_string())));
+            }
+        }
+    }
+
+    /// Notes refusals from inside handshakes. It holds what it needs and not the node, which would
+    /// then never be dropped.
+    fn refusal_observer(&self) -> RefusalObserver {
+        let (journal, clock, refusals) = (
+            self.journal.clone(),
+            self.clock.clone(),
+            self.refusals.clone(),
+        );
+        Arc::new(move |refusal, role| {
+            let reason = refusal.code().to_lowercase();
+            journal.note(
+                clock.unix_ms(),
+                "peer_refused",
+                json!({
+                    "reason": reason,
+                    "detail": refusal.to_string(),
+                    "role": format!("{role:?}").to_lowercase(),
+                }),
+            );
+            count(&refusals, "(in handshake)", &reason);
+        })
+    }
+
+    /// Endorses the log key with new credentials, so that what is sealed from now on stands on them.
+    fn endorse_log(&self, credentials: &Credentials) {
+        let current = self.log.endorsement();
+        let same_chain = current
+            .chain
+            .iter()
+            .map(Vec::as_slice)
+            .eq(credentials.chain().iter().map(AsRef::as_ref));
+        if same_chain {
+            return;
+        }
+        let config = self.config.load();
+        let made = endorse(
+            credentials,
+            &config.node.id,
+            &self.log.public_key(),
+            self.log.incarnation(),
+        );
+        let kept = made.map_err(|e| e.to_string()).and_then(|endorsement| {
+            keep_endorsement(&self.root, &endorsement);
+            self.log
+                .set_endorsement(endorsement)
+                .map_err(|e| e.to_string())
+        });
+        match kept {
+            Ok(()) => self.event("log_key_endorsed", json!({})),
+            Err(why) => self.event("log_key_not_endorsed", json!({"why": why})),
+        }
+    }
+
+    /// Reads config, certificate, key, CA, CRLs, trust file and tokens again. All or nothing: where
+    /// one of them is unusable, all of the old stays. Who may call goes to `take_auth`.
+    pub(super) fn reload(&self, take_auth: impl FnOnce(AuthConfig)) -> Result<(), Failure> {
+        let mut new = Config::load(&self.config_path)?;
+        let old = self.config.load_full();
+        new.keep_derived_sizes(&old);
+        let fixed = [
+            (new.node.id != old.node.id, "node.id"),
+            (new.node.domain != old.node.domain, "node.domain"),
+            (new.node.root != old.node.root, "node.root"),
+            (
+                new.node.reserve_bytes != old.node.reserve_bytes,
+                "node.reserve_bytes",
+            ),
+            (
+                new.identity.allow_without_domain != old.identity.allow_without_domain,
+                "identity.allow_without_domain",
+            ),
+            (new.mesh != old.mesh, "mesh"),
+            (new.gateway != old.gateway, "gateway"),
+            (new.quota != old.quota, "quota"),
+            (
+                new.audit.segment_bytes != old.audit.segment_bytes,
+                "audit.segment_bytes",
+            ),
+            (
+                new.audit.segment_max_age_s != old.audit.segment_max_age_s,
+                "audit.segment_max_age_s",
+            ),
+            (new.audit.custody != old.audit.custody, "audit.custody"),
+            (
+                new.audit.retention_min_s != old.audit.retention_min_s,
+                "audit.retention_min_s",
+            ),
+            (new.log != old.log, "log"),
+        ];
+        let changed: Vec<&str> = fixed.iter().filter(|(c, _)| *c).map(|(_, n)| *n).collect();
+        if !changed.is_empty() {
+            return Err(Failure::cannot_run(format!(
+                "{} changed; restart the node to change it, nothing was taken over",
+                changed.join(", ")
+            )));
+        }
+        let credentials = load_credentials(&new)?;
+        load_authorities(&new).map_err(Failure::cannot_run)?;
+        let trust = load_policy_trust(&new).map_err(Failure::cannot_run)?;
+        let auth = super::auth_config(&new.gateway)?;
+        // From here on nothing can fail. No bundle is judged by the old trust file meanwhile.
+        let turn = self
+            .activating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        take_auth(auth);
+        self.root.ledger().set_ceiling(new.node.ceiling_bytes);
+        self.root
+            .ledger()
+            .set_custody_max(new.audit.custody_max_bytes);
+        self.revocation.set_options(revocation_options(&new));
+        self.config.store(Arc::new(new));
+        self.slot_faults(&self.slots.reload(&trust, &self.context));
+        self.policy_trust.store(Some(Arc::new(trust)));
+        drop(turn);
+        self.take_identity(Ok(credentials));
+        self.load_crls();
+        self.restore_policy();
+        if let Some(mesh) = self.mesh.get() {
+            mesh.credentials_changed();
+        }
+        self.event("reloaded", json!({}));
+        Ok(())
+    }
+
+    /// Why the transport is closed, if it is (ruling 12).
+    pub(super) fn transport_fault(&self) -> Option<String> {
+        match (self.identity_fault.load_full(), self.mesh.get()) {
+            (Some(fault), _) => Some(fault.to_string()),
+            (None, None) => Some("no identity".to_owned()),
+            (None, Some(mesh)) => mesh.closed_because(),
+        }
+    }
+
+    /// What time and disk demand of every decision, whatever the bundle's age.
+    fn posture_floor(&self) -> Posture {
+        if self.clock.trusted().suspect {
+            // INV-18: a jump closes instead of expiring everything silently.
+            Posture::Closed
+        } else if self.root.ledger().ladder() >= Ladder::Restricted {
+            Posture::Restricted
+        } else {
+            Posture::Normal
+        }
+    }
+
+    /// Several times a second: ends overdue waits, seals by age, evicts what is licensed.
+    pub(super) fn tick(&self) {
+        let floor = self.posture_floor();
+        if floor != self.interceptor.posture_floor() {
+            self.event("posture_floor", json!({"posture": floor.as_str()}));
+            self.interceptor.set_posture_floor(floor);
+        }
+        self.interceptor.tick();
+    }
+
+    /// Once a second: what may wait.
+    pub(super) fn slow_tick(&self) {
+        self.log.tick(self.clock.unix_ms());
+        self.keep_revoked_keys();
+    }
+
+    /// Once a minute, and at the end: the time floor, and counted refusals as one record.
+    pub(super) fn minute_tick(&self) {
+        let floor = self.clock.kept();
+        let mut kept = self
+            .kept_floor
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *kept != floor && self.write_state(CLOCK_FILE, &floor) {
+            *kept = floor;
+        }
+        drop(kept);
+        let counted =
+            std::mem::take(&mut *self.refusals.lock().unwrap_or_else(PoisonError::into_inner));
+        if !counted.is_empty() {
+            let list: Vec<Value> = counted
+                .into_iter()
+                .map(|((peer, reason), count)| json!({"peer": peer, "reason": reason, "count": count}))
+                .collect();
+            self.interceptor
+                .record_event("peers_refused", &json!({"refused": list}));
+        }
+    }
+
+    /// Counts a refused peer; the counts become one bounded record a window.
+    pub(super) fn count_refusal(&self, peer: &str, reason: &str) {
+        count(&self.refusals, peer, reason);
+    }
+
+    pub(super) fn write_state<T: Serialize>(&self, path: &str, value: &T) -> bool {
+        let written = check_of(value)
+            .and_then(|check| serde_json::to_vec(&Checked { check, value }))
+            .map_err(|e| e.to_string())
+            .and_then(|bytes| {
+                self.root
+                    .write_atomic(path, &bytes, Charge::Reserve)
+                    .map_err(|e| e.to_string())
+            });
+        if let Err(why) = &written {
+            tracing::error!(path, why, "state file cannot be written");
+        }
+        written.is_ok()
+    }
+
+    fn keep_revoked_keys(&self) {
+        let state = self.revocation.state();
+        let mut kept = self
+            .kept_keys
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *kept != *state.revoked_keys() {
+            let keys: Vec<&[u8; 32]> = state
+                .revoked_keys()
+                .iter()
+                .map(SpkiHash::as_bytes)
+                .collect();
+            if self.write_state(REVOKED_KEYS_FILE, &keys) {
+                kept.clone_from(state.revoked_keys());
+            }
+        }
+    }
+
+    /// Tells the mesh that a segment is held now.
+    pub(super) fn offered(&self, reference: SegmentRef) {
+        if let Some(mesh) = self.mesh.get() {
+            mesh.notify_stored(&reference);
+        }
+    }
+
+    /// The own sealed segments that have fewer custodians than the config asks for.
+    pub(super) fn unlicensed_segments(&self) -> usize {
+        let config = self.config.load();
+        let needed = usize::try_from(config.audit.custody).unwrap_or(usize::MAX);
+        self.store
+            .list(Some(Kind::Audit))
+            .iter()
+            .filter(|s| s.origin.audit_node() == Some(config.node.id.as_str()))
+            .filter(|s| self.store.custodians(&s.id).len() < needed)
+            .count()
+    }
+
+    /// Closes what was opened, in the opposite order.
+    pub(super) fn close(&self) {
+        self.interceptor.flush_summary();
+        self.event("stopped", json!({}));
+        self.minute_tick();
+        self.log.close();
+    }
+}
+
+fn count(refusals: &Refusals, peer: &str, reason: &str) {
+    let mut refusals = refusals.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (peer.to_owned(), reason.to_owned());
+    let key = if refusals.len() < REFUSALS_MAX || refusals.contains_key(&key) {
+        key
+    } else {
+        ("(others)".to_owned(), "(others)".to_owned())
+    };
+    *refusals.entry(key).or_default() += 1;
+}
+
+/// A root belongs to the node that began it: under another name or domain its log would be cut off
+/// and its segments would all look damaged.
+fn claim_root(config: &Config, root: &Arc<Root>) -> Result<(), Failure> {
+    let claim = format!("{} of domain {}\n", config.node.id, config.node.domain);
+    match root.read(OWNER_FILE)? {
+        Some(owner) if owner == claim.as_bytes() => Ok(()),
+        Some(owner) => Err(Failure::cannot_run(format!(
+            "{} belongs to node {} (its file `{OWNER_FILE}` says so); mend node.id and node.domain, \
+             or choose another root; nothing was touched",
+            root.path().display(),
+            String::from_utf8_lossy(&owner).trim_end()
+        ))),
+        None => Ok(root.write_atomic(OWNER_FILE, claim.as_bytes(), Charge::Reserve)?),
+    }
+}
+
+fn open_interceptor(
+    config: &Config,
+    clock: &Arc<NodeClock>,
+    slots: &Arc<Slots>,
+    log: &Arc<AuditLog>,
+) -> Result<Interceptor, Failure> {
+    let mut settings = InterceptorConfig::new(config.node.id.clone());
+    settings.actions = Rate {
+        per_second: config.quota.actions_per_second,
+        burst: config.quota.actions_burst,
+    };
+    let slots = slots.clone();
+    Ok(Interceptor::new(
+        settings,
+        Arc::new(InterceptorClock(clock.clone())),
+        Arc::new(move || slots.current()),
+        log.clone(),
+    )?)
+}
+
+fn open_log(
+    config: &Config,
+    root: &Arc<Root>,
+    store: &Arc<Store>,
+    clock: &Arc<NodeClock>,
+    credentials: &Result<Credentials, CredentialsError>,
+) -> Result<Arc<AuditLog>, Failure> {
+    let log_clock = clock.clone();
+    let settings = LogConfig {
+        domain: config.node.domain.clone(),
+        node_id: config.node.id.clone(),
+        segment_bytes: config.audit.segment_bytes,
+        segment_max_age_ms: config.audit.segment_max_age_s.saturating_mul(1_000),
+        custody_required: usize::try_from(config.audit.custody).unwrap_or(usize::MAX),
+        min_retention_ms: config.audit.retention_min_s.saturating_mul(1_000),
+        clock: Arc::new(move || log_clock.unix_ms()),
+    };
+    let (log, recovery) = AuditLog::open(
+        root.clone(),
+        store.clone(),
+        settings,
+        &|key, incarnation| {
+            let endorsement = match credentials {
+                Ok(credentials) => endorse(credentials, &config.node.id, key, incarnation)?,
+                Err(why) => kept_endorsement(root, key, incarnation)
+                    .map_err(|e| io::Error::other(format!("{why}: {e}")))?,
+            };
+            keep_endorsement(root, &endorsement);
+            Ok(endorsement)
+        },
+    )?;
+    tracing::info!(?recovery, "audit log open");
+    Ok(log)
+}
+
+/// Keeps the endorsement, so that the node can open its log while its certificate is unusable.
+fn keep_endorsement(root: &Arc<Root>, endorsement: &Endorsement) {
+    let kept = endorsement
+        .encode()
+        .map_err(|e| e.to_string())
+        .and_then(|bytes| {
+            root.write_atomic(ENDORSEMENT_FILE, &bytes, Charge::Reserve)
+                .map_err(|e| e.to_string())
+        });
+    if let Err(why) = kept {
+        tracing::warn!(why, "the endorsement of the log key could not be kept");
+    }
+}
+
+fn kept_endorsement(root: &Root, key: &LogPublicKey, incarnation: u64) -> io::Result<Endorsement> {
+    let missing = || {
+        io::Error::other(
+            "no earlier endorsement of the log key is kept; a node needs a certificate for its \
+             first start and for each new incarnation",
+        )
+    };
+    let bytes = root
+        .read(ENDORSEMENT_FILE)
+        .map_err(io::Error::other)?
+        .ok_or_else(missing)?;
+    let endorsement = Endorsement::decode(&bytes).map_err(io::Error::other)?;
+    if endorsement.log_key == *key && endorsement.incarnation == incarnation {
+        Ok(endorsement)
+    } else {
+        Err(missing())
+    }
+}

@@ -1,0 +1,271 @@
+//! A node's life: reload, drain, restart, and what a verifier sees of it.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+
+use common::{Site, over_unix, read_action, request, until};
+use rustix::process::Signal;
+use serde_json::Value;
+
+fn ceiling(site: &Site) -> Value {
+    site.status()["disk"]["ceiling_bytes"].clone()
+}
+
+#[test]
+fn a_reload_takes_all_of_the_new_or_none_of_it() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let good = site.read("tidelock.toml");
+    assert_eq!(ceiling(&site), 32 << 20);
+
+    // Each is a config with a new ceiling and one fault; nothing of it may be taken.
+    let bigger = good.replace("32MiB", "48MiB");
+    let cases = [
+        ("misspelt", bigger.replace("listen", "lisen"), "lisen"),
+        ("no syntax", format!("{bigger}\n[node\n"), "syntax"),
+        (
+            "another root",
+            bigger.replace("\"root\"", "\"root2\""),
+            "node.root",
+        ),
+        (
+            "another id",
+            bigger.replace("id = \"a\"", "id = \"b\""),
+            "node.id",
+        ),
+        (
+            "another age of segments",
+            bigger.replace("custody = 0", "custody = 0\nsegment_max_age_s = 7"),
+            "audit.segment_max_age_s",
+        ),
+        (
+            "no key",
+            bigger.replace("a.key", "nowhere.key"),
+            "nowhere.key",
+        ),
+        (
+            "no CA",
+            bigger.replace("ca/ca.crt", "nowhere.crt"),
+            "nowhere.crt",
+        ),
+        (
+            "no trust",
+            bigger.replace("trust.toml", "nowhere.toml"),
+            "nowhere.toml",
+        ),
+    ];
+    for (what, text, word) in cases {
+        site.write("tidelock.toml", &text);
+        let why = node.reload("reload_refused");
+        assert!(why["why"].as_str().unwrap().contains(word), "{what}: {why}");
+        // The command line reads the file too, so the file is mended before the node is asked.
+        site.write("tidelock.toml", &good);
+        assert_eq!(ceiling(&site), 32 << 20, "{what}");
+        site.decides();
+        site.transport_open();
+    }
+    fs::remove_file(site.path("tidelock.toml")).unwrap();
+    node.signal(Signal::HUP);
+    until("the refusal in the node's log", || {
+        let log = site.read("node.log");
+        log.contains("reload_refused").then_some(())?;
+        log.contains("cannot read").then_some(())
+    });
+
+    site.write("tidelock.toml", &bigger);
+    node.reload("reloaded");
+    assert_eq!(ceiling(&site), 48 << 20);
+    site.decides();
+    // Sizes that follow from the ceiling do not hinder it, up or down.
+    for mebibytes in [512, 24] {
+        site.write(
+            "tidelock.toml",
+            &good.replace("32MiB", &format!("{mebibytes}MiB")),
+        );
+        node.reload("reloaded");
+        assert_eq!(ceiling(&site), mebibytes << 20);
+        site.decides();
+    }
+    assert!(node.stop().success());
+}
+
+#[test]
+fn sigterm_under_load_loses_no_acknowledged_decision() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let site = Site::new();
+        let node = site.start_deciding();
+        let body = read_action("/srv/a.txt").to_string();
+        let ask = request("POST", "/v1/decide", &[], body.as_bytes());
+        let (socket, stop, count) = (site.path("s"), AtomicBool::new(false), AtomicUsize::new(0));
+        let (acknowledged, status) = std::thread::scope(|scope| {
+            let callers: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let mut mine = Vec::new();
+                        while !stop.load(Ordering::Relaxed) {
+                            // Refused or cut off: not acknowledged.
+                            let Some((200, answer)) = over_unix(&socket, &ask) else {
+                                continue;
+                            };
+                            mine.push(serde_json::from_str::<Value>(&answer).unwrap());
+                            count.fetch_add(1, Ordering::Relaxed);
+                        }
+                        mine
+                    })
+                })
+                .collect();
+            until("load", || {
+                (count.load(Ordering::Relaxed) > 200).then_some(())
+            });
+            let status = node.end(signal);
+            stop.store(true, Ordering::Relaxed);
+            let all: Vec<Value> = callers
+                .into_iter()
+                .flat_map(|c| c.join().unwrap())
+                .collect();
+            (all, status)
+        });
+        assert!(status.success(), "{status}");
+        assert!(!socket.exists(), "the door is closed behind it");
+        site.ok(&["audit", "verify"]);
+
+        let _node = site.start();
+        let held: BTreeMap<u64, Value> = site
+            .records()
+            .into_iter()
+            .map(|r| (r["index"].as_u64().unwrap(), r))
+            .collect();
+        assert!(acknowledged.len() > 200);
+        for answer in &acknowledged {
+            let record = &held[&answer["record"]["index"].as_u64().unwrap()];
+            assert_eq!(record["leaf"], answer["record"]["leaf"]);
+            assert_eq!(record["record"]["action_hash"], answer["action_hash"]);
+        }
+        assert!(
+            site.events("recovered").is_empty(),
+            "an orderly end leaves no torn tail"
+        );
+        assert_eq!(site.events("stopped").len(), 1);
+        site.decides();
+    }
+}
+
+#[test]
+fn a_node_at_rest_ends_without_waiting_for_its_deadline() {
+    let site = Site::new();
+    let node = site.start();
+    assert!(node.stop().success());
+    let log = site.read("node.log");
+    assert!(log.contains("draining") && log.contains("stopped"), "{log}");
+    assert!(!log.contains("cut off at the deadline"), "{log}");
+}
+
+fn sealed_segment(site: &Site) -> PathBuf {
+    let id = site.operate("audit.seal")["sealed"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let name = format!("{}.seg", id.strip_prefix("blake3:").unwrap());
+    site.path("root/segments/audit").join(name)
+}
+
+#[test]
+fn audit_verify_sees_one_flipped_byte_of_a_sealed_segment() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    site.decides();
+    let path = sealed_segment(&site);
+    site.decides();
+    site.ok(&["audit", "verify"]).says(&["good"]);
+    assert!(node.stop().success());
+    let report = site.json(&["audit", "verify"]);
+    assert_eq!(report["ok"], true, "{report}");
+    assert_eq!(
+        site.json(&["segment", "verify"])["damaged"],
+        serde_json::json!([])
+    );
+
+    let good = fs::read(&path).unwrap();
+    for at in [0, 20, good.len() / 2, good.len() - 1] {
+        let mut bad = good.clone();
+        bad[at] ^= 0x40;
+        fs::write(&path, &bad).unwrap();
+        let text = site
+            .tidelock(&["audit", "verify"])
+            .ended(1)
+            .says(&["FAULT"]);
+        assert!(!text.err.contains("panicked"), "{text:?}");
+        let report = site
+            .tidelock(&["audit", "verify", "--json"])
+            .ended(1)
+            .json();
+        assert_eq!(report["ok"], false, "byte {at}");
+        let damaged = site
+            .tidelock(&["segment", "verify", "--json"])
+            .ended(1)
+            .json();
+        let file = damaged["damaged"][0]["file"].as_str().unwrap();
+        assert_eq!(file, path.display().to_string());
+        site.tidelock(&["segment", "verify"])
+            .ended(1)
+            .says(&["DAMAGED", file]);
+    }
+    fs::remove_file(&path).unwrap();
+    site.tidelock(&["audit", "verify"]).ended(1);
+
+    fs::write(&path, &good).unwrap();
+    site.ok(&["audit", "verify"]);
+    // A byte of the active file, in a record that is durable.
+    let active: Vec<PathBuf> = fs::read_dir(site.path("root/log"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .filter(|p| fs::read(p).is_ok_and(|b| b.windows(12).any(|w| w == b"POLICY_ALLOW")))
+        .collect();
+    let mut bytes = fs::read(&active[0]).unwrap();
+    let at = bytes
+        .windows(12)
+        .position(|w| w == b"POLICY_ALLOW")
+        .unwrap();
+    bytes[at] ^= 1;
+    fs::write(&active[0], &bytes).unwrap();
+    site.tidelock(&["audit", "verify"])
+        .ended(1)
+        .says(&["FAULT"]);
+    bytes[at] ^= 1;
+    fs::write(&active[0], &bytes).unwrap();
+    site.ok(&["audit", "verify"]);
+    let _node = site.start();
+    site.decides();
+}
+
+#[test]
+fn a_killed_node_starts_again_and_loses_nothing() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let answer = site
+        .decide(read_action("/srv/a.txt").to_string().as_bytes())
+        .json();
+    drop(node); // SIGKILL
+    let _node = site.start();
+    let held = site.records();
+    let record = held
+        .iter()
+        .find(|r| r["index"] == answer["record"]["index"])
+        .unwrap();
+    assert_eq!(record["leaf"], answer["record"]["leaf"]);
+    assert!(site.events("stopped").is_empty());
+    site.decides();
+    site.ok(&["audit", "verify"]);
+}

@@ -1,0 +1,225 @@
+//! Bundles that must not decide, and plans that must not act.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::fs;
+
+use common::Site;
+use serde_json::{Value, json};
+
+#[test]
+fn a_bundle_that_fails_a_check_is_named_by_its_code_and_the_active_one_stays() {
+    let site = Site::new();
+    let key = "policy.key";
+    let epoch = |n: u64| move |m: &mut Value| m["epoch"] = json!(n);
+    site.bundle("active.tar", key, epoch(3));
+    site.bundle("older.tar", key, epoch(2));
+    site.bundle("conflict.tar", key, |m| {
+        m["epoch"] = json!(3);
+        m["version"] = json!("9.9.9");
+    });
+    site.bundle("lagoon.tar", key, |m| {
+        m["epoch"] = json!(4);
+        m["domain"] = json!("lagoon");
+    });
+    site.bundle("newer-node.tar", key, |m| {
+        m["epoch"] = json!(4);
+        m["min_node_version"] = json!("99.0.0");
+    });
+    site.signing_key("stranger.key");
+    site.bundle("stranger.tar", "stranger.key", epoch(4));
+    site.bundle("unsigned.tar", key, epoch(4));
+    fs::remove_file(site.path("unsigned.tar.sig")).unwrap();
+    site.bundle("changed.tar", key, epoch(4));
+    let mut bytes = fs::read(site.path("changed.tar")).unwrap();
+    bytes[600] ^= 1;
+    fs::write(site.path("changed.tar"), bytes).unwrap();
+    site.write("text.tar", "no archive at all");
+    site.ok(&["bundle", "sign", "text.tar", "--key", key]);
+    let policy = site.read("policy/policies/base.cedar");
+    site.write(
+        "policy/policies/base.cedar",
+        "permit (principal, action, resource) when {",
+    );
+    site.bundle("syntax.tar", key, epoch(4));
+    site.write(
+        "policy/policies/base.cedar",
+        "permit (principal, action, resource) when { resource.colour == 1 };",
+    );
+    site.bundle("schema.tar", key, epoch(4));
+    site.write(
+        "policy/policies/base.cedar",
+        "permit (principal, action, resource);",
+    );
+    site.bundle("tests.tar", key, epoch(4));
+    site.write("policy/policies/base.cedar", &policy);
+    site.bundle("next.tar", key, epoch(4));
+
+    let _node = site.start();
+    site.ok(&["bundle", "install", "active.tar", "--apply"]);
+    let active = site.status()["bundle"].clone();
+    assert_eq!(active["epoch"], 3);
+    for (archive, code) in [
+        ("older.tar", "BUNDLE_EPOCH"),
+        ("conflict.tar", "BUNDLE_CONFLICT"),
+        ("lagoon.tar", "BUNDLE_DOMAIN"),
+        ("newer-node.tar", "BUNDLE_NODE_VERSION"),
+        ("stranger.tar", "BUNDLE_SIGNATURE"),
+        ("unsigned.tar", "BUNDLE_SIGNATURE"),
+        ("changed.tar", "BUNDLE_SIGNATURE"),
+        ("text.tar", "BUNDLE_FORMAT"),
+        ("syntax.tar", "BUNDLE_COMPILE"),
+        ("schema.tar", "BUNDLE_SCHEMA"),
+        ("tests.tar", "BUNDLE_TESTS"),
+    ] {
+        // The plan says it already; the act says it and records it.
+        site.tidelock(&["bundle", "install", archive])
+            .ended(1)
+            .says(&[code]);
+        let rejected = site.events("bundle_rejected").len();
+        site.tidelock(&["bundle", "install", archive, "--apply"])
+            .ended(1)
+            .says(&[code]);
+        let failed = site.tidelock(&["bundle", "install", archive, "--apply", "--json"]);
+        assert!(
+            failed.ended(1).json()["error"]
+                .as_str()
+                .unwrap()
+                .contains(code)
+        );
+        let events = site.events("bundle_rejected");
+        assert_eq!(events.len(), rejected + 2, "{archive}");
+        assert_eq!(events[rejected]["code"], code, "{archive}");
+        assert_eq!(site.status()["bundle"], active, "{archive}");
+        site.decides();
+    }
+    site.tidelock(&["bundle", "install", "nowhere.tar", "--apply"])
+        .ended(2)
+        .says(&["nowhere.tar"]);
+
+    // The controls: the same content again (ruling 13), and a newer epoch.
+    site.ok(&["bundle", "install", "active.tar", "--apply"]);
+    assert_eq!(site.status()["bundle"], active);
+    site.ok(&["bundle", "install", "next.tar", "--apply"]);
+    assert_eq!(site.status()["bundle"]["epoch"], 4);
+    site.decides();
+}
+
+#[test]
+fn without_a_trust_file_the_node_runs_and_denies_everything() {
+    let site = Site::new();
+    fs::rename(site.path("trust.toml"), site.path("aside.toml")).unwrap();
+    let node = site.start();
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    let faults = site.events("policy_trust_unusable");
+    assert!(
+        faults[0]["why"].as_str().unwrap().contains("trust.toml"),
+        "{faults:?}"
+    );
+    site.tidelock(&["bundle", "install", "site-1.tar", "--apply"])
+        .ended(1)
+        .says(&["NO_TRUST", "policy.trust"]);
+    assert_eq!(site.status()["bundle"], Value::Null);
+    site.tidelock(&["doctor"]).ended(1).says(&["trust.toml"]);
+
+    fs::rename(site.path("aside.toml"), site.path("trust.toml")).unwrap();
+    node.reload("reloaded");
+    assert_eq!(
+        site.may_read("/srv/a.txt"),
+        denied,
+        "trust alone allows nothing"
+    );
+    site.ok(&["bundle", "install", "site-1.tar", "--apply"]);
+    site.decides();
+
+    // What was installed does not decide without the keys that vouched for it.
+    assert!(node.stop().success());
+    fs::rename(site.path("trust.toml"), site.path("aside.toml")).unwrap();
+    let node = site.start();
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    fs::rename(site.path("aside.toml"), site.path("trust.toml")).unwrap();
+    node.reload("reloaded");
+    site.decides();
+
+    // A trust file of another domain is none.
+    assert!(node.stop().success());
+    let trust = site.read("trust.toml");
+    site.write("trust.toml", &trust.replace("harbour\"", "lagoon\""));
+    let node = site.start();
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    site.write("trust.toml", &trust);
+    node.reload("reloaded");
+    site.decides();
+}
+
+/// Everything that a plan must leave as it is.
+fn state(site: &Site) -> Value {
+    let status = site.status();
+    json!({
+        "bundle": status["bundle"],
+        "crls": status["crls"],
+        "records": status["audit"]["records"],
+        "suspect": status["clock"]["suspect"],
+        "segments": site.json(&["segment", "ls"]),
+        "ca": site.json(&["ca", "list"]),
+        "index": site.read("ca/index.json"),
+        "crl": site.read("ca/crl.pem"),
+    })
+}
+
+#[test]
+fn a_plan_changes_nothing_and_the_act_does() {
+    let site = Site::new();
+    let _node = site.start();
+    site.ok(&["ca", "revoke", "--dir", "ca", "a"])
+        .says(&["--apply"]);
+    // A CRL that the node does not have yet, and revokes nobody: the node stays in the mesh.
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b", "--out", "b"]);
+    site.ok(&["ca", "crl", "--dir", "ca"]);
+    for (plan, shown) in [
+        (
+            ["bundle", "install", "site-1.tar"].as_slice(),
+            "site epoch 1",
+        ),
+        (&["crl", "import", "ca/crl.pem"], "\"number\":2"),
+        (&["ca", "revoke", "--dir", "ca", "b"], "b"),
+        (&["clock", "accept"], "trusted_unix_ms"),
+    ] {
+        let before = state(&site);
+        site.ok(plan).says(&["--apply", shown]);
+        let planned = site.json(plan);
+        assert!(planned.is_object());
+        assert_eq!(state(&site), before, "{plan:?} only planned");
+
+        let act = [plan, &["--apply"]].concat();
+        let done = site.ok(&act);
+        assert!(!done.out.contains("act with --apply"), "{done:?}");
+        assert_ne!(state(&site), before, "{plan:?} acted");
+    }
+    assert_eq!(site.status()["bundle"]["epoch"], 1);
+    assert_eq!(site.status()["crls"][0]["number"], 2);
+    assert_eq!(site.events("clock_accepted").len(), 1);
+    let listed = site.json(&["ca", "list"]);
+    let revoked = listed["issued"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|i| i["revoked_unix_s"].is_u64());
+    assert_eq!(revoked.count(), 1);
+    // Nothing to revoke is an error of its own, planned or not.
+    site.tidelock(&["ca", "revoke", "--dir", "ca", "nobody"])
+        .ended(2)
+        .says(&["nobody"]);
+    site.tidelock(&["ca", "revoke", "--dir", "ca", "nobody", "--apply"])
+        .ended(2);
+    // A CRL that is born expired closes meshes: it is not made.
+    let born_dead = site.tidelock(&["ca", "crl", "--dir", "ca", "--days", "0"]);
+    born_dead.ended(2).says(&["--days"]);
+}
