@@ -1,1 +1,44 @@
-//! Tests that need more than one crate
+//! What tests of more than one crate share: the built program, and network namespaces.
+//!
+//! Not a test itself: look in `tests/tests/`.
+
+pub mod namespaces;
+
+use std::{io, path::PathBuf, process::Command};
+
+/// Builds the `tidelock` program in the profile of the running test and answers where it is.
+///
+/// # Errors
+/// Where cargo cannot be run or the build fails.
+pub fn program() -> io::Result<PathBuf> {
+    let test = std::env::current_exe()?;
+    // target/<profile>/deps/<test>
+    let profile_dir = test
+        .parent()
+        .and_then(|deps| deps.parent())
+        .ok_or(io::ErrorKind::NotFound)?;
+    let mut command = Command::new(env!("CARGO"));
+    command.args([
+        "build",
+        "--quiet",
+        "--package",
+        "tidelock",
+        "--bin",
+        "tidelock",
+    ]);
+    if profile_dir
+        .file_name()
+        .is_some_and(|name| name == "release")
+    {
+        command.arg("--release");
+    }
+    if !command.status()?.success() {
+        return Err(io::Error::other("the program does not build"));
+    }
+    Ok(profile_dir.join("tidelock"))
+}
+
+/// Says on standard error that a test could not run, in the words that CI counts.
+pub fn not_run(test: &str, why: &str) {
+    eprintln!("not run: {test}: {why}");
+}
