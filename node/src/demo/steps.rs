@@ -671,8 +671,18 @@ fn check_exchange(id: &str, entries: &[Value]) -> Result<usize, Broken> {
     })?;
     let mut last: BTreeMap<(String, String), u64> = BTreeMap::new();
     let mut worst: BTreeMap<String, u32> = BTreeMap::new();
-    for entry in requested {
+    // The order is a session's: of two that met at once, one is kept and asks anew.
+    for entry in entries {
         let peer = text(entry, "/peer");
+        match text(entry, "/event").as_str() {
+            "session_established" => {
+                last.retain(|(of, _), _| *of != peer);
+                worst.remove(&peer);
+                continue;
+            }
+            "segment_requested" => {}
+            _ => continue,
+        }
         let sequence = number(entry, "/sequence").unwrap_or_default();
         let before = last.insert((peer.clone(), text(entry, "/origin")), sequence);
         must(before.is_none_or(|b| b < sequence), || {
@@ -751,9 +761,11 @@ async fn revoked(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
             let applied = entries.iter().find(|e| {
                 text(e, "/event") == "crl_applied" && number(e, "/number") == Some(crl_number)
             })?;
-            let closed = entries
-                .iter()
-                .find(|e| text(e, "/event") == "session_closed" && text(e, "/peer") == "b")?;
+            let closed = entries.iter().find(|e| {
+                text(e, "/event") == "session_closed"
+                    && text(e, "/peer") == "b"
+                    && text(e, "/reason") != "duplicate"
+            })?;
             Some((
                 number(closed, "/unix_ms")?.saturating_sub(number(applied, "/unix_ms")?),
                 text(closed, "/reason"),
