@@ -245,6 +245,18 @@ impl Inner {
         out
     }
 
+    /// Commits all that waits, on the caller's thread.
+    fn drain(&self) {
+        let mut batch = std::mem::take(&mut lock(&self.queue).waiting);
+        lock(&self.queue).bytes = 0;
+        while !batch.is_empty() {
+            for one in self.with_core(|core| core.commit(&mut batch)) {
+                guard("append", || one.tell());
+            }
+            self.with_core(Core::sign_head);
+        }
+    }
+
     /// The body of the commit thread.
     fn run(&self, prepare: &mpsc::SyncSender<u64>) {
         let mut batch = VecDeque::new();
@@ -295,6 +307,8 @@ fn guard(what: &str, callback: impl FnOnce()) {
 pub struct AuditLog {
     inner: Arc<Inner>,
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// No threads: every step runs on the caller's, so that a run can be replayed.
+    inline: bool,
 }
 
 impl fmt::Debug for AuditLog {
@@ -315,23 +329,7 @@ impl AuditLog {
         config: LogConfig,
         endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
     ) -> Result<(Arc<Self>, Recovery), LogError> {
-        let (core, recovery) = Core::open(
-            Arc::clone(&root),
-            Arc::clone(&store),
-            config.clone(),
-            endorse,
-        )?;
-        let inner = Arc::new(Inner {
-            view: Mutex::new(core.view()),
-            key: Arc::clone(core.key()),
-            core: Mutex::new(core),
-            queue: Mutex::default(),
-            arrived: Condvar::new(),
-            on_seal: Mutex::default(),
-            root,
-            store,
-            config,
-        });
+        let (inner, recovery) = Self::open_core(root, store, config, endorse)?;
         let (asks, asked) = mpsc::sync_channel::<u64>(1);
         let start = |name: &str, body: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new()
@@ -359,9 +357,56 @@ impl AuditLog {
             Arc::new(Self {
                 inner,
                 threads: Mutex::new(vec![commit, prepare]),
+                inline: false,
             }),
             recovery,
         ))
+    }
+
+    /// Like [`AuditLog::open`], without any thread: `submit` commits before it returns and nothing is
+    /// prepared ahead. With a simulated disk a run is then a function of its inputs alone.
+    ///
+    /// # Errors
+    /// As [`AuditLog::open`].
+    pub fn open_inline(
+        root: Arc<Root>,
+        store: Arc<Store>,
+        config: LogConfig,
+        endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
+    ) -> Result<(Arc<Self>, Recovery), LogError> {
+        let (inner, recovery) = Self::open_core(root, store, config, endorse)?;
+        let log = Self {
+            inner,
+            threads: Mutex::default(),
+            inline: true,
+        };
+        Ok((Arc::new(log), recovery))
+    }
+
+    fn open_core(
+        root: Arc<Root>,
+        store: Arc<Store>,
+        config: LogConfig,
+        endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
+    ) -> Result<(Arc<Inner>, Recovery), LogError> {
+        let (core, recovery) = Core::open(
+            Arc::clone(&root),
+            Arc::clone(&store),
+            config.clone(),
+            endorse,
+        )?;
+        let inner = Arc::new(Inner {
+            view: Mutex::new(core.view()),
+            key: Arc::clone(core.key()),
+            core: Mutex::new(core),
+            queue: Mutex::default(),
+            arrived: Condvar::new(),
+            on_seal: Mutex::default(),
+            root,
+            store,
+            config,
+        });
+        Ok((inner, recovery))
     }
 
     /// Queues a record. `done` is called once, on the log's thread, when it is durable or refused; it
@@ -392,7 +437,9 @@ impl AuditLog {
         queue.bytes = bytes_after;
         queue.waiting.push_back(Pending { class, bytes, done });
         drop(queue);
-        if idle {
+        if self.inline {
+            self.inner.drain();
+        } else if idle {
             self.inner.arrived.notify_one();
         }
     }
@@ -582,7 +629,10 @@ impl AuditLog {
     /// Writes what waits and ends the log's threads. Appends after it are refused. Dropping the log
     /// does the same.
     pub fn close(&self) {
-        lock(&self.inner.queue).closed = true;
+        let was_closed = std::mem::replace(&mut lock(&self.inner.queue).closed, true);
+        if self.inline && !was_closed {
+            self.inner.with_core(Core::close);
+        }
         self.inner.arrived.notify_all();
         let threads = std::mem::take(&mut *lock(&self.threads));
         let own = std::thread::current().id();
