@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use tidelock_policy::{ActivePolicy, Evaluation, PolicyRequest, Posture, Verdict};
+use tidelock_policy::{ActivePolicy, Evaluation, PolicyRequest, Posture, Verdict, WhenRestricted};
 use tidelock_quota::{Rate, RateError, TokenBuckets};
 use tidelock_segments::{AppendError, NodeId, RecordClass};
 
@@ -27,7 +27,7 @@ use crate::{
     },
     pending::{Completed, Draft, Queue, Slot},
     reason::{Decision, Reason},
-    record::{self, Findings, Judgement, Request},
+    record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
     stats::{Counters, Stats, add},
     summary::{Summary, Window},
@@ -490,14 +490,21 @@ impl Inner {
             return Findings::new(Reason::NoPolicy, posture);
         };
         // Posture gates every request, before anything that could be cached (ruling 16).
-        match posture {
+        let form = match posture {
             Posture::Closed => return Findings::new(Reason::PostureClosed, posture),
-            Posture::Restricted if policy.denied_when_restricted(action.name()) => {
-                return Findings::new(Reason::PostureRestricted, posture);
-            }
-            Posture::Normal | Posture::Stale | Posture::Restricted => {}
+            Posture::Restricted => match policy.when_restricted(action.name()) {
+                WhenRestricted::Deny => {
+                    return Findings::new(Reason::PostureRestricted, posture);
+                }
+                WhenRestricted::Degrade => Form::Short,
+                WhenRestricted::Continue => Form::Full,
+            },
+            Posture::Normal | Posture::Stale => Form::Full,
+        };
+        Findings {
+            form,
+            ..self.evaluate(action, policy, posture)
         }
-        self.evaluate(action, policy, posture)
     }
 
     fn evaluate(&self, action: &Action, policy: &ActivePolicy, posture: Posture) -> Findings {

@@ -50,6 +50,10 @@ pub const MAX_POLICY_ID_BYTES: usize = 128;
 /// Bytes of one canonical record (ruling 22).
 pub const MAX_RECORD_BYTES: usize = 65_535;
 
+/// Bytes of a record of the short form: two hashes of 71 bytes, an action's name, a node id and
+/// fixed fields.
+pub const MAX_SHORT_RECORD_BYTES: usize = 640;
+
 /// Canonical bytes of params, and of context, that a record carries in full; beyond it the record
 /// carries their hash only.
 pub const MAX_INLINE_BYTES: usize = 8 * 1024;
@@ -98,6 +102,7 @@ const _: () = assert!(
         + 4096
         < MAX_RECORD_BYTES
 );
+const _: () = assert!(2 * 71 + MAX_ACTION_NAME_BYTES + 63 + 256 < MAX_SHORT_RECORD_BYTES);
 const _: () = assert!(MAX_EVENT_BYTES + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(MAX_SUMMARY_PRINCIPALS * 1024 + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(MAX_INLINE_BYTES <= MAX_BODY_BYTES);

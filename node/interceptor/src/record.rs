@@ -40,6 +40,17 @@ pub(crate) struct Findings {
     pub(crate) policies: Vec<String>,
     pub(crate) errors: Vec<String>,
     pub(crate) retry_after_ms: Option<u64>,
+    pub(crate) form: Form,
+}
+
+/// How much of a decision its record carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// All of it.
+    Full,
+    /// Hashes in place of what a caller can make long, at most [`MAX_SHORT_RECORD_BYTES`]: for a
+    /// class that the bundle lets go on in posture `restricted` (ruling 19).
+    Short,
 }
 
 impl Findings {
@@ -51,6 +62,7 @@ impl Findings {
             policies: Vec::new(),
             errors: Vec::new(),
             retry_after_ms: None,
+            form: Form::Full,
         }
     }
 }
@@ -164,8 +176,41 @@ pub(crate) fn decision(
             );
         }
     }
-    rendered.bytes = fit(record)?;
+    rendered.bytes = match findings.form {
+        Form::Full => fit(record)?,
+        Form::Short => shorten(&record)?,
+    };
     Ok(rendered)
+}
+
+/// The short form of a full record. Everything that stands in it has a bounded length; who asked for
+/// what can be proved with the full action, by its hash, and not be read off.
+fn shorten(full: &Map<String, Value>) -> Result<Vec<u8>, InvalidRequest> {
+    let mut short = Map::new();
+    for key in [
+        "v",
+        "type",
+        "at",
+        "node",
+        "action",
+        "action_hash",
+        "decision",
+        "reason",
+        "posture",
+    ] {
+        if let Some(value) = full.get(key) {
+            short.insert(key.to_owned(), value.clone());
+        }
+    }
+    short.insert("form".to_owned(), "short".into());
+    if let Some(epoch) = full.get("bundle").and_then(|bundle| bundle.get("epoch")) {
+        short.insert("epoch".to_owned(), epoch.clone());
+    }
+    if let Some(caller) = full.get("caller") {
+        let hash = Sha256Hash::of(&canonical_bytes(caller)?);
+        short.insert("caller_hash".to_owned(), hash.to_string().into());
+    }
+    canonical_bytes(&Value::Object(short))
 }
 
 fn describe_action(

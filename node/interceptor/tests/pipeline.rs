@@ -353,6 +353,42 @@ fn posture_follows_the_bundles_age_and_closes_by_class() {
 }
 
 #[test]
+fn a_degraded_class_goes_on_with_a_short_durable_record_of_its_own() {
+    // The template lets fs.read go on in posture restricted as `degrade`.
+    let site = Site::new();
+    let full = site.ask("fs.read").answer;
+    assert!(site.last_record()["resource"].is_object());
+    site.interceptor.set_posture_floor(Posture::Restricted);
+    let degraded = site.ask("fs.read");
+    let record = site.last_record();
+    // INV-14 and ruling 19: an allow has its own record and position, in whatever form.
+    assert!(degraded.permit.is_some());
+    assert_eq!(degraded.answer.record.map(|r| r.index), Some(1));
+    assert_eq!(degraded.answer.action_hash, full.action_hash);
+    assert_eq!(
+        record["action_hash"],
+        full.action_hash.unwrap().to_string().as_str()
+    );
+    assert_eq!(
+        (&record["type"], &record["form"], &record["decision"]),
+        (&json!("decision"), &json!("short"), &json!("allow"))
+    );
+    assert!(
+        record["caller_hash"]
+            .as_str()
+            .unwrap()
+            .starts_with("sha256:")
+    );
+    for left_out in ["resource", "params", "caller", "principal", "policies"] {
+        assert!(record.get(left_out).is_none(), "{left_out}");
+    }
+    // Lifted, the records are whole again.
+    site.interceptor.set_posture_floor(Posture::Normal);
+    site.ask("fs.read");
+    assert!(site.last_record()["resource"].is_object());
+}
+
+#[test]
 fn a_posture_floor_holds_whatever_the_age_and_can_be_lifted() {
     let site = Site::new();
     for (floor, read, write) in [

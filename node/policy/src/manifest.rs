@@ -14,10 +14,12 @@ use crate::limits::{AGE_S_MAX, CLASSES_MAX, EPOCH_MAX};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum WhenRestricted {
-    /// The policies go on deciding.
-    Allow,
-    /// Every action of the class is denied.
+    /// Every action of the class is denied. For anything with effects.
     Deny,
+    /// The policies go on deciding, and each decision gets a record of the short form (ruling 19).
+    Degrade,
+    /// The policies go on deciding as ever, with full records. Loud: `doctor` shows it.
+    Continue,
 }
 
 /// A class of actions and how old the bundle may get for it.
@@ -254,7 +256,7 @@ pub(crate) mod tests {
             "min_fallback_epoch": 2,
             "classes": {
                 "read": {"actions": ["fs.read"], "stale_after_s": 10, "restrict_after_s": 20,
-                         "close_after_s": 30, "when_restricted": "allow"},
+                         "close_after_s": 30, "when_restricted": "continue"},
                 "effect": {"actions": [], "stale_after_s": 1, "restrict_after_s": 2,
                            "close_after_s": 3, "when_restricted": "deny"},
             },

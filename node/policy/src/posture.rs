@@ -19,7 +19,7 @@ pub enum Posture {
     Normal,
     /// The bundle is older than it should be; it still decides, and every answer says so.
     Stale,
-    /// Only classes that the bundle marks `when_restricted: allow` are still decided.
+    /// Only classes that the bundle does not mark `when_restricted: deny` are still decided.
     Restricted,
     /// Nothing of the class is permitted.
     Closed,

@@ -128,12 +128,12 @@ impl ActivePolicy {
         }
     }
 
-    /// Whether posture `restricted` denies the action outright.
+    /// What posture `restricted` does to the action. One of no class is denied.
     #[must_use]
-    pub fn denied_when_restricted(&self, action: &str) -> bool {
+    pub fn when_restricted(&self, action: &str) -> WhenRestricted {
         self.bundle
             .class_of(action)
-            .is_none_or(|(_, limits)| limits.when_restricted == WhenRestricted::Deny)
+            .map_or(WhenRestricted::Deny, |(_, limits)| limits.when_restricted)
     }
 
     /// The worst posture of all classes: what the node shows and tells its peers.

@@ -43,7 +43,7 @@ pub fn template(
                 "stale_after_s": 7 * day,
                 "restrict_after_s": 30 * day,
                 "close_after_s": 180 * day,
-                "when_restricted": "allow",
+                "when_restricted": "degrade",
             },
             "effect": {
                 "actions": [],

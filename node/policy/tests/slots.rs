@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
     ActivateError, ActivationKind, BundleBuilder, BundleError, LoadContext, Posture, SlotFault,
-    SlotStorage, Slots, Source, TrustFile, VerifiedBundle,
+    SlotStorage, Slots, Source, TrustFile, VerifiedBundle, WhenRestricted,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -398,9 +398,14 @@ fn posture_follows_age_class_and_source() {
         assert_eq!(current.posture("fs.write", at(days)), write, "{days}");
         assert_eq!(current.overall_posture(at(days)), read.max(write));
     }
-    assert!(!current.denied_when_restricted("fs.read"));
-    assert!(current.denied_when_restricted("fs.write"));
-    assert!(current.denied_when_restricted("no.such.action"));
+    assert_eq!(current.when_restricted("fs.read"), WhenRestricted::Degrade);
+    for denied in ["fs.write", "no.such.action"] {
+        assert_eq!(
+            current.when_restricted(denied),
+            WhenRestricted::Deny,
+            "{denied}"
+        );
+    }
     // A clock behind the bundle's making: age zero.
     assert_eq!(current.posture("fs.read", 0), Posture::Normal);
 

@@ -271,6 +271,19 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
             "no bundle: every action is denied; tidelock bundle install one",
         );
     }
+    for class in status
+        .pointer("/bundle/continues_when_restricted")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+    {
+        let text = format!(
+            "class {class} goes on with full records while the disk is nearly full \
+             (when_restricted: continue); degrade or deny fill it slower"
+        );
+        findings.add("policy", Grade::Note, text);
+    }
     match status.pointer("/mesh/reason").and_then(Value::as_str) {
         None => findings.add("mesh", Grade::Good, "the transport is open"),
         Some(why) => findings.add(

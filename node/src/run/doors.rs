@@ -6,7 +6,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
 use tidelock_interceptor::{Caller, Done, Mode};
-use tidelock_policy::Posture;
+use tidelock_policy::{Posture, WhenRestricted};
 use tidelock_segments::{Ladder, Origin, merkle};
 
 use tidelock_transport::shell::{MeshHandle, PeerStatus};
@@ -284,6 +284,12 @@ impl Node {
                 "hash": policy.bundle().content_id(),
                 "source": policy.source(),
                 "segment": segment,
+                "continues_when_restricted": manifest
+                    .classes
+                    .iter()
+                    .filter(|(_, limits)| limits.when_restricted == WhenRestricted::Continue)
+                    .map(|(name, _)| name)
+                    .collect::<Vec<_>>(),
             })
         });
         let audit: serde_json::Map<String, Value> = self
