@@ -298,7 +298,17 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
         "warn" | "reclaim" => Grade::Note,
         _ => Grade::Bad,
     };
-    findings.add("disk", grade, format!("ladder state {ladder}"));
+    let left = status
+        .pointer("/disk/seconds_to_full")
+        .and_then(Value::as_u64)
+        .map(|seconds| {
+            format!(
+                ", {} hours to full at the rate of the last hour",
+                seconds / 3_600
+            )
+        })
+        .unwrap_or_default();
+    findings.add("disk", grade, format!("ladder state {ladder}{left}"));
     let audit = text("/audit/state");
     let grade = if audit == "open" {
         Grade::Good

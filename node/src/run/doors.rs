@@ -344,6 +344,7 @@ impl Node {
                 "reserved_bytes": usage.reserved_bytes,
                 "custody_bytes": usage.custody_bytes,
                 "ladder": self.root.ledger().ladder(),
+                "seconds_to_full": self.seconds_to_full(),
             },
             "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers},
             "crls": crls,
@@ -377,6 +378,17 @@ impl Node {
                 usage.custody_bytes,
             ),
             (
+                "tidelock_disk_ladder",
+                "0 normal, 1 warn, 2 reclaim, 3 restricted, 4 sealed.",
+                match self.root.ledger().ladder() {
+                    Ladder::Normal => 0,
+                    Ladder::Warn => 1,
+                    Ladder::Reclaim => 2,
+                    Ladder::Restricted => 3,
+                    Ladder::Sealed => 4,
+                },
+            ),
+            (
                 "tidelock_audit_records",
                 "Records in the own log.",
                 self.log.size(),
@@ -404,6 +416,15 @@ impl Node {
             let _ = writeln!(
                 text,
                 "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}"
+            );
+        }
+        // A rate that is not there has no number: the line is absent then.
+        if let Some(seconds) = self.seconds_to_full() {
+            let name = "tidelock_disk_seconds_to_full";
+            let help = "Until the own share is full, at the rate of the last hour.";
+            let _ = writeln!(
+                text,
+                "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {seconds}"
             );
         }
         text.push_str("# HELP tidelock_answers_total Answers by reason.\n# TYPE tidelock_answers_total counter\n");

@@ -4,6 +4,7 @@
 //! can keep a node from starting has been opened, so that there is no partial start.
 
 mod admit;
+mod disk;
 mod doors;
 mod hooks;
 mod journal;

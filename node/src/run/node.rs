@@ -28,7 +28,11 @@ use tidelock_transport::{
     verifier::Trust,
 };
 
-use super::{journal::Journal, policy::RootSlots};
+use super::{
+    disk::{Change, DiskWatch, own_share},
+    journal::Journal,
+    policy::RootSlots,
+};
 use crate::{
     cli::Failure,
     clock::{NodeClock, PersistedFloor},
@@ -109,6 +113,7 @@ pub(super) struct Node {
     unsettled: Arc<Unsettled>,
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
+    pub(super) disk_watch: Mutex<DiskWatch>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
     pub(super) activating: Mutex<()>,
 }
@@ -300,6 +305,7 @@ impl Node {
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
+            disk_watch: Mutex::default(),
             activating: Mutex::default(),
             config: ArcSwap::from_pointee(config),
         });
@@ -566,7 +572,42 @@ impl Node {
     /// Once a second: what may wait.
     pub(super) fn slow_tick(&self) {
         self.log.tick(self.clock.unix_ms());
+        self.watch_disk();
         self.keep_revoked_keys();
+    }
+
+    /// Every state of the ladder is told when it begins, `warn` early enough to act on it.
+    fn watch_disk(&self) {
+        let ledger = self.root.ledger();
+        let usage = ledger.usage();
+        let (used_bytes, limit_bytes) = own_share(&usage);
+        let now_s = self.clock.monotonic().as_secs();
+        let (change, seconds_to_full) = {
+            let mut watch = self
+                .disk_watch
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let change = watch.observe(now_s, ledger.ladder(), used_bytes);
+            (change, watch.seconds_to_full(limit_bytes))
+        };
+        if let Some(Change { from, to }) = change {
+            self.event(
+                "disk_ladder",
+                json!({
+                    "from": from, "to": to, "own_bytes": used_bytes, "own_limit_bytes": limit_bytes,
+                    "seconds_to_full": seconds_to_full,
+                }),
+            );
+        }
+    }
+
+    /// Seconds until the own share is full at the rate of the last hour, if it grows.
+    pub(super) fn seconds_to_full(&self) -> Option<u64> {
+        let (_, limit_bytes) = own_share(&self.root.ledger().usage());
+        self.disk_watch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .seconds_to_full(limit_bytes)
     }
 
     /// Once a minute, and at the end: the time floor, and counted refusals as one record.
