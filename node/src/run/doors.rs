@@ -118,6 +118,7 @@ impl Node {
             "crl.import" => self.operate_crl(body, apply),
             "clock.accept" => self.operate_clock(apply),
             "audit.seal" => self.operate_seal(apply),
+            "audit.reopen" => self.operate_reopen(apply),
             "audit.tail" => self.operate_tail(body),
             "audit.accept" => self.operate_accept(body, apply),
             "journal" => {
@@ -131,7 +132,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.tail, audit.accept, journal"
+                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, journal"
                 ),
             }),
         }
@@ -218,6 +219,25 @@ impl Node {
             message: e.to_string(),
         })?;
         Ok(json!({"sealed": sealed.map(|s| s.id)}))
+    }
+
+    /// Takes a log and a store that a failed write or sync had shut into use again.
+    fn operate_reopen(&self, apply: bool) -> Result<Value, OperatorError> {
+        let shut = json!({"log": self.log.latched(), "store": self.store.latched()});
+        if apply {
+            let unavailable = |message: String| OperatorError {
+                status: 503,
+                code: "AUDIT_UNAVAILABLE".to_owned(),
+                message,
+            };
+            if self.store.latched().is_some() {
+                self.store
+                    .reopen()
+                    .map_err(|e| unavailable(e.to_string()))?;
+            }
+            self.log.reopen().map_err(|e| unavailable(e.to_string()))?;
+        }
+        Ok(json!({"was_shut": shut, "records": self.log.size()}))
     }
 
     fn operate_accept(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
