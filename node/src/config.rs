@@ -7,6 +7,7 @@
 mod reader;
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -45,6 +46,8 @@ pub struct Config {
     pub gateway: GatewaySection,
     /// `[audit]`
     pub audit: AuditSection,
+    /// `[store]`
+    pub store: StoreSection,
     /// `[quota]`
     pub quota: QuotaSection,
     /// `[log]`
@@ -168,6 +171,17 @@ pub struct AuditSection {
     pub retention_min_s: u64,
     /// Bytes of other nodes' audit this node takes.
     pub custody_max_bytes: u64,
+    /// Nodes whose receipt alone licenses an eviction: they keep for good.
+    pub archives: BTreeSet<NodeId>,
+    /// Overwrite the oldest audit where nothing is licensed (loud, off by default).
+    pub overwrite_oldest: bool,
+}
+
+/// The segment store.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StoreSection {
+    /// Bytes a second that the scrub reads and verifies; 0 switches it off.
+    pub scrub_bytes_per_second: u64,
 }
 
 /// Limits for callers.
@@ -421,14 +435,16 @@ impl Config {
         }
         let segment_max_age_s = s.integer("segment_max_age_s", 300, 1..=86_400 * 30);
         let custody = s.number32("custody", 2, 0..=16);
-        if custody > peers_listed {
+        let archives: BTreeSet<NodeId> = s.list("archives", NodeId::new).into_iter().collect();
+        let overwrite_oldest = s.boolean("overwrite_oldest", false);
+        if custody > peers_listed && archives.is_empty() {
             // Ruling 2: a site of one or two nodes says so itself.
             s.mistake(
                 "custody",
                 format!(
                     "{custody} custodians, but mesh.peers has {peers_listed} entries: nothing could \
                      ever be evicted; set audit.custody to 1 in a site of two, or to 0 to keep \
-                     everything"
+                     everything, or name audit.archives"
                 ),
             );
         }
@@ -438,6 +454,10 @@ impl Config {
             ceiling_bytes / 10 * 4,
             0..=ceiling_bytes / 2,
         );
+        s.finish();
+
+        let mut s = top.section("store");
+        let scrub_bytes_per_second = s.bytes("scrub_bytes_per_second", 4 << 20, 0..=1 << 30);
         s.finish();
 
         let mut s = top.section("quota");
@@ -514,6 +534,11 @@ impl Config {
                     custody,
                     retention_min_s,
                     custody_max_bytes,
+                    archives,
+                    overwrite_oldest,
+                },
+                store: StoreSection {
+                    scrub_bytes_per_second,
                 },
                 quota: QuotaSection {
                     actions_per_second,
@@ -560,6 +585,7 @@ impl Config {
                 self.gateway.allow_anonymous_loopback,
                 "gateway.allow_anonymous_loopback",
             ),
+            (self.audit.overwrite_oldest, "audit.overwrite_oldest"),
         ]
         .into_iter()
         .filter_map(|(on, name)| on.then_some(name))
@@ -685,6 +711,20 @@ custody = 1
             Config::parse(GOOD, Path::new("/")).is_ok(),
             "positive control"
         );
+        let archived = GOOD.replace("custody = 1", "archives = [\"vault\"]");
+        let config = Config::parse(&archived, Path::new("/")).unwrap();
+        assert_eq!((config.audit.custody, config.audit.archives.len()), (2, 1));
+        let bad = GOOD.replace("custody = 1", "archives = [\"Vault!\", 3]");
+        assert_eq!(
+            keys(&bad)
+                .iter()
+                .filter(|(_, key)| key == "audit.archives")
+                .count(),
+            2
+        );
+        let loud = format!("{GOOD}overwrite_oldest = true\n");
+        let config = Config::parse(&loud, Path::new("/")).unwrap();
+        assert_eq!(config.loosened(), ["audit.overwrite_oldest"]);
         for custody in ["custody = 2", ""] {
             let text = GOOD.replace("custody = 1", custody);
             assert_eq!(keys(&text)[0].1, "audit.custody");

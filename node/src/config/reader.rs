@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    convert::Infallible,
     fmt::Display,
     net::SocketAddr,
     ops::RangeInclusive,
@@ -177,19 +178,32 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn paths(&mut self, key: &'static str) -> Vec<PathBuf> {
+        let base = self.cx.base;
+        self.list(key, |text| Ok::<_, Infallible>(base.join(text)))
+    }
+
+    /// A list of texts of one type, each named where it is wrong.
+    pub(super) fn list<T, E: Display>(
+        &mut self,
+        key: &'static str,
+        parse: impl Fn(&str) -> Result<T, E>,
+    ) -> Vec<T> {
         let Some(item) = self.item(key) else {
             return Vec::new();
         };
-        let all: Option<Vec<PathBuf>> = item.as_array().and_then(|array| {
-            array
-                .iter()
-                .map(|v| v.as_str().map(|text| self.cx.base.join(text)))
-                .collect()
-        });
-        all.unwrap_or_else(|| {
-            self.mistake(key, "must be a list of strings");
-            Vec::new()
-        })
+        let Some(array) = item.as_array() else {
+            self.mistake(key, "must be an array of strings");
+            return Vec::new();
+        };
+        let mut list = Vec::with_capacity(array.len());
+        for value in array {
+            match value.as_str().map(&parse) {
+                Some(Ok(parsed)) => list.push(parsed),
+                Some(Err(error)) => self.mistake(key, error.to_string()),
+                None => self.mistake(key, "must hold strings only"),
+            }
+        }
+        list
     }
 
     pub(super) fn optional_address(&mut self, key: &'static str) -> Option<SocketAddr> {

@@ -500,6 +500,11 @@ impl Node {
                 new.audit.retention_min_s != old.audit.retention_min_s,
                 "audit.retention_min_s",
             ),
+            (new.audit.archives != old.audit.archives, "audit.archives"),
+            (
+                new.audit.overwrite_oldest != old.audit.overwrite_oldest,
+                "audit.overwrite_oldest",
+            ),
             (new.log != old.log, "log"),
         ];
         let changed: Vec<&str> = fixed.iter().filter(|(c, _)| *c).map(|(_, n)| *n).collect();
