@@ -4,6 +4,7 @@
 //! absolute (relative ones are taken from the directory of the file). Unknown keys are refused with
 //! the nearest known one, because a misspelt safety setting must not become its default.
 
+mod host;
 mod reader;
 
 use std::{
@@ -28,6 +29,12 @@ pub const CEILING_MIN_BYTES: u64 = 16 * 1024 * 1024;
 /// The smallest reserve, in bytes: it holds one CRL and one bundle of the largest size, and the
 /// records that say so (ruling 10).
 pub const RESERVE_MIN_BYTES: u64 = 6 * 1024 * 1024;
+
+/// The socket's name where the config names none.
+const SOCKET_NAME: &str = "tidelock.sock";
+
+/// What `sun_path` holds besides its final NUL: unix(7).
+const SOCKET_PATH_MAX_BYTES: usize = 107;
 
 /// What one node needs to know of itself, its site and its peers.
 #[derive(Debug, Clone, PartialEq)]
@@ -383,6 +390,22 @@ impl Config {
             );
         }
         let unix = s.optional_path("unix");
+        let socket = unix.clone().or_else(|| {
+            let root = root.as_ref()?;
+            Some(root.join(SOCKET_NAME))
+        });
+        if let Some(socket) = socket
+            && socket.as_os_str().len() > SOCKET_PATH_MAX_BYTES
+        {
+            s.mistake(
+                "unix",
+                format!(
+                    "{} has {} bytes, a socket's path at most {SOCKET_PATH_MAX_BYTES}; name a shorter one",
+                    socket.display(),
+                    socket.as_os_str().len()
+                ),
+            );
+        }
         let tokens = s.optional_path("tokens");
         let allow_anonymous_loopback = s.boolean("allow_anonymous_loopback", false);
         let concurrent_max = s.number32("concurrent_max", 256, 1..=65_536);
@@ -493,7 +516,7 @@ impl Config {
             ) => Ok(Self {
                 gateway: GatewaySection {
                     tcp,
-                    unix: unix.unwrap_or_else(|| root.join("tidelock.sock")),
+                    unix: unix.unwrap_or_else(|| root.join(SOCKET_NAME)),
                     tokens,
                     users,
                     allow_anonymous_loopback,
@@ -646,6 +669,17 @@ custody = 1
             .into_iter()
             .map(|m| (m.line, m.key))
             .collect()
+    }
+
+    #[test]
+    fn a_socket_path_that_no_socket_can_have_is_refused() {
+        let deep = format!(
+            "/{}",
+            "d".repeat(SOCKET_PATH_MAX_BYTES - SOCKET_NAME.len() - 8)
+        );
+        assert!(Config::parse(GOOD, Path::new(&deep)).is_ok());
+        let found = Config::parse(GOOD, Path::new(&format!("{deep}d"))).unwrap_err();
+        assert_eq!(found[0].key, "gateway.unix");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tidelock_gateway::{
 };
 
 use super::{ConfigArg, Exit, Failure, Output, output::table};
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 
 /// What to do with a CRL.
 #[derive(Debug, Subcommand)]
@@ -166,7 +166,15 @@ pub(super) fn run(args: &ConfigArg) -> Result<Exit, Failure> {
 
 pub(super) fn config(command: ConfigCommand, output: &Output) -> Result<Exit, Failure> {
     let ConfigCommand::Check(args) = command;
-    match Config::load(&args.config) {
+    let checked = Config::load(&args.config).and_then(|config| {
+        let mistakes = config.host_mistakes();
+        if mistakes.is_empty() {
+            return Ok(config);
+        }
+        let path = args.config.clone();
+        Err(ConfigError::Mistakes { path, mistakes })
+    });
+    match checked {
         Ok(config) => {
             output.say(
                 &json!({"ok": true, "mistakes": [], "loosened": config.loosened()}),
@@ -185,7 +193,7 @@ pub(super) fn config(command: ConfigCommand, output: &Output) -> Result<Exit, Fa
             );
             Ok(Exit::Done)
         }
-        Err(crate::config::ConfigError::Mistakes { path, mistakes }) if output.is_json() => {
+        Err(ConfigError::Mistakes { path, mistakes }) if output.is_json() => {
             let list: Vec<Value> = mistakes
                 .iter()
                 .map(|m| json!({"line": m.line, "key": m.key, "message": m.message}))
