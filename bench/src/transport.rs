@@ -11,8 +11,8 @@ use std::{
 use tidelock::{ca::Ca, clock::wall_unix_ms};
 use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
-    AuditLog, Charge, DomainId, Head, LogConfig, NodeId, Origin, PutOutcome, RealDisk, RecordClass,
-    Root, RootOptions, SegmentId, SegmentRef, Store, VerifiedSegment,
+    AuditLog, Charge, Compression, DomainId, Head, LogConfig, NodeId, Origin, PutOutcome, RealDisk, RecordClass,
+    Root, RootOptions, SealOptions, SegmentId, SegmentRef, Store, VerifiedSegment,
 };
 use tidelock_transport::{
     dial::PeerConfig,
@@ -142,6 +142,11 @@ fn fill(
         custody_required: 1,
         min_retention_ms: 0,
         clock: Arc::new(wall_unix_ms),
+        // Stored as appended, so that what travels has the size that the table states.
+        seal: SealOptions {
+            compression: Compression::Off,
+            ..SealOptions::default()
+        },
     };
     let (log, _) = AuditLog::open(root, store.clone(), config, &|key, incarnation| {
         Ok(endorse(credentials, node, key, incarnation)?)

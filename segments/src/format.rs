@@ -12,13 +12,13 @@
 use bincode::{Decode, Encode};
 use serde::{Deserialize, Serialize};
 
+use crate::body::{self, AuditSpan, BodyError};
 use crate::codec::{self, CodecError};
 use crate::id::{DomainId, Kind, Origin, SegmentId};
 use crate::keys::{Endorsement, LogKey, LogPublicKey};
 use crate::limits::{
     MAX_BODY_BYTES, MAX_HEAD_RANGES, MAX_HEADER_BYTES, MAX_SEGMENT_BYTES, MAX_TRAILER_BYTES,
 };
-use crate::record::{self, AuditSpan, BodyError};
 
 /// The first eight bytes of every segment; the digit is the format version.
 pub const MAGIC: &[u8; 8] = b"TIDESEG1";
@@ -534,7 +534,7 @@ pub fn verify_segment(
     let span = match header.kind {
         Kind::Audit => {
             let body = bytes.get(body_at.0..body_at.1).unwrap_or_default();
-            Some(record::parse_body(body, domain, &header.origin)?.span())
+            Some(body::parse_body(body, domain, &header.origin)?.span())
         }
         _ => None,
     };

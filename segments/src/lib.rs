@@ -12,8 +12,10 @@
 //! is, [`Store::put`] for the write protocol, `log.rs` for commit, seal, recovery and eviction, and
 //! [`testing::SimDisk`] for how crashes are tested.
 
+mod body;
 mod checkpoint;
 mod codec;
+mod crypt;
 mod disk;
 mod format;
 mod id;
@@ -22,6 +24,7 @@ mod ledger;
 pub mod limits;
 mod log;
 pub mod merkle;
+mod proof;
 mod receipt;
 mod record;
 mod root;
@@ -29,8 +32,13 @@ mod store;
 pub mod testing;
 mod verify;
 
+pub use body::{
+    AuditBody, AuditSpan, BodyError, Compression, RecordReader, SealOptions, parse_body,
+    read_records, read_records_with,
+};
 pub use checkpoint::{Checkpoint, CheckpointError, origin_line};
 pub use codec::CodecError;
+pub use crypt::{CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SegmentKey, SiteKey, WrappedKey};
 pub use disk::{
     Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, RealDisk, Volume,
 };
@@ -45,8 +53,12 @@ pub use log::{
     AppendError, Appended, AuditLog, EndorseError, LogConfig, LogError, LogStat, RecordClass,
     Recovery,
 };
+pub use proof::{
+    ConsistencyProof, ProofError, RecordProof, prove_consistency, prove_record,
+    verify_consistency_proof, verify_record_proof,
+};
 pub use receipt::{CustodyReceipt, ReceiptError};
-pub use record::{AuditBody, AuditSpan, BodyError, Damage, parse_body, read_records};
+pub use record::Damage;
 pub use root::{Root, RootError, RootOptions};
 pub use store::{PutOutcome, ScrubReport, Store, StoreError};
 pub use verify::{AuditFault, AuditReport, OriginReport, verify_log};

@@ -34,6 +34,30 @@ pub const MAX_RECEIPT_BYTES: usize = 32 * 1024;
 /// Largest canonical audit record (ruling 22).
 pub const MAX_RECORD_BYTES: usize = 65_535;
 
+/// Bytes of records (their lengths included) after which a block of a sealed body is closed.
+pub const BLOCK_BYTES: usize = 64 * 1024;
+
+/// Largest block: one record of the greatest length, alone. A reader of records holds one block, and
+/// its encrypted and compressed form once more.
+pub const MAX_BLOCK_BYTES: usize = MAX_RECORD_BYTES + 4;
+
+/// Most blocks in a sealed body: an index of 12 KiB, and twice the blocks that the largest active file
+/// fills, as two neighbours together always hold more than [`BLOCK_BYTES`].
+pub const MAX_BLOCKS: usize = 1024;
+
+/// Most bytes of records that a sealed body unpacks to, so that a small file cannot cost a reader more
+/// than reading the largest honest one.
+pub const MAX_RAW_BYTES: u64 = MAX_LOG_FILE_BYTES;
+
+/// Most bytes by which a zstd frame exceeds what it holds: its header and those of raw blocks.
+pub const MAX_ZSTD_GROWTH_BYTES: usize = 32;
+
+/// Most wrapped keys in an encrypted body.
+pub const MAX_WRAPPED_KEYS: usize = 8;
+
+/// Most bytes of all wrapped keys of a body together.
+pub const MAX_WRAPPED_BYTES: usize = 4096;
+
 /// Smallest size of an active log file and so of `LogConfig::segment_bytes`: the file header, one
 /// mark and one record of the greatest length always fit.
 pub const MIN_LOG_FILE_BYTES: u64 = 128 * 1024;
@@ -84,5 +108,7 @@ const _: () = assert!(
 );
 const _: () = assert!(MIN_LOG_FILE_BYTES > LOG_HEADER_BYTES + MAX_RECORD_BYTES as u64 + 4096);
 const _: () = assert!(MAX_LOG_FILE_BYTES + 1024 * 1024 <= MAX_BODY_BYTES);
+const _: () = assert!(MAX_BLOCK_BYTES <= BLOCK_BYTES + 4);
+const _: () = assert!(2 * (MAX_RAW_BYTES / BLOCK_BYTES as u64) + 3 <= MAX_BLOCKS as u64);
 const _: () = assert!(MAX_BATCH_BYTES > MAX_RECORD_BYTES);
 const _: () = assert!(MAX_QUEUE_BYTES >= MAX_BATCH_BYTES);

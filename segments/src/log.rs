@@ -21,6 +21,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::body::{BodyError, SealOptions};
 use crate::format::{FormatError, SegmentRef};
 use crate::id::{DomainId, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, KeyError, LogPublicKey};
@@ -62,6 +63,8 @@ pub struct LogConfig {
     /// Wall time in unix milliseconds, for the records and headers that carry it. Nothing is ordered
     /// or judged by it except age and retention.
     pub clock: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// How segments are sealed: compressed, encrypted, to whom.
+    pub seal: SealOptions,
 }
 
 impl fmt::Debug for LogConfig {
@@ -73,6 +76,7 @@ impl fmt::Debug for LogConfig {
             .field("segment_max_age_ms", &self.segment_max_age_ms)
             .field("custody_required", &self.custody_required)
             .field("min_retention_ms", &self.min_retention_ms)
+            .field("seal", &self.seal)
             .finish_non_exhaustive()
     }
 }
@@ -105,6 +109,9 @@ pub enum LogError {
     /// The log's thread cannot be started.
     #[error("cannot start the log's thread: {0}")]
     Thread(String),
+    /// The body of a segment could not be made, or one of the log's own could not be read.
+    #[error("segment body: {0}")]
+    Body(#[from] BodyError),
     /// A sealed segment broke a rule of the format; a fault of this program.
     #[error("cannot seal: {0}")]
     Format(#[from] FormatError),

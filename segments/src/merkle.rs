@@ -9,13 +9,28 @@ use crate::id::Sha256Hash;
 /// Hash of a leaf: SHA-256 over `0x00` and the record.
 #[must_use]
 pub fn leaf_hash(record: &[u8]) -> Sha256Hash {
-    Sha256Hash::of_parts(&[&[0], record])
+    // Copied behind its prefix where it is short: cheaper than hashing in parts.
+    let mut joined = [0; 1024];
+    match joined.get_mut(..=record.len()) {
+        Some(whole) => {
+            if let Some(place) = whole.get_mut(1..) {
+                place.copy_from_slice(record);
+            }
+            Sha256Hash::of(whole)
+        }
+        None => Sha256Hash::of_parts(&[&[0], record]),
+    }
 }
 
 /// Hash of an inner node: SHA-256 over `0x01` and both children.
 #[must_use]
 pub fn node_hash(left: &Sha256Hash, right: &Sha256Hash) -> Sha256Hash {
-    Sha256Hash::of_parts(&[&[1], left.as_bytes(), right.as_bytes()])
+    let mut joined = [1; 65];
+    let parts = left.as_bytes().iter().chain(right.as_bytes());
+    for (slot, byte) in joined.iter_mut().skip(1).zip(parts) {
+        *slot = *byte;
+    }
+    Sha256Hash::of(&joined)
 }
 
 /// Why a proof or frontier was refused.
@@ -97,6 +112,149 @@ impl Frontier {
         };
         hashes.fold(*last, |right, left| node_hash(left, &right))
     }
+}
+
+/// A tree of which the leaves up to some point are known by their [`Frontier`] only: what a reader of
+/// some consecutive segments of a log has. It makes every proof that does not need a hash from inside
+/// the unknown part: inclusion of each known leaf, and consistency from every size at or after the
+/// unknown part's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PartialTree {
+    before: Frontier,
+    tree: Frontier,
+    leaves: Vec<Sha256Hash>,
+}
+
+impl PartialTree {
+    /// A tree of the leaves that `before` covers.
+    #[must_use]
+    pub fn new(before: Frontier) -> Self {
+        Self {
+            tree: before.clone(),
+            before,
+            leaves: Vec::new(),
+        }
+    }
+
+    /// Adds one leaf.
+    pub fn push(&mut self, leaf: Sha256Hash) {
+        self.tree.append(leaf);
+        self.leaves.push(leaf);
+    }
+
+    /// The number of leaves, those known by the frontier included.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.tree.size()
+    }
+
+    /// The root over all of them.
+    #[must_use]
+    pub fn root(&self) -> Sha256Hash {
+        self.tree.root()
+    }
+
+    /// The leaves added.
+    #[must_use]
+    pub fn leaves(&self) -> &[Sha256Hash] {
+        &self.leaves
+    }
+
+    /// Leaf `index`, if it is one of those added.
+    #[must_use]
+    pub fn leaf(&self, index: u64) -> Option<Sha256Hash> {
+        let at = usize::try_from(index.checked_sub(self.before.size())?).ok()?;
+        self.leaves.get(at).copied()
+    }
+
+    /// The audit path of leaf `index` in the tree of all leaves (RFC 6962, 2.1.1), bottom first.
+    ///
+    /// # Errors
+    /// [`MerkleError::OutOfRange`] unless the leaf is one of those added.
+    pub fn inclusion_proof(&self, index: u64) -> Result<Vec<Sha256Hash>, MerkleError> {
+        if index < self.before.size() || index >= self.size() {
+            return Err(MerkleError::OutOfRange);
+        }
+        let (mut from, mut to) = (0, self.size());
+        let mut path = Vec::new();
+        while to - from > 1 {
+            let middle = from + split64(to - from);
+            if index < middle {
+                path.push(self.range_root(middle, to)?);
+                to = middle;
+            } else {
+                path.push(self.range_root(from, middle)?);
+                from = middle;
+            }
+        }
+        path.reverse();
+        Ok(path)
+    }
+
+    /// The proof that the tree of the first `old` leaves is a prefix of the whole (RFC 6962, 2.1.2).
+    ///
+    /// # Errors
+    /// [`MerkleError::OutOfRange`] if `old` is zero, inside the unknown part, or beyond the end.
+    pub fn consistency_proof(&self, old: u64) -> Result<Vec<Sha256Hash>, MerkleError> {
+        if old == 0 || old < self.before.size() || old > self.size() {
+            return Err(MerkleError::OutOfRange);
+        }
+        let (mut from, mut to) = (0, self.size());
+        let mut path = Vec::new();
+        let mut whole = true;
+        while old < to {
+            let middle = from + split64(to - from);
+            if old <= middle {
+                path.push(self.range_root(middle, to)?);
+                to = middle;
+            } else {
+                path.push(self.range_root(from, middle)?);
+                from = middle;
+                whole = false;
+            }
+        }
+        if !whole {
+            path.push(self.range_root(from, to)?);
+        }
+        path.reverse();
+        Ok(path)
+    }
+
+    /// The root of the leaves `from..to`, a range that the halving of RFC 6962 comes to.
+    fn range_root(&self, from: u64, to: u64) -> Result<Sha256Hash, MerkleError> {
+        let first = self.before.size();
+        if from >= first {
+            let place = |at: u64| usize::try_from(at - first).unwrap_or(usize::MAX);
+            let leaves = self.leaves.get(place(from)..place(to));
+            return leaves.map(root).ok_or(MerkleError::OutOfRange);
+        }
+        if to <= first {
+            // Wholly unknown: then it is one of the frontier's subtrees, largest first.
+            let mut start = 0;
+            for (bit, hash) in (0..u64::BITS)
+                .rev()
+                .filter(|bit| first & (1 << bit) != 0)
+                .zip(self.before.hashes())
+            {
+                let end = start + (1 << bit);
+                if (start, end) == (from, to) {
+                    return Ok(*hash);
+                }
+                start = end;
+            }
+            return Err(MerkleError::OutOfRange);
+        }
+        let middle = from + split64(to - from);
+        Ok(node_hash(
+            &self.range_root(from, middle)?,
+            &self.range_root(middle, to)?,
+        ))
+    }
+}
+
+/// The largest power of two smaller than `n` (for `n >= 2`).
+const fn split64(n: u64) -> u64 {
+    1 << (u64::BITS - 1 - n.saturating_sub(1).leading_zeros())
 }
 
 /// The root over these leaf hashes.
@@ -394,6 +552,62 @@ mod tests {
                     assert!(verify_consistency(old, n, &proof, &before, &wrong).is_err());
                 }
             }
+        }
+    }
+
+    #[test]
+    fn halves() {
+        for (n, half) in [
+            (2, 1),
+            (3, 2),
+            (4, 2),
+            (5, 4),
+            (8, 4),
+            (9, 8),
+            (u64::MAX, 1 << 63),
+        ] {
+            assert_eq!(split64(n), half, "{n}");
+        }
+    }
+
+    #[test]
+    fn a_partial_tree_makes_the_proofs_of_the_whole_one() {
+        for n in 1..=33usize {
+            let leaves = many(u32::try_from(n).unwrap());
+            for known_from in 0..=n {
+                let mut before = Frontier::new();
+                for leaf in &leaves[..known_from] {
+                    before.append(*leaf);
+                }
+                let mut tree = PartialTree::new(before);
+                for leaf in &leaves[known_from..] {
+                    tree.push(*leaf);
+                }
+                assert_eq!(tree.root(), root(&leaves));
+                for at in 0..=n {
+                    let (index, known) = (at as u64, at >= known_from);
+                    let path = tree.inclusion_proof(index);
+                    match inclusion_proof(&leaves, at) {
+                        Ok(expected) if known => assert_eq!(path, Ok(expected)),
+                        _ => assert_eq!(path, Err(MerkleError::OutOfRange)),
+                    }
+                    let path = tree.consistency_proof(index);
+                    match consistency_proof(&leaves, at) {
+                        Ok(expected) if known => assert_eq!(path, Ok(expected)),
+                        _ => assert_eq!(path, Err(MerkleError::OutOfRange)),
+                    }
+                    assert_eq!(tree.leaf(index), leaves.get(at).copied().filter(|_| known));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_leaf_of_any_length_is_hashed_with_its_prefix() {
+        for length in [0, 1, 1022, 1023, 1024, 5000] {
+            let record = vec![7; length];
+            let joined = [&[0][..], &record].concat();
+            assert_eq!(leaf_hash(&record), Sha256Hash::of(&joined), "{length}");
         }
     }
 

@@ -8,12 +8,12 @@
 use bincode::{Decode, Encode};
 use serde::Serialize;
 
+use crate::body::{self, BodyError};
 use crate::codec::{self, CodecError};
 use crate::format::VerifiedSegment;
 use crate::id::{DomainId, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, LogKey, LogPublicKey};
 use crate::limits::MAX_RECEIPT_BYTES;
-use crate::record::{self, BodyError};
 
 /// What stands before every receipt message.
 pub(crate) const RECEIPT_CONTEXT: &[u8] = b"tidelock custody receipt v1\0";
@@ -78,7 +78,8 @@ pub struct CustodyReceipt {
 
 impl CustodyReceipt {
     /// Makes a receipt for a segment that this node has stored durably. Hashes every record first:
-    /// a custodian vouches for the root, so it computes it.
+    /// a custodian vouches for the root, so it computes it. Of an encrypted segment, which a custodian
+    /// cannot read, it vouches for the bytes and for the root that the origin signed.
     ///
     /// # Errors
     /// [`ReceiptError`] if the segment is no consistent audit segment of another node, or if the
@@ -99,8 +100,12 @@ impl CustodyReceipt {
         if origin_endorsement.node_id == *custodian {
             return Err(ReceiptError::OwnLog);
         }
-        record::parse_body(segment.body(), &header.domain, &header.origin)
-            .and_then(|body| body.check_tree(&origin_endorsement.log_key))
+        let origin_key = &origin_endorsement.log_key;
+        body::parse_body(segment.body(), &header.domain, &header.origin)
+            .and_then(|body| match body.is_encrypted() {
+                true => body.check_checkpoint(origin_key),
+                false => body.check_tree(origin_key, None).map(|_| ()),
+            })
             .map_err(|fault| ReceiptError::Inconsistent { id, fault })?;
         let mut receipt = Self {
             domain: header.domain.clone(),

@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
+use crate::body::AuditSpan;
 use crate::disk::{DiskError, DiskFault, DiskOp, OpenMode};
 use crate::format::{
     self, FormatError, Head, SegmentHeader, SegmentRef, VerifiedSegment, verify_segment,
@@ -22,7 +23,7 @@ use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId};
 use crate::ledger::{CeilingReached, Charge, Reservation};
 use crate::limits::{MAX_RECEIPTS_PER_SEGMENT, MAX_REFS};
 use crate::receipt::{CustodyReceipt, ReceiptError};
-use crate::record::{self, AuditSpan};
+use crate::record;
 use crate::root::{Root, RootError};
 
 const RECEIPTS: &str = "receipts";

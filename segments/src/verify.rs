@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::body::{self, BodyError};
 use crate::checkpoint::{self, Checkpoint};
 use crate::disk::{self, Disk, DiskError, DiskFault};
 use crate::format::{VerifiedSegment, verify_segment};
@@ -281,14 +282,14 @@ fn read_segment(
     Ok(Some(link))
 }
 
-fn to_link(segment: &VerifiedSegment) -> Result<(Origin, u64, Link), record::BodyError> {
+fn to_link(segment: &VerifiedSegment) -> Result<(Origin, u64, Link), BodyError> {
     let header = segment.header();
-    let body = record::parse_body(segment.body(), &header.domain, &header.origin)?;
+    let body = body::parse_body(segment.body(), &header.domain, &header.origin)?;
     let key = segment
         .endorsement()
         .map(|endorsement| endorsement.log_key)
-        .ok_or(record::BodyError::Length("trailer"))?;
-    let after = body.check_tree(&key)?;
+        .ok_or(BodyError::Length("trailer"))?;
+    let after = body.check_tree(&key, None)?;
     let link = Link {
         id: segment.id(),
         prev: header.prev,

@@ -180,7 +180,7 @@ fn the_committed_vectors_are_what_the_code_writes() {
 
 #[test]
 fn the_crate_reads_the_committed_vectors() {
-    for name in ["policy", "revocation", "audit-first", "audit-second"] {
+    for name in ["policy", "revocation", "audit-v1-first", "audit-v1-second"] {
         let vector = committed(name);
         let id: SegmentId = vector["id"].as_str().unwrap().parse().unwrap();
         let bytes = unhex(vector["hex"].as_str().unwrap());
@@ -258,7 +258,7 @@ impl Reader {
 
 #[test]
 fn an_independent_reader_agrees() {
-    for name in ["policy", "revocation", "audit-first", "audit-second"] {
+    for name in ["policy", "revocation", "audit-v1-first", "audit-v1-second"] {
         let vector = committed(name);
         let mut file = Reader::new(&vector["hex"]);
         assert_eq!(

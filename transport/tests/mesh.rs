@@ -30,8 +30,8 @@ use rcgen::{
 use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
     AuditLog, Charge, CustodyReceipt, DomainId, Head, Kind, LogConfig, NodeId, Origin, PutOutcome,
-    RecordClass, Root, RootOptions, SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment,
-    seal_unsigned, testing::SimDisk, verify_segment,
+    RecordClass, Root, RootOptions, SealOptions, SegmentHeader, SegmentId, SegmentRef, Store,
+    VerifiedSegment, seal_unsigned, testing::SimDisk, verify_segment,
 };
 use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
@@ -174,6 +174,7 @@ impl Node {
             custody_required: 2,
             min_retention_ms: 0,
             clock: Arc::new(|| NOW_UNIX_MS),
+            seal: SealOptions::default(),
         };
         let (log, _) = AuditLog::open(root, Arc::clone(&store), config, &|key, incarnation| {
             endorse(&credentials, &id, key, incarnation).map_err(Into::into)

@@ -17,7 +17,7 @@ use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Kind, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
-    Root, RootOptions, SegmentRef, Sha256Hash, Store,
+    Root, RootOptions, SealOptions, SegmentRef, Sha256Hash, Store,
 };
 use tidelock_transport::{
     endorse::endorse,
@@ -767,6 +767,7 @@ fn open_log(
         custody_required: usize::try_from(config.audit.custody).unwrap_or(usize::MAX),
         min_retention_ms: config.audit.retention_min_s.saturating_mul(1_000),
         clock: Arc::new(move || log_clock.unix_ms()),
+        seal: SealOptions::default(),
     };
     let (log, recovery) = AuditLog::open(
         root.clone(),

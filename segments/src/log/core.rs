@@ -9,6 +9,7 @@ use super::state::{LogState, Marker, STATE_PATH, SealedEnd};
 use super::{
     AppendError, Appended, Done, EndorseError, LogConfig, LogError, RecordClass, Recovery,
 };
+use crate::body::BodyError;
 use crate::checkpoint::{self, Checkpoint};
 use crate::disk::{DiskError, DiskFault, DiskFile, OpenMode};
 use crate::format::{self, SegmentHeader, SegmentRef, verify_segment};
@@ -26,9 +27,6 @@ use crate::root::{Root, RootError, Staged};
 use crate::store::{Store, StoreError};
 
 const KEY_PATH: &str = "keys/log.pk8";
-/// What a sealed segment may have beyond the length of its active file: header, frontier,
-/// checkpoint, trailer. The records themselves get smaller.
-const SEAL_OVERHEAD_BYTES: u64 = 48 * 1024;
 /// Most segments named in one eviction record.
 const MAX_EVICTED_AT_ONCE: usize = 64;
 /// Most custodians named for each of them. 64 segments with 8 names of 63 bytes stay below 64 KiB.
@@ -426,7 +424,9 @@ impl Core {
             && let Some(reference) = self.store.find(&self.state.origin, last)
         {
             let segment = self.store.get(&reference.id)?;
-            for (_, record) in record::read_records(&segment).map_err(|_| LogError::Memory)? {
+            // What cannot be read cannot be searched: then the record stands in the log twice.
+            let keys = self.config.seal.decryption.as_deref();
+            for (_, record) in record::read_records_with(&segment, keys).unwrap_or_default() {
                 record::push_record(&mut recent, &record);
             }
         }
@@ -544,7 +544,7 @@ impl Core {
 
     fn seal_bound(&self, file_bytes: u64) -> u64 {
         self.root
-            .stage_bound(file_bytes.saturating_add(SEAL_OVERHEAD_BYTES))
+            .stage_bound(file_bytes.saturating_add(record::seal_overhead_bytes(file_bytes)))
     }
 
     fn file_need(&self, file_bytes: u64) -> u64 {
@@ -667,7 +667,8 @@ impl Core {
     }
 
     pub(super) fn prepare(root: &Arc<Root>, file_bytes: u64) -> Result<Prepared, LogError> {
-        let bound = root.stage_bound(file_bytes.saturating_add(SEAL_OVERHEAD_BYTES));
+        let bound =
+            root.stage_bound(file_bytes.saturating_add(record::seal_overhead_bytes(file_bytes)));
         let seal_room = root
             .ledger()
             .reserve(bound, Charge::Normal)
@@ -979,9 +980,10 @@ impl Core {
             Some(room) => room,
             None => {
                 // Sealing ends with less on the disk than it began with, so it may use the reserve.
+                let raw = active.records.len() as u64;
                 let bound = self
                     .root
-                    .stage_bound((active.records.len() as u64).saturating_add(SEAL_OVERHEAD_BYTES));
+                    .stage_bound(raw.saturating_add(record::seal_overhead_bytes(raw)));
                 self.root
                     .ledger()
                     .reserve(bound, Charge::Reserve)
@@ -999,7 +1001,14 @@ impl Core {
             return Err(LogError::Memory);
         }
         let note = self.head.with_signature(&self.key.public(), &signature);
-        let body = record::build_body(&before, active.count, &note, &active.records);
+        let body = record::build_body(
+            &before,
+            &again,
+            active.count,
+            &note,
+            &active.records,
+            &self.config.seal,
+        )?;
         let header = SegmentHeader {
             kind: Kind::Audit,
             domain: self.config.domain.clone(),
@@ -1289,7 +1298,12 @@ impl Core {
                 break;
             };
             let segment = self.store.get(&reference.id)?;
-            let records = record::read_records(&segment).map_err(|_| LogError::Memory)?;
+            let keys = self.config.seal.decryption.as_deref();
+            let records = match record::read_records_with(&segment, keys) {
+                // Sealed for others to read: what is in memory is all there is to show.
+                Err(BodyError::Encrypted | BodyError::Crypt(_)) => break,
+                records => records?,
+            };
             for record in records.into_iter().rev().take(count - out.len()) {
                 out.push_front(record);
             }
@@ -1487,7 +1501,11 @@ fn sealed_end(
     let header = segment.header();
     let key = segment.endorsement().map(|endorsement| endorsement.log_key);
     let tree = record::parse_body(segment.body(), &header.domain, &header.origin)
-        .and_then(|body| body.check_tree(&key.unwrap_or(LogPublicKey::from_bytes([0; 32]))))
+        .and_then(|body| match body.frontier_after() {
+            // Signed with the segment, and it leads to the root in the checkpoint.
+            Some(after) => Ok(after.clone()),
+            None => body.check_tree(&key.unwrap_or(LogPublicKey::from_bytes([0; 32])), None),
+        })
         .map_err(|e| Recover::Damaged(format!("the newest sealed segment is wrong: {e}")))?;
     Ok(SealedEnd {
         next_sequence: newest.sequence.saturating_add(1),

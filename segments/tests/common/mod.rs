@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use tidelock_segments::testing::{SimDisk, unchecked_endorsement};
 use tidelock_segments::{
-    AppendError, Appended, AuditLog, CustodyReceipt, Disk, DomainId, Endorsement, LogConfig,
-    LogError, LogKey, NodeId, RecordClass, Recovery, Root, RootOptions, SegmentId, SegmentRef,
-    Store, VerifiedSegment,
+    AppendError, Appended, AuditLog, Compression, CustodyReceipt, Disk, DomainId, Endorsement,
+    LogConfig, LogError, LogKey, NodeId, RecordClass, Recovery, Root, RootOptions, SealOptions,
+    SegmentId, SegmentRef, Store, VerifiedSegment,
 };
 
 /// Long enough for a loaded machine; a test that waits for it has failed.
@@ -46,6 +46,9 @@ pub(crate) struct Settings {
     pub(crate) max_age_ms: u64,
     pub(crate) retention_ms: u64,
     pub(crate) clock: Arc<AtomicU64>,
+    /// Without compression unless a test says otherwise: what tests append would shrink to nothing, and
+    /// no ceiling would ever be reached.
+    pub(crate) seal: SealOptions,
 }
 
 impl Default for Settings {
@@ -60,6 +63,10 @@ impl Default for Settings {
             max_age_ms: 60_000,
             retention_ms: 0,
             clock: Arc::new(AtomicU64::new(1_700_000_000_000)),
+            seal: SealOptions {
+                compression: Compression::Off,
+                ..SealOptions::default()
+            },
         }
     }
 }
@@ -82,6 +89,7 @@ impl Settings {
             custody_required: self.custody,
             min_retention_ms: self.retention_ms,
             clock: Arc::new(move || clock.load(Ordering::SeqCst)),
+            seal: self.seal.clone(),
         }
     }
 
