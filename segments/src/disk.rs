@@ -159,6 +159,9 @@ pub struct Volume {
     pub available_bytes: u64,
     /// The name of the network file system, if it is a known one.
     pub network: Option<&'static str>,
+    /// The name of the file system, if it is a known one that writes every change to another place,
+    /// so that allocating ahead reserves nothing.
+    pub copy_on_write: Option<&'static str>,
 }
 
 /// How to open a file.
@@ -218,6 +221,22 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DiskError`].
     fn read_dir(&self, path: &Path) -> Result<Vec<String>, DiskError>;
+    /// The first `max` names in a directory that come after this one in the order of
+    /// [`Disk::read_dir`], so that a directory of any size is read in bounded memory.
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn read_dir_after(
+        &self,
+        path: &Path,
+        after: Option<&str>,
+        max: usize,
+    ) -> Result<Vec<String>, DiskError> {
+        let mut names = self.read_dir(path)?;
+        names.retain(|name| after.is_none_or(|after| name.as_str() > after));
+        names.truncate(max);
+        Ok(names)
+    }
     /// Facts about a path, without following a symbolic link.
     ///
     /// # Errors

@@ -43,7 +43,7 @@ pub struct CeilingReached {
 pub struct Usage {
     /// Never more than this.
     pub ceiling_bytes: u64,
-    /// Allocated by the file system, custody included.
+    /// Allocated by the file system, custody and foreign files included.
     pub allocated_bytes: u64,
     /// Promised to writes that are under way.
     pub reserved_bytes: u64,
@@ -53,6 +53,8 @@ pub struct Usage {
     pub custody_bytes: u64,
     /// The share for audit of other nodes.
     pub custody_max_bytes: u64,
+    /// Allocated to files under the root that are not the node's; they shrink the rest (ruling 23).
+    pub foreign_bytes: u64,
     /// Bytes by which a write has exceeded its reservation since start; anything but 0 is a fault.
     pub overrun_bytes: u64,
 }
@@ -85,12 +87,20 @@ struct State {
     custody_allocated: u64,
     own_reserved: u64,
     custody_reserved: u64,
+    foreign: u64,
     overrun: u64,
 }
 
 impl State {
     fn total(&self) -> u64 {
-        self.own().saturating_add(self.custody())
+        self.own()
+            .saturating_add(self.custody())
+            .saturating_add(self.foreign)
+    }
+
+    /// What is left of the ceiling beside foreign files.
+    fn ours(&self) -> u64 {
+        self.ceiling.saturating_sub(self.foreign)
     }
 
     fn own(&self) -> u64 {
@@ -105,12 +115,12 @@ impl State {
         let share = self
             .custody_max
             .unwrap_or_else(|| self.ceiling / 1000 * CUSTODY_PERMILLE);
-        share.min(self.ceiling.saturating_sub(self.reserve))
+        share.min(self.ours().saturating_sub(self.reserve))
     }
 
     /// The most that the node's own data may use without the reserve.
     fn own_limit(&self) -> u64 {
-        self.ceiling
+        self.ours()
             .saturating_sub(self.reserve)
             .saturating_sub(self.custody_max())
     }
@@ -159,6 +169,7 @@ impl Ledger {
                 custody_allocated: 0,
                 own_reserved: 0,
                 custody_reserved: 0,
+                foreign: 0,
                 overrun: 0,
             }),
         })
@@ -209,11 +220,15 @@ impl Ledger {
         let state = self.state();
         Usage {
             ceiling_bytes: state.ceiling,
-            allocated_bytes: state.own_allocated.saturating_add(state.custody_allocated),
+            allocated_bytes: state
+                .own_allocated
+                .saturating_add(state.custody_allocated)
+                .saturating_add(state.foreign),
             reserved_bytes: state.own_reserved.saturating_add(state.custody_reserved),
             reserve_bytes: state.reserve,
             custody_bytes: state.custody_allocated,
             custody_max_bytes: state.custody_max(),
+            foreign_bytes: state.foreign,
             overrun_bytes: state.overrun,
         }
     }
@@ -243,6 +258,11 @@ impl Ledger {
     /// Sets the share for audit of other nodes; without a call it is 40 % of the ceiling.
     pub fn set_custody_max(&self, bytes: u64) {
         self.state().custody_max = Some(bytes);
+    }
+
+    /// Notes what foreign files take now.
+    pub(crate) fn set_foreign(&self, bytes: u64) {
+        self.state().foreign = bytes;
     }
 
     /// Counts bytes that were freed.
@@ -311,6 +331,7 @@ impl Drop for Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn ledger() -> Arc<Ledger> {
         let ledger = Ledger::new(1000, 100, 0);
@@ -388,5 +409,88 @@ mod tests {
         assert!(ledger.reserve(50, Charge::Reserve).is_ok());
         ledger.set_ceiling(1000);
         assert_eq!(ledger.ladder(), Ladder::Normal);
+    }
+
+    #[test]
+    fn foreign_bytes_shrink_the_rest_and_may_seal() {
+        let ledger = ledger();
+        let own = ledger.reserve(300, Charge::Normal).unwrap();
+        ledger.set_foreign(200);
+        assert_eq!(ledger.usage().foreign_bytes, 200);
+        assert_eq!(ledger.usage().allocated_bytes, 200);
+        // 1000 - 200 foreign - 100 reserve - 300 custody.
+        assert_eq!(ledger.room(Charge::Normal), 100);
+        assert_eq!(ledger.room(Charge::Custody), 300);
+        ledger.set_foreign(350);
+        assert_eq!(ledger.ladder(), Ladder::Sealed);
+        assert_eq!(ledger.room(Charge::Normal), 0);
+        assert_eq!(ledger.room(Charge::Reserve), 350);
+        ledger.set_foreign(2000);
+        assert_eq!(ledger.room(Charge::Reserve), 0);
+        assert_eq!(ledger.ladder(), Ladder::Sealed);
+        ledger.set_foreign(0);
+        assert_eq!(ledger.room(Charge::Normal), 300);
+        drop(own);
+        assert_eq!(ledger.ladder(), Ladder::Normal);
+    }
+
+    proptest! {
+        /// Whatever is reserved, booked and freed in whatever order: the sum stays below the ceiling,
+        /// nobody gets more than his share, and a refused request costs nothing.
+        #[test]
+        fn inv_04_random_reservations_never_exceed_the_ceiling(
+            ceiling in 1u64..100_000,
+            reserve in 0u64..50_000,
+            custody in 0u64..120_000,
+            steps in proptest::collection::vec((0u8..6, 0u64..40_000, any::<prop::sample::Index>()), 0..120),
+        ) {
+            let ledger = Ledger::new(ceiling, reserve, 0);
+            ledger.set_custody_max(custody);
+            let mut held: Vec<Reservation> = Vec::new();
+            let mut booked: Vec<(u64, Charge)> = Vec::new();
+            for (what, bytes, which) in steps {
+                match what {
+                    0..3 => {
+                        let charge = match what {
+                            0 => Charge::Normal,
+                            1 => Charge::Reserve,
+                            _ => Charge::Custody,
+                        };
+                        let (before, room) = (ledger.usage(), ledger.room(charge));
+                        match ledger.reserve(bytes, charge) {
+                            Ok(reservation) => {
+                                prop_assert!(bytes <= room);
+                                held.push(reservation);
+                            }
+                            Err(refused) => {
+                                prop_assert!(bytes > room);
+                                prop_assert_eq!(refused.available_bytes, room);
+                                prop_assert_eq!(ledger.usage(), before);
+                            }
+                        }
+                    }
+                    3 if !held.is_empty() => {
+                        let at = which.index(held.len());
+                        let reservation = &mut held[at];
+                        let part = bytes.min(reservation.bytes());
+                        reservation.book(part);
+                        booked.push((part, reservation.charge()));
+                    }
+                    4 if !held.is_empty() => drop(held.swap_remove(which.index(held.len()))),
+                    5 if !booked.is_empty() => {
+                        let (bytes, charge) = booked.swap_remove(which.index(booked.len()));
+                        ledger.freed(bytes, charge);
+                    }
+                    _ => {}
+                }
+                let usage = ledger.usage();
+                prop_assert!(usage.allocated_bytes + usage.reserved_bytes <= ceiling);
+                prop_assert!(usage.custody_bytes <= usage.custody_max_bytes);
+                prop_assert_eq!(usage.overrun_bytes, 0);
+                let reserved: u64 = held.iter().map(Reservation::bytes).sum();
+                let allocated: u64 = booked.iter().map(|(bytes, _)| bytes).sum();
+                prop_assert_eq!((usage.reserved_bytes, usage.allocated_bytes), (reserved, allocated));
+            }
+        }
     }
 }

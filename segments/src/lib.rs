@@ -60,5 +60,8 @@ pub use proof::{
 pub use receipt::{CustodyReceipt, ReceiptError};
 pub use record::Damage;
 pub use root::{Root, RootError, RootOptions};
-pub use store::{PutOutcome, ScrubReport, Store, StoreError};
+pub use store::{
+    ForeignReport, PutOutcome, RebuildProgress, ScrubPace, ScrubReport, Store, StoreError,
+    StoreRecovery,
+};
 pub use verify::{AuditFault, AuditReport, OriginReport, verify_log};

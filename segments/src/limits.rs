@@ -96,10 +96,41 @@ pub const MIN_CEILING_BYTES: u64 = 1024 * 1024;
 /// Most references returned by one `Store::refs` call.
 pub const MAX_REFS: usize = 4096;
 
+/// Largest catalog of the store's index: held in memory twice while it is written or read. 16 bytes
+/// a range and 300 a log.
+pub const MAX_CATALOG_BYTES: usize = 24 * 1024 * 1024;
+
+/// Most gaps between held audit segments, over all logs: 16 bytes each in memory. A segment that would
+/// leave one more is refused.
+pub const MAX_CHAIN_RANGES: usize = 262_144;
+
+/// Most audit logs of which anything is held: about 600 bytes each in memory.
+pub const MAX_AUDIT_LOGS: usize = 16_384;
+
+/// Most pages of the index in memory, 16 KiB and one open file each: 1 MiB.
+pub const MAX_CACHED_PAGES: usize = 64;
+
+/// Places of segments remembered, twice: about 250 bytes each, 1 MiB together.
+pub const MAX_PLACES_REMEMBERED: usize = 2048;
+
+/// Most names of one directory in memory while it is walked: about 100 bytes each.
+pub const NAMES_AT_ONCE: usize = 8192;
+
+/// Most segments pinned at once.
+pub const MAX_PINS: usize = 4096;
+
+/// Most entries that one question about missing custody looks at.
+pub const MAX_CUSTODY_LOOKS: usize = 8192;
+
+/// Most foreign paths kept for a report.
+pub const MAX_FOREIGN_PATHS: usize = 16;
+
 /// Blocks reserved for the growth of a directory by one more entry: an ext4 directory grows from
 /// one block to three when it becomes indexed.
 pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;
 
+const _: () = assert!(MAX_CHAIN_RANGES * 16 + MAX_AUDIT_LOGS * 600 < MAX_CATALOG_BYTES);
+const _: () = assert!(MAX_CATALOG_BYTES as u64 + 12 <= MAX_STATE_FILE_BYTES);
 const _: () = assert!(MAX_HEADER_BYTES > MAX_ORIGIN_BYTES + MAX_NAME_BYTES + 128);
 const _: () = assert!(MAX_TRAILER_BYTES > MAX_ENDORSEMENT_BYTES + 256);
 const _: () = assert!(MAX_RECEIPT_BYTES > MAX_ENDORSEMENT_BYTES + MAX_ORIGIN_BYTES + 512);

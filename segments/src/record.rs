@@ -10,8 +10,7 @@
 use std::fmt;
 
 pub(crate) use crate::body::{
-    build_body, iter_records, parse_body, peek_span, push_record, read_records_with,
-    seal_overhead_bytes,
+    build_body, iter_records, parse_body, push_record, read_records_with, seal_overhead_bytes,
 };
 use crate::checkpoint::Checkpoint;
 use crate::codec;

@@ -5,19 +5,27 @@
 //! file system, one that others may write to, one behind a symbolic link. All writes go through
 //! [`Root::write_atomic`] or, inside this crate, through a staged file: reserve, write to `tmp/`,
 //! sync, rename, sync the directory.
+//!
+//! What lies under the root is counted at start by a walk, but for the three directories that grow
+//! with the store: of those the store's index tells the bytes, and they are walked only when there is
+//! no index that can be relied upon. Files that are not the node's own, by name, are foreign: they are
+//! counted apart and shrink what is left (ruling 23).
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::disk::{
     self, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode,
 };
+use crate::id::{Kind, SegmentId};
 use crate::ledger::{CeilingReached, Charge, Ledger, Reservation};
 use crate::limits::{
     DIRECTORY_SLACK_BLOCKS, MAX_PATH_DEPTH, MAX_STATE_FILE_BYTES, MIN_CEILING_BYTES,
+    MIN_LOG_FILE_BYTES, NAMES_AT_ONCE,
 };
+use crate::store::{CHAIN_DIR, Loaded, RECEIPTS_DIR, Unusable, load_index};
 
 /// The file whose lock is the exclusive right to the root, and whose inode marks it (ruling 8).
 const LOCK: &str = "lock";
@@ -25,6 +33,12 @@ const LOCK: &str = "lock";
 const TMP: &str = "tmp";
 /// Where damaged files go. Nothing is ever deleted from here by the node.
 pub(crate) const QUARANTINE: &str = "quarantine";
+/// Room kept on file systems where nothing can be allocated ahead.
+const BALLAST: &str = "ballast";
+/// The directories that grow with the store.
+const BULK_DIRS: [&str; 3] = ["segments/audit", RECEIPTS_DIR, CHAIN_DIR];
+/// Directories in which every plain file is the node's own.
+const PLAIN_DIRS: [&str; 6] = ["keys", "policy", "quarantine", "revocation", "state", TMP];
 
 /// Why a root was not opened or a file in it not written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,6 +110,12 @@ pub struct Root {
     path: PathBuf,
     ledger: Arc<Ledger>,
     block_bytes: u64,
+    /// The file system, if it writes every change to another place.
+    copy_on_write: Option<&'static str>,
+    /// Allocated bytes of the ballast; 0 while it is given up.
+    ballast: Mutex<u64>,
+    /// What the store left of its index, until a store takes it.
+    index: Mutex<Option<Result<Loaded, Unusable>>>,
     /// Allocated bytes of each directory as last booked, by relative path.
     dirs: Mutex<BTreeMap<String, u64>>,
     next_temp: AtomicU64,
@@ -174,18 +194,40 @@ impl Root {
             disk,
             path,
             block_bytes: volume.block_bytes,
+            copy_on_write: volume.copy_on_write,
+            ballast: Mutex::new(0),
+            index: Mutex::new(None),
             dirs: Mutex::default(),
             next_temp: AtomicU64::new(0),
             marker,
             _lock: lock,
         };
         root.remove_temporary_files()?;
-        let mut dirs = BTreeMap::new();
-        let found = root.measure_into(&mut dirs)?;
-        root.ledger.found(found, Charge::Normal);
-        *root.dirs.lock().unwrap_or_else(PoisonError::into_inner) = dirs;
+        let index = load_index(&*root.disk, &root.path);
+        let mut walk = Walk {
+            bulk: index.is_err(),
+            ..Walk::default()
+        };
+        root.walk(&mut walk)?;
+        let indexed = index.as_ref().map_or(0, |loaded| loaded.bulk_bytes);
+        let own = walk.own_bytes.saturating_add(indexed);
+        root.ledger.found(own, Charge::Normal);
+        root.ledger.set_foreign(walk.foreign_bytes);
+        *root.dirs.lock().unwrap_or_else(PoisonError::into_inner) = walk.dirs;
+        *root.index.lock().unwrap_or_else(PoisonError::into_inner) = Some(index);
         root.ensure_dir(TMP)?;
-        Ok(Arc::new(root))
+        let root = Arc::new(root);
+        root.find_ballast()?;
+        root.tend_ballast();
+        Ok(root)
+    }
+
+    /// The store's index as it was found when the root was opened; once.
+    pub(crate) fn take_index(&self) -> Option<Result<Loaded, Unusable>> {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
     }
 
     /// What a crash left behind in `tmp/` was never published and is nobody's.
@@ -238,7 +280,7 @@ impl Root {
             .saturating_add(extra.saturating_mul(self.block_bytes))
     }
 
-    fn slack(&self) -> u64 {
+    pub(crate) fn slack(&self) -> u64 {
         DIRECTORY_SLACK_BLOCKS.saturating_mul(self.block_bytes)
     }
 
@@ -248,39 +290,144 @@ impl Root {
     /// # Errors
     /// [`RootError::Disk`].
     pub fn measure(&self) -> Result<u64, RootError> {
-        self.measure_into(&mut BTreeMap::new())
+        let mut walk = Walk {
+            bulk: true,
+            ..Walk::default()
+        };
+        self.walk(&mut walk)?;
+        Ok(walk.own_bytes.saturating_add(walk.foreign_bytes))
     }
 
-    fn measure_into(&self, dirs: &mut BTreeMap<String, u64>) -> Result<u64, RootError> {
-        let mut total = 0u64;
+    fn walk(&self, walk: &mut Walk) -> Result<(), RootError> {
         let mut todo = vec![(String::new(), self.path.clone())];
         while let Some((rel, dir)) = todo.pop() {
             let own = self.disk.stat(&dir)?.allocated_bytes;
-            total = total.saturating_add(own);
-            for name in self.disk.read_dir(&dir)? {
-                let path = dir.join(&name);
-                let stat = match self.disk.stat(&path) {
-                    // Removed since it was listed.
-                    Err(DiskError {
-                        fault: DiskFault::NotFound,
-                        ..
-                    }) => continue,
-                    other => other?,
-                };
-                if stat.kind == FileKind::Dir {
-                    let rel = if rel.is_empty() {
-                        name
-                    } else {
-                        format!("{rel}/{name}")
-                    };
-                    todo.push((rel, path));
-                } else {
-                    total = total.saturating_add(stat.allocated_bytes);
-                }
+            if rel.is_empty() || is_ours(&rel, FileKind::Dir) {
+                walk.own_bytes = walk.own_bytes.saturating_add(own);
+                walk.dirs.insert(rel.clone(), own);
+            } else {
+                walk.foreign_bytes = walk.foreign_bytes.saturating_add(own);
             }
-            dirs.insert(rel, own);
+            if BULK_DIRS.contains(&rel.as_str()) && !walk.bulk {
+                continue;
+            }
+            let mut after: Option<String> = None;
+            loop {
+                let names = self
+                    .disk
+                    .read_dir_after(&dir, after.as_deref(), NAMES_AT_ONCE)?;
+                for name in &names {
+                    let path = dir.join(name);
+                    let rel = join(&rel, name);
+                    let stat = match self.disk.stat(&path) {
+                        // Removed since it was listed.
+                        Err(DiskError {
+                            fault: DiskFault::NotFound,
+                            ..
+                        }) => continue,
+                        other => other?,
+                    };
+                    if stat.kind == FileKind::Dir {
+                        todo.push((rel, path));
+                    } else if is_ours(&rel, stat.kind) {
+                        walk.own_bytes = walk.own_bytes.saturating_add(stat.allocated_bytes);
+                    } else {
+                        walk.foreign_bytes =
+                            walk.foreign_bytes.saturating_add(stat.allocated_bytes);
+                    }
+                }
+                if names.len() < NAMES_AT_ONCE {
+                    break;
+                }
+                after = names.last().cloned();
+            }
         }
-        Ok(total)
+        Ok(())
+    }
+
+    /// Does a step that needs space on the file system; for a write of the reserve it is done again
+    /// after the ballast was given up.
+    fn with_ballast<T>(
+        &self,
+        charge: Charge,
+        step: impl Fn() -> Result<T, DiskError>,
+    ) -> Result<T, DiskError> {
+        match step() {
+            Err(DiskError {
+                fault: DiskFault::NoSpace,
+                ..
+            }) if charge == Charge::Reserve && self.give_up_ballast() => step(),
+            other => other,
+        }
+    }
+
+    // ---- ballast ------------------------------------------------------------------------------
+
+    fn ballast(&self) -> MutexGuard<'_, u64> {
+        self.ballast.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A ballast of an earlier run is taken over, or removed where it serves nothing.
+    fn find_ballast(&self) -> Result<(), RootError> {
+        match self.stat(BALLAST) {
+            Ok(stat) if self.copy_on_write.is_some() => *self.ballast() = stat.allocated_bytes,
+            Ok(_) => self.remove(BALLAST)?,
+            Err(RootError::Disk(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            })) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Where every change is written to another place, room that was allocated ahead is no room: a
+    /// file system full of other files would stop the reserve's writes too. There a file of one active
+    /// log file's bound is kept, and given up when that happens. Made again once there is plenty.
+    pub(crate) fn tend_ballast(self: &Arc<Self>) {
+        let Some(file_system) = self.copy_on_write else {
+            return;
+        };
+        let bytes = self.stage_bound(MIN_LOG_FILE_BYTES);
+        let plenty = self
+            .disk
+            .volume(&self.path)
+            .is_ok_and(|volume| volume.available_bytes / 4 >= bytes);
+        if *self.ballast() > 0 || !plenty {
+            return;
+        }
+        let mut content = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        // Bytes that no file system can compress.
+        blake3::Hasher::new().finalize_xof().fill(&mut content);
+        let made = self
+            .stage(BALLAST, bytes, Charge::Reserve)
+            .and_then(|mut staged| {
+                staged.fill(&content)?;
+                staged.publish()
+            });
+        match made {
+            Ok(published) => *self.ballast() = published.allocated,
+            Err(error) => tracing::warn!(%error, file_system, "no ballast can be kept"),
+        }
+    }
+
+    /// Gives the ballast up for a write of the reserve; `false` if there is none.
+    pub(crate) fn give_up_ballast(&self) -> bool {
+        let mut ballast = self.ballast();
+        if *ballast == 0 {
+            return false;
+        }
+        match self.remove(BALLAST) {
+            Ok(()) => {
+                *ballast = 0;
+                tracing::warn!("the file system is full; the ballast is given up");
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "the ballast cannot be given up");
+                false
+            }
+        }
     }
 
     /// The absolute path of a checked relative one.
@@ -449,6 +596,98 @@ impl Root {
         Ok(bytes)
     }
 
+    /// Removes a file that the index can do without; nothing is synced. `bytes` are given back to the
+    /// account.
+    pub(crate) fn unlink(&self, rel: &str, bytes: u64, charge: Charge) -> Result<(), RootError> {
+        match self.disk.remove(&self.absolute(rel)?) {
+            Ok(())
+            | Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.ledger.freed(bytes, charge);
+        self.book_dir(parent_of(rel))
+    }
+
+    /// Makes a file of zeros under its own name, or takes over one that is there; nothing is synced.
+    /// Gives it with its allocated bytes.
+    pub(crate) fn make_in_place(
+        &self,
+        rel: &str,
+        len: u64,
+        mut room: Reservation,
+    ) -> Result<(Box<dyn DiskFile>, u64), RootError> {
+        let path = self.absolute(rel)?;
+        self.ensure_dir(parent_of(rel))?;
+        let file = match self.disk.open(&path, OpenMode::CreateNew) {
+            Err(DiskError {
+                fault: DiskFault::Exists,
+                ..
+            }) => self.disk.open(&path, OpenMode::ReadWrite)?,
+            other => other?,
+        };
+        // Allocated whole at once: what is written into it later needs no space.
+        let allocated = file
+            .allocate(len)
+            .and_then(|()| Ok(file.stat()?.allocated_bytes));
+        match allocated {
+            Ok(allocated) => {
+                room.book(allocated);
+                self.book_dir(parent_of(rel))?;
+                Ok((file, allocated))
+            }
+            Err(error) => {
+                drop(file);
+                if let Err(stays) = self.disk.remove(&path) {
+                    tracing::warn!(error = %stays, "cannot remove a file that found no room");
+                    room.book(room.bytes());
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Makes the names in a directory durable.
+    pub(crate) fn sync_dir(&self, rel: &str) -> Result<(), RootError> {
+        Ok(self.disk.sync_dir(&self.absolute(rel)?)?)
+    }
+
+    /// Names in a directory after this one, sorted, at most so many; none if it is not there.
+    pub(crate) fn list_after(
+        &self,
+        rel: &str,
+        after: Option<&str>,
+        max: usize,
+    ) -> Result<Vec<String>, RootError> {
+        match self.disk.read_dir_after(&self.absolute(rel)?, after, max) {
+            Ok(names) => Ok(names),
+            Err(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            }) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Forgets that a directory was seen, so that it is made again should it be gone.
+    pub(crate) fn forget_dir(&self, rel: &str) {
+        let mut dirs = self.dirs.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(path) = self.absolute(rel)
+            && matches!(
+                self.disk.stat(&path),
+                Err(DiskError {
+                    fault: DiskFault::NotFound,
+                    ..
+                })
+            )
+            && let Some(bytes) = dirs.remove(rel)
+        {
+            self.ledger.freed(bytes, Charge::Normal);
+        }
+    }
+
     /// Moves a file to the quarantine under a name that is free there, and gives that name.
     pub(crate) fn move_to_quarantine(
         &self,
@@ -529,19 +768,85 @@ impl Root {
         }
         let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
         let temp = format!("{TMP}/{number}");
-        let file = self
-            .disk
-            .open(&self.absolute(&temp)?, OpenMode::CreateNew)?;
+        let path = self.absolute(&temp)?;
+        let charge = reservation.charge();
+        let file = self.with_ballast(charge, || self.disk.open(&path, OpenMode::CreateNew))?;
         Ok(Staged {
             root: Arc::clone(self),
             file: Some(file),
             temp: Some(temp),
             rel: rel.to_owned(),
-            charge: reservation.charge(),
+            charge,
             reservation: Some(reservation),
             booked: 0,
             len,
         })
+    }
+}
+
+/// What a walk adds up.
+#[derive(Debug, Default)]
+struct Walk {
+    /// Whether the directories that grow with the store are walked too.
+    bulk: bool,
+    own_bytes: u64,
+    foreign_bytes: u64,
+    dirs: BTreeMap<String, u64>,
+}
+
+pub(crate) fn join(dir: &str, name: &str) -> String {
+    if dir.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{dir}/{name}")
+    }
+}
+
+/// Whether a path below the root is one that a node makes, by its name and kind. All others are
+/// foreign.
+pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
+    let hex = |text: &str, digits: usize| {
+        text.len() == digits
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let of_segment = |name: &str, ends: &[&str]| {
+        ends.iter().any(|end| {
+            name.strip_suffix(end)
+                .is_some_and(|hex| SegmentId::from_hex(hex).is_ok())
+        })
+    };
+    let kind_dir = |dir: &str| {
+        dir.strip_prefix("segments/")
+            .is_some_and(|name| Kind::ALL.iter().any(|kind| kind.as_str() == name))
+    };
+    match kind {
+        FileKind::Dir => {
+            let dirs = [
+                "log",
+                "partial",
+                "segments",
+                "index",
+                RECEIPTS_DIR,
+                CHAIN_DIR,
+            ];
+            PLAIN_DIRS.contains(&rel) || dirs.contains(&rel) || kind_dir(rel)
+        }
+        FileKind::File => match rel.rsplit_once('/') {
+            None => [LOCK, BALLAST, "owner", "clock"].contains(&rel),
+            Some((dir, _)) if PLAIN_DIRS.contains(&dir) => true,
+            Some(("log", name)) => name == "state" || name.ends_with(".log"),
+            Some(("partial", name)) => of_segment(name, &[".part", ".map"]),
+            Some(("index", name)) => ["catalog", "journal"].contains(&name),
+            Some((dir, name)) if dir == RECEIPTS_DIR => of_segment(name, &[".rcpts"]),
+            Some((dir, name)) if dir == CHAIN_DIR => name
+                .strip_suffix(".idx")
+                .and_then(|stem| stem.split_once('-'))
+                .is_some_and(|(log, page)| hex(log, 32) && page.parse::<u64>().is_ok()),
+            Some((dir, name)) => kind_dir(dir) && of_segment(name, &[".seg"]),
+        },
+        FileKind::Symlink | FileKind::Other => false,
     }
 }
 
@@ -598,18 +903,26 @@ impl Staged {
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> Result<(), RootError> {
         let file = self.file()?;
         if self.len > 0 {
-            // Allocating the exact length first keeps file systems from allocating ahead of it.
-            file.allocate(self.len)?;
-            file.write_at(0, bytes)?;
+            self.root.with_ballast(self.charge, || {
+                // Allocating the exact length first keeps file systems from allocating ahead of it.
+                file.allocate(self.len)?;
+                file.write_at(0, bytes)
+            })?;
         }
         file.sync_data()?;
         self.book()
     }
 
+    /// Allocated bytes booked for it so far.
+    pub(crate) fn booked(&self) -> u64 {
+        self.booked
+    }
+
     /// Makes it a file of zeros, and syncs it.
     pub(crate) fn fill_zeros(&mut self) -> Result<(), RootError> {
         let file = self.file()?;
-        file.zero_fill(self.len)?;
+        self.root
+            .with_ballast(self.charge, || file.zero_fill(self.len))?;
         file.sync_data()?;
         self.book()
     }

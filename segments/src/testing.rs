@@ -185,6 +185,7 @@ struct Sim {
     synced_renames: BTreeSet<u64>,
     boots: u64,
     network: Option<&'static str>,
+    copy_on_write: Option<&'static str>,
 }
 
 impl Sim {
@@ -386,6 +387,7 @@ impl SimDisk {
                 synced_renames: BTreeSet::new(),
                 boots: 0,
                 network: None,
+                copy_on_write: None,
             })),
         }
     }
@@ -408,6 +410,11 @@ impl SimDisk {
     /// Makes the disk claim to be a network file system.
     pub fn set_network(&self, name: Option<&'static str>) {
         self.sim().network = name;
+    }
+
+    /// Makes the disk claim to write every change to another place.
+    pub fn set_copy_on_write(&self, name: Option<&'static str>) {
+        self.sim().copy_on_write = name;
     }
 
     /// How many writing calls there were.
@@ -705,6 +712,7 @@ impl Disk for SimDisk {
             block_bytes: BLOCK,
             available_bytes: sim.capacity.saturating_sub(sim.allocated()),
             network: sim.network,
+            copy_on_write: sim.copy_on_write,
         })
     }
 

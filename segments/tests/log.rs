@@ -674,13 +674,12 @@ fn receipts_survive_a_restart_and_do_not_move_between_segments() {
         Err(StoreError::ReceiptMismatch(two.id))
     );
     // A file moved by a foreign hand from one segment's name to the other's does not count.
-    let path = |id: &tidelock_segments::SegmentId, name: &str| {
-        Path::new(ROOT).join(format!("receipts/{}-{name}.rcpt", id.hex()))
+    n.licensed_by(&two, &["n2"]);
+    let path = |id: &tidelock_segments::SegmentId| {
+        Path::new(ROOT).join(format!("receipts/{}.rcpts", id.hex()))
     };
-    let bytes = disk.content(&path(&one.id, "n2")).unwrap();
-    disk.plant(&path(&two.id, "n2"), &bytes);
-    let three = disk.content(&path(&one.id, "n3")).unwrap();
-    disk.plant(&path(&two.id, "n3"), &three);
+    let bytes = disk.content(&path(&one.id)).unwrap();
+    disk.plant(&path(&two.id), &bytes);
     drop(n);
     let n = settings.sim(&disk);
     assert!(n.log.is_licensed(&one.id, u64::MAX));

@@ -290,6 +290,10 @@ fn files_that_are_no_segments_are_told_apart_at_start() {
     );
     let (root, store) = open(&disk);
     assert_eq!(store.list(None), [two.reference()]);
+    // Audit segments are not listed at start; the survey comes by.
+    assert_eq!(root.list("quarantine").unwrap().len(), 2);
+    while !store.survey(1).unwrap() {}
+    assert_eq!(store.list(None), [two.reference()]);
     assert_eq!(root.list("quarantine").unwrap().len(), 3);
     assert!(root.exists("segments/policy/README").unwrap());
     assert_eq!(

@@ -1,5 +1,6 @@
 //! The real disk: Linux system calls, every path walked without following links.
 
+use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
@@ -105,14 +106,28 @@ fn to_stat(stat: &Stat) -> FileStat {
     }
 }
 
-/// Names of the network file systems known by their magic number (INV-01).
+/// The magic number of a file system.
 #[expect(
     clippy::unnecessary_fallible_conversions,
     reason = "the field types differ between architectures; on this one some conversions are plain"
 )]
-fn network_name(fs: &StatFs) -> Option<&'static str> {
+fn magic(fs: &StatFs) -> i128 {
     // The type is signed on most architectures; the magic numbers are unsigned 32-bit values.
-    let magic = i128::try_from(fs.f_type).unwrap_or(0) & 0xffff_ffff;
+    i128::try_from(fs.f_type).unwrap_or(0) & 0xffff_ffff
+}
+
+/// File systems that write every change to another place, by their magic number.
+fn copy_on_write_name(magic: i128) -> Option<&'static str> {
+    Some(match magic {
+        0x9123_683e => "btrfs",
+        0xca45_1a4e => "bcachefs",
+        0x2fc1_2fc1 => "zfs",
+        _ => return None,
+    })
+}
+
+/// Names of the network file systems known by their magic number (INV-01).
+fn network_name(magic: i128) -> Option<&'static str> {
     Some(match magic {
         0x6969 => "nfs",
         0xff53_4d42 => "cifs",
@@ -213,6 +228,33 @@ impl Disk for RealDisk {
         Ok(names)
     }
 
+    fn read_dir_after(
+        &self,
+        path: &Path,
+        after: Option<&str>,
+        max: usize,
+    ) -> Result<Vec<String>, DiskError> {
+        let fd = open_at(DiskOp::ReadDir, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let dir = rustix::fs::Dir::new(fd).map_err(failed(DiskOp::ReadDir, path))?;
+        // The smallest names after the one asked for; the largest of them goes when there are too many.
+        let mut names: BinaryHeap<String> = BinaryHeap::new();
+        for entry in dir {
+            let entry = entry.map_err(failed(DiskOp::ReadDir, path))?;
+            let name = entry.file_name().to_string_lossy();
+            let wanted = name != "."
+                && name != ".."
+                && after.is_none_or(|after| *name > *after)
+                && (names.len() < max || names.peek().is_some_and(|largest| *name < **largest));
+            if wanted {
+                names.push(name.into_owned());
+                if names.len() > max {
+                    names.pop();
+                }
+            }
+        }
+        Ok(names.into_sorted_vec())
+    }
+
     fn stat(&self, path: &Path) -> Result<FileStat, DiskError> {
         let (dir, name) = parent(DiskOp::Stat, path)?;
         rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW)
@@ -228,7 +270,8 @@ impl Disk for RealDisk {
         Ok(Volume {
             block_bytes: size.f_bsize.clamp(512, 1024 * 1024),
             available_bytes: size.f_bavail.saturating_mul(size.f_frsize),
-            network: network_name(&kind),
+            network: network_name(magic(&kind)),
+            copy_on_write: copy_on_write_name(magic(&kind)),
         })
     }
 
@@ -321,5 +364,43 @@ impl DiskFile for RealFile {
         rustix::fs::fstat(&self.fd)
             .map(|stat| to_stat(&stat))
             .map_err(|errno| self.failed(DiskOp::Stat, errno))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_are_told_apart_by_their_magic_number() {
+        assert_eq!(copy_on_write_name(0x9123_683e), Some("btrfs"));
+        assert_eq!(copy_on_write_name(0xca45_1a4e), Some("bcachefs"));
+        assert_eq!(copy_on_write_name(0x2fc1_2fc1), Some("zfs"));
+        // ext4, xfs, tmpfs.
+        for plain in [0xef53, 0x5846_5342, 0x0102_1994] {
+            assert_eq!(copy_on_write_name(plain), None);
+            assert_eq!(network_name(plain), None);
+        }
+        assert_eq!(network_name(0x6969), Some("nfs"));
+    }
+
+    #[test]
+    fn a_directory_is_read_in_pieces() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap();
+        for i in 0..100 {
+            std::fs::write(path.join(format!("{i:03}")), b"").unwrap();
+        }
+        let disk = RealDisk::new();
+        let (mut all, mut after): (Vec<String>, Option<String>) = (Vec::new(), None);
+        loop {
+            let names = disk.read_dir_after(&path, after.as_deref(), 7).unwrap();
+            assert!(names.len() <= 7);
+            let Some(last) = names.last() else { break };
+            after = Some(last.clone());
+            all.extend(names);
+        }
+        assert_eq!(all, disk.read_dir(&path).unwrap());
+        assert_eq!(all.len(), 100);
     }
 }
