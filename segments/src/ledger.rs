@@ -320,6 +320,20 @@ impl Reservation {
     }
 }
 
+impl Reservation {
+    /// Takes allocated bytes back into the reservation, when what they were booked for is gone and
+    /// as much will be written again.
+    pub(crate) fn reclaim(&mut self, bytes: u64) {
+        let mut state = self.ledger.state();
+        let allocated = state.allocated(self.charge);
+        let bytes = bytes.min(*allocated);
+        *allocated -= bytes;
+        let reserved = state.reserved(self.charge);
+        *reserved = reserved.saturating_add(bytes);
+        self.bytes = self.bytes.saturating_add(bytes);
+    }
+}
+
 impl Drop for Reservation {
     fn drop(&mut self) {
         let mut state = self.ledger.state();

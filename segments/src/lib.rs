@@ -12,6 +12,7 @@
 //! is, [`Store::put`] for the write protocol, `log.rs` for commit, seal, recovery and eviction, and
 //! [`testing::SimDisk`] for how crashes are tested.
 
+pub mod bao;
 mod body;
 mod checkpoint;
 mod codec;
@@ -24,6 +25,7 @@ mod ledger;
 pub mod limits;
 mod log;
 pub mod merkle;
+mod partial;
 mod proof;
 mod receipt;
 mod record;
@@ -53,6 +55,7 @@ pub use log::{
     AppendError, Appended, AuditLog, EndorseError, LogConfig, LogError, LogStat, RecordClass,
     Recovery,
 };
+pub use partial::{Accepted, Partial, PartialError, PartialInfo};
 pub use proof::{
     ConsistencyProof, ProofError, RecordProof, prove_consistency, prove_record,
     verify_consistency_proof, verify_record_proof,

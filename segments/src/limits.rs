@@ -124,6 +124,26 @@ pub const MAX_CUSTODY_LOOKS: usize = 8192;
 
 /// Most foreign paths kept for a report.
 pub const MAX_FOREIGN_PATHS: usize = 16;
+/// Most content in one slice of a segment (`bao`): a slice is held in memory, with at most 72 KiB of
+/// hashes, once by whoever serves it and once by whoever takes it.
+pub const MAX_SLICE_BYTES: u64 = 1024 * 1024;
+
+/// Content that a partial may have taken since its map was written last, and so the most that a kill
+/// can cost it.
+pub const MAP_INTERVAL_BYTES: u64 = 1024 * 1024;
+
+/// Most partials below one root, in use or not.
+pub const MAX_PARTIALS: usize = 64;
+
+/// Most bytes of all partials together. Memory for their hashes while all are in use: 1.1 MiB.
+pub const MAX_PARTIAL_BYTES: u64 = 256 * 1024 * 1024;
+
+/// Largest map of a partial: every hash pair of the largest segment and 1.5 KiB around them.
+pub const MAX_MAP_BYTES: usize = 133 * 1024;
+
+/// Most bytes of hash pairs remembered of segments that are being served in ranges: eight of the
+/// largest segments, or hundreds of usual ones.
+pub const MAX_OUTBOARDS_BYTES: usize = 1024 * 1024;
 
 /// Blocks reserved for the growth of a directory by one more entry: an ext4 directory grows from
 /// one block to three when it becomes indexed.
@@ -131,6 +151,8 @@ pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;
 
 const _: () = assert!(MAX_CHAIN_RANGES * 16 + MAX_AUDIT_LOGS * 600 < MAX_CATALOG_BYTES);
 const _: () = assert!(MAX_CATALOG_BYTES as u64 + 12 <= MAX_STATE_FILE_BYTES);
+const _: () = assert!(MAX_MAP_BYTES as u64 > MAX_SEGMENT_BYTES / (16 * 1024) * 64 + 1536);
+const _: () = assert!(MAX_PARTIAL_BYTES >= MAX_SEGMENT_BYTES);
 const _: () = assert!(MAX_HEADER_BYTES > MAX_ORIGIN_BYTES + MAX_NAME_BYTES + 128);
 const _: () = assert!(MAX_TRAILER_BYTES > MAX_ENDORSEMENT_BYTES + 256);
 const _: () = assert!(MAX_RECEIPT_BYTES > MAX_ENDORSEMENT_BYTES + MAX_ORIGIN_BYTES + 512);

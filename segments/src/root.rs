@@ -447,7 +447,7 @@ impl Root {
     }
 
     /// Books what a directory has grown or shrunk by.
-    fn book_dir(&self, rel: &str) -> Result<(), RootError> {
+    pub(crate) fn book_dir(&self, rel: &str) -> Result<(), RootError> {
         let path = if rel.is_empty() {
             self.path.clone()
         } else {
@@ -688,6 +688,27 @@ impl Root {
         }
     }
 
+    /// Gives a file that is complete and synced another name, durably; a file of that name is
+    /// replaced. Its bytes stay charged as they are. The caller has reserved room for the directories.
+    pub(crate) fn rename_file(&self, from: &str, to: &str) -> Result<(), RootError> {
+        let (old, new) = (self.absolute(from)?, self.absolute(to)?);
+        self.disk.rename(&old, &new)?;
+        let (old_dir, new_dir) = (parent_of(from), parent_of(to));
+        self.disk.sync_dir(new.parent().unwrap_or(&self.path))?;
+        if old_dir != new_dir {
+            self.disk.sync_dir(old.parent().unwrap_or(&self.path))?;
+            self.book_dir(old_dir)?;
+        }
+        self.book_dir(new_dir)
+    }
+
+    /// Creates an empty file that is not there yet. The caller has reserved what will be in it.
+    pub(crate) fn create_file(&self, rel: &str) -> Result<Box<dyn DiskFile>, RootError> {
+        let path = self.absolute(rel)?;
+        self.ensure_dir(parent_of(rel))?;
+        Ok(self.disk.open(&path, OpenMode::CreateNew)?)
+    }
+
     /// Moves a file to the quarantine under a name that is free there, and gives that name.
     pub(crate) fn move_to_quarantine(
         &self,
@@ -837,7 +858,7 @@ pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
             None => [LOCK, BALLAST, "owner", "clock"].contains(&rel),
             Some((dir, _)) if PLAIN_DIRS.contains(&dir) => true,
             Some(("log", name)) => name == "state" || name.ends_with(".log"),
-            Some(("partial", name)) => of_segment(name, &[".part", ".map"]),
+            Some(("partial", name)) => of_segment(name, &[".part", ".map", ".new"]),
             Some(("index", name)) => ["catalog", "journal"].contains(&name),
             Some((dir, name)) if dir == RECEIPTS_DIR => of_segment(name, &[".rcpts"]),
             Some((dir, name)) if dir == CHAIN_DIR => name
@@ -846,7 +867,9 @@ pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
                 .is_some_and(|(log, page)| hex(log, 32) && page.parse::<u64>().is_ok()),
             Some((dir, name)) => kind_dir(dir) && of_segment(name, &[".seg"]),
         },
-        FileKind::Symlink | FileKind::Other => false,
+        // The node's own door may lie at the top.
+        FileKind::Other => rel.ends_with(".sock") && !rel.contains('/'),
+        FileKind::Symlink => false,
     }
 }
 

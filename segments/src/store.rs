@@ -31,6 +31,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 
+use crate::bao::BaoError;
 use crate::body::{self, AuditSpan};
 use crate::disk::{DiskError, DiskFault, DiskFile, DiskOp, OpenMode};
 use crate::format::{
@@ -42,6 +43,7 @@ use crate::limits::{
     MAX_AUDIT_LOGS, MAX_CHAIN_RANGES, MAX_CUSTODY_LOOKS, MAX_HEAD_RANGES, MAX_HEADER_BYTES,
     MAX_PINS, MAX_RECEIPTS_PER_SEGMENT, MAX_REFS, MAX_SEGMENT_BYTES, NAMES_AT_ONCE,
 };
+use crate::partial::Transfers;
 use crate::receipt::{CustodyReceipt, ReceiptError};
 use crate::root::{Root, RootError, Staged};
 use catalog::CATALOG_PATH;
@@ -127,6 +129,9 @@ pub enum StoreError {
          refused"
     )]
     TooScattered(Origin),
+    /// The range asked for is none of the segment's.
+    #[error(transparent)]
+    Range(#[from] BaoError),
     /// The root or the disk refused.
     #[error(transparent)]
     Root(RootError),
@@ -213,6 +218,7 @@ pub struct Store {
     recovery: Mutex<StoreRecovery>,
     on_damage: Mutex<Option<Hook>>,
     survey: Mutex<scrub::Survey>,
+    pub(crate) transfers: Transfers,
 }
 
 impl fmt::Debug for Store {
@@ -316,6 +322,7 @@ impl Store {
             recovery: Mutex::default(),
             on_damage: Mutex::new(None),
             survey: Mutex::default(),
+            transfers: Transfers::default(),
         };
         store.find_small(false)?;
         let mut writer = store.writer();
@@ -329,6 +336,7 @@ impl Store {
             store.rebuild(&mut writer, &why, None, progress)?;
         }
         drop(writer);
+        store.find_partials()?;
         Ok(Arc::new(store))
     }
 
@@ -761,6 +769,14 @@ impl Store {
                 log.account = account;
             }
         }
+        drop(index);
+        self.charge_partials();
+    }
+
+    /// The account that a segment is charged to, whoever asks.
+    pub(crate) fn account(&self, reference: &SegmentRef, asked: Charge) -> Charge {
+        self.index()
+            .account(reference.kind, &reference.origin, asked)
     }
 
     // ---- the index on disk --------------------------------------------------------------------

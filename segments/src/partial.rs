@@ -1,0 +1,1111 @@
+//! Segments that are still arriving: `partial/<hex>.part` and `partial/<hex>.map`.
+//!
+//! A [`Partial`] takes slices of a segment (see [`crate::bao`]) in any order and from several
+//! callers, and checks every group of 16 KiB against the segment's id before it writes it. The room
+//! for the whole segment is reserved and allocated first. Every [`MAP_INTERVAL_BYTES`] the content is
+//! synced, and then the map, which tells what is there and carries the hashes to prove it, is
+//! replaced. After a kill the next holder goes on from the map, and every group that the map claims
+//! is checked against the id again; one that does not fit is dropped and fetched anew.
+//! [`Partial::finish`] verifies the whole segment and gives the file its place in the store by a
+//! rename: the bytes are on the disk once at any time.
+//!
+//! Nothing here is ever listed, served or counted as held.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bincode::{Decode, Encode};
+use serde::Serialize;
+
+use crate::bao::{self, BaoError, Item, Outboard, Pair, Visit};
+use crate::codec;
+use crate::disk::{DiskError, DiskFault, DiskFile, DiskOp, OpenMode};
+use crate::format::{FormatError, SegmentRef, VerifiedSegment, verify_segment};
+use crate::id::SegmentId;
+use crate::ledger::{CeilingReached, Charge, Reservation};
+use crate::limits::{
+    MAP_INTERVAL_BYTES, MAX_MAP_BYTES, MAX_OUTBOARDS_BYTES, MAX_PARTIAL_BYTES, MAX_PARTIALS,
+};
+use crate::root::{Root, RootError};
+use crate::store::{PutOutcome, Store, StoreError, segment_path};
+
+const DIR: &str = "partial";
+/// The first eight bytes of a map; the digit is its version.
+const MAP_MAGIC: &[u8; 8] = b"TIDEPAR1";
+/// Magic and checksum.
+const MAP_FRONT: usize = 12;
+
+/// Why a partial refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PartialError {
+    /// The segment is in the store.
+    #[error("segment {0} is held already")]
+    AlreadyHeld(SegmentId),
+    /// Somebody else holds this partial.
+    #[error("segment {0} is being received already")]
+    Busy(SegmentId),
+    /// The reference that was claimed is none that this segment can have.
+    #[error("what was claimed of segment {id} is wrong: {why}")]
+    Claim {
+        /// Which segment.
+        id: SegmentId,
+        /// What does not fit.
+        why: &'static str,
+    },
+    /// As many partials as there may be, and all of them in use.
+    #[error("{MAX_PARTIALS} partials or {MAX_PARTIAL_BYTES} bytes of them are in use; try later")]
+    TooMany,
+    /// The slice is malformed or not of this segment. The groups before the bad one were taken.
+    #[error(transparent)]
+    Slice(#[from] BaoError),
+    /// Not everything has arrived.
+    #[error("{missing_bytes} bytes are still missing")]
+    Incomplete {
+        /// How many.
+        missing_bytes: u64,
+    },
+    /// Content changed on the disk after it was checked. Those groups are missing again.
+    #[error("{bytes} bytes of segment {id} were damaged on disk and have to be fetched again")]
+    Damaged {
+        /// Which segment.
+        id: SegmentId,
+        /// How many.
+        bytes: u64,
+    },
+    /// The bytes have the id asked for and are no good segment. The partial is gone.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// Writing or syncing failed. Open it again: what the last map claims is still there.
+    #[error("the partial was given back after {0}; open it again")]
+    Broken(String),
+    /// It was finished or abandoned, perhaps by another thread.
+    #[error("the partial has ended")]
+    Ended,
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl From<RootError> for PartialError {
+    fn from(error: RootError) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl From<DiskError> for PartialError {
+    fn from(error: DiskError) -> Self {
+        RootError::Disk(error).into()
+    }
+}
+
+impl From<CeilingReached> for PartialError {
+    fn from(error: CeilingReached) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+/// What [`Partial::accept`] took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Accepted {
+    /// Bytes that were not there before.
+    pub new_bytes: u64,
+    /// Whether the segment is complete now and may be finished.
+    pub complete: bool,
+}
+
+/// A partial, for lists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PartialInfo {
+    /// What was claimed of the segment; only its id is certain.
+    pub reference: SegmentRef,
+    /// Bytes that have arrived. Until the partial is opened, as its map claims.
+    pub received_bytes: u64,
+    /// Whether somebody holds it.
+    pub in_use: bool,
+}
+
+/// The map, as it lies on the disk behind magic and checksum.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+struct Map {
+    reference: SegmentRef,
+    serial: u64,
+    bitmap: Vec<u8>,
+    pairs: Vec<Pair>,
+}
+
+impl Map {
+    fn new(reference: &SegmentRef, serial: u64, have: &[bool], pairs: &[Option<Pair>]) -> Self {
+        let mut bitmap = vec![0u8; have.len().div_ceil(8)];
+        for (byte, eight) in bitmap.iter_mut().zip(have.chunks(8)) {
+            for (bit, held) in eight.iter().enumerate() {
+                *byte |= u8::from(*held) << bit;
+            }
+        }
+        let needed = bao::pairs_above(have.len(), &|span| any(have, span));
+        Self {
+            reference: reference.clone(),
+            serial,
+            bitmap,
+            pairs: needed
+                .into_iter()
+                .filter_map(|place| pairs.get(place).copied().flatten())
+                .collect(),
+        }
+    }
+
+    fn encode(&self) -> Result<Vec<u8>, codec::CodecError> {
+        let body = codec::encode::<_, MAX_MAP_BYTES>(self)?;
+        let mut out = MAP_MAGIC.to_vec();
+        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        out.extend_from_slice(&body);
+        Ok(out)
+    }
+
+    /// Reads a map; the groups that it claims and the hashes above them are not checked yet.
+    fn decode(bytes: &[u8]) -> Option<(Self, Vec<bool>)> {
+        let (front, body) = bytes.split_at_checked(MAP_FRONT)?;
+        let (magic, sum) = front.split_at_checked(MAP_MAGIC.len())?;
+        if magic != MAP_MAGIC || sum != crc32c::crc32c(body).to_le_bytes() {
+            return None;
+        }
+        let map: Self = codec::decode::<_, MAX_MAP_BYTES>(body).ok()?;
+        let groups = bao::groups(map.reference.size_bytes).ok()?;
+        if map.bitmap.len() != groups.div_ceil(8) {
+            return None;
+        }
+        let bits = map
+            .bitmap
+            .iter()
+            .flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1));
+        let mut have: Vec<bool> = bits.collect();
+        let unused = have.split_off(groups);
+        let needed = bao::pairs_above(groups, &|span| any(&have, span)).len();
+        (!unused.contains(&true) && map.pairs.len() == needed).then_some((map, have))
+    }
+
+    /// An upper bound of a map's length for so many groups.
+    fn bound(groups: usize) -> u64 {
+        (1024 + 512 + groups.div_ceil(8) + groups * size_of::<Pair>()) as u64
+    }
+}
+
+fn any(have: &[bool], span: &Range<usize>) -> bool {
+    have.get(span.clone())
+        .is_some_and(|part| part.contains(&true))
+}
+
+fn rel(id: &SegmentId, ending: &str) -> String {
+    format!("{DIR}/{}.{ending}", id.hex())
+}
+
+const PART: &str = "part";
+const MAP: &str = "map";
+/// A map before it replaces the one before it.
+const NEW_MAP: &str = "new";
+/// In the order in which they are removed: what claims before what is claimed.
+const ENDINGS: [&str; 3] = [MAP, NEW_MAP, PART];
+
+/// The segment and the kind of file, of a name that a partial can have.
+fn parse_name(name: &str) -> Option<(SegmentId, &'static str)> {
+    let (hex, ending) = name.split_once('.')?;
+    let ending = ENDINGS.into_iter().find(|known| *known == ending)?;
+    Some((SegmentId::from_hex(hex).ok()?, ending))
+}
+
+#[derive(Debug)]
+struct Known {
+    reference: SegmentRef,
+    /// Higher means used later.
+    serial: u64,
+    account: Charge,
+    in_use: bool,
+    received: Arc<AtomicU64>,
+}
+
+#[derive(Debug, Default)]
+struct Registry {
+    known: BTreeMap<SegmentId, Known>,
+    last_serial: u64,
+}
+
+/// What a store keeps of transfers in both directions.
+#[derive(Debug, Default)]
+pub(crate) struct Transfers {
+    registry: Mutex<Registry>,
+    outboards: Mutex<VecDeque<Arc<Outboard>>>,
+}
+
+impl Transfers {
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        // Changes under the lock are whole before anything can panic.
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outboards(&self) -> MutexGuard<'_, VecDeque<Arc<Outboard>>> {
+        self.outboards
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outboard(&self, id: &SegmentId) -> Option<Arc<Outboard>> {
+        let mut outboards = self.outboards();
+        let at = outboards.iter().position(|known| known.id() == *id)?;
+        let found = outboards.remove(at)?;
+        outboards.push_back(Arc::clone(&found));
+        Some(found)
+    }
+
+    fn remember(&self, outboard: &Arc<Outboard>) {
+        let mut outboards = self.outboards();
+        outboards.retain(|known| known.id() != outboard.id());
+        outboards.push_back(Arc::clone(outboard));
+        // INV-07: the oldest go, and a whole entry is counted for each, hashes or none.
+        let cost = |known: &Arc<Outboard>| size_of_val(known.pairs()) + 256;
+        while outboards.iter().map(cost).sum::<usize>() > MAX_OUTBOARDS_BYTES {
+            outboards.pop_front();
+        }
+    }
+}
+
+fn remove_file(root: &Root, rel: &str, account: Charge) -> Result<u64, RootError> {
+    match root.remove_charged(rel, account) {
+        Err(RootError::Disk(DiskError {
+            op: DiskOp::Stat,
+            fault: DiskFault::NotFound,
+            ..
+        })) => Ok(0),
+        other => other,
+    }
+}
+
+fn remove_files(root: &Root, id: &SegmentId, account: Charge) -> Result<u64, RootError> {
+    ENDINGS.into_iter().try_fold(0u64, |sum, ending| {
+        Ok(sum.saturating_add(remove_file(root, &rel(id, ending), account)?))
+    })
+}
+
+fn allocated_by(root: &Root, id: &SegmentId, ending: &str) -> Result<u64, RootError> {
+    match root.stat(&rel(id, ending)) {
+        Ok(stat) => Ok(stat.allocated_bytes),
+        Err(RootError::Disk(DiskError {
+            fault: DiskFault::NotFound,
+            ..
+        })) => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reserve and normal charges come out of one account.
+fn same_account(a: Charge, b: Charge) -> bool {
+    (a == Charge::Custody) == (b == Charge::Custody)
+}
+
+/// Gives a partial back to the registry when opening it does not end well.
+struct Hold<'a> {
+    store: &'a Store,
+    id: SegmentId,
+    serial: u64,
+    keep: bool,
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        if !self.keep {
+            release(self.store, &self.id, self.serial);
+        }
+    }
+}
+
+/// Marks a partial as unused; one that left no file behind is forgotten. The serial tells a holder
+/// from the one that came after it.
+fn release(store: &Store, id: &SegmentId, serial: u64) {
+    let left = store.root().exists(&rel(id, PART)).unwrap_or(true);
+    let mut registry = store.transfers.registry();
+    match registry.known.get_mut(id) {
+        Some(known) if known.serial != serial => {}
+        Some(known) if left => known.in_use = false,
+        _ => {
+            registry.known.remove(id);
+        }
+    }
+}
+
+impl Store {
+    /// Finds what earlier runs left in `partial/`. A partial without a good map, or of a segment that
+    /// is held by now, is of no use and removed; files of other names are left alone.
+    pub(crate) fn find_partials(&self) -> Result<(), StoreError> {
+        let root = self.root();
+        let mut found: BTreeMap<SegmentId, bool> = BTreeMap::new();
+        for name in root.list(DIR)? {
+            match parse_name(&name) {
+                Some((id, ending)) => *found.entry(id).or_default() |= ending == PART,
+                None => tracing::warn!(
+                    file = format!("{DIR}/{name}"),
+                    "foreign file among the partials; it counts to the ceiling"
+                ),
+            }
+        }
+        for (id, part) in found {
+            remove_file(root, &rel(&id, NEW_MAP), Charge::Normal)?;
+            let map = root.read(&rel(&id, MAP))?;
+            let usable = map
+                .as_deref()
+                .and_then(Map::decode)
+                .filter(|(map, _)| part && map.reference.id == id && !self.contains(&id));
+            let Some((map, have)) = usable else {
+                remove_files(root, &id, Charge::Normal)?;
+                tracing::debug!(%id, "removed a partial that cannot be resumed");
+                continue;
+            };
+            let received = AtomicU64::new(received_bytes(map.reference.size_bytes, &have));
+            let mut registry = self.transfers.registry();
+            registry.last_serial = registry.last_serial.max(map.serial);
+            registry.known.insert(
+                id,
+                Known {
+                    reference: map.reference,
+                    serial: map.serial,
+                    account: Charge::Normal,
+                    in_use: false,
+                    received: Arc::new(received),
+                },
+            );
+        }
+        while self.partials_exceed(0, 0) && self.give_up_oldest(None)?.is_some() {}
+        Ok(())
+    }
+
+    fn partials_exceed(&self, more: usize, more_bytes: u64) -> bool {
+        let registry = self.transfers.registry();
+        let bytes = registry
+            .known
+            .values()
+            .map(|known| known.reference.size_bytes)
+            .fold(more_bytes, u64::saturating_add);
+        registry.known.len() + more > MAX_PARTIALS || bytes > MAX_PARTIAL_BYTES
+    }
+
+    /// Charges each unused partial to the account that its segment will be charged to.
+    pub(crate) fn charge_partials(&self) {
+        let mut registry = self.transfers.registry();
+        for (id, known) in registry.known.iter_mut().filter(|(_, known)| !known.in_use) {
+            let account = self.account(&known.reference, known.account);
+            self.recharge(id, known, account);
+        }
+    }
+
+    fn recharge(&self, id: &SegmentId, known: &mut Known, account: Charge) {
+        if !same_account(known.account, account) {
+            let bytes = ENDINGS
+                .into_iter()
+                .filter_map(|ending| allocated_by(self.root(), id, ending).ok())
+                .fold(0, u64::saturating_add);
+            self.root().ledger().freed(bytes, known.account);
+            self.root().ledger().found(bytes, account);
+        }
+        known.account = account;
+    }
+
+    /// Gives up the partial that has been unused for longest, of one account or of any, and tells how
+    /// many bytes that freed.
+    fn give_up_oldest(&self, account: Option<Charge>) -> Result<Option<u64>, RootError> {
+        let oldest = {
+            let mut registry = self.transfers.registry();
+            let oldest = registry
+                .known
+                .iter_mut()
+                .filter(|(_, known)| !known.in_use)
+                .filter(|(_, known)| account.is_none_or(|of| same_account(of, known.account)))
+                .min_by_key(|(id, known)| (known.serial, **id));
+            oldest.map(|(id, known)| {
+                known.in_use = true;
+                (*id, known.account, known.serial)
+            })
+        };
+        let Some((id, account, serial)) = oldest else {
+            return Ok(None);
+        };
+        let removed = remove_files(self.root(), &id, account);
+        release(self, &id, serial);
+        tracing::info!(%id, "gave up a partial to make room");
+        removed.map(Some)
+    }
+
+    /// Gives up partials that nobody holds, oldest first, until so many bytes of the account are
+    /// freed, and tells how many were. Nothing that was acknowledged is lost by it.
+    ///
+    /// # Errors
+    /// [`StoreError`] if the disk refuses.
+    pub fn give_up_partials(&self, charge: Charge, wanted_bytes: u64) -> Result<u64, StoreError> {
+        let mut freed = 0u64;
+        while freed < wanted_bytes
+            && let Some(bytes) = self.give_up_oldest(Some(charge))?
+        {
+            freed = freed.saturating_add(bytes);
+        }
+        Ok(freed)
+    }
+
+    /// The partials, by id.
+    #[must_use]
+    pub fn partials(&self) -> Vec<PartialInfo> {
+        let registry = self.transfers.registry();
+        let info = |known: &Known| PartialInfo {
+            reference: known.reference.clone(),
+            received_bytes: known.received.load(Ordering::Relaxed),
+            in_use: known.in_use,
+        };
+        registry.known.values().map(info).collect()
+    }
+
+    /// Begins to receive a segment, or goes on where an earlier holder or run ended. The room for all
+    /// of it is reserved and allocated before this returns; other partials that nobody holds are
+    /// given up for it, oldest first.
+    ///
+    /// What is claimed of the segment besides its id is believed until [`Partial::finish`]. Another
+    /// claim of the same size takes over what has arrived. One of another size begins anew, unless
+    /// the last group has arrived, which proves the size: so fetch the last group first.
+    ///
+    /// # Errors
+    /// [`PartialError`]: held already, in use, a claim that cannot be, no room, or the disk.
+    pub fn partial(
+        self: &Arc<Self>,
+        reference: &SegmentRef,
+        charge: Charge,
+    ) -> Result<Partial, PartialError> {
+        let id = reference.id;
+        let groups = bao::groups(reference.size_bytes)?;
+        if reference.size_bytes == 0 || reference.origin.kind() != reference.kind {
+            let why = "its size or kind cannot be";
+            return Err(PartialError::Claim { id, why });
+        }
+        if let Some(reason) = self.latched() {
+            return Err(StoreError::Latched(reason).into());
+        }
+        let account = self.account(reference, charge);
+        let (serial, received) = self.hold(reference, account)?;
+        let mut hold = Hold {
+            store: self,
+            id,
+            serial,
+            keep: false,
+        };
+        if self.contains(&id) {
+            remove_files(self.root(), &id, account)?;
+            return Err(PartialError::AlreadyHeld(id));
+        }
+        let resumed = match self.resumable(reference)? {
+            Some(map) => Some(map),
+            None => {
+                remove_files(self.root(), &id, account)?;
+                None
+            }
+        };
+        let body = self.open_body(reference, groups, account, resumed)?;
+        received.store(
+            received_bytes(reference.size_bytes, &body.have),
+            Ordering::Relaxed,
+        );
+        hold.keep = true;
+        Ok(Partial {
+            store: Arc::clone(self),
+            reference: reference.clone(),
+            charge,
+            account,
+            serial,
+            received,
+            body: Mutex::new(Ok(body)),
+        })
+    }
+
+    /// Marks the partial as in use, INV-07: within the limits, for which others are given up.
+    fn hold(
+        &self,
+        reference: &SegmentRef,
+        account: Charge,
+    ) -> Result<(u64, Arc<AtomicU64>), PartialError> {
+        let id = reference.id;
+        loop {
+            let mut registry = self.transfers.registry();
+            let serial = registry.last_serial.saturating_add(1);
+            if let Some(known) = registry.known.get_mut(&id) {
+                if known.in_use {
+                    return Err(PartialError::Busy(id));
+                }
+                self.recharge(&id, known, account);
+                known.in_use = true;
+                known.serial = serial;
+                let received = Arc::clone(&known.received);
+                registry.last_serial = serial;
+                return Ok((serial, received));
+            }
+            drop(registry);
+            if !self.partials_exceed(1, reference.size_bytes) {
+                let mut registry = self.transfers.registry();
+                if registry.known.contains_key(&id) {
+                    continue;
+                }
+                let received = Arc::new(AtomicU64::new(0));
+                registry.known.insert(
+                    id,
+                    Known {
+                        reference: reference.clone(),
+                        serial,
+                        account,
+                        in_use: true,
+                        received: Arc::clone(&received),
+                    },
+                );
+                registry.last_serial = serial;
+                return Ok((serial, received));
+            }
+            if self.give_up_oldest(None)?.is_none() {
+                return Err(PartialError::TooMany);
+            }
+        }
+    }
+
+    /// The groups and pairs that are on the disk and fit the id, if there is anything to go on with.
+    fn resumable(&self, reference: &SegmentRef) -> Result<Option<Progress>, PartialError> {
+        let (root, id) = (self.root(), reference.id);
+        let map = root.read(&rel(&id, MAP))?;
+        let Some((map, have)) = map.as_deref().and_then(Map::decode) else {
+            return Ok(None);
+        };
+        let size_bytes = map.reference.size_bytes;
+        let file = match root.open_file(&rel(&id, PART), OpenMode::Read) {
+            Ok(file) if file.stat()?.len <= size_bytes => file,
+            Ok(_) => return Ok(None),
+            Err(RootError::Disk(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            })) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let mut pairs = vec![None; have.len().saturating_sub(1)];
+        let places = bao::pairs_above(have.len(), &|span| any(&have, span));
+        for (place, pair) in places.into_iter().zip(&map.pairs) {
+            if let Some(slot) = pairs.get_mut(place) {
+                *slot = Some(*pair);
+            }
+        }
+        let checked = Recheck::run(&id, size_bytes, &have, &pairs, &*file);
+        let proven = checked.0.last() == Some(&true);
+        if size_bytes == reference.size_bytes {
+            return Ok(Some(checked));
+        }
+        if proven {
+            let why = "the end of the segment has arrived and proves another size";
+            return Err(PartialError::Claim { id, why });
+        }
+        Ok(None)
+    }
+
+    /// Reserves, and opens or creates the file.
+    fn open_body(
+        &self,
+        reference: &SegmentRef,
+        groups: usize,
+        account: Charge,
+        resumed: Option<Progress>,
+    ) -> Result<Body, PartialError> {
+        let (root, id) = (self.root(), reference.id);
+        let part_allocated = allocated_by(root, &id, PART)?;
+        let map_allocated = allocated_by(root, &id, MAP)?;
+        // INV-04: the whole file, two maps (one replaces the other), and room for the directories of
+        // the partials and of the segments to grow.
+        let wanted = root
+            .allocation_bound(reference.size_bytes)
+            .saturating_sub(part_allocated)
+            .saturating_add(root.allocation_bound(Map::bound(groups)).saturating_mul(2))
+            .saturating_sub(map_allocated)
+            .saturating_add(root.slack().saturating_mul(2));
+        let room = loop {
+            match root.ledger().reserve(wanted, account) {
+                Ok(room) => break room,
+                Err(ceiling) => {
+                    if self.give_up_oldest(Some(account))?.is_none() {
+                        return Err(ceiling.into());
+                    }
+                }
+            }
+        };
+        remove_file(root, &rel(&id, NEW_MAP), account)?;
+        let part = rel(&id, PART);
+        let file = if resumed.is_some() {
+            root.open_file(&part, OpenMode::ReadWrite)?
+        } else {
+            root.create_file(&part)?
+        };
+        let (have, pairs) =
+            resumed.unwrap_or_else(|| (vec![false; groups], vec![None; groups.saturating_sub(1)]));
+        let mut body = Body {
+            file,
+            have,
+            pairs,
+            unsynced_bytes: 0,
+            room,
+            part_allocated,
+            map_allocated,
+        };
+        let filled = body.file.allocate(reference.size_bytes);
+        body.settle()?;
+        if let Err(error) = filled {
+            drop(body);
+            remove_files(root, &id, account)?;
+            return Err(error.into());
+        }
+        root.book_dir(DIR)?;
+        Ok(body)
+    }
+
+    /// The slice for a range of a segment that is held, widened to whole groups of 16 KiB: at most
+    /// 1 MiB. Only the range is read, and checked against the segment's tree; the tree is computed
+    /// from the whole file when a segment is asked for the first time or was not for long.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`]; [`StoreError::Range`]; [`StoreError::Damaged`] if the file does not
+    /// fit its id, which is then in quarantine; the disk's refusal.
+    pub fn read_range_encoded(
+        &self,
+        id: &SegmentId,
+        range: &Range<u64>,
+    ) -> Result<Vec<u8>, StoreError> {
+        let held = self.reference(id).ok_or(StoreError::NotHeld(*id))?;
+        bao::aligned(held.size_bytes, range)?;
+        match self.encode_held(&held, range) {
+            Err(StoreError::Damaged { id, reason }) => {
+                if !self.contains(&id) {
+                    // Evicted while it was being read.
+                    return Err(StoreError::NotHeld(id));
+                }
+                self.quarantine(&id, &reason)?;
+                Err(StoreError::Damaged { id, reason })
+            }
+            other => other,
+        }
+    }
+
+    fn encode_held(&self, held: &SegmentRef, range: &Range<u64>) -> Result<Vec<u8>, StoreError> {
+        let id = held.id;
+        let damaged = |reason: String| StoreError::Damaged { id, reason };
+        let file = match self
+            .root()
+            .open_file(&segment_path(held.kind, &id), OpenMode::Read)
+        {
+            Err(RootError::Disk(DiskError {
+                fault: DiskFault::NotFound,
+                ..
+            })) => return Err(damaged("its file is gone".to_owned())),
+            other => other?,
+        };
+        if file.stat().map_err(RootError::Disk)?.len != held.size_bytes {
+            return Err(damaged("its file has another length".to_owned()));
+        }
+        let read = |offset: u64, buffer: &mut [u8]| {
+            file.read_at(offset, buffer)
+                .map_err(|error| damaged(format!("cannot read it: {}", error.fault)))
+        };
+        let outboard = match self.transfers.outboard(&id) {
+            Some(outboard) => outboard,
+            None => {
+                let outboard = Arc::new(Outboard::compute(held.size_bytes, read)?);
+                if outboard.id() != id {
+                    return Err(damaged(format!("its bytes have id {}", outboard.id())));
+                }
+                self.transfers.remember(&outboard);
+                outboard
+            }
+        };
+        bao::encode_range(&outboard, range, read).map_err(|error| match error {
+            StoreError::Range(mismatch @ BaoError::Mismatch { .. }) => {
+                damaged(mismatch.to_string())
+            }
+            other => other,
+        })
+    }
+}
+
+fn received_bytes(size_bytes: u64, have: &[bool]) -> u64 {
+    have.iter()
+        .enumerate()
+        .filter(|(_, held)| **held)
+        .map(|(group, _)| bao::group_len(size_bytes, group) as u64)
+        .sum()
+}
+
+/// The groups that have arrived, and the pairs that prove them, by their place in pre-order.
+type Progress = (Vec<bool>, Vec<Option<Pair>>);
+
+/// Goes through what is claimed to be there and keeps what fits the id.
+struct Recheck<'a> {
+    have: &'a [bool],
+    pairs: &'a [Option<Pair>],
+    file: &'a dyn DiskFile,
+    good: Vec<bool>,
+    good_pairs: Vec<Option<Pair>>,
+}
+
+impl<'a> Recheck<'a> {
+    fn run(
+        id: &SegmentId,
+        size_bytes: u64,
+        have: &'a [bool],
+        pairs: &'a [Option<Pair>],
+        file: &'a dyn DiskFile,
+    ) -> Progress {
+        let mut recheck = Self {
+            have,
+            pairs,
+            file,
+            good: vec![false; have.len()],
+            good_pairs: vec![None; pairs.len()],
+        };
+        let Ok(()) = bao::walk(id, size_bytes, have.len(), &mut recheck);
+        (recheck.good, recheck.good_pairs)
+    }
+}
+
+impl Visit for Recheck<'_> {
+    type Error = std::convert::Infallible;
+
+    fn wants(&self, groups: &Range<usize>) -> bool {
+        any(self.have, groups)
+    }
+
+    fn pair(&mut self, place: usize) -> Result<Option<Pair>, Self::Error> {
+        Ok(self.pairs.get(place).copied().flatten())
+    }
+
+    fn group(&mut self, group: usize, buffer: &mut [u8]) -> Result<bool, Self::Error> {
+        let offset = group as u64 * bao::GROUP_BYTES;
+        Ok(self.file.read_at(offset, buffer).is_ok())
+    }
+
+    fn good_pair(&mut self, place: usize, pair: &Pair) -> Result<(), Self::Error> {
+        if let Some(slot) = self.good_pairs.get_mut(place) {
+            *slot = Some(*pair);
+        }
+        Ok(())
+    }
+
+    fn good_group(&mut self, group: usize, _bytes: &[u8]) -> Result<(), Self::Error> {
+        if let Some(slot) = self.good.get_mut(group) {
+            *slot = true;
+        }
+        Ok(())
+    }
+
+    fn bad(&mut self, groups: Range<usize>) -> Result<(), Self::Error> {
+        tracing::warn!(
+            ?groups,
+            "groups of a partial do not fit its segment; dropped"
+        );
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Body {
+    file: Box<dyn DiskFile>,
+    have: Vec<bool>,
+    /// In pre-order; those that were checked.
+    pairs: Vec<Option<Pair>>,
+    /// Content written since the last sync.
+    unsynced_bytes: u64,
+    room: Reservation,
+    /// Booked for the part and for the map.
+    part_allocated: u64,
+    map_allocated: u64,
+}
+
+impl Body {
+    /// Books what the file system has allocated to the content since.
+    fn settle(&mut self) -> Result<(), DiskError> {
+        let now = self.file.stat()?.allocated_bytes;
+        if now > self.part_allocated {
+            self.room.book(now - self.part_allocated);
+            self.part_allocated = now;
+        }
+        Ok(())
+    }
+}
+
+/// A segment that is being received, held by one caller at a time and shared by its threads. Call
+/// [`Partial::sync`] before letting go of it: what arrived since the last map is fetched again.
+#[derive(Debug)]
+pub struct Partial {
+    store: Arc<Store>,
+    reference: SegmentRef,
+    charge: Charge,
+    account: Charge,
+    serial: u64,
+    received: Arc<AtomicU64>,
+    body: Mutex<Result<Body, PartialError>>,
+}
+
+impl Partial {
+    /// What was claimed of the segment.
+    #[must_use]
+    pub fn reference(&self) -> &SegmentRef {
+        &self.reference
+    }
+
+    fn body(&self) -> MutexGuard<'_, Result<Body, PartialError>> {
+        // Whatever panicked, what the body claims was checked and written before.
+        self.body.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What has not arrived: ascending ranges of whole groups, none of them empty. Nothing after the
+    /// partial has ended.
+    #[must_use]
+    pub fn missing(&self) -> Vec<Range<u64>> {
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let body = self.body();
+        let have = body.as_ref().map_or([].as_slice(), |body| &body.have);
+        for (group, _) in have.iter().enumerate().filter(|(_, held)| !**held) {
+            let bytes = bao::bytes_of(self.reference.size_bytes, &(group..group + 1));
+            match ranges.last_mut() {
+                Some(last) if last.end == bytes.start => last.end = bytes.end,
+                _ => ranges.push(bytes),
+            }
+        }
+        ranges
+    }
+
+    /// Takes the slice for a range (widened to whole groups), in any order and from any thread. Each
+    /// group is checked against the id before it is written; one that is there already is not written
+    /// again. Whenever [`MAP_INTERVAL_BYTES`] have arrived they are made durable here.
+    ///
+    /// # Errors
+    /// [`PartialError::Slice`] at the first group that does not fit: those before it were taken.
+    /// [`PartialError::Store`] if the disk refused; the partial is broken then.
+    pub fn accept(&self, range: &Range<u64>, slice: &[u8]) -> Result<Accepted, PartialError> {
+        let mut accepted = Accepted::default();
+        let size_bytes = self.reference.size_bytes;
+        bao::decode_range(&self.reference.id, size_bytes, range, slice, |item| {
+            self.with_body(|body| match item {
+                Item::Pair { place, pair } => {
+                    if let Some(slot) = body.pairs.get_mut(place) {
+                        *slot = Some(*pair);
+                    }
+                    Ok(())
+                }
+                Item::Group { offset, bytes } => {
+                    let new_bytes = self.write(body, offset, bytes)?;
+                    accepted.new_bytes = accepted.new_bytes.saturating_add(new_bytes);
+                    Ok(())
+                }
+            })
+        })?;
+        accepted.complete = self.with_body(|body| Ok(!body.have.contains(&false)))?;
+        Ok(accepted)
+    }
+
+    /// Works on the body; after a refusal of the disk there is none any more.
+    fn with_body<T>(
+        &self,
+        work: impl FnOnce(&mut Body) -> Result<T, PartialError>,
+    ) -> Result<T, PartialError> {
+        let mut guard = self.body();
+        let body = guard.as_mut().map_err(|ended| ended.clone())?;
+        let done = work(body);
+        if let Err(error @ PartialError::Store(_)) = &done {
+            let settled = body.settle();
+            if let Err(error) = settled {
+                tracing::warn!(%error, "cannot measure a partial");
+            }
+            *guard = Err(PartialError::Broken(error.to_string()));
+        }
+        done
+    }
+
+    fn write(&self, body: &mut Body, offset: u64, bytes: &[u8]) -> Result<u64, PartialError> {
+        let group = usize::try_from(offset / bao::GROUP_BYTES).unwrap_or(usize::MAX);
+        if body.have.get(group) != Some(&false) {
+            return Ok(0);
+        }
+        let count = bytes.len() as u64;
+        body.file.write_at(offset, bytes)?;
+        if let Some(slot) = body.have.get_mut(group) {
+            *slot = true;
+        }
+        self.received.fetch_add(count, Ordering::Relaxed);
+        body.unsynced_bytes = body.unsynced_bytes.saturating_add(count);
+        if body.unsynced_bytes >= MAP_INTERVAL_BYTES {
+            self.write_map(body)?;
+        }
+        Ok(count)
+    }
+
+    /// Makes everything durable that has arrived.
+    ///
+    /// # Errors
+    /// [`PartialError`] if the disk refused; the partial is broken then.
+    pub fn sync(&self) -> Result<(), PartialError> {
+        self.with_body(|body| {
+            if body.unsynced_bytes == 0 {
+                return Ok(());
+            }
+            self.write_map(body)
+        })
+    }
+
+    /// Syncs the content, and only then replaces the map that claims it.
+    fn write_map(&self, body: &mut Body) -> Result<(), PartialError> {
+        let (root, id) = (self.store.root(), &self.reference.id);
+        body.file.sync_data()?;
+        body.settle()?;
+        let map = Map::new(&self.reference, self.serial, &body.have, &body.pairs);
+        let bytes = map
+            .encode()
+            .map_err(|fault| PartialError::Format(FormatError::Codec { part: "map", fault }))?;
+        let new = rel(id, NEW_MAP);
+        let file = root.create_file(&new)?;
+        let written = file
+            .allocate(bytes.len() as u64)
+            .and_then(|()| file.write_at(0, &bytes))
+            .and_then(|()| file.sync_data());
+        let allocated = file.stat()?.allocated_bytes;
+        drop(file);
+        body.room.book(allocated);
+        if let Err(error) = written {
+            remove_file(root, &new, self.account)?;
+            return Err(error.into());
+        }
+        let renamed = root.rename_file(&new, &rel(id, MAP));
+        // The rename may have happened although it failed; the map before it is gone then.
+        let left = allocated_by(root, id, NEW_MAP)?.saturating_add(allocated_by(root, id, MAP)?);
+        let booked = body.map_allocated.saturating_add(allocated);
+        body.room.reclaim(booked.saturating_sub(left));
+        renamed?;
+        body.map_allocated = allocated;
+        body.unsynced_bytes = 0;
+        Ok(())
+    }
+
+    /// Verifies the whole segment and puts it into the store, durably, without writing it again.
+    ///
+    /// # Errors
+    /// [`PartialError::Incomplete`] and [`PartialError::Damaged`] leave the partial usable. With
+    /// [`PartialError::Format`], a fork, another domain or a claim that turns out wrong it is gone:
+    /// no bytes of this id can ever be taken. The store's refusal otherwise leaves it for another
+    /// holder.
+    pub fn finish(&self) -> Result<(VerifiedSegment, PutOutcome), PartialError> {
+        let mut guard = self.body();
+        let body = guard.as_mut().map_err(|ended| ended.clone())?;
+        let result = self.finish_body(body);
+        let gone = match &result {
+            Ok(_) | Err(PartialError::Format(_) | PartialError::Claim { .. }) => true,
+            Err(PartialError::Store(error)) => {
+                matches!(error, StoreError::Fork { .. } | StoreError::Domain(_))
+            }
+            Err(_) => false,
+        };
+        if gone {
+            *guard = Err(PartialError::Ended);
+            drop(guard);
+            if let Err(error) = self.remove() {
+                tracing::warn!(%error, "cannot remove what is left of a partial");
+            }
+        } else if let Err(error @ PartialError::Store(_)) = &result {
+            *guard = Err(PartialError::Broken(error.to_string()));
+        }
+        result
+    }
+
+    fn finish_body(&self, body: &mut Body) -> Result<(VerifiedSegment, PutOutcome), PartialError> {
+        let (id, size_bytes) = (self.reference.id, self.reference.size_bytes);
+        let missing_bytes = size_bytes.saturating_sub(received_bytes(size_bytes, &body.have));
+        if missing_bytes > 0 {
+            return Err(PartialError::Incomplete { missing_bytes });
+        }
+        body.file.sync_data()?;
+        body.settle()?;
+        let mut bytes = vec![0; usize::try_from(size_bytes).unwrap_or(0)];
+        let verified = match body.file.read_at(0, &mut bytes) {
+            Ok(()) => verify_segment(bytes, Some(id), self.store.domain()),
+            Err(error) if error.fault == DiskFault::Short || error.op == DiskOp::Read => {
+                return self.drop_damaged(body);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let segment = match verified {
+            Err(FormatError::WrongId { .. }) => return self.drop_damaged(body),
+            other => other?,
+        };
+        if segment.reference() != self.reference {
+            let why = "its header says something else";
+            return Err(PartialError::Claim { id, why });
+        }
+        let (root, own) = (self.store.root(), self.account);
+        let outcome = self.store.put_with(
+            &segment,
+            self.charge,
+            |path, account| Ok(((path.to_owned(), account), body.part_allocated)),
+            |(path, account)| {
+                root.rename_file(&rel(&id, PART), &path)?;
+                let bytes = body.part_allocated;
+                if !same_account(own, account) {
+                    root.ledger().freed(bytes, own);
+                    root.ledger().found(bytes, account);
+                }
+                Ok(bytes)
+            },
+        )?;
+        Ok((segment, outcome))
+    }
+
+    fn drop_damaged<T>(&self, body: &mut Body) -> Result<T, PartialError> {
+        let (id, size_bytes) = (self.reference.id, self.reference.size_bytes);
+        let before = received_bytes(size_bytes, &body.have);
+        let (good, good_pairs) =
+            Recheck::run(&id, size_bytes, &body.have, &body.pairs, &*body.file);
+        body.have = good;
+        body.pairs = good_pairs;
+        let after = received_bytes(size_bytes, &body.have);
+        self.received.store(after, Ordering::Relaxed);
+        self.write_map(body)?;
+        let bytes = before.saturating_sub(after);
+        Err(PartialError::Damaged { id, bytes })
+    }
+
+    /// Gives the partial up and removes its files.
+    ///
+    /// # Errors
+    /// [`PartialError`] if the disk refuses; what is left is removed at the next start.
+    pub fn abandon(&self) -> Result<(), PartialError> {
+        let mut guard = self.body();
+        if let Ok(body) = guard.as_mut() {
+            body.settle()?;
+        }
+        *guard = Err(PartialError::Ended);
+        drop(guard);
+        self.remove()
+    }
+
+    fn remove(&self) -> Result<(), PartialError> {
+        let id = &self.reference.id;
+        remove_files(self.store.root(), id, self.account)?;
+        release(&self.store, id, self.serial);
+        Ok(())
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        let body = std::mem::replace(
+            self.body.get_mut().unwrap_or_else(PoisonError::into_inner),
+            Err(PartialError::Ended),
+        );
+        if let Ok(mut body) = body
+            && let Err(error) = body.settle()
+        {
+            tracing::warn!(%error, "cannot measure a partial");
+        }
+        release(&self.store, &self.reference.id, self.serial);
+    }
+}
