@@ -152,9 +152,6 @@ impl Root {
                 ..
             }) => {
                 disk.create_dir(&path)?;
-                if let Some(parent) = path.parent() {
-                    disk.sync_dir(parent)?;
-                }
                 disk.stat(&path)?
             }
             other => other?,
@@ -176,6 +173,10 @@ impl Root {
             return Err(not_safe(
                 "it belongs to another user; run as its owner or chown it",
             ));
+        }
+        if let (Some(parent), Err(_)) = (path.parent(), disk.stat(&path.join(LOCK))) {
+            // The first start, or one that was killed early: the root's own name may not be durable.
+            disk.sync_dir(parent)?;
         }
         let volume = disk.volume(&path)?;
         if let Some(kind) = volume.network {
@@ -209,6 +210,12 @@ impl Root {
             ..Walk::default()
         };
         root.walk(&mut walk)?;
+        // Whoever ran before may have been killed between giving a name and syncing the directory:
+        // then the name is there now and may be gone after the next loss of power. What this start
+        // finds, it relies upon, so it makes it durable first.
+        for rel in walk.dirs.keys() {
+            root.disk.sync_dir(&root.path.join(rel))?;
+        }
         let indexed = index.as_ref().map_or(0, |loaded| loaded.bulk_bytes);
         let own = walk.own_bytes.saturating_add(indexed);
         root.ledger.found(own, Charge::Normal);

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::{MIB, Node, ROOT, Settings, domain, foreign_segments, node, receipt};
-use tidelock_segments::testing::{SimDisk, Survival};
+use tidelock_segments::testing::{Bound, SimDisk, Survival};
 use tidelock_segments::{
     Charge, DiskFault, LogError, SegmentId, VerifiedSegment, merkle, verify_log,
 };
@@ -267,6 +267,47 @@ fn crash_at_every_call_of_the_first_start() {
             assert!(disk.peak_allocated() <= CEILING);
         }
     }
+}
+
+/// A process was killed between giving a name and syncing the directory. The next start saw the
+/// name, took it as durable, and removed what it replaced; then the power went, and the name with
+/// it, and so acknowledged records were gone. Found by the exhaustive check at the first start, where
+/// a whole directory went.
+#[test]
+fn names_of_a_killed_process_are_made_durable_before_they_are_relied_upon() {
+    let disk = SimDisk::new();
+    disk.record();
+    let n = settings().open_inline(disk.disk()).unwrap();
+    let mut acked = vec![(0, disk.calls())];
+    for i in 0..3u64 {
+        n.append(format!("record {i}").as_bytes()).unwrap();
+        acked.push((n.log.size(), disk.calls()));
+        n.log.seal_now().unwrap();
+    }
+    let mut lives = 0;
+    for snapshot in disk.recorded() {
+        let size = acked.iter().filter(|(_, calls)| *calls < snapshot.call());
+        let size = size.map(|(size, _)| *size).max().unwrap_or(0);
+        for survivors in snapshot.survivors(&Bound::SMALL) {
+            if !survivors.is_kill() {
+                continue;
+            }
+            lives += 1;
+            let image = snapshot.image(&survivors);
+            let n = settings().open_inline(image.disk()).unwrap();
+            let shown = n.log.size();
+            assert!(shown >= size);
+            let before = image.snapshot();
+            drop(n);
+            for survivors in before.survivors(&Bound::SMALL) {
+                let image = before.image(&survivors);
+                let n = settings().open_inline(image.disk()).unwrap();
+                assert!(n.log.size() >= shown, "{} of {shown}", n.log.size());
+                assert_eq!(n.log.incarnation(), 1);
+            }
+        }
+    }
+    assert!(lives > 30, "{lives}");
 }
 
 #[test]

@@ -41,6 +41,14 @@ pub struct Survivors {
     pub(super) names: Vec<usize>,
 }
 
+impl Survivors {
+    /// Whether only the process dies, so that everything survives in the cache.
+    #[must_use]
+    pub fn is_kill(&self) -> bool {
+        self.kill
+    }
+}
+
 /// How many choices of survivors [`super::Snapshot::survivors`] gives.
 ///
 /// Pieces of data are 512-byte sectors in the order in which they were written (of a zero-fill over

@@ -121,6 +121,37 @@ impl Settings {
         })
     }
 
+    /// Without threads, so that the disk sees the same calls in every run.
+    pub(crate) fn open_inline(&self, disk: Arc<dyn Disk>) -> Result<Node, LogError> {
+        let root = self.open_root(disk)?;
+        let store = Store::open(Arc::clone(&root), domain())?;
+        let name = node(self.node);
+        let (log, recovery) = AuditLog::open_inline(
+            Arc::clone(&root),
+            Arc::clone(&store),
+            self.config(),
+            &|key, incarnation| Ok(unchecked_endorsement(&name, key, incarnation)),
+        )?;
+        Ok(Node {
+            root,
+            store,
+            log,
+            recovery,
+        })
+    }
+
+    /// A root that has a log key already, the same for the same name: nothing random is left.
+    pub(crate) fn plant_key(&self, disk: &SimDisk) {
+        let root = Path::new(self.path);
+        let keys = root.join("keys");
+        for dir in [root, &keys] {
+            disk.create_dir(dir).unwrap();
+            disk.sync_dir(dir.parent().unwrap()).unwrap();
+        }
+        let key = key_of(self.node).to_pkcs8().unwrap();
+        disk.plant(&keys.join("log.pk8"), &key);
+    }
+
     pub(crate) fn sim(&self, disk: &SimDisk) -> Node {
         self.open(disk.disk()).unwrap()
     }
@@ -185,14 +216,15 @@ pub(crate) fn receipt(segment: &VerifiedSegment, custodian: &str) -> CustodyRece
     .unwrap()
 }
 
-/// Sealed segments of another node's log.
+/// Sealed segments of another node's log, the same for the same name.
 pub(crate) fn foreign_segments(name: &'static str, count: usize) -> Vec<VerifiedSegment> {
     let disk = SimDisk::new();
-    let other = Settings {
+    let settings = Settings {
         node: name,
         ..Settings::default()
-    }
-    .sim(&disk);
+    };
+    settings.plant_key(&disk);
+    let other = settings.sim(&disk);
     let mut out = Vec::new();
     for i in 0..count {
         other
