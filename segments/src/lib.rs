@@ -12,6 +12,7 @@
 //! is, [`Store::put`] for the write protocol, `log.rs` for commit, seal, recovery and eviction, and
 //! [`testing::SimDisk`] for how crashes are tested.
 
+mod age;
 pub mod bao;
 mod body;
 mod checkpoint;
@@ -34,6 +35,7 @@ mod store;
 pub mod testing;
 mod verify;
 
+pub use age::{AgeError, AgeIdentity, AgeRecipients};
 pub use body::{
     AuditBody, AuditSpan, BodyError, Compression, RecordReader, SealOptions, parse_body,
     read_records, read_records_with,
@@ -67,4 +69,7 @@ pub use store::{
     ForeignReport, PutOutcome, RebuildProgress, ScrubPace, ScrubReport, Store, StoreError,
     StoreRecovery,
 };
-pub use verify::{AuditFault, AuditReport, OriginReport, verify_log};
+pub use verify::{
+    AuditFault, AuditReport, OriginReport, VerifyOptions, VerifyProgress, verify_log,
+    verify_log_with,
+};

@@ -55,6 +55,9 @@ pub const MAX_ZSTD_GROWTH_BYTES: usize = 32;
 /// Most wrapped keys in an encrypted body.
 pub const MAX_WRAPPED_KEYS: usize = 8;
 
+/// Most age recipients of a log: 16 stanzas of about 100 bytes in each segment.
+pub const MAX_AGE_RECIPIENTS: usize = 16;
+
 /// Most bytes of all wrapped keys of a body together.
 pub const MAX_WRAPPED_BYTES: usize = 4096;
 
@@ -161,6 +164,7 @@ const _: () = assert!(
 );
 const _: () = assert!(MIN_LOG_FILE_BYTES > LOG_HEADER_BYTES + MAX_RECORD_BYTES as u64 + 4096);
 const _: () = assert!(MAX_LOG_FILE_BYTES + 1024 * 1024 <= MAX_BODY_BYTES);
+const _: () = assert!(MAX_AGE_RECIPIENTS * 120 + 256 <= MAX_WRAPPED_BYTES);
 const _: () = assert!(MAX_BLOCK_BYTES <= BLOCK_BYTES + 4);
 const _: () = assert!(2 * (MAX_RAW_BYTES / BLOCK_BYTES as u64) + 3 <= MAX_BLOCKS as u64);
 const _: () = assert!(MAX_BATCH_BYTES > MAX_RECORD_BYTES);

@@ -4,14 +4,20 @@
 //! the root of every checkpoint. Absence is a fault too: in the node's own log a range may only be
 //! missing below the cursor that eviction persisted. Of logs held for others a node may hold a part;
 //! there, missing ranges are listed as gaps. Certificate chains of endorsements are not judged here.
+//!
+//! Records of encrypted segments are read with the keys given. Without one, everything else of such a
+//! segment is verified, that its tree continues the one before it included, and the report counts it:
+//! [`OriginReport::unread_segments`].
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::body::{self, BodyError};
 use crate::checkpoint::{self, Checkpoint};
+use crate::crypt::KeyUnwrap;
 use crate::disk::{self, Disk, DiskError, DiskFault};
 use crate::format::{VerifiedSegment, verify_segment};
 use crate::id::{DomainId, Origin, SegmentId, Sha256Hash};
@@ -88,8 +94,13 @@ pub struct OriginReport {
     pub own: bool,
     /// Sealed segments read.
     pub segments: u64,
-    /// Records read, those of the active file included.
+    /// Of them, those whose records are encrypted and were not read for want of a key: id, signature,
+    /// span, checkpoint and links are verified, the contents are not.
+    pub unread_segments: u64,
+    /// Records verified, those of the active file and of unread segments included.
     pub records: u64,
+    /// Of them, those in unread segments.
+    pub unread_records: u64,
     /// Records of them in the active file.
     pub active_records: u64,
     /// Bytes of a torn tail in the active file: a write under way, or one that a crash cut off.
@@ -121,7 +132,39 @@ pub struct AuditReport {
     pub quarantined: Vec<String>,
 }
 
-/// Verifies every audit log that a root holds.
+/// How far a verification is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VerifyProgress {
+    /// Which reading of the root this is, from 1: a root that changes meanwhile is read again.
+    pub attempt: usize,
+    /// Files read.
+    pub files: u64,
+    /// Files to read.
+    pub files_total: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Records verified.
+    pub records: u64,
+}
+
+/// What a verification may use, and whom it tells how far it is.
+#[derive(Default)]
+pub struct VerifyOptions<'a> {
+    /// With what encrypted records are read.
+    pub keys: Option<&'a dyn KeyUnwrap>,
+    /// Called after every file; for a progress bar.
+    pub progress: Option<&'a mut dyn FnMut(VerifyProgress)>,
+}
+
+impl fmt::Debug for VerifyOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifyOptions")
+            .field("keys", &self.keys)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Verifies every audit log that a root holds, without any key.
 ///
 /// # Errors
 /// [`DiskError`] if the root cannot be read. Damage is no error but part of the report.
@@ -130,12 +173,26 @@ pub fn verify_log(
     root: &Path,
     domain: &DomainId,
 ) -> Result<AuditReport, DiskError> {
+    verify_log_with(disk, root, domain, VerifyOptions::default())
+}
+
+/// Verifies every audit log that a root holds. A key that does not open a segment is a fault of that
+/// segment: whoever gives keys wants the records read.
+///
+/// # Errors
+/// As [`verify_log`].
+pub fn verify_log_with(
+    disk: &dyn Disk,
+    root: &Path,
+    domain: &DomainId,
+    mut options: VerifyOptions<'_>,
+) -> Result<AuditReport, DiskError> {
     let root = disk.canonical(root)?;
     disk.stat(&root)?;
     let mut attempt = 1;
     loop {
         let before = listing(disk, &root)?;
-        let report = verify_once(disk, &root, domain)?;
+        let report = verify_once(disk, &root, domain, &mut options, attempt)?;
         // A node may seal, evict or write meanwhile; a fault that stays is a fault.
         if report.ok || attempt >= ATTEMPTS || (attempt > 1 && before == listing(disk, &root)?) {
             return Ok(report);
@@ -166,15 +223,33 @@ fn read(disk: &dyn Disk, path: &Path, max: u64) -> Result<Option<Vec<u8>>, DiskE
 struct Link {
     id: SegmentId,
     prev: Option<SegmentId>,
-    before: Frontier,
-    after: Frontier,
+    /// Size and root of the tree before the first record: the root fixes the frontier.
+    before: (u64, Sha256Hash),
+    /// Size and root after the last one.
+    after: (u64, Sha256Hash),
     note: String,
+    /// Whether its records were read.
+    read: bool,
 }
 
-fn verify_once(disk: &dyn Disk, root: &Path, domain: &DomainId) -> Result<AuditReport, DiskError> {
+fn verify_once(
+    disk: &dyn Disk,
+    root: &Path,
+    domain: &DomainId,
+    options: &mut VerifyOptions<'_>,
+    attempt: usize,
+) -> Result<AuditReport, DiskError> {
     let mut faults = Vec::new();
     let mut logs: BTreeMap<Origin, BTreeMap<u64, Vec<Link>>> = BTreeMap::new();
-    for name in list_dir(disk, &root.join("segments/audit"))? {
+    let sealed = list_dir(disk, &root.join("segments/audit"))?;
+    let mut done = VerifyProgress {
+        attempt,
+        files: 0,
+        files_total: sealed.len() as u64,
+        bytes: 0,
+        records: 0,
+    };
+    for name in sealed {
         let Some(id) = name
             .strip_suffix(".seg")
             .and_then(|hex| SegmentId::from_hex(hex).ok())
@@ -182,9 +257,18 @@ fn verify_once(disk: &dyn Disk, root: &Path, domain: &DomainId) -> Result<AuditR
             continue;
         };
         let file = format!("segments/audit/{name}");
-        match read_segment(disk, &root.join(&file), id, domain)? {
+        let read = read_segment(disk, &root.join(&file), id, domain, options.keys)?;
+        done.files += 1;
+        if let Some(Ok((_, _, link, bytes))) = &read {
+            done.bytes += bytes;
+            done.records += link.after.0.saturating_sub(link.before.0);
+        }
+        if let Some(progress) = &mut options.progress {
+            progress(done);
+        }
+        match read {
             None => {}
-            Some(Ok((origin, sequence, link))) => {
+            Some(Ok((origin, sequence, link, _))) => {
                 logs.entry(origin)
                     .or_default()
                     .entry(sequence)
@@ -262,13 +346,14 @@ fn verify_once(disk: &dyn Disk, root: &Path, domain: &DomainId) -> Result<AuditR
     })
 }
 
-type Read = Result<(Origin, u64, Link), String>;
+type Read = Result<(Origin, u64, Link, u64), String>;
 
 fn read_segment(
     disk: &dyn Disk,
     path: &Path,
     id: SegmentId,
     domain: &DomainId,
+    keys: Option<&dyn KeyUnwrap>,
 ) -> Result<Option<Read>, DiskError> {
     let bytes = match read(disk, path, MAX_SEGMENT_BYTES) {
         Ok(None) => return Ok(None),
@@ -276,26 +361,41 @@ fn read_segment(
         // A sector that cannot be read is a fault of this file, not of the whole reading.
         Err(error) => return Ok(Some(Err(error.to_string()))),
     };
+    let length = bytes.len() as u64;
     let link = verify_segment(bytes, Some(id), domain)
         .map_err(|e| e.to_string())
-        .and_then(|segment| to_link(&segment).map_err(|e| e.to_string()));
+        .and_then(|segment| {
+            let (origin, sequence, link) = to_link(&segment, keys).map_err(|e| e.to_string())?;
+            Ok((origin, sequence, link, length))
+        });
     Ok(Some(link))
 }
 
-fn to_link(segment: &VerifiedSegment) -> Result<(Origin, u64, Link), BodyError> {
+fn to_link(
+    segment: &VerifiedSegment,
+    keys: Option<&dyn KeyUnwrap>,
+) -> Result<(Origin, u64, Link), BodyError> {
     let header = segment.header();
     let body = body::parse_body(segment.body(), &header.domain, &header.origin)?;
     let key = segment
         .endorsement()
         .map(|endorsement| endorsement.log_key)
         .ok_or(BodyError::Length("trailer"))?;
-    let after = body.check_tree(&key, None)?;
+    let read = keys.is_some() || !body.is_encrypted();
+    if read {
+        body.check_tree(&key, keys)?;
+    } else {
+        body.check_checkpoint(&key)?;
+    }
+    let span = body.span();
+    let before = body.frontier_before();
     let link = Link {
         id: segment.id(),
         prev: header.prev,
-        before: body.frontier_before().clone(),
-        after,
+        before: (before.size(), before.root()),
+        after: (span.last.saturating_add(1), span.root),
         note: body.checkpoint_note().to_owned(),
+        read,
     };
     Ok((header.origin.clone(), header.sequence, link))
 }
@@ -311,7 +411,9 @@ fn chain(
         origin,
         own,
         segments: 0,
+        unread_segments: 0,
         records: 0,
+        unread_records: 0,
         active_records: 0,
         torn_bytes: 0,
         size: 0,
@@ -321,7 +423,7 @@ fn chain(
         evicted_below: cursor.unwrap_or(0),
         faults: Vec::new(),
     };
-    let mut last: Option<(u64, SegmentId, Frontier)> = None;
+    let mut last: Option<(u64, SegmentId, (u64, Sha256Hash))> = None;
     for (sequence, links) in segments {
         if links.len() > 1 {
             report.faults.push(AuditFault::Fork { sequence });
@@ -329,7 +431,7 @@ fn chain(
         let Some(link) = links.into_iter().next() else {
             continue;
         };
-        let first_index = link.before.size();
+        let first_index = link.before.0;
         match &last {
             Some((before, id, tree)) if before.checked_add(1) == Some(sequence) => {
                 if link.prev != Some(*id) {
@@ -344,9 +446,13 @@ fn chain(
             }
         }
         report.segments += 1;
-        report.records += link.after.size().saturating_sub(first_index);
-        report.size = link.after.size();
-        report.root = link.after.root();
+        let count = link.after.0.saturating_sub(first_index);
+        report.records += count;
+        if !link.read {
+            report.unread_segments += 1;
+            report.unread_records += count;
+        }
+        (report.size, report.root) = link.after;
         report.checkpoint = Some(link.note);
         last = Some((sequence, link.id, link.after));
     }
