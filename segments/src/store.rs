@@ -1249,6 +1249,9 @@ impl Store {
         };
         let size = reference.size_bytes.min(MAX_SEGMENT_BYTES);
         let len = len.min(size.saturating_sub(offset));
+        if len == 0 {
+            return Ok(Vec::new());
+        }
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         file.read_at(offset, &mut bytes).map_err(RootError::Disk)?;
         Ok(bytes)

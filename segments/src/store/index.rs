@@ -260,6 +260,8 @@ pub(super) struct Index {
     pub(super) latched: Option<String>,
     pub(super) scrubbed_small: Option<SegmentId>,
     pub(super) scrubbed: Option<(Origin, u64)>,
+    /// Segments scrubbed since that place was written.
+    pub(super) scrubbed_since: u64,
     /// Ranges of all logs together.
     pub(super) range_count: usize,
     /// Why the pages cannot be relied upon, if so; a rebuild heals it.

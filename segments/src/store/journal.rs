@@ -96,9 +96,18 @@ pub(super) fn after(ring: &[u8], number: u64) -> Result<Vec<Change>, &'static st
     let mut found: Vec<(u64, Change)> = ring
         .chunks(BLOCK_BYTES)
         .filter_map(Change::decode)
-        .filter(|(of, _)| *of > number)
+        .filter(|(of, _)| *of >= number)
         .collect();
     found.sort_by_key(|(of, _)| *of);
+    // The one that the catalog ends with is still there: a journal that was lost whole shows.
+    if number > 0 {
+        match found.first() {
+            Some((of, _)) if *of == number => {
+                found.remove(0);
+            }
+            _ => return Err("the journal does not continue the catalog"),
+        }
+    }
     let expected = (1..).map(|step| number.saturating_add(step));
     if found
         .iter()

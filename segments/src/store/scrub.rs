@@ -15,6 +15,8 @@ use crate::root::{RootError, is_ours, join};
 
 /// Names that one call of [`Store::scrub`] looks at beside its segments.
 const NAMES_A_SCRUB: usize = 64;
+/// Segments scrubbed until the place is written down.
+const PLACE_KEPT_AFTER: u64 = 64;
 /// Most directories waiting to be looked at; beyond, a foreign tree is counted by its top alone.
 const MAX_DIRS_WAITING: usize = 1024;
 
@@ -131,8 +133,28 @@ impl Store {
         }
         if budget_bytes > 0 {
             self.survey(NAMES_A_SCRUB)?;
+            self.keep_place()?;
         }
         Ok(report)
+    }
+
+    /// Writes the place down from time to time; without room or journal it is kept in memory only.
+    fn keep_place(&self) -> Result<(), StoreError> {
+        if self.index().scrubbed_since < PLACE_KEPT_AFTER {
+            return Ok(());
+        }
+        let mut writer = self.writer();
+        if writer.journal.is_some() && self.check_latch().is_ok() {
+            match self.checkpoint(&mut writer) {
+                Err(error) if !error.is_room() => {
+                    self.latch_on(&error);
+                    return Err(error);
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        self.index().scrubbed_since = 0;
+        Ok(())
     }
 
     /// The segment after the one that was scrubbed last; `None` once at the end.
@@ -156,7 +178,10 @@ impl Store {
         let next = self.list_after(Kind::Audit, after.as_ref(), 1).pop();
         let mut index = self.index();
         match &next {
-            Some(next) => index.scrubbed = Some((next.origin.clone(), next.sequence)),
+            Some(next) => {
+                index.scrubbed = Some((next.origin.clone(), next.sequence));
+                index.scrubbed_since = index.scrubbed_since.saturating_add(1);
+            }
             None => {
                 index.scrubbed = None;
                 index.scrubbed_small = None;
