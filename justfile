@@ -23,6 +23,10 @@ lint:
 test:
     cargo test --workspace --locked
 
+# Every decoder over changed inputs for so many minutes; a fault is written into tests/corpus and told.
+fuzz MINUTES:
+    TIDELOCK_FUZZ_MINUTES={{MINUTES}} cargo test --release --locked -p tidelock-tests --test fuzz -- --nocapture
+
 # Licences, bans and sources; works without a network. Advisories need their database: `just advisories`.
 deny:
     cargo deny --locked --offline check bans licenses sources

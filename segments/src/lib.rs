@@ -18,6 +18,8 @@ mod body;
 mod checkpoint;
 mod codec;
 mod crypt;
+#[doc(hidden)]
+pub mod decoders;
 mod disk;
 mod format;
 mod id;

@@ -192,6 +192,11 @@ impl Map {
     }
 }
 
+/// Reads a map and writes it again, for the check that it has one encoding only.
+pub(crate) fn reencode_map(bytes: &[u8]) -> Option<Vec<u8>> {
+    Map::decode(bytes)?.0.encode().ok()
+}
+
 fn any(have: &[bool], span: &Range<usize>) -> bool {
     have.get(span.clone())
         .is_some_and(|part| part.contains(&true))

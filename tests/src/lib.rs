@@ -2,6 +2,7 @@
 //!
 //! Not a test itself: look in `tests/tests/`.
 
+pub mod fuzz;
 pub mod namespaces;
 
 use std::{io, path::PathBuf, process::Command};

@@ -1,0 +1,279 @@
+//! Every decoder of this crate behind one shape, for the fuzz harness of the workspace
+//! (`tests/tests/fuzz.rs`). Not part of the crate's interface.
+//!
+//! A new decoder is one line in [`all`].
+
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use crate::bao::{self, BaoError, Item, Outboard};
+use crate::checkpoint::{Checkpoint, origin_line};
+use crate::codec;
+use crate::format::{SegmentHeader, seal_unsigned, verify_segment};
+use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId, Sha256Hash};
+use crate::keys::{Endorsement, LogKey};
+use crate::limits::{LOG_HEADER_BYTES, MAX_HEADER_BYTES, MIN_LOG_FILE_BYTES};
+use crate::log::LogState;
+use crate::partial::reencode_map;
+use crate::receipt::CustodyReceipt;
+use crate::record::{self, LogHeader};
+
+/// What a decoder made of some bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// It refused them.
+    Refused,
+    /// It took them, and there is no encoder to ask.
+    Taken,
+    /// It took them; these are the only bytes that it may take for the value.
+    Exact(Vec<u8>),
+    /// It took them as another spelling of these, which it must take as they are.
+    Normal(Vec<u8>),
+}
+
+impl Verdict {
+    /// Refused, or taken with the one encoding of what was read.
+    #[must_use]
+    pub fn exact(encoded: Option<Vec<u8>>) -> Self {
+        encoded.map_or(Self::Refused, Self::Exact)
+    }
+}
+
+/// One decoder.
+#[derive(Debug, Clone, Copy)]
+pub struct Decoder {
+    /// Its name, and the directory of its corpus.
+    pub name: &'static str,
+    /// Reads bytes from outside.
+    pub decode: fn(&[u8]) -> Verdict,
+    /// Makes the checksums in changed bytes right again, so that what lies behind them is reached.
+    pub reseal: Option<fn(&mut [u8])>,
+}
+
+impl Decoder {
+    /// A decoder of bytes without checksums.
+    #[must_use]
+    pub const fn new(name: &'static str, decode: fn(&[u8]) -> Verdict) -> Self {
+        Self {
+            name,
+            decode,
+            reseal: None,
+        }
+    }
+}
+
+/// Every decoder of this crate.
+#[must_use]
+pub fn all() -> Vec<Decoder> {
+    let sealed = |name, decode, reseal| Decoder {
+        name,
+        decode,
+        reseal: Some(reseal),
+    };
+    vec![
+        Decoder::new("segment", segment),
+        Decoder::new("segment-header", segment_header),
+        Decoder::new("audit-body", audit_body),
+        sealed("log-file", log_file, reseal_log_file),
+        sealed("log-state", log_state, reseal_front),
+        Decoder::new("receipt", receipt),
+        Decoder::new("endorsement", endorsement),
+        Decoder::new("checkpoint", checkpoint),
+        Decoder::new("id", id),
+        sealed("partial-map", partial_map, reseal_front),
+        Decoder::new("bao-slice", bao_slice),
+    ]
+}
+
+/// The place that the corpus speaks of: that of `tests/vectors/segments`.
+fn place() -> Option<(DomainId, Origin)> {
+    let key = LogKey::from_seed(&[7; 32]).ok()?;
+    let node = NodeId::new("n1").ok()?;
+    Some((
+        DomainId::new("site").ok()?,
+        Origin::audit(&node, &key.public(), 1),
+    ))
+}
+
+fn segment(bytes: &[u8]) -> Verdict {
+    let read = || {
+        let segment = verify_segment(bytes.to_vec(), None, &place()?.0).ok()?;
+        match segment.header().kind {
+            Kind::Policy | Kind::Revocation => seal_unsigned(segment.header(), segment.body()).ok(),
+            // Nobody can sign it again; what was read is what was signed.
+            Kind::Audit | Kind::Witness => Some(segment.into_bytes()),
+        }
+    };
+    Verdict::exact(read())
+}
+
+fn segment_header(bytes: &[u8]) -> Verdict {
+    let read = || {
+        let header: SegmentHeader = codec::decode::<_, MAX_HEADER_BYTES>(bytes).ok()?;
+        codec::encode::<_, MAX_HEADER_BYTES>(&header).ok()
+    };
+    Verdict::exact(read())
+}
+
+fn audit_body(bytes: &[u8]) -> Verdict {
+    let read = || {
+        let (domain, origin) = place()?;
+        let body = record::parse_body(bytes, &domain, &origin).ok()?;
+        let mut records = Vec::new();
+        let mut count = 0u32;
+        for (_, bytes) in body.records() {
+            record::push_record(&mut records, bytes);
+            count = count.checked_add(1)?;
+        }
+        let (before, note) = (body.frontier_before(), body.checkpoint_note());
+        Some(record::build_body(before, count, note, &records))
+    };
+    Verdict::exact(read())
+}
+
+/// Zeros up to the length that the smallest file has: the corpus leaves them out.
+fn padded(bytes: &[u8]) -> Vec<u8> {
+    let mut file = bytes.to_vec();
+    let least = usize::try_from(MIN_LOG_FILE_BYTES).unwrap_or(0);
+    file.resize(file.len().max(least), 0);
+    file
+}
+
+fn log_file(bytes: &[u8]) -> Verdict {
+    let file = padded(bytes);
+    let read = || {
+        let header = LogHeader::decode(&file).ok()?;
+        let line = origin_line(&header.domain, &header.origin)?;
+        let scan = record::scan(&file, &header, &line).ok()?;
+        let whole =
+            record::iter_records(&scan.records).count() == usize::try_from(scan.count).ok()?;
+        // Where the scan cannot tell what it took, the harness sees it as a wrong encoding.
+        Some(if whole {
+            Verdict::Taken
+        } else {
+            Verdict::Exact(Vec::new())
+        })
+    };
+    read().unwrap_or(Verdict::Refused)
+}
+
+fn put(bytes: &mut [u8], at: usize, value: u32) {
+    if let Some(place) = bytes.get_mut(at..at.saturating_add(4)) {
+        place.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+fn number(bytes: &[u8], at: usize) -> Option<u32> {
+    let field = bytes.get(at..at.checked_add(4)?)?;
+    Some(u32::from_le_bytes(field.try_into().ok()?))
+}
+
+/// The checksum after the magic, over all that follows.
+fn reseal_front(bytes: &mut [u8]) {
+    let sum = bytes.get(12..).map(crc32c::crc32c);
+    put(bytes, 8, sum.unwrap_or_default());
+}
+
+/// The checksum of the header, and that of each frame as far as the length fields lead.
+fn reseal_log_file(bytes: &mut [u8]) {
+    let length = number(bytes, 8).and_then(|n| usize::try_from(n).ok());
+    let Some(head) = length.and_then(|n| bytes.get(16..n.checked_add(16)?)) else {
+        return;
+    };
+    let sum = crc32c::crc32c(head);
+    put(bytes, 12, sum);
+    let Ok(header) = LogHeader::decode(&padded(bytes)) else {
+        return;
+    };
+    let mut at = usize::try_from(LOG_HEADER_BYTES).unwrap_or(usize::MAX);
+    while let Some(length) = number(bytes, at).filter(|length| *length != 0) {
+        let payload = usize::try_from(length & 0x7fff_ffff).unwrap_or(usize::MAX);
+        let end = at.saturating_add(8).saturating_add(payload);
+        let Some(content) = bytes.get(at.saturating_add(8)..end) else {
+            return;
+        };
+        let sum = crc32c::crc32c_append(header.salt(), &(at as u64).to_le_bytes());
+        let sum = crc32c::crc32c_append(sum, &length.to_le_bytes());
+        let sum = crc32c::crc32c_append(sum, content);
+        put(bytes, at.saturating_add(4), sum);
+        at = end.next_multiple_of(8);
+    }
+}
+
+fn log_state(bytes: &[u8]) -> Verdict {
+    Verdict::exact(LogState::decode(bytes).and_then(|state| state.encode().ok()))
+}
+
+fn receipt(bytes: &[u8]) -> Verdict {
+    let receipt = CustodyReceipt::decode(bytes).ok();
+    Verdict::exact(receipt.and_then(|receipt| receipt.encode().ok()))
+}
+
+fn endorsement(bytes: &[u8]) -> Verdict {
+    let endorsement = Endorsement::decode(bytes).ok();
+    Verdict::exact(endorsement.and_then(|endorsement| endorsement.encode().ok()))
+}
+
+fn checkpoint(bytes: &[u8]) -> Verdict {
+    let read = || {
+        let note = std::str::from_utf8(bytes).ok()?;
+        let text = Checkpoint::parse(note).ok()?.text();
+        // The signatures are carried along; what was read must be what is signed.
+        let rest = note.get(text.len()..)?;
+        Some([text.as_bytes(), rest.as_bytes()].concat())
+    };
+    Verdict::exact(read())
+}
+
+/// Whatever name the text is, it is written as it was read.
+fn id(bytes: &[u8]) -> Verdict {
+    fn again<T: FromStr + ToString>(text: &str) -> Option<String> {
+        Some(text.parse::<T>().ok()?.to_string())
+    }
+    let read = || {
+        let text = std::str::from_utf8(bytes).ok()?;
+        again::<SegmentId>(text)
+            .or_else(|| again::<Sha256Hash>(text))
+            .or_else(|| again::<Origin>(text))
+            .or_else(|| again::<Kind>(text))
+            .or_else(|| again::<NodeId>(text))
+            .or_else(|| again::<DomainId>(text))
+    };
+    Verdict::exact(read().map(String::into_bytes))
+}
+
+fn partial_map(bytes: &[u8]) -> Verdict {
+    Verdict::exact(reencode_map(bytes))
+}
+
+/// The last group of the content that the corpus was made of: 50,000 bytes, four groups.
+fn bao_slice(bytes: &[u8]) -> Verdict {
+    static CONTENT: OnceLock<Option<(Vec<u8>, Outboard)>> = OnceLock::new();
+    let content = CONTENT.get_or_init(|| {
+        let content: Vec<u8> = (0..50_000usize)
+            .map(|i| (i / 7 + i * 31).to_le_bytes()[0])
+            .collect();
+        let outboard = Outboard::of(&content).ok()?;
+        Some((content, outboard))
+    });
+    let read = || {
+        let (content, outboard) = content.as_ref()?;
+        let range = 49_999..50_000;
+        let mut taken = Vec::new();
+        let take = |item: Item<'_>| -> Result<(), BaoError> {
+            if let Item::Group { bytes, .. } = item {
+                taken.extend_from_slice(bytes);
+            }
+            Ok(())
+        };
+        bao::decode_range(&outboard.id(), outboard.size_bytes(), &range, bytes, take).ok()?;
+        let read = |offset: u64, buffer: &mut [u8]| -> Result<(), BaoError> {
+            bao::copy_from(content, offset, buffer)
+        };
+        let right = content.get(49_152..) == Some(taken.as_slice());
+        let again = bao::encode_range(outboard, &range, read).ok()?;
+        // What was handed on and is not the content shows as a wrong encoding.
+        Some(if right { again } else { Vec::new() })
+    };
+    Verdict::exact(read())
+}

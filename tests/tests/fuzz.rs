@@ -1,0 +1,256 @@
+//! Every decoder of the workspace that reads bytes from outside or from disk, over a corpus in
+//! `tests/corpus/` and over what a seeded generator makes of it (`tidelock_tests::fuzz`).
+//!
+//! `cargo test` takes at most ten seconds and goes through the same inputs in the same order, as far as it
+//! comes; `just fuzz MINUTES` takes longer, with a seed of its own that it prints. `TIDELOCK_FUZZ_SEED`,
+//! `TIDELOCK_FUZZ_DECODER` and `TIDELOCK_FUZZ_INPUT` (one file) narrow it down.
+//!
+//! A new decoder is one line in [`decoders`] (or in `tidelock_segments::decoders::all`) and a
+//! directory with at least one `good-…` file.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
+)]
+
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    hint::black_box,
+    path::Path,
+    time::Duration,
+};
+
+use tidelock::config::Config;
+use tidelock_interceptor::{Action, Caller};
+use tidelock_policy::{Package, TrustFile, decode_signature, inspect};
+use tidelock_segments::decoders::{self, Decoder, Verdict};
+use tidelock_tests::fuzz::{self, Random};
+use tidelock_transport::{
+    frame::{Channel, Frame, FrameHeader},
+    limits::FRAME_HEADER_BYTES,
+    revocation::{VerifiedCrl, crls_in_file},
+    verifier::Trust,
+};
+
+/// How long `cargo test` spends on all decoders together, in the development profile.
+const SHORT: Duration = Duration::from_secs(10);
+/// And how many inputs each of them sees at most then.
+const SHORT_INPUTS: u64 = 20_000;
+/// What all decoders together may have claimed of the address space for lengths that they only read
+/// of: twice the largest segment.
+const CLAIMED_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+/// Every decoder of the workspace.
+fn decoders() -> Vec<Decoder> {
+    let mut all = decoders::all();
+    all.extend([
+        Decoder::new("frame-control", |bytes| frame(Channel::Control, bytes)),
+        Decoder::new("frame-data", |bytes| frame(Channel::Data, bytes)),
+        Decoder::new("crl", crl),
+        Decoder::new("crl-file", |bytes| taken(crls_in_file(bytes))),
+        Decoder::new("ca-file", |bytes| taken(Trust::from_pem(bytes))),
+        Decoder::new("policy-package", policy_package),
+        Decoder::new("policy-bundle", policy_bundle),
+        Decoder::new("policy-signature", |bytes| taken(decode_signature(bytes))),
+        Decoder::new("policy-trust", |bytes| {
+            text(bytes, |t| taken(TrustFile::parse(t)))
+        }),
+        Decoder::new("action", action),
+        Decoder::new("config", |bytes| {
+            text(bytes, |t| {
+                taken(Config::parse(t, Path::new("/etc/tidelock")))
+            })
+        }),
+    ]);
+    all
+}
+
+fn taken<T, E>(result: Result<T, E>) -> Verdict {
+    result.map_or(Verdict::Refused, |_| Verdict::Taken)
+}
+
+fn text(bytes: &[u8], read: impl FnOnce(&str) -> Verdict) -> Verdict {
+    std::str::from_utf8(bytes).map_or(Verdict::Refused, read)
+}
+
+fn frame(channel: Channel, bytes: &[u8]) -> Verdict {
+    let read = || {
+        let (head, body) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>()?;
+        let header = FrameHeader::decode(channel, *head).ok()?;
+        Frame::decode_body(header, body).ok()?.encode().ok()
+    };
+    Verdict::exact(read())
+}
+
+/// Under the authority whose certificate lies beside the corpus.
+fn crl(bytes: &[u8]) -> Verdict {
+    let pem = fs::read(fuzz::corpus_dir("ca-file").join("good-ca.crt")).unwrap();
+    let trust = Trust::from_pem(&pem).unwrap();
+    let crl = VerifiedCrl::verify(bytes, &trust).ok();
+    Verdict::exact(crl.map(|crl| crl.der().to_vec()))
+}
+
+fn policy_package(bytes: &[u8]) -> Verdict {
+    let package = Package::decode(bytes).ok();
+    Verdict::exact(package.and_then(|package| package.encode().ok()))
+}
+
+/// The archive inside a package, without its signatures.
+fn policy_bundle(bytes: &[u8]) -> Verdict {
+    taken(inspect(&Package {
+        archive: bytes.to_vec(),
+        signatures: Vec::new(),
+    }))
+}
+
+fn action(bytes: &[u8]) -> Verdict {
+    let caller = Caller {
+        principal_type: "agent".to_owned(),
+        principal_id: "fuzz".to_owned(),
+        may_act_as: true,
+        door: "tcp",
+    };
+    Action::parse(bytes, &caller).map_or(Verdict::Refused, |action| {
+        Verdict::Normal(action.canonical().to_vec())
+    })
+}
+
+fn setting(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+fn chosen() -> Vec<Decoder> {
+    let only = setting("TIDELOCK_FUZZ_DECODER");
+    let all = decoders();
+    let chosen: Vec<Decoder> = all
+        .into_iter()
+        .filter(|decoder| only.as_deref().is_none_or(|name| name == decoder.name))
+        .collect();
+    assert!(!chosen.is_empty(), "no decoder is called {only:?}");
+    chosen
+}
+
+/// The most that this process has ever had of the address space; `None` where nobody says.
+fn address_space_peak_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmPeak:"))?;
+    let kib: u64 = line.split_ascii_whitespace().nth(1)?.parse().ok()?;
+    Some(kib * 1024)
+}
+
+#[test]
+fn inv_07_no_decoder_panics_trusts_a_length_or_takes_two_spellings() {
+    if let Some(path) = setting("TIDELOCK_FUZZ_INPUT") {
+        let bytes = fs::read(&path).unwrap();
+        for decoder in chosen() {
+            println!("{}: {:?}", decoder.name, fuzz::check(&decoder, &bytes));
+        }
+        return;
+    }
+    // The corpus as it is: what must be taken is taken, what must be refused is refused.
+    for decoder in chosen() {
+        let files = fuzz::corpus(decoder.name)
+            .unwrap_or_else(|error| panic!("no corpus of {}: {error}", decoder.name));
+        let mut good = 0;
+        for (name, bytes) in &files {
+            let verdict = fuzz::check(&decoder, bytes);
+            let verdict =
+                verdict.unwrap_or_else(|fault| panic!("{}/{name}: {fault}", decoder.name));
+            let refused = verdict == Verdict::Refused;
+            assert!(
+                !name.starts_with("good-") || !refused,
+                "{}/{name} is refused",
+                decoder.name
+            );
+            assert!(
+                !name.starts_with("bad-") || refused,
+                "{}/{name} is taken",
+                decoder.name
+            );
+            good += usize::from(name.starts_with("good-"));
+        }
+        assert!(good > 0, "{} has no good input", decoder.name);
+    }
+    let minutes: Option<u64> = setting("TIDELOCK_FUZZ_MINUTES").map(|text| text.parse().unwrap());
+    let (time, most) = match minutes {
+        Some(minutes) => (Duration::from_secs(60 * minutes), u64::MAX),
+        None => (SHORT, SHORT_INPUTS),
+    };
+    let seed = setting("TIDELOCK_FUZZ_SEED").map_or_else(
+        || minutes.map_or(1, |_| RandomState::new().build_hasher().finish()),
+        |text| text.parse().unwrap(),
+    );
+    println!("seed {seed}");
+    let chosen = chosen();
+    let before = address_space_peak_bytes();
+    let mut faults = Vec::new();
+    let share = time / u32::try_from(chosen.len()).unwrap();
+    for decoder in &chosen {
+        let report = fuzz::run(decoder, seed, share, most).unwrap();
+        println!(
+            "{}: {} tried, {} taken",
+            decoder.name, report.tried, report.taken
+        );
+        faults.extend(report.faults);
+    }
+    assert!(faults.is_empty(), "seed {seed}:\n{}", faults.join("\n"));
+    // INV-07: no length was believed before the bytes were there.
+    let Some((before, after)) = before.zip(address_space_peak_bytes()) else {
+        println!("claimed memory: not run, nobody tells the address space here");
+        return;
+    };
+    let claimed = after.saturating_sub(before);
+    assert!(
+        claimed <= CLAIMED_BYTES_MAX,
+        "seed {seed}: {claimed} bytes claimed"
+    );
+    // The control: such a claim shows, though not a byte of it is written.
+    let length = usize::try_from(before + CLAIMED_BYTES_MAX).unwrap();
+    let claim: Vec<u8> = black_box(Vec::with_capacity(length));
+    let shown = address_space_peak_bytes().unwrap().saturating_sub(before);
+    assert!(shown > CLAIMED_BYTES_MAX, "{shown}");
+    drop(claim);
+}
+
+#[test]
+fn every_corpus_has_its_decoder() {
+    let known: BTreeSet<&str> = decoders().iter().map(|decoder| decoder.name).collect();
+    for entry in fs::read_dir(fuzz::corpus_dir("")).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let found = known.contains(name.as_str()) || !entry.path().is_dir();
+        assert!(found, "tests/corpus/{name} belongs to no decoder");
+    }
+}
+
+#[test]
+fn the_harness_sees_a_panic_and_a_second_spelling() {
+    let panics = Decoder::new("panics", |bytes| match bytes {
+        [_, 1, ..] => panic!("on purpose"),
+        _ => Verdict::Refused,
+    });
+    assert_eq!(fuzz::check(&panics, b"ab"), Ok(Verdict::Refused));
+    assert!(fuzz::check(&panics, &[0, 1]).is_err());
+    let trims = Decoder::new("trims", |bytes| Verdict::Exact(bytes.trim_ascii().to_vec()));
+    assert!(fuzz::check(&trims, b"ab").is_ok());
+    assert!(fuzz::check(&trims, b"ab ").is_err());
+    let grows = Decoder::new("grows", |bytes| Verdict::Normal([bytes, b"x"].concat()));
+    assert!(fuzz::check(&grows, b"ab").is_err());
+    // One seed, one course; and it reaches what is one change away.
+    let corpus = [vec![0, 0, 1, 2]];
+    let inputs = |seed| {
+        let mut random = Random(seed);
+        (0..2000)
+            .map(|_| fuzz::mutate(&mut random, &corpus))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(inputs(3), inputs(3));
+    assert_ne!(inputs(3), inputs(4));
+    assert!(
+        inputs(3)
+            .iter()
+            .any(|bytes| fuzz::check(&panics, bytes).is_err())
+    );
+}
