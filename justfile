@@ -39,6 +39,11 @@ advisories:
 demo *ARGS:
     cargo run --release --locked -- demo {{ARGS}}
 
+# Store and log on the real kernel: SIGKILL, every system call failing in turn, file systems cut off.
+# Needs strace; root for the last. A tenth of ROUNDS are power cuts. Repeats a run: `TIDELOCK_KERNEL_SEED=7 just soak-kill`.
+soak-kill ROUNDS="1000":
+    TIDELOCK_KERNEL_ROUNDS={{ROUNDS}} cargo test --release --locked -p tidelock-segments --test kernel -- --ignored --nocapture --test-threads=1 soak_
+
 # Tidelock beside its peers in one run: `just bench`, `just bench decide`, `just bench transport`.
 bench *AREA:
     cargo build --release --locked
