@@ -119,7 +119,7 @@ pub(crate) fn count(
         "{reports:?}"
     );
     let acked = reports.iter().filter(|r| matches!(r, Report::Acked { .. }));
-    assert_eq!(acked.count(), 6);
+    assert_eq!(acked.count(), 7);
     assert!(
         reports
             .iter()
@@ -200,6 +200,13 @@ pub(crate) fn run(foreign: &Path, start: Start, inline: bool, injection: &Inject
     };
     if inline {
         no_acknowledgement_after_a_failed_commit(&text);
+    }
+    let opened = reports.iter().any(|r| matches!(r, Report::Opened { .. }));
+    if opened && !when.ends_with('+') {
+        let works = reports
+            .windows(2)
+            .any(|two| two[0] == Report::Mended && matches!(two[1], Report::Acked { .. }));
+        assert!(works, "one fault and it never works again: {reports:?}");
     }
     promises.hear(&reports);
     promises.check_files(&orders);

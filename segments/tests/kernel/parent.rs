@@ -466,7 +466,7 @@ impl Promises {
                 let what = format!("{op}: {}", why.join(" "));
                 *figures.failed.entry(what).or_default() += 1;
             }
-            Report::Reopened { .. } | Report::Full | Report::Ended { .. } => {}
+            Report::Reopened { .. } | Report::Mended | Report::Full | Report::Ended { .. } => {}
         }
     }
 

@@ -108,6 +108,8 @@ pub(crate) enum Report {
     Reopened {
         why: String,
     },
+    /// The script has mended what was latched and appends now.
+    Mended,
     /// All accounts are full.
     Full,
     Ended {
