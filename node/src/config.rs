@@ -26,9 +26,25 @@ use self::reader::Section;
 /// sealed, the reserve and the policy slots have to fit beside each other.
 pub const CEILING_MIN_BYTES: u64 = 16 * 1024 * 1024;
 
-/// The smallest reserve, in bytes: it holds one CRL and one bundle of the largest size, and the
-/// records that say so (ruling 10).
-pub const RESERVE_MIN_BYTES: u64 = 6 * 1024 * 1024;
+/// The smallest reserve, in bytes. A reserve holds, in thirds, revocation lists, policy, and the records
+/// and state that say so with the log file that they go to (ruling 10). With the smallest one that is a
+/// list of some 17,000 revoked certificates and a bundle of 680 KiB; a larger list takes effect in memory
+/// at once, and is stored where there is room beside the reserve.
+pub const RESERVE_MIN_BYTES: u64 = 2 * 1024 * 1024;
+
+/// The ceiling from which the derived reserve holds a list and a bundle of the largest size.
+pub const FULL_RESERVE_FROM_BYTES: u64 = 192 * 1024 * 1024;
+
+const _: () = assert!(RESERVE_MIN_BYTES / 3 >= 4 * MIN_LOG_FILE_BYTES);
+const _: () = assert!(RESERVE_MIN_BYTES <= CEILING_MIN_BYTES / 8);
+const _: () = assert!(
+    derived_reserve_bytes(FULL_RESERVE_FROM_BYTES) / 3
+        >= tidelock_transport::revocation::MAX_CRL_BYTES as u64
+);
+const _: () = assert!(
+    derived_reserve_bytes(FULL_RESERVE_FROM_BYTES) / 3
+        >= tidelock_policy::limits::ARCHIVE_BYTES_MAX as u64
+);
 
 /// The socket's name where the config names none.
 const SOCKET_NAME: &str = "tidelock.sock";
@@ -622,8 +638,15 @@ fn derived_segment_bytes(ceiling_bytes: u64) -> u64 {
 }
 
 /// What `node.reserve_bytes` is where the config does not name it.
-fn derived_reserve_bytes(ceiling_bytes: u64) -> u64 {
-    (ceiling_bytes / 16).clamp(RESERVE_MIN_BYTES, 64 << 20)
+const fn derived_reserve_bytes(ceiling_bytes: u64) -> u64 {
+    let part = ceiling_bytes / 16;
+    if part < RESERVE_MIN_BYTES {
+        RESERVE_MIN_BYTES
+    } else if part > 64 << 20 {
+        64 << 20
+    } else {
+        part
+    }
 }
 
 fn is_loopback(ip: IpAddr) -> bool {

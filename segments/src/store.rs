@@ -294,8 +294,8 @@ impl Store {
     ) -> Result<Arc<Self>, StoreError> {
         for kind in Kind::ALL {
             root.ensure_dir(&kind_dir(kind))?;
-            if kind != Kind::Audit {
-                // What is found here is told to others as held, so it must be durable.
+            // What is found here is told to others as held, so it must be durable.
+            if kind != Kind::Audit && !root.list_after(&kind_dir(kind), None, 1)?.is_empty() {
                 root.sync_dir(&kind_dir(kind))?;
             }
         }

@@ -103,13 +103,20 @@ impl MeshHooks for Hooks {
     }
 
     fn receipt_wants(&self, peer: &NodeId) -> Vec<SegmentId> {
-        let own = self.0.config.load().node.id.clone();
+        let config = self.0.config.load();
+        // One more than are needed: a receipt may stop counting when its custodian is revoked.
+        let wanted = usize::try_from(config.audit.custody)
+            .unwrap_or(usize::MAX)
+            .saturating_add(1);
         self.0
             .store
-            .list(Some(Kind::Audit))
+            .lacking_custody(
+                &config.node.id,
+                wanted,
+                Some(peer),
+                tidelock_segments::limits::MAX_REFS,
+            )
             .into_iter()
-            .filter(|s| s.origin.audit_node() == Some(own.as_str()))
-            .filter(|s| !self.0.store.custodians(&s.id).contains(peer))
             .map(|s| s.id)
             .collect()
     }

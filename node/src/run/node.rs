@@ -16,8 +16,8 @@ use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig};
 use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
-    AuditLog, Charge, Endorsement, Kind, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
-    Root, RootOptions, SealOptions, SegmentRef, Sha256Hash, Store,
+    AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk, Root,
+    RootOptions, SealOptions, SegmentRef, Sha256Hash, Store,
 };
 use tidelock_transport::{
     endorse::endorse,
@@ -687,12 +687,8 @@ impl Node {
     pub(super) fn unlicensed_segments(&self) -> usize {
         let config = self.config.load();
         let needed = usize::try_from(config.audit.custody).unwrap_or(usize::MAX);
-        self.store
-            .list(Some(Kind::Audit))
-            .iter()
-            .filter(|s| s.origin.audit_node() == Some(config.node.id.as_str()))
-            .filter(|s| self.store.custodians(&s.id).len() < needed)
-            .count()
+        let lacking = self.store.lacking_custody_count(&config.node.id, needed);
+        usize::try_from(lacking).unwrap_or(usize::MAX)
     }
 
     /// Closes what was opened, in the opposite order.
