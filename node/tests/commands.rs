@@ -90,7 +90,7 @@ fn status_peers_doctor_and_segments_speak_to_people_and_machines() {
         .ended(2)
         .says(&["gossip"]);
     let id = only["segments"][0]["id"].as_str().unwrap();
-    let shown = site.json(&["segment", "show", id]);
+    let shown = site.json(&["segment", "show", id, "--records"]);
     assert_eq!(shown["id"], id);
     assert_eq!(shown["signed"], true);
     let records = shown["records"].as_array().unwrap();
@@ -100,7 +100,8 @@ fn status_peers_doctor_and_segments_speak_to_people_and_machines() {
             .any(|r| r["record"]["reason"] == "POLICY_ALLOW"),
         "{shown}"
     );
-    site.ok(&["segment", "show", id]).says(&["POLICY_ALLOW"]);
+    site.ok(&["segment", "show", id, "--records"])
+        .says(&["POLICY_ALLOW"]);
     let other = format!("blake3:{}", "0".repeat(64));
     site.tidelock(&["segment", "show", &other])
         .ended(1)
@@ -108,10 +109,10 @@ fn status_peers_doctor_and_segments_speak_to_people_and_machines() {
     site.tidelock(&["segment", "show", "0000"]).ended(2);
     site.ok(&["segment", "verify"])
         .says(&["3 segments, 0 damaged"]);
-    assert_eq!(
-        site.json(&["segment", "verify"]),
-        json!({"ok": true, "segments": 3, "damaged": []})
-    );
+    let verified = site.json(&["segment", "verify"]);
+    assert_eq!(verified["ok"], true);
+    assert_eq!(verified["segments"], 3);
+    assert_eq!(verified["damaged"], json!([]));
 
     // The log in words: what was asked, and what came of it.
     site.decides();
@@ -242,6 +243,10 @@ fn completions_and_manual_pages_are_made() {
         "ca-revoke",
         "bundle-install",
         "audit-verify",
+        "audit-stat",
+        "segment-fsck",
+        "segment-repair",
+        "journal",
     ] {
         assert!(
             site.path(&format!("man/tidelock-{command}.1")).exists(),

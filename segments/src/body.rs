@@ -816,6 +816,64 @@ pub(crate) fn peek_span(
     })
 }
 
+/// What the front of a body tells of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Front {
+    pub(crate) span: AuditSpan,
+    pub(crate) version: u16,
+    pub(crate) zstd: bool,
+    pub(crate) encrypted: bool,
+    /// Bytes of the records before compression, with their lengths.
+    pub(crate) raw_bytes: u64,
+}
+
+/// Describes a body of `body_bytes` from its front, which must hold all that stands before the records.
+pub(crate) fn peek_front(
+    front: &[u8],
+    body_bytes: u64,
+    domain: &DomainId,
+    origin: &Origin,
+) -> Result<Front, BodyError> {
+    let mut rest = front;
+    let head = parse_head(&mut rest, domain, origin)?;
+    let span = AuditSpan {
+        first: head.before.size(),
+        last: head.checkpoint.size.saturating_sub(1),
+        root: head.checkpoint.root,
+    };
+    let plain = Front {
+        span,
+        version: head.version,
+        zstd: false,
+        encrypted: false,
+        raw_bytes: body_bytes.saturating_sub((front.len() - rest.len()) as u64),
+    };
+    if head.version == VERSION_1 {
+        return Ok(plain);
+    }
+    let [flags] = take_array(&mut rest, "flags")?;
+    take_frontier(&mut rest, head.checkpoint.size)?;
+    if flags & FLAG_ENCRYPTED != 0 {
+        take_wrapped(&mut rest)?;
+    }
+    let blocks = usize::try_from(take_u32(&mut rest, "block count")?).unwrap_or(usize::MAX);
+    if blocks > MAX_BLOCKS {
+        return Err(BodyError::Index("no block, or too many"));
+    }
+    let mut raw_bytes = 0u64;
+    for mut entry in take(&mut rest, blocks * ENTRY_BYTES, "block index")?.chunks_exact(ENTRY_BYTES)
+    {
+        take_u32(&mut entry, "block index")?;
+        raw_bytes += u64::from(take_u32(&mut entry, "block index")?);
+    }
+    Ok(Front {
+        zstd: flags & FLAG_ZSTD != 0,
+        encrypted: flags & FLAG_ENCRYPTED != 0,
+        raw_bytes,
+        ..plain
+    })
+}
+
 /// Takes the body of an audit segment apart and checks its form: of version 1 every byte, of version 2
 /// everything but what is inside the blocks, for which a key may be needed.
 ///

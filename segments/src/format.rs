@@ -473,6 +473,19 @@ pub(crate) fn peek_header(rest: &mut &[u8]) -> Result<(SegmentHeader, u64), Form
     Ok((header, body_len))
 }
 
+/// Reads the endorsement from a trailer with its length before it. Nothing of it is verified.
+pub(crate) fn parse_trailer(mut rest: &[u8]) -> Result<Option<Endorsement>, FormatError> {
+    let length = u32::from_le_bytes(take_array(&mut rest, "trailer length")?);
+    let length = bounded("trailer", length.into(), MAX_TRAILER_BYTES as u64)?;
+    let trailer = take(&mut rest, length, "trailer")?;
+    let signature: Option<SegmentSignature> = codec::decode::<_, MAX_TRAILER_BYTES>(trailer)
+        .map_err(|fault| FormatError::Codec {
+            part: "trailer",
+            fault,
+        })?;
+    Ok(signature.map(|signature| signature.endorsement))
+}
+
 /// Checks every byte of a segment: id, layout, canonical encoding, domain, rules of its kind and, if
 /// it is an audit segment, the log key's signature and the form of its body. The endorsement's
 /// certificate chain is not judged here.

@@ -28,6 +28,7 @@ mod ledger;
 pub mod limits;
 mod log;
 pub mod merkle;
+pub mod offline;
 mod partial;
 mod proof;
 mod receipt;

@@ -148,6 +148,16 @@ pub const MAX_MAP_BYTES: usize = 133 * 1024;
 /// largest segments, or hundreds of usual ones.
 pub const MAX_OUTBOARDS_BYTES: usize = 1024 * 1024;
 
+/// Most steps of one offline repair; further findings are left for the next. At most about 600 bytes
+/// each in the note, so 1.2 MiB.
+pub const MAX_REPAIR_STEPS: usize = 2_048;
+
+/// Most repairs noted before the node records them.
+pub const MAX_REPAIR_NOTES: usize = 64;
+
+/// Largest note of repairs; the tool and the node hold it in memory once.
+pub const MAX_REPAIRS_BYTES: u64 = 4 * 1024 * 1024;
+
 /// Blocks reserved for the growth of a directory by one more entry: an ext4 directory grows from
 /// one block to three when it becomes indexed.
 pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;

@@ -21,7 +21,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::crypt::KeyUnwrap;
 use crate::id::Sha256Hash;
 use crate::keys::LogPublicKey;
-use crate::merkle::{self, MerkleError};
+use crate::merkle::{self, MerkleError, PartialTree};
 
 /// Why a proof was not made or not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -99,6 +99,43 @@ pub struct ConsistencyProof {
     pub newer: String,
 }
 
+impl RecordProof {
+    /// The proof of one record from a tree that holds its leaf, against the checkpoint of that tree.
+    pub(crate) fn from_tree(
+        tree: &PartialTree,
+        index: u64,
+        record: Vec<u8>,
+        checkpoint: String,
+    ) -> Result<Self, MerkleError> {
+        Ok(Self {
+            version: VERSION,
+            tag: RecordTag::Record,
+            index,
+            record,
+            path: tree.inclusion_proof(index)?,
+            checkpoint,
+        })
+    }
+}
+
+impl ConsistencyProof {
+    /// The proof that the checkpoint `newer` of this tree extends `older`.
+    pub(crate) fn from_tree(
+        tree: &PartialTree,
+        older: String,
+        newer: String,
+    ) -> Result<Self, ProofError> {
+        let size = Checkpoint::parse(&older)?.size;
+        Ok(Self {
+            version: VERSION,
+            tag: ConsistencyTag::Consistency,
+            path: tree.consistency_proof(size)?,
+            older,
+            newer,
+        })
+    }
+}
+
 fn to_base64<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&STANDARD.encode(bytes))
 }
@@ -122,15 +159,13 @@ pub fn prove_record(
     keys: Option<&dyn KeyUnwrap>,
 ) -> Result<RecordProof, ProofError> {
     let record = body.record(index, keys)?;
-    let path = body.tree(keys)?.inclusion_proof(index)?;
-    Ok(RecordProof {
-        version: VERSION,
-        tag: RecordTag::Record,
+    let checkpoint = body.checkpoint_note().to_owned();
+    Ok(RecordProof::from_tree(
+        &body.tree(keys)?,
         index,
         record,
-        path,
-        checkpoint: body.checkpoint_note().to_owned(),
-    })
+        checkpoint,
+    )?)
 }
 
 /// Checks a proof with the log's key: the checkpoint's signature and log, and that the record stands
@@ -186,13 +221,7 @@ pub fn prove_consistency(
     if Checkpoint::parse(newer)?.origin_line != old.origin_line {
         return Err(ProofError::Order);
     }
-    Ok(ConsistencyProof {
-        version: VERSION,
-        tag: ConsistencyTag::Consistency,
-        path: tree.consistency_proof(old.size)?,
-        older: older.to_owned(),
-        newer: newer.to_owned(),
-    })
+    ConsistencyProof::from_tree(&tree, older.to_owned(), newer.to_owned())
 }
 
 /// Checks with the log's key that the newer checkpoint extends the older one, and gives both.

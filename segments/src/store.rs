@@ -52,6 +52,9 @@ use index::{COUNTED_CUSTODIANS, Index, Small};
 use journal::{Change, JOURNAL_BLOCKS, JOURNAL_BYTES};
 
 pub(crate) use index::{Loaded, Unusable, load as load_index};
+pub(crate) use receipts::{
+    MAX_RECEIPTS_FILE_BYTES, decode as decode_receipts, encode as encode_receipts,
+};
 pub use scrub::{ForeignReport, ScrubPace, ScrubReport};
 
 /// Where receipts lie.

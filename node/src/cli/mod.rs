@@ -8,9 +8,12 @@ mod bundle;
 mod ca;
 mod decide;
 mod doctor;
+mod keys;
 mod node;
 mod output;
+mod proof;
 mod segment;
+mod stat;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -103,12 +106,23 @@ pub enum Command {
     Decide(decide::DecideArgs),
     /// What a running node is doing.
     Status(ConfigArg),
+    /// What happened at a running node lately: sessions, transfers, refusals. No evidence, that is
+    /// the audit log.
+    #[command(after_help = "Example:\n  tidelock journal --since 120 --json")]
+    Journal {
+        /// Only entries after this line.
+        #[arg(long, default_value_t = 0)]
+        since: u64,
+        /// The node's config.
+        #[command(flatten)]
+        config: ConfigArg,
+    },
     /// The peers of a running node, and why any of them is not connected.
     Peers(ConfigArg),
     /// Read and verify audit logs, on a running or a stopped node.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
-    /// List, show and verify stored segments, on a running or a stopped node.
+    /// List, show, verify, check and repair what lies below the root, on a running or a stopped node.
     #[command(subcommand)]
     Segment(segment::SegmentCommand),
     /// Check this host, the config, the keys, the CRLs and the node, and say what to mend.
@@ -158,6 +172,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Crl(command) => node::crl(command, output),
         Command::Decide(args) => decide::run(&args, output),
         Command::Status(args) => node::status(&args, output),
+        Command::Journal { since, config } => node::journal(&config, since, output),
         Command::Peers(args) => node::peers(&args, output),
         Command::Audit(command) => audit::run(command, output),
         Command::Segment(command) => segment::run(command, output),

@@ -228,6 +228,31 @@ pub(super) fn clock(command: ClockCommand, output: &Output) -> Result<Exit, Fail
     Ok(Exit::Done)
 }
 
+pub(super) fn journal(args: &ConfigArg, since: u64, output: &Output) -> Result<Exit, Failure> {
+    let answer = operate(args, "journal", &json!({"since": since}), false)?;
+    output.say(&answer, || {
+        let entries = at(&answer, "/entries").as_array();
+        let lines = entries.into_iter().flatten().map(|entry| {
+            let facts: Vec<String> = entry
+                .as_object()
+                .into_iter()
+                .flatten()
+                .filter(|(key, _)| !["line", "unix_ms", "event"].contains(&key.as_str()))
+                .map(|(key, value)| format!("{key}={}", plain(value)))
+                .collect();
+            format!(
+                "{}  {}  {}  {}",
+                plain(at(entry, "/line")),
+                plain(at(entry, "/unix_ms")),
+                plain(at(entry, "/event")),
+                facts.join(" ")
+            )
+        });
+        lines.collect::<Vec<_>>().join("\n")
+    });
+    Ok(Exit::Done)
+}
+
 pub(super) fn token(command: TokenCommand, output: &Output) -> Result<Exit, Failure> {
     let TokenCommand::New { principal, act_as } = command;
     let (token, entry) = new_token(&principal, act_as)?;

@@ -5,16 +5,20 @@ use std::{
     fmt::Display,
     io::{IsTerminal as _, Write as _},
     path::Path,
+    time::{Duration, Instant},
 };
 
 use serde::Serialize;
+use tidelock_segments::offline::Progress;
 
 use super::Exit;
 
-/// Work on fewer things is over before anybody can read how far it has come.
-const PROGRESS_FROM: usize = 64;
-/// Things between two lines of progress.
-const PROGRESS_EVERY: usize = 16;
+/// Work that is over sooner than this shows no progress: nobody could read it.
+const PROGRESS_FROM: Duration = Duration::from_millis(400);
+/// Between two lines of progress.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// Characters of the bar.
+const BAR_WIDTH: u64 = 24;
 
 /// Where a command's result goes.
 #[derive(Debug, Clone, Copy)]
@@ -90,18 +94,21 @@ impl Output {
         std::io::stderr().is_terminal()
     }
 
-    /// Shows how far long work has come, where a person watches.
-    pub fn progress(self, what: &str, done: usize, all: usize) {
-        if self.shows_progress() && all > PROGRESS_FROM && done.is_multiple_of(PROGRESS_EVERY) {
-            let _ = write!(std::io::stderr(), "\r\x1b[2K{what}: {done} of {all}");
+    /// A bar for long work, where a person watches.
+    #[must_use]
+    pub(crate) fn bar(self, what: &'static str) -> Bar {
+        Bar {
+            on: self.shows_progress(),
+            what,
+            begun: Instant::now(),
+            shown: None,
         }
     }
 
-    /// Clears what [`Output::progress`] has shown.
-    pub fn progress_done(self) {
-        if self.shows_progress() {
-            let _ = write!(std::io::stderr(), "\r\x1b[2K");
-        }
+    /// Prints a part of a result that is too long to be held; `false` once nobody reads any more.
+    pub(crate) fn part(self, text: &str) -> bool {
+        // A closed pipe (`| head`) is the reader's choice and no failure of the command.
+        std::io::stdout().write_all(text.as_bytes()).is_ok()
     }
 
     /// Prints the result in the form that was asked for.
@@ -122,6 +129,93 @@ impl Output {
         }
         let _ = writeln!(std::io::stderr(), "tidelock: {}", failure.message);
     }
+}
+
+/// Shows on a terminal how far long work has come: a bar, the rate, and what is left of the time.
+#[derive(Debug)]
+pub(crate) struct Bar {
+    on: bool,
+    what: &'static str,
+    begun: Instant,
+    shown: Option<Instant>,
+}
+
+impl Bar {
+    /// Shows `progress`, unless something was shown a moment ago.
+    pub(crate) fn show(&mut self, progress: Progress) {
+        let now = Instant::now();
+        let spent = now - self.begun;
+        let due = match self.shown {
+            None => spent >= PROGRESS_FROM,
+            Some(shown) => now - shown >= PROGRESS_EVERY,
+        };
+        if self.on && due {
+            self.shown = Some(now);
+            let line = bar_line(self.what, progress, spent);
+            let _ = write!(std::io::stderr(), "\r\x1b[2K{line}");
+        }
+    }
+
+    /// How long the work has taken so far.
+    pub(crate) fn spent(&self) -> Duration {
+        self.begun.elapsed()
+    }
+}
+
+impl Drop for Bar {
+    /// Leaves the line clean for what comes next, a failure too.
+    fn drop(&mut self) {
+        if self.shown.is_some() {
+            let _ = write!(std::io::stderr(), "\r\x1b[2K");
+        }
+    }
+}
+
+fn bar_line(what: &str, progress: Progress, spent: Duration) -> String {
+    let all = progress.files_total.max(progress.files).max(1);
+    let full = usize::try_from(progress.files.saturating_mul(BAR_WIDTH) / all).unwrap_or(0);
+    let width = usize::try_from(BAR_WIDTH).unwrap_or(0);
+    let mut line = format!(
+        "{what} [{:<width$}] {} of {all} files, {}",
+        "=".repeat(full),
+        progress.files,
+        rate(progress, spent),
+    );
+    let left = spent
+        .as_millis()
+        .saturating_mul((all - progress.files).into())
+        .checked_div(progress.files.into());
+    if let Some(left_ms) = left {
+        line.push_str(&format!(", {} s left", left_ms.div_ceil(1_000)));
+    }
+    line
+}
+
+/// Bytes and records a second.
+pub(crate) fn rate(progress: Progress, spent: Duration) -> String {
+    let per_second = |count: u64| u128::from(count) * 1_000 / spent.as_millis().max(1);
+    let bytes = u64::try_from(per_second(progress.bytes)).unwrap_or(u64::MAX);
+    let mut text = format!("{}/s", human_bytes(bytes));
+    if progress.records > 0 {
+        text.push_str(&format!(", {} records/s", per_second(progress.records)));
+    }
+    text
+}
+
+/// A number of bytes with three digits or so: `1.4 MiB`.
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let mut text = format!("{bytes} B");
+    let mut unit = 1_u64;
+    for name in UNITS {
+        unit = unit.saturating_mul(1_024);
+        if bytes < unit {
+            break;
+        }
+        let tenths = u128::from(bytes) * 10 / u128::from(unit);
+        text = format!("{}.{} {name}", tenths / 10, tenths % 10);
+    }
+    text
 }
 
 /// A plain table with left-aligned columns.
@@ -151,6 +245,26 @@ pub(crate) fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn bytes_and_bars_can_be_read() {
+        assert_eq!(human_bytes(1_023), "1023 B");
+        assert_eq!(human_bytes(1_024), "1.0 KiB");
+        assert_eq!(human_bytes(32 << 20), "32.0 MiB");
+        assert_eq!(human_bytes(u64::MAX), "16777216.0 TiB");
+        let progress = Progress {
+            files: 1,
+            files_total: 4,
+            bytes: 2_048,
+            records: 10,
+        };
+        assert_eq!(
+            bar_line("verifying", progress, Duration::from_secs(2)),
+            "verifying [======                  ] 1 of 4 files, 1.0 KiB/s, 5 records/s, 6 s left"
+        );
+        let nothing = bar_line("verifying", Progress::default(), Duration::ZERO);
+        assert!(nothing.contains("0 of 1 files, 0 B/s"), "{nothing}");
+    }
 
     #[test]
     fn columns_line_up() {

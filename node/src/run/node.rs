@@ -18,6 +18,7 @@ use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk, Root,
     RootOptions, SealOptions, SegmentRef, Sha256Hash, Store,
+    offline::{REPAIRS_PATH, RepairNote},
 };
 use tidelock_transport::{
     endorse::endorse,
@@ -51,6 +52,8 @@ pub(super) const ACCEPTED_LOGS_FILE: &str = "state/accepted-logs";
 const OWNER_FILE: &str = "owner";
 /// Where the newest endorsement of the own log key lies below the root.
 const ENDORSEMENT_FILE: &str = "keys/endorsement";
+/// Most steps of one repair that its record names; the plan's digest covers all of them.
+const REPAIR_STEPS_RECORDED: usize = 64;
 /// Distinct (peer, reason) pairs of refusals counted in one window (INV-07).
 const REFUSALS_MAX: usize = 256;
 
@@ -312,6 +315,7 @@ impl Node {
         for (path, why) in damaged {
             node.event("state_damaged", json!({"file": path, "why": why}));
         }
+        node.record_repairs();
         if let Some(policy) = node.slots.current() {
             // A lost floor is made up for by what the authority has signed.
             node.clock
@@ -325,6 +329,41 @@ impl Node {
         node.slot_faults(&faults);
         node.restore_policy();
         Ok(node)
+    }
+
+    /// Tells the audit log of the repairs that were made while no node ran. The note of them goes
+    /// when the log has them durably, and not before.
+    fn record_repairs(&self) {
+        let bytes = match self.root.read(REPAIRS_PATH) {
+            Ok(None) => return,
+            Ok(Some(bytes)) => bytes,
+            Err(error) => {
+                tracing::error!(%error, "cannot read what was repaired");
+                return;
+            }
+        };
+        let recorded = match serde_json::from_slice::<Vec<RepairNote>>(&bytes) {
+            Ok(notes) => notes
+                .iter()
+                .try_for_each(|note| self.record_act("repaired", repaired(note))),
+            Err(error) => self.record_act(
+                "state_damaged",
+                json!({
+                    "file": REPAIRS_PATH,
+                    "why": error.to_string(),
+                    "bytes": bytes.len(),
+                    "sha256": Sha256Hash::of(&bytes),
+                }),
+            ),
+        };
+        let settled =
+            recorded.and_then(|()| self.root.remove(REPAIRS_PATH).map_err(|e| e.to_string()));
+        if let Err(why) = settled {
+            tracing::error!(
+                why,
+                "a repair is not recorded yet; tried again at the next start"
+            );
+        }
     }
 
     /// Notes an event in the journal and in the audit log.
@@ -713,6 +752,25 @@ fn count(refusals: &Refusals, peer: &str, reason: &str) {
 
 /// A root belongs to the node that began it: under another name or domain its log would be cut off
 /// and its segments would all look damaged.
+/// A repair as the audit log tells of it.
+fn repaired(note: &RepairNote) -> Value {
+    let steps: Vec<Value> = note
+        .steps
+        .iter()
+        .take(REPAIR_STEPS_RECORDED)
+        .map(|step| {
+            json!({"action": step.action, "path": step.path, "to": step.to, "code": step.code})
+        })
+        .collect();
+    json!({
+        "plan": note.plan,
+        "begun_unix_ms": note.unix_ms,
+        "complete": note.complete,
+        "steps": steps,
+        "steps_total": note.steps.len(),
+    })
+}
+
 fn claim_root(config: &Config, root: &Arc<Root>) -> Result<(), Failure> {
     let claim = format!("{} of domain {}\n", config.node.id, config.node.domain);
     match root.read(OWNER_FILE)? {

@@ -8,11 +8,11 @@ use crate::receipt::{CustodyReceipt, ReceiptError};
 const RECEIPTS_MAGIC: &[u8; 8] = b"TIDERCP1";
 
 /// Most bytes of such a file.
-pub(super) const MAX_RECEIPTS_FILE_BYTES: u64 =
+pub(crate) const MAX_RECEIPTS_FILE_BYTES: u64 =
     8 + MAX_RECEIPTS_PER_SEGMENT as u64 * (8 + MAX_RECEIPT_BYTES as u64);
 
 /// The bytes of a file that holds these.
-pub(super) fn encode(receipts: &[CustodyReceipt]) -> Result<Vec<u8>, ReceiptError> {
+pub(crate) fn encode(receipts: &[CustodyReceipt]) -> Result<Vec<u8>, ReceiptError> {
     let mut out = RECEIPTS_MAGIC.to_vec();
     for receipt in receipts {
         let bytes = receipt.encode()?;
@@ -25,7 +25,7 @@ pub(super) fn encode(receipts: &[CustodyReceipt]) -> Result<Vec<u8>, ReceiptErro
 }
 
 /// The receipts of a file that are whole, one a custodian; their signatures are not looked at.
-pub(super) fn decode(bytes: &[u8]) -> Vec<CustodyReceipt> {
+pub(crate) fn decode(bytes: &[u8]) -> Vec<CustodyReceipt> {
     let mut found: Vec<CustodyReceipt> = Vec::new();
     let Some(mut rest) = bytes.strip_prefix(RECEIPTS_MAGIC) else {
         return found;

@@ -1,0 +1,48 @@
+//! Keys that a reader brings: a site key or an age identity, for encrypted records.
+
+use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
+
+use clap::{Args, ValueHint};
+use tidelock_segments::{AgeIdentity, KEY_BYTES, KeyUnwrap, Sha256Hash, SiteKey};
+
+use super::Failure;
+
+/// With what encrypted records are read.
+#[derive(Debug, Args)]
+pub struct KeyArg {
+    /// For encrypted segments: the site key, 32 bytes or 64 hex digits, or an age identity file.
+    /// Readable by its owner only.
+    #[arg(long = "key", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub key: Option<PathBuf>,
+}
+
+impl KeyArg {
+    /// Reads the key, if one is named.
+    pub(super) fn load(&self) -> Result<Option<Arc<dyn KeyUnwrap>>, Failure> {
+        let Some(path) = &self.key else {
+            return Ok(None);
+        };
+        let mode = fs::metadata(path)
+            .map_err(|e| Failure::at(path, &e))?
+            .permissions()
+            .mode();
+        if mode & 0o077 != 0 {
+            return Err(Failure::at(
+                path,
+                &"group or others have rights to this key; run chmod go= on it",
+            ));
+        }
+        let bytes = fs::read(path).map_err(|e| Failure::at(path, &e))?;
+        let text = std::str::from_utf8(&bytes).ok();
+        if let Some(text) = text.filter(|text| text.contains("AGE-SECRET-KEY-")) {
+            let identity = AgeIdentity::parse(text).map_err(|e| Failure::at(path, &e))?;
+            return Ok(Some(Arc::new(identity)));
+        }
+        let key = match text.map(|text| Sha256Hash::from_hex(text.trim_end())) {
+            Some(Ok(read)) if bytes.len() != KEY_BYTES => SiteKey::from_slice(read.as_bytes()),
+            _ => SiteKey::from_slice(&bytes),
+        };
+        let key = key.map_err(|e| Failure::at(path, &e))?;
+        Ok(Some(Arc::new(key)))
+    }
+}

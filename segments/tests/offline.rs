@@ -1,0 +1,421 @@
+//! A root read from outside: what is found, what is proposed, and what a crash leaves of a repair.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{MIB, Node, ROOT, Settings, domain, foreign_segments, node};
+use tidelock_segments::offline::{
+    FsckOptions, FsckReport, LogEntry, LogProofError, Offline, OfflineError, REPAIRS_PATH,
+    RepairError, RepairNote, RepairPlan, Severity, repair, segment_path,
+};
+use tidelock_segments::testing::{SimDisk, Survival};
+use tidelock_segments::{Charge, Kind, SealOptions, SegmentId, SegmentRef, SiteKey, verify_log};
+
+fn options() -> FsckOptions {
+    FsckOptions {
+        node_id: node("n1"),
+        ceiling_bytes: 64 * MIB,
+        reserve_bytes: MIB,
+        custody_max_bytes: 16 * MIB,
+        known: Vec::new(),
+        in_use: false,
+    }
+}
+
+fn fsck(disk: &SimDisk) -> FsckReport {
+    let disk = disk.disk();
+    let offline = Offline::open(disk.as_ref(), Path::new(ROOT), &domain()).unwrap();
+    offline.fsck(&options(), &mut |_| {}).unwrap()
+}
+
+/// The codes of everything but notes.
+fn codes(disk: &SimDisk) -> Vec<&'static str> {
+    let findings = fsck(disk).findings;
+    let found = findings.iter().filter(|f| f.severity != Severity::Note);
+    found.map(|f| f.code).collect()
+}
+
+fn mend(disk: &SimDisk) -> Result<RepairPlan, RepairError> {
+    let disk = disk.disk();
+    let root = Path::new(ROOT);
+    repair(
+        disk.as_ref(),
+        root,
+        &domain(),
+        &options(),
+        None,
+        7,
+        &mut |_| {},
+    )
+    .map(|done| done.plan)
+}
+
+fn notes(disk: &SimDisk) -> Vec<RepairNote> {
+    let path = Path::new(ROOT).join(REPAIRS_PATH);
+    disk.content(&path)
+        .map_or_else(Vec::new, |bytes| serde_json::from_slice(&bytes).unwrap())
+}
+
+/// Appends and seals: segments of two, three, … records. The last of them is open.
+fn fill(n: &Node) -> Vec<SegmentRef> {
+    let mut sealed = Vec::new();
+    for round in 0..4u32 {
+        for i in 0..round + 2 {
+            n.append(format!("{{\"round\":{round},\"i\":{i}}}").as_bytes())
+                .unwrap();
+        }
+        if round < 3 {
+            sealed.push(n.log.seal_now().unwrap().unwrap());
+        }
+    }
+    sealed
+}
+
+fn file_of(id: &SegmentId) -> PathBuf {
+    Path::new(ROOT).join(segment_path(Kind::Audit, id))
+}
+
+fn read_from(offline: &Offline<'_>, next: u64) -> Result<Vec<(u64, Vec<u8>)>, OfflineError> {
+    let mut all = Vec::new();
+    offline.records_from(next, &mut |entry| match entry {
+        LogEntry::Record(index, bytes) => all.push((index, bytes.to_vec())),
+        LogEntry::Gap(first, last) => panic!("gap {first}-{last}"),
+    })?;
+    Ok(all)
+}
+
+#[test]
+fn the_log_is_read_from_outside_as_the_node_itself_reads_it() {
+    let key = Arc::new(SiteKey::from_slice(&[9; 32]).unwrap());
+    let encrypted = SealOptions {
+        encryption: Some(key.clone()),
+        ..SealOptions::default()
+    };
+    for (seal, needs_key) in [(SealOptions::default(), false), (encrypted, true)] {
+        let disk = SimDisk::new();
+        let n = Settings {
+            seal,
+            ..Settings::default()
+        }
+        .sim(&disk);
+        let sealed = fill(&n);
+        let io = disk.disk();
+        let closed = Offline::open(io.as_ref(), Path::new(ROOT), &domain()).unwrap();
+        let offline = Offline::open(io.as_ref(), Path::new(ROOT), &domain())
+            .unwrap()
+            .with_keys(Some(key.clone()));
+        let own = read_from(&offline, 0).unwrap();
+        // What the node itself reads: without the key, no further back than the encrypted.
+        let by_node = n.records();
+        assert!(own.ends_with(&by_node));
+        assert_eq!(own.len() > by_node.len(), needs_key);
+        for running in [true, false] {
+            for next in 0..=own.len() {
+                let all = read_from(&offline, next as u64).unwrap();
+                assert_eq!(all[..], own[next..][..all.len().min(own.len() - next)]);
+                assert!(all.len() >= own.len() - next);
+            }
+            let log = offline.own_log().unwrap().unwrap();
+            assert!(offline.log_size(&log).unwrap() >= own.len() as u64);
+            if running {
+                n.log.close();
+            }
+        }
+        assert_eq!(read_from(&closed, 0).is_err(), needs_key);
+        let last = own.len() as u64 - 1;
+        assert!(
+            read_from(&closed, last).is_ok(),
+            "the open file is never encrypted"
+        );
+        for reference in &sealed {
+            let info = offline
+                .describe(Kind::Audit, &reference.id)
+                .unwrap()
+                .unwrap();
+            assert_eq!((&info.reference, info.encrypted), (reference, needs_key));
+            assert_eq!((info.compressed, info.body_version), (true, Some(2)));
+            let body: usize = own
+                .iter()
+                .filter(|(i, _)| (info.span.unwrap().first..=info.span.unwrap().last).contains(i))
+                .map(|(_, record)| record.len() + 4)
+                .sum();
+            assert_eq!(info.raw_bytes, body as u64);
+            assert!(
+                offline
+                    .endorsement(Kind::Audit, &reference.id)
+                    .unwrap()
+                    .is_some()
+            );
+            let read = |of: &Offline<'_>| of.verify(Kind::Audit, &reference.id).unwrap().unwrap().1;
+            assert!(read(&offline));
+            assert_eq!(read(&closed), !needs_key);
+        }
+        let report = closed.fsck(&options(), &mut |_| {}).unwrap();
+        assert!(report.ok, "{:?}", report.findings);
+        assert_eq!(report.unread_records > 0, needs_key);
+    }
+}
+
+#[test]
+fn every_record_is_proven_from_one_segment_or_from_the_open_file() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    fill(&n);
+    let theirs = foreign_segments("n2", 2);
+    for segment in &theirs {
+        n.store.put(segment, Charge::Custody).unwrap();
+    }
+    let own = n.records();
+    let io = disk.disk();
+    let offline = Offline::open(io.as_ref(), Path::new(ROOT), &domain()).unwrap();
+    let (key, origin) = (n.log.public_key(), n.log.origin());
+    // The last append has no head over it yet; a clean end makes one.
+    assert!(matches!(
+        offline.prove(&origin, own.len() as u64 - 1, false),
+        Err(LogProofError::NotCovered(_))
+    ));
+    n.log.close();
+    for (index, record) in &own {
+        for latest in [false, true] {
+            let proof = offline.prove(&origin, *index, latest).unwrap();
+            assert_eq!((&proof.proof.record, proof.proof.index), (record, *index));
+            let newest = proof.verify(&key).unwrap();
+            assert!(newest.size > *index);
+            if latest {
+                assert!(newest.size >= own.len() as u64);
+            }
+            let text = serde_json::to_string(&proof).unwrap();
+            let again: tidelock_segments::offline::LogProof = serde_json::from_str(&text).unwrap();
+            assert_eq!(again, proof);
+            let other = common::key_of("n9").public();
+            assert_eq!(again.verify(&other), Err(LogProofError::Key));
+        }
+        let leaf = tidelock_segments::merkle::leaf_hash(record);
+        assert_eq!(offline.find_leaf(&origin, &leaf).unwrap(), Some(*index));
+    }
+    let past = n.log.size() + 1;
+    assert_eq!(
+        offline.prove(&origin, past, false),
+        Err(LogProofError::NotHeld(past))
+    );
+    let their = theirs[0].header().origin.clone();
+    let first = theirs[0].audit_span().unwrap().first;
+    let proof = offline.prove(&their, first, true).unwrap();
+    assert!(
+        proof
+            .verify(&theirs[0].endorsement().unwrap().log_key)
+            .is_ok()
+    );
+    assert_eq!(proof.verify(&key), Err(LogProofError::Key));
+}
+
+/// A stopped node's disk with a damaged segment, a receipt for nothing and a half-written file; the
+/// damaged bytes and their segment.
+fn damaged() -> (SimDisk, SegmentId, Vec<u8>) {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let sealed = fill(&n);
+    for segment in foreign_segments("n2", 1) {
+        n.store.put(&segment, Charge::Custody).unwrap();
+    }
+    n.licensed_by(&sealed[0], &["n2", "n3"]);
+    assert_eq!(codes(&disk), [""; 0], "the control");
+    drop(n);
+    let id = sealed[1].id;
+    disk.flip(&file_of(&id), 700, 4);
+    disk.plant(&Path::new(ROOT).join("tmp/half"), b"half");
+    let bad = disk.content(&file_of(&id)).unwrap();
+    (disk, id, bad)
+}
+
+fn holds(disk: &SimDisk, bytes: &[u8]) -> bool {
+    let files = disk.files();
+    files
+        .iter()
+        .any(|path| disk.content(path).is_some_and(|held| held == bytes))
+}
+
+#[test]
+fn a_repair_keeps_the_evidence_and_may_be_cut_off_at_any_call() {
+    let (disk, ..) = damaged();
+    let mut found = codes(&disk);
+    found.sort_unstable();
+    let expected = ["log_missing", "segment_damaged", "temporary_file"];
+    assert_eq!(
+        found, expected,
+        "its records count as missing until it is mended"
+    );
+    let calls = {
+        let (disk, id, bad) = damaged();
+        let before = disk.calls();
+        let plan = mend(&disk).unwrap();
+        assert_eq!(plan.steps.len(), 2);
+        assert!(disk.content(&file_of(&id)).is_none() && holds(&disk, &bad));
+        assert_eq!(notes(&disk).len(), 1);
+        assert!(notes(&disk)[0].complete);
+        assert_eq!(codes(&disk), ["log_missing"], "what is gone stays reported");
+        assert_eq!(mend(&disk).unwrap().steps.len(), 0);
+        assert_eq!(notes(&disk).len(), 1, "nothing done, nothing noted");
+        disk.calls() - before
+    };
+    assert!(calls > 10, "{calls}");
+    for at in 1..=calls {
+        for survival in [Survival::None, Survival::All, Survival::Seed(at)] {
+            let (disk, id, bad) = damaged();
+            disk.crash_at_call(disk.calls() + at);
+            if mend(&disk).is_ok() {
+                break;
+            }
+            disk.crash(survival);
+            assert!(
+                holds(&disk, &bad),
+                "call {at}, {survival:?}: evidence is gone"
+            );
+            let done = disk.content(&file_of(&id)).is_none()
+                || disk.content(&Path::new(ROOT).join("tmp/half")).is_none();
+            assert!(
+                !done || !notes(&disk).is_empty(),
+                "call {at}, {survival:?}: repaired in silence"
+            );
+            // Again, to the end.
+            let rest = mend(&disk).unwrap();
+            assert_eq!(codes(&disk), ["log_missing"], "call {at}, {survival:?}");
+            let last = notes(&disk).pop().unwrap();
+            assert!(last.complete || rest.steps.is_empty(), "{last:?}");
+            let n = Settings::default().sim(&disk);
+            assert!(n.append(b"goes on").is_ok());
+        }
+    }
+}
+
+#[test]
+fn a_repair_needs_the_lock_and_the_plan_that_was_agreed_to() {
+    let (disk, ..) = damaged();
+    let running = Settings::default().open_root(disk.disk()).unwrap();
+    assert_eq!(mend(&disk), Err(RepairError::InUse));
+    drop(running);
+    disk.plant(&Path::new(ROOT).join("tmp/half"), b"half");
+    let plan = RepairPlan::of(&fsck(&disk));
+    disk.plant(&Path::new(ROOT).join("tmp/more"), b"more");
+    let io = disk.disk();
+    let agreed = |digest| {
+        let root = Path::new(ROOT);
+        repair(
+            io.as_ref(),
+            root,
+            &domain(),
+            &options(),
+            digest,
+            7,
+            &mut |_| {},
+        )
+    };
+    assert!(matches!(
+        agreed(Some(plan.digest)),
+        Err(RepairError::PlanChanged { .. })
+    ));
+    assert!(notes(&disk).is_empty());
+    io.remove(&Path::new(ROOT).join("tmp/more")).unwrap();
+    assert_eq!(agreed(Some(plan.digest)).unwrap().plan.steps, plan.steps);
+    // A root that has outgrown its ceiling has no room for the note, and so for no repair.
+    let (disk, ..) = damaged();
+    let small = FsckOptions {
+        ceiling_bytes: 64 * 1024,
+        reserve_bytes: 0,
+        ..options()
+    };
+    let io = disk.disk();
+    let root = Path::new(ROOT);
+    let refused = repair(io.as_ref(), root, &domain(), &small, None, 7, &mut |_| {});
+    assert!(
+        matches!(refused, Err(RepairError::Ceiling(_))),
+        "{refused:?}"
+    );
+    assert!(notes(&disk).is_empty());
+    io.remove(&root.join("lock")).unwrap();
+    assert_eq!(mend(&disk), Err(RepairError::NoLock));
+}
+
+/// The newest segment of the own log without a log file after it: a node that does not find it would
+/// sign its indexes a second time.
+#[test]
+fn the_newest_own_segment_is_left_to_the_node() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    n.append(b"one").unwrap();
+    let newest = n.log.seal_now().unwrap().unwrap();
+    let log = |path: &PathBuf| path.extension().is_some_and(|e| e == "log");
+    disk.kill();
+    drop(n);
+    assert!(!disk.files().iter().any(log), "the control");
+    for at in [9, 700] {
+        disk.flip(&file_of(&newest.id), at, 1);
+        let report = fsck(&disk);
+        assert!(!report.ok);
+        assert!(
+            RepairPlan::of(&report).steps.is_empty(),
+            "{:?}",
+            report.findings
+        );
+        assert!(report.findings[0].repair.text().contains("newest"));
+        disk.flip(&file_of(&newest.id), at, 1);
+    }
+    assert!(fsck(&disk).ok);
+}
+
+#[test]
+fn receipts_must_fit_what_is_held() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    let sealed = fill(&n);
+    let io = disk.disk();
+    let offline = Offline::open(io.as_ref(), Path::new(ROOT), &domain()).unwrap();
+    n.licensed_by(&sealed[0], &["n2", "n3"]);
+    assert_eq!(offline.receipts(&sealed[0].id).unwrap().len(), 2);
+    assert_eq!(offline.receipts(&sealed[1].id).unwrap().len(), 0);
+    assert_eq!(offline.custodians().unwrap()[&sealed[0].id].len(), 2);
+    n.log.close();
+    let files: Vec<PathBuf> = disk
+        .files()
+        .into_iter()
+        .filter(|path| path.starts_with(Path::new(ROOT).join("receipts")))
+        .collect();
+    // Under another segment's name, and under the name of none.
+    let bytes = disk.content(&files[0]).unwrap();
+    let name = files[0].file_name().unwrap().to_str().unwrap();
+    let place = |id: &SegmentId| {
+        let name = name.replace(&sealed[0].id.hex(), &id.hex());
+        Path::new(ROOT).join("receipts").join(name)
+    };
+    disk.plant(&place(&sealed[1].id), &bytes);
+    disk.plant(&place(&SegmentId::of(b"none")), &bytes);
+    let mut found = codes(&disk);
+    found.retain(|code| *code != "mode_loose");
+    assert_eq!(found, ["receipt_damaged", "receipt_orphaned"]);
+    assert_eq!(
+        offline.receipts(&sealed[1].id).unwrap().len(),
+        0,
+        "never counted"
+    );
+    drop(n);
+    assert_eq!(mend(&disk).unwrap().steps.len(), 2);
+    assert_eq!(
+        offline.receipts(&sealed[0].id).unwrap().len(),
+        2,
+        "the good ones stay"
+    );
+    assert!(
+        verify_log(io.as_ref(), Path::new(ROOT), &domain())
+            .unwrap()
+            .ok
+    );
+}
