@@ -116,8 +116,9 @@ pub const MAX_CACHED_PAGES: usize = 64;
 /// Places of segments remembered, twice: about 250 bytes each, 1 MiB together.
 pub const MAX_PLACES_REMEMBERED: usize = 2048;
 
-/// Most names of one directory in memory while it is walked: about 100 bytes each.
-pub const NAMES_AT_ONCE: usize = 8192;
+/// Most names of one directory in memory while it is walked: about 100 bytes each, 3 MiB. Every piece
+/// costs a pass over the directory.
+pub const NAMES_AT_ONCE: usize = 32_768;
 
 /// Most segments pinned at once.
 pub const MAX_PINS: usize = 4096;

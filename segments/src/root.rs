@@ -874,8 +874,8 @@ pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
                 .is_some_and(|(log, page)| hex(log, 32) && page.parse::<u64>().is_ok()),
             Some((dir, name)) => kind_dir(dir) && of_segment(name, &[".seg"]),
         },
-        // The node's own door may lie at the top.
-        FileKind::Other => rel.ends_with(".sock") && !rel.contains('/'),
+        // The local door of a node may stand in its root.
+        FileKind::Other => !rel.contains('/') && rel.ends_with(".sock"),
         FileKind::Symlink => false,
     }
 }

@@ -1033,9 +1033,10 @@ impl Store {
             let mut index = self.index();
             self.check_fork(&mut index, reference)?;
             let more_logs = !index.logs.contains_key(origin);
-            if (more_logs && index.logs.len() >= MAX_AUDIT_LOGS)
-                || index.range_count >= MAX_CHAIN_RANGES
-            {
+            let scattered = (more_logs && index.logs.len() >= MAX_AUDIT_LOGS)
+                || index.range_count >= MAX_CHAIN_RANGES;
+            // INV-07, against peers: the node's own log is in one piece and always goes on.
+            if scattered && account == Charge::Custody {
                 return Err(StoreError::TooScattered(origin.clone()));
             }
         }

@@ -363,6 +363,7 @@ impl Node {
                 "allocated_bytes": usage.allocated_bytes,
                 "reserved_bytes": usage.reserved_bytes,
                 "custody_bytes": usage.custody_bytes,
+                "foreign_bytes": usage.foreign_bytes,
                 "ladder": self.root.ledger().ladder(),
                 "seconds_to_full": self.seconds_to_full(),
             },
@@ -407,6 +408,11 @@ impl Node {
                     Ladder::Restricted => 3,
                     Ladder::Sealed => 4,
                 },
+            ),
+            (
+                "tidelock_disk_foreign_bytes",
+                "Bytes of files below the root that are not the node's.",
+                usage.foreign_bytes,
             ),
             (
                 "tidelock_audit_records",

@@ -17,7 +17,7 @@ use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk, Root,
-    RootOptions, SealOptions, SegmentRef, Sha256Hash, Store,
+RootOptions, ScrubPace, SealOptions, SegmentRef, Sha256Hash, Store,
     offline::{REPAIRS_PATH, RepairNote},
 };
 use tidelock_transport::{
@@ -117,6 +117,7 @@ pub(super) struct Node {
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
     pub(super) disk_watch: Mutex<DiskWatch>,
+    scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
     pub(super) activating: Mutex<()>,
 }
@@ -309,6 +310,7 @@ impl Node {
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
             disk_watch: Mutex::default(),
+            scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
             config: ArcSwap::from_pointee(config),
         });
@@ -568,6 +570,11 @@ impl Node {
             .ledger()
             .set_custody_max(new.audit.custody_max_bytes);
         self.revocation.set_options(revocation_options(&new));
+        *self
+            .scrub_pace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) =
+            ScrubPace::new(new.store.scrub_bytes_per_second);
         self.config.store(Arc::new(new));
         self.slot_faults(&self.slots.reload(&trust, &self.context));
         self.policy_trust.store(Some(Arc::new(trust)));
@@ -618,6 +625,36 @@ impl Node {
         self.log.tick(self.clock.unix_ms());
         self.watch_disk();
         self.keep_revoked_keys();
+        self.scrub();
+    }
+
+    /// Reads stored segments again, at a bounded rate, and looks for foreign files.
+    fn scrub(&self) {
+        let mut pace = self
+            .scrub_pace
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let budget = pace.budget_bytes(self.clock.monotonic());
+        if budget == 0 {
+            return;
+        }
+        let foreign_before = self.root.ledger().usage().foreign_bytes;
+        match self.store.scrub(budget) {
+            Ok(report) => {
+                pace.spent(report.bytes);
+                for id in report.damaged {
+                    self.event("segment_damaged", json!({"segment": id}));
+                }
+            }
+            Err(error) => tracing::warn!(%error, "the store cannot be scrubbed now"),
+        }
+        let foreign = self.store.foreign();
+        if foreign.bytes != foreign_before {
+            self.event(
+                "foreign_files",
+                json!({"bytes": foreign.bytes, "paths": foreign.paths}),
+            );
+        }
     }
 
     /// Every state of the ladder is told when it begins, `warn` early enough to act on it.
