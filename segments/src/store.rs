@@ -1051,6 +1051,12 @@ impl Store {
         )?;
         self.index()
             .ready_page(&self.root, origin, sequence, &mut writer.spare, false)?;
+        // A file that nobody counted may lie there: its announcement was lost to damage. Naming this
+        // one replaces it and gives its bytes back.
+        if let Ok(stat) = self.root.stat(&segment_path(Kind::Audit, &entry.id)) {
+            let ledger = self.root.ledger();
+            ledger.found(stat.allocated_bytes, Charge::Normal);
+        }
         match publish() {
             Ok(allocated) => entry.allocated = allocated,
             Err(error) => {
@@ -1261,15 +1267,24 @@ impl Store {
         Ok(bytes)
     }
 
-    /// Whether it is held.
+    /// Whether it is held. An audit segment whose file lies in its place without being in the index
+    /// (its announcement was the last of a journal and was lost to damage) is verified and taken in.
     #[must_use]
     pub fn contains(&self, id: &SegmentId) -> bool {
-        self.locate(id).is_some()
+        self.reference(id).is_some()
     }
 
-    /// Its reference, if it is held.
+    /// Its reference, if it is held; see [`Store::contains`].
     #[must_use]
     pub fn reference(&self, id: &SegmentId) -> Option<SegmentRef> {
+        if let Some(held) = self.locate(id) {
+            return Some(held.reference);
+        }
+        let rel = segment_path(Kind::Audit, id);
+        let stat = self.root.stat(&rel).ok()?;
+        if let Err(error) = self.adopt(id, &rel, stat.allocated_bytes) {
+            tracing::warn!(%id, %error, "a segment that no index knows cannot be taken in");
+        }
         self.locate(id).map(|held| held.reference)
     }
 

@@ -836,12 +836,23 @@ fn a_segment_that_no_index_knows_is_taken_in_by_the_survey() {
         &segment_file(&bad.id()),
         &bad.bytes()[..bad.bytes().len() - 1],
     );
-    assert!(!store.contains(&lost.id()));
+    let asked = &material()[3];
+    disk.plant(&segment_file(&asked.id()), asked.bytes());
+    let put = &material()[4];
+    disk.plant(&segment_file(&put.id()), put.bytes());
+    assert_eq!(
+        store.list(Some(Kind::Audit)),
+        [material()[0].reference()],
+        "only the survey, a question for it, or its coming again takes one in"
+    );
+    assert_eq!(store.reference(&asked.id()), Some(asked.reference()));
+    assert_eq!(store.put(put, Charge::Normal), Ok(PutOutcome::Stored));
     while !store.survey(100).unwrap() {}
     assert_eq!(store.get(&lost.id()).as_ref(), Ok(lost));
     assert!(!store.contains(&bad.id()));
     assert_eq!(root.list("quarantine").unwrap().len(), 1);
-    assert_eq!(store.recovery().orphans, 1);
+    assert_eq!(store.recovery().orphans, 2);
+    assert_eq!(store.list(None).len(), 4);
     assert_ledger(&root);
 }
 

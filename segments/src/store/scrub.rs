@@ -363,7 +363,7 @@ impl Store {
 
     /// Takes in a good audit segment that lies in its place and is not in the index: an announcement
     /// of it was lost to damage, or somebody put it there.
-    fn adopt(&self, id: &SegmentId, rel: &str, bytes: u64) -> Result<(), StoreError> {
+    pub(super) fn adopt(&self, id: &SegmentId, rel: &str, bytes: u64) -> Result<(), StoreError> {
         let mut writer = self.writer();
         if self.locate_audit(id).is_some()
             || writer.doubtful.contains(id)
