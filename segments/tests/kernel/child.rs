@@ -52,6 +52,8 @@ struct Node {
     settings: Settings,
     out: Out,
     orders: Orders,
+    /// Sealed segments of another node.
+    foreign: Vec<VerifiedSegment>,
 }
 
 /// Where the child begins. `false`: this process is no child.
@@ -63,6 +65,7 @@ pub(crate) fn run() -> bool {
     let orders: Orders = serde_json::from_str(orders.to_str().unwrap()).unwrap();
     let out = Out::new();
     let settings = settings(&orders);
+    let foreign = foreign(&orders.foreign);
     let inline = matches!(orders.work, Work::Script { inline: true });
     // Calls that a trace can be cut at: what comes after them is the root's. So many that the numbers
     // of the root's calls are larger than those of any call with which a process starts.
@@ -94,6 +97,7 @@ pub(crate) fn run() -> bool {
         settings,
         out,
         orders,
+        foreign,
     };
     match node.orders.work.clone() {
         Work::Load { .. } => node.load(),
@@ -359,12 +363,11 @@ impl Node {
                 });
             }
             scope.spawn(move || {
-                let segments = foreign(&self.orders.foreign);
                 let mut random = Random::new(seed ^ 0xf0);
                 while goes_on() {
-                    let at = random.below(segments.len() as u64);
+                    let at = random.below(self.foreign.len() as u64);
                     if let Err(StoreError::Ceiling(_)) =
-                        self.put(&segments[usize::try_from(at).unwrap()])
+                        self.put(&self.foreign[usize::try_from(at).unwrap()])
                     {
                         self.remove_oldest_foreign();
                     }
@@ -415,12 +418,11 @@ impl Node {
         let append = |text: &str| {
             let _ = self.append(RecordClass::Decision, text.as_bytes().to_vec());
         };
-        let segments = foreign(&self.orders.foreign);
         append("script one");
         append("script two");
         self.seal();
         append("script three");
-        let _ = self.put(&segments[0]);
+        let _ = self.put(&self.foreign[0]);
         self.slot(1_000, 5_000);
         self.seal();
         append("script four");
@@ -449,7 +451,7 @@ impl Node {
             self.mend();
             self.out.say(&Report::Mended);
             append(last);
-            let _ = self.put(&segments[0]);
+            let _ = self.put(&self.foreign[0]);
             self.seal();
         }
         if let Err(error) = self.log.tail(usize::MAX) {
@@ -466,8 +468,8 @@ impl Node {
             self.append(class, bytes)
         };
         while record(RecordClass::Decision, 16 * KIB).is_ok() {}
-        for segment in foreign(&self.orders.foreign) {
-            if self.put(&segment).is_err() {
+        for segment in &self.foreign {
+            if self.put(segment).is_err() {
                 break;
             }
         }

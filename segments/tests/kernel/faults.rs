@@ -40,6 +40,12 @@ pub(crate) struct Injection {
     pub(crate) when: String,
 }
 
+impl std::fmt::Display for Injection {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {}", self.call, self.error, self.when)
+    }
+}
+
 /// Where each run begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Start {

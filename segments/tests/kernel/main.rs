@@ -5,7 +5,8 @@
 //! acknowledged ([`protocol`]), and the test compares the files, and then the opened root, with all
 //! that was ever said ([`parent::Promises`]). Tests that mount need root and say `not run` elsewhere.
 //!
-//! `TIDELOCK_KERNEL_ROUNDS` and `TIDELOCK_KERNEL_SEED` set rounds and seed of the ignored, long ones.
+//! `TIDELOCK_KERNEL_ROUNDS` and `TIDELOCK_KERNEL_SEED` set rounds and seed of the ignored, long ones;
+//! `TIDELOCK_KERNEL_FAULT`, such as `fsync EIO 17`, repeats one injection that they print as failed.
 
 #![allow(
     clippy::unwrap_used,
@@ -214,6 +215,7 @@ fn every_call_fails(test: &str, starts: &[Start], inlines: &[bool], most_per_cal
     let began = Instant::now();
     let foreign = quick_dir();
     leave_foreign(foreign.path(), 1, 100);
+    let only = std::env::var("TIDELOCK_KERNEL_FAULT").ok();
     let (mut runs, mut injected, mut told) = (0u64, 0u64, 0u64);
     let mut failures = Vec::new();
     for &start in starts {
@@ -234,17 +236,25 @@ fn every_call_fails(test: &str, starts: &[Start], inlines: &[bool], most_per_cal
                             error
                         };
                         let injection = Injection { call, error, when };
+                        if only
+                            .as_ref()
+                            .is_some_and(|only| *only != injection.to_string())
+                        {
+                            continue;
+                        }
                         let outcome = std::panic::catch_unwind(|| {
                             faults::run(foreign.path(), start, inline, &injection)
                         });
                         runs += 1;
                         let Ok(outcome) = outcome else {
-                            failures.push(format!("{start:?} inline {inline} {injection:?}"));
+                            let failed = format!("{start:?} inline {inline} {injection}");
+                            eprintln!("failed: {failed}");
+                            failures.push(failed);
                             continue;
                         };
                         // With threads the counts vary a little from run to run.
                         if inline && outcome.injected == 0 {
-                            failures.push(format!("{injection:?} was not injected"));
+                            failures.push(format!("{injection} was not injected"));
                         }
                         injected += u64::from(outcome.injected > 0);
                         told += u64::from(outcome.told > 0);
