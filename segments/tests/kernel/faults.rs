@@ -31,6 +31,9 @@ const CALLS: [&str; 13] = [
     "mkdirat",
 ];
 
+/// Names one injection, to be repeated alone and shown in full.
+pub(crate) const ONLY: &str = "TIDELOCK_KERNEL_FAULT";
+
 /// One injection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Injection {
@@ -193,6 +196,9 @@ pub(crate) fn run(foreign: &Path, start: Start, inline: bool, injection: &Inject
     // A hang would be a fault of its own.
     let reports = child.end(Duration::from_secs(20));
     let text = std::fs::read_to_string(&trace).unwrap();
+    if std::env::var_os(ONLY).is_some() {
+        eprintln!("{text}{reports:#?}");
+    }
     let outcome = Outcome {
         injected: text.lines().filter(|l| l.contains("(INJECTED)")).count() as u64,
         told: reports

@@ -215,7 +215,7 @@ fn every_call_fails(test: &str, starts: &[Start], inlines: &[bool], most_per_cal
     let began = Instant::now();
     let foreign = quick_dir();
     leave_foreign(foreign.path(), 1, 100);
-    let only = std::env::var("TIDELOCK_KERNEL_FAULT").ok();
+    let only = std::env::var(faults::ONLY).ok();
     let (mut runs, mut injected, mut told) = (0u64, 0u64, 0u64);
     let mut failures = Vec::new();
     for &start in starts {
@@ -466,11 +466,14 @@ fn power_cuts(rounds: u64, seed: u64) {
             let child = Running::start(&orders, &[]);
             assert!(child.opened());
             std::thread::sleep(Duration::from_micros(random.below(250_000)));
+            // A power cut ends the process too. This one does not, and xfs answers a sync of a directory
+            // after it as if it were well: only what was said before it is a promise.
+            let said = child.count();
             fs.cut();
-            // What it says afterwards must not be that a record was made durable afterwards; if it
-            // was said, it must be there.
             std::thread::sleep(Duration::from_millis(20));
-            promises.hear(&child.kill());
+            let reports = child.kill();
+            promises.hear(&reports[..said]);
+            promises.hear_doubtful(&reports[said..]);
             fs.unmount();
             fs.mount();
             promises.check_files(&orders);

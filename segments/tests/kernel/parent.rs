@@ -348,6 +348,8 @@ impl Poller {
 pub(crate) struct Promises {
     /// The leaf of every record that is known to be durable, by index.
     leaves: Vec<Option<Sha256Hash>>,
+    /// Leaves that were told when the disk may have been cut off already.
+    doubtful: BTreeMap<u64, Sha256Hash>,
     /// The tree over the leaves from 0 without a hole, and heads that were signed and are to be checked.
     tree: merkle::Frontier,
     heads: BTreeMap<u64, Sha256Hash>,
@@ -385,6 +387,37 @@ impl Promises {
     pub(crate) fn hear(&mut self, reports: &[Report]) {
         for report in reports {
             self.hear_one(report);
+        }
+    }
+
+    /// Takes note of what was said when the disk may have been cut off already: it may be so, or not.
+    pub(crate) fn hear_doubtful(&mut self, reports: &[Report]) {
+        for report in reports {
+            match report {
+                Report::Acked { index, leaf, .. } => {
+                    self.doubtful.insert(*index, *leaf);
+                }
+                Report::Leaves { first, leaves } => {
+                    self.doubtful.extend((*first..).zip(leaves.iter().copied()));
+                }
+                Report::Put { id, .. } | Report::Removed { id } => {
+                    self.foreign.insert(*id, None);
+                }
+                Report::Opened { .. }
+                | Report::Licensing { .. }
+                | Report::Putting { .. }
+                | Report::Removing { .. }
+                | Report::Slotting { .. }
+                | Report::Refused { .. }
+                | Report::Failed { .. } => self.hear_one(report),
+                Report::Head { .. }
+                | Report::Sealed { .. }
+                | Report::Slot { .. }
+                | Report::Reopened { .. }
+                | Report::Mended
+                | Report::Full
+                | Report::Ended { .. } => {}
+            }
         }
     }
 
@@ -564,7 +597,8 @@ impl Promises {
             assert!(size >= self.tree.size(), "a head of the past");
             while self.tree.size() < size {
                 let at = usize::try_from(self.tree.size()).unwrap();
-                let leaf = self.leaves.get(at).copied().flatten();
+                let known = self.leaves.get(at).copied().flatten();
+                let leaf = known.or_else(|| self.doubtful.get(&self.tree.size()).copied());
                 self.tree
                     .append(leaf.expect("a record that nobody ever saw"));
             }
