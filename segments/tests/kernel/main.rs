@@ -339,11 +339,21 @@ fn inv_04_no_byte_over_the_ceiling_on_small_ext4_and_xfs() {
                     let permille = full * 1000 / ceiling;
                     eprintln!("{kind:?}, ceiling {ceiling}: {permille} per mille usable");
                     let from = child.count();
-                    let licensed =
-                        child.wait_for(from, LONG, |r| matches!(r, Report::Licensing { .. }));
-                    assert!(licensed);
-                    // Full, and then taken over: decisions go on.
-                    assert!(child.wait_for(from, LONG, |r| matches!(r, Report::Acked { .. })));
+                    // Full, and then taken over: decisions go on within a second.
+                    assert!(child.wait_for(from, LONG, |r| *r == Report::Mended));
+                    let began = Instant::now();
+                    let heard = child.heard();
+                    let from = heard.iter().position(|r| *r == Report::Mended).unwrap();
+                    let acked = |r: &Report| matches!(r, Report::Acked { .. });
+                    assert!(
+                        child.wait_for(from, Duration::from_secs(1), acked),
+                        "{kind:?} {ceiling}: {:?}",
+                        &child.heard()[from..]
+                    );
+                    eprintln!(
+                        "first acknowledged {:?} after the licences",
+                        began.elapsed()
+                    );
                     child.end(LONG)
                 } else {
                     assert!(child.opened());

@@ -108,7 +108,7 @@ pub(crate) enum Report {
     Reopened {
         why: String,
     },
-    /// The script has mended what was latched and appends now.
+    /// What was latched is reopened, or custodians have taken over what is full; appends follow.
     Mended,
     /// All accounts are full.
     Full,
