@@ -500,8 +500,24 @@ impl Node {
         while acked < 20 && began.elapsed() < Duration::from_secs(5) {
             match record(RecordClass::Decision, 16 * KIB) {
                 Ok(()) => acked += 1,
-                Err(_) => std::thread::sleep(Duration::from_millis(5)),
+                Err(_) => {
+                    // As a node does, though more often.
+                    std::thread::sleep(Duration::from_millis(50));
+                    self.log.tick(self.settings.clock.load(Ordering::SeqCst));
+                }
             }
+        }
+        if acked == 0 {
+            let usage = self.root.ledger().usage();
+            let ladder = self.root.ledger().ladder();
+            let own = self.own().len();
+            self.failed(
+                "recovery",
+                &format!(
+                    "{own} own segments, {ladder:?}, {usage:?}, {:?}",
+                    self.log.stat()
+                ),
+            );
         }
     }
 }
