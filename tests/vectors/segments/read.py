@@ -1,0 +1,421 @@
+#!/usr/bin/env python3
+"""A second reader of the formats of docs/src/format.md.
+
+Shares no code with the crate. Reads every vector of a directory (by default its own), checks each byte
+of it that the page describes, and ends with 0 if all agree, 1 if one does not, 3 if a package is missing.
+"""
+
+import base64
+import hashlib
+import json
+import pathlib
+import struct
+import sys
+
+try:
+    import blake3
+    import zstandard
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.keywrap import aes_key_unwrap
+except ImportError as missing:
+    print(f"missing: {missing}", file=sys.stderr)
+    sys.exit(3)
+
+KINDS = {1: "revocation", 2: "policy", 3: "witness", 4: "audit"}
+
+
+def need(condition, what):
+    if not condition:
+        raise ValueError(what)
+
+
+def crc32c(data, crc=0):
+    crc ^= 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def sha256(*parts):
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+def named(role, digest):
+    return f"{role}:{digest.hex()}"
+
+
+class Reader:
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, count):
+        need(self.at + count <= len(self.data), "truncated")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, width):
+        return int.from_bytes(self.take(width), "little")
+
+    def sized(self, width=8):
+        return self.take(self.number(width))
+
+    def text(self):
+        return self.sized().decode()
+
+    def optional_hash(self):
+        present = self.number(1)
+        need(present in (0, 1), "neither 0 nor 1")
+        return self.take(32) if present else None
+
+    def end(self):
+        need(self.at == len(self.data), "bytes left over")
+
+
+def signed(public, signature, message):
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except InvalidSignature:
+        raise ValueError("bad signature") from None
+
+
+# ---- the tree (RFC 6962)
+
+
+def leaf_hash(record):
+    return sha256(b"\0", record)
+
+
+def node_hash(left, right):
+    return sha256(b"\1", left, right)
+
+
+def half(n):
+    return 1 << (n - 1).bit_length() - 1
+
+
+def frontier_root(hashes):
+    if not hashes:
+        return sha256()
+    root = hashes[-1]
+    for left in reversed(hashes[:-1]):
+        root = node_hash(left, root)
+    return root
+
+
+def frontier_append(size, hashes, leaf):
+    while size & 1:
+        leaf = node_hash(hashes.pop(), leaf)
+        size >>= 1
+    hashes.append(leaf)
+
+
+def path_root(leaf, index, size, path):
+    if size == 1:
+        need(not path, "path too long")
+        return leaf
+    need(path, "path too short")
+    k = half(size)
+    if index < k:
+        return node_hash(path_root(leaf, index, k, path[:-1]), path[-1])
+    return node_hash(path[-1], path_root(leaf, index - k, size - k, path[:-1]))
+
+
+def consistency_roots(old, size, whole, old_root, path):
+    if old == size:
+        if whole:
+            need(not path, "path too long")
+            return old_root, old_root
+        need(len(path) == 1, "path of wrong length")
+        return path[0], path[0]
+    need(path, "path too short")
+    k = half(size)
+    if old <= k:
+        before, after = consistency_roots(old, k, whole, old_root, path[:-1])
+        return before, node_hash(after, path[-1])
+    before, after = consistency_roots(old - k, size - k, False, old_root, path[:-1])
+    return node_hash(path[-1], before), node_hash(path[-1], after)
+
+
+def checkpoint(note, key=None):
+    """Origin line, size and root; with a key, its signature is checked too."""
+    text, signatures = note.split("\n\n")
+    line, size, root = text.split("\n")
+    need(str(int(size)) == size, "size not canonical")
+    if key:
+        blobs = [s.split(" ") for s in signatures.rstrip("\n").split("\n")]
+        own = [base64.b64decode(b[2]) for b in blobs if b[0] == "\u2014" and b[1] == line]
+        key_id = sha256(line.encode(), b"\n\1", key)[:4]
+        own = [b[4:] for b in own if b[:4] == key_id]
+        need(own, "no signature by the key")
+        signed(key, own[0], (text + "\n").encode())
+    return line, int(size), base64.b64decode(root, validate=True)
+
+
+# ---- segments
+
+
+def read_header(r):
+    out = {"kind": KINDS[r.number(1)], "domain": r.text(), "origin": r.text(), "sequence": r.number(8)}
+    prev = r.optional_hash()
+    out["prev"] = named("blake3", prev) if prev else None
+    out["created_unix_ms"] = r.number(8)
+    return out
+
+
+def read_endorsement(r):
+    node, key, incarnation = r.text(), r.take(32), r.number(8)
+    chain = [r.sized() for _ in range(r.number(8))]
+    r.number(2)
+    r.sized()
+    return node, key, incarnation, chain
+
+
+def endorsement_message(node, key, incarnation, chain):
+    out = b"tidelock log key endorsement v1\0"
+    for part in [node.encode(), key, struct.pack("<Q", incarnation), *chain]:
+        out += struct.pack("<Q", len(part)) + part
+    return out
+
+
+def read_records(raw, count):
+    r = Reader(raw)
+    out = []
+    for _ in range(count):
+        length = r.number(4)
+        need(1 <= length <= 65535, "record length")
+        out.append(r.take(length))
+    r.end()
+    return out
+
+
+def read_body(body, header, key, vector):
+    r = Reader(body)
+    version, first, count = r.number(2), r.number(8), r.number(4)
+    need(version == vector.get("body_version", 1) and count > 0, "version or count")
+    before = [r.take(32) for _ in range(first.bit_count())]
+    note = r.sized(4).decode()
+    line, size, root = checkpoint(note, key)
+    need(line == f"tidelock/{header['domain']}/" + header["origin"].removeprefix("audit/"), "origin line")
+    need(size == first + count, "size")
+    after = None
+    if version == 1:
+        records = read_records(r.take(len(body) - r.at), count)
+    else:
+        flags = r.number(1)
+        need(flags < 4, "flags")
+        zstd, encrypted = flags & 1, flags >> 1
+        after = [r.take(32) for _ in range(size.bit_count())]
+        need(frontier_root(after) == root, "frontier after")
+        segment_key = None
+        if encrypted:
+            for _ in range(r.number(1)):
+                scheme, wrapped = r.number(1), r.sized(2)
+                if scheme == 1:
+                    segment_key = aes_key_unwrap(bytes.fromhex(vector["site_key_hex"]), wrapped)
+        index = [(r.number(4), r.number(4), r.number(4)) for _ in range(r.number(4))]
+        aad = b"tidelock audit block v2\0" + sha256(body[: r.at])
+        ends = [first_record for first_record, _, _ in index[1:]] + [count]
+        records = []
+        for number, ((start, raw_length, stored_length), end) in enumerate(zip(index, ends)):
+            need(start == len(records), "first record of a block")
+            block = r.take(stored_length)
+            if encrypted and not (first == 0 and number == 0):
+                block = AESGCM(segment_key).decrypt(number.to_bytes(12, "little"), block, aad)
+            elif encrypted:
+                need(end == 1, "record 0 not alone")
+            if zstd:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                block = frame.decompress(block)
+                need(frame.eof and not frame.unused_data, "not one frame")
+            need(len(block) == raw_length, "raw length")
+            need(raw_length <= 65536 or end - start == 1, "block too long")
+            records += read_records(block, end - start)
+    r.end()
+    leaves = [leaf_hash(record) for record in records]
+    frontier = list(before)
+    for at, leaf in enumerate(leaves):
+        frontier_append(first + at, frontier, leaf)
+    need(frontier_root(frontier) == root, "root")
+    need(after is None or after == frontier, "frontier after")
+    need((vector["first"], vector["last"]) == (first, size - 1), "span")
+    need(vector["root"] == named("sha256", root), "stated root")
+    stated = [record["leaf"] for record in vector["records"]]
+    need(stated == [named("sha256", leaf) for leaf in leaves], "leaves")
+
+
+def segment(vector):
+    data = bytes.fromhex(vector["hex"])
+    need(vector["id"] == "blake3:" + blake3.blake3(data).hexdigest(), "id")
+    r = Reader(data)
+    need(r.take(8) == b"TIDESEG1", "magic")
+    header_reader = Reader(r.sized(4))
+    header = read_header(header_reader)
+    header_reader.end()
+    need(header == vector["header"], "header")
+    body = r.take(r.number(8))
+    prefix = blake3.blake3(data[: r.at]).digest()
+    trailer = Reader(r.sized(4))
+    r.end()
+    if trailer.number(1):
+        key, signature = trailer.take(32), trailer.take(64)
+        signed(key, signature, b"tidelock segment v1\0" + prefix)
+        node, endorsed, incarnation, _ = read_endorsement(trailer)
+        origin = f"audit/{node}/{sha256(key).hex()[:16]}/{incarnation}"
+        need(endorsed == key and header["origin"] == origin, "signer")
+        read_body(body, header, key, vector)
+    else:
+        need(header["kind"] != "audit" and body.hex() == vector["body_hex"], "body")
+    trailer.end()
+
+
+# ---- the rest
+
+
+def receipt(vector):
+    r = Reader(bytes.fromhex(vector["hex"]))
+    fields = {"domain": r.text(), "origin": r.text()}
+    fields["segment_id"] = named("blake3", r.take(32))
+    fields["first"], fields["last"] = r.number(8), r.number(8)
+    fields["root_at_last"] = named("sha256", r.take(32))
+    fields["custodian"], fields["issued_unix_ms"] = r.text(), r.number(8)
+    signer, signature = r.take(32), r.take(64)
+    fields["signer"] = signer.hex()
+    node, key, _, _ = read_endorsement(r)
+    r.end()
+    need(node == fields["custodian"] and key == signer, "signer")
+    need(fields == vector["fields"], "fields")
+    message = b"tidelock custody receipt v1\0"
+    for part in [
+        fields["domain"].encode(),
+        fields["origin"].encode(),
+        bytes.fromhex(fields["segment_id"][7:]),
+        struct.pack("<Q", fields["first"]),
+        struct.pack("<Q", fields["last"]),
+        bytes.fromhex(fields["root_at_last"][7:]),
+        fields["custodian"].encode(),
+        struct.pack("<Q", fields["issued_unix_ms"]),
+    ]:
+        message += struct.pack("<Q", len(part)) + part
+    need(message.hex() == vector["message_hex"], "message")
+    signed(signer, signature, message)
+
+
+def endorsement(vector):
+    r = Reader(bytes.fromhex(vector["hex"]))
+    need(endorsement_message(*read_endorsement(r)).hex() == vector["message_hex"], "message")
+    r.end()
+
+
+def active(vector):
+    data = bytes.fromhex(vector["hex_without_trailing_zeros"])
+    r = Reader(data)
+    need(r.take(8) == b"TIDELOG1", "magic")
+    length, crc = r.number(4), r.number(4)
+    head = Reader(r.take(length))
+    need(crc32c(head.data) == crc, "checksum of the header")
+    domain, origin, key, sequence = head.text(), head.text(), head.take(32), head.number(8)
+    head.optional_hash()
+    first = head.number(8)
+    frontier = [head.take(32) for _ in range(head.number(8))]
+    need(len(frontier) == first.bit_count(), "frontier")
+    need((first, head.number(8)) == (vector["first_index"], vector["file_bytes"]), "header")
+    head.number(8)
+    head.end()
+    salt = int.from_bytes(sha256(f"{domain}\n{origin}\n".encode(), struct.pack("<Q", sequence))[:4], "little")
+    line = f"tidelock/{domain}/" + origin.removeprefix("audit/")
+    r.at, size, records = 4096, first, []
+    while r.at < len(data):
+        offset = r.at
+        length, crc = r.number(4), r.number(4)
+        payload = r.take(length & 0x7FFFFFFF)
+        need(crc32c(struct.pack("<QI", offset, length) + payload, salt) == crc, "checksum of a frame")
+        while r.at % 8 and r.at < len(data):
+            need(r.number(1) == 0, "padding")
+        if length >> 31:
+            need(len(payload) == 104, "mark")
+            root = payload[8:40]
+            need((int.from_bytes(payload[:8], "little"), root) == (size, frontier_root(frontier)), "mark's tree")
+            text = f"{line}\n{size}\n{base64.b64encode(root).decode()}\n"
+            signed(key, payload[40:], text.encode())
+        else:
+            frontier_append(size, frontier, leaf_hash(payload))
+            size += 1
+            records.append(payload.decode())
+    need(records == vector["records"], "records")
+
+
+def state(vector):
+    r = Reader(bytes.fromhex(vector["hex"]))
+    need(r.take(8) == b"TIDESTA1", "magic")
+    crc = r.number(4)
+    need(crc32c(r.data[r.at :]) == crc, "checksum")
+    need((r.text(), r.text(), r.number(8)) == (vector["node"], vector["origin"], vector["incarnation"]), "log")
+    r.text(), r.number(8), r.number(8)
+    sequence, prev, size = r.number(8), r.optional_hash(), r.number(8)
+    frontier = [r.take(32) for _ in range(r.number(8))]
+    need(len(frontier) == size.bit_count(), "frontier")
+    need((prev is None) == (sequence == 0), "prev")
+    need(prev is None or named("blake3", prev) in vector["sealed_ids"], "prev is no sealed segment")
+    cursors = []
+    for _ in range(r.number(8)):
+        cursors.append({"origin": r.text(), "min_index": r.number(8), "min_sequence": r.number(8)})
+    need(cursors == vector["cursors"], "cursors")
+    for _ in range(r.number(8)):
+        json.loads(r.sized())
+    r.end()
+
+
+def unnamed(text):
+    need(text.startswith("sha256:") and len(text) == 71, "hash")
+    return bytes.fromhex(text[7:])
+
+
+def proof(vector):
+    key, given = bytes.fromhex(vector["log_key_hex"]), vector["proof"]
+    need(given["v"] == 1, "version")
+    path = [unnamed(text) for text in given["path"]]
+    if given["type"] == "record":
+        line, size, root = checkpoint(given["checkpoint"], key)
+        record = base64.b64decode(given["record_base64"], validate=True)
+        need(0 <= given["index"] < size, "index")
+        need(path_root(leaf_hash(record), given["index"], size, path) == root, "root")
+    else:
+        line, old, old_root = checkpoint(given["older"], key)
+        newer, size, root = checkpoint(given["newer"], key)
+        need(newer == line and 0 < old <= size, "other logs or sizes")
+        need(consistency_roots(old, size, True, old_root, path) == (old_root, root), "roots")
+    need(line == vector["origin_line"], "origin line")
+
+
+def read(path):
+    vector = json.loads(path.read_text())
+    name = path.stem
+    if name == "checkpoint":
+        checkpoint(vector["note"], bytes.fromhex(vector["log_key_hex"]))
+    elif name in ("receipt", "endorsement", "active", "state"):
+        globals()[name](vector)
+    elif name.startswith("proof-"):
+        proof(vector)
+    else:
+        segment(vector)
+
+
+def main():
+    where = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else __file__)
+    paths = sorted((where if where.is_dir() else where.parent).glob("*.json"))
+    bad = 0
+    for path in paths:
+        try:
+            read(path)
+        except Exception as error:  # whatever goes wrong, the vector was not read
+            print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            bad += 1
+    print(f"read {len(paths) - bad} vectors, {bad} bad")
+    sys.exit(1 if bad or not paths else 0)
+
+
+main()
