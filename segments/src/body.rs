@@ -319,9 +319,25 @@ impl<'a> AuditBody<'a> {
         key: &LogPublicKey,
         keys: Option<&dyn KeyUnwrap>,
     ) -> Result<Frontier, BodyError> {
+        self.check_tree_at(key, keys, &[]).map(|(tree, _)| tree)
+    }
+
+    /// As [`AuditBody::check_tree`]; gives the roots at those of these sizes that lie in this segment, too.
+    pub(crate) fn check_tree_at(
+        &self,
+        key: &LogPublicKey,
+        keys: Option<&dyn KeyUnwrap>,
+        sizes: &[u64],
+    ) -> Result<(Frontier, Vec<(u64, Sha256Hash)>), BodyError> {
         self.check_checkpoint(key)?;
         let mut tree = self.before.clone();
-        self.each_leaf(keys, |leaf| tree.append(leaf))?;
+        let mut roots = Vec::new();
+        self.each_leaf(keys, |leaf| {
+            tree.append(leaf);
+            if sizes.contains(&tree.size()) {
+                roots.push((tree.size(), tree.root()));
+            }
+        })?;
         let computed = tree.root();
         if computed != self.checkpoint.root {
             return Err(BodyError::Root {
@@ -329,7 +345,7 @@ impl<'a> AuditBody<'a> {
                 stated: self.checkpoint.root,
             });
         }
-        Ok(tree)
+        Ok((tree, roots))
     }
 
     /// The tree with the leaves of this segment, from which proofs are made.

@@ -21,9 +21,10 @@ use crate::crypt::KeyUnwrap;
 use crate::disk::{self, Disk, DiskError, DiskFault, OpenMode};
 use crate::format::{self, VerifiedSegment, verify_segment};
 use crate::id::{DomainId, Origin, SegmentId, Sha256Hash};
+use crate::keys::LogPublicKey;
 use crate::limits::{MAX_LOG_FILE_BYTES, MAX_SEGMENT_BYTES};
 use crate::log::{LogState, STATE_PATH};
-use crate::merkle::Frontier;
+use crate::merkle::{Frontier, leaf_hash};
 use crate::record::{self, LogHeader};
 use crate::root::{QUARANTINE, list_dir};
 
@@ -79,6 +80,15 @@ pub enum AuditFault {
         /// What is wrong.
         reason: String,
     },
+    /// The log is not the one that signed a checkpoint which was seen earlier: it was rolled back, cut
+    /// short or rewritten (INV-17).
+    #[error("a checkpoint of {size} records was seen: {reason}")]
+    Contradicts {
+        /// The size in that checkpoint.
+        size: u64,
+        /// What does not fit.
+        reason: String,
+    },
     /// The state file is damaged.
     #[error("{file} is damaged")]
     State {
@@ -117,6 +127,9 @@ pub struct OriginReport {
     pub gaps: Vec<(u64, u64)>,
     /// Records below this index were evicted under licence.
     pub evicted_below: u64,
+    /// Sizes of checkpoints seen earlier that could not be compared, as the records at that point are
+    /// evicted, missing or unread.
+    pub uncompared: Vec<u64>,
     /// What is wrong.
     pub faults: Vec<AuditFault>,
 }
@@ -154,6 +167,9 @@ pub struct VerifyProgress {
 pub struct VerifyOptions<'a> {
     /// With what encrypted records are read.
     pub keys: Option<&'a dyn KeyUnwrap>,
+    /// Signed checkpoints of these logs that were seen earlier or elsewhere: by a peer, by an operator
+    /// who wrote one down. Files alone cannot show that all of them were rolled back together.
+    pub seen: &'a [String],
     /// Called after every file; for a progress bar.
     pub progress: Option<&'a mut dyn FnMut(VerifyProgress)>,
     /// Only this log. A file that cannot be told to be of another log is a fault of this one.
@@ -234,6 +250,56 @@ struct Link {
     note: String,
     /// Whether its records were read.
     read: bool,
+    key: LogPublicKey,
+    /// Roots at sizes of checkpoints seen earlier.
+    roots: Vec<(u64, Sha256Hash)>,
+}
+
+/// The sizes of the checkpoints that were seen of this log.
+fn sizes_seen(seen: &[(Checkpoint, &str)], line: &str) -> Vec<u64> {
+    seen.iter()
+        .filter(|(checkpoint, _)| checkpoint.origin_line == line)
+        .map(|(checkpoint, _)| checkpoint.size)
+        .collect()
+}
+
+/// What is known of one log besides its report.
+#[derive(Default)]
+struct Known {
+    key: Option<LogPublicKey>,
+    roots: BTreeMap<u64, Sha256Hash>,
+    /// Id, size and root before the first record, of the sealed segments by sequence.
+    sealed: BTreeMap<u64, (SegmentId, (u64, Sha256Hash))>,
+}
+
+impl Known {
+    /// Holds a log against the checkpoints of it that were seen (INV-17).
+    fn compare(&self, report: &mut OriginReport, seen: &[(Checkpoint, &str)], line: &str) {
+        for (checkpoint, note) in seen.iter().filter(|(c, _)| c.origin_line == line) {
+            let size = checkpoint.size;
+            let signed = self
+                .key
+                .is_some_and(|key| Checkpoint::verify(note, line, &key).is_ok());
+            let reason = if !signed {
+                "the log's key did not sign it"
+            } else if size > report.size {
+                "the log ends before it"
+            } else {
+                match self.roots.get(&size) {
+                    Some(root) if *root == checkpoint.root => continue,
+                    Some(_) => "the records up to there are others",
+                    None => {
+                        report.uncompared.push(size);
+                        continue;
+                    }
+                }
+            };
+            report.faults.push(AuditFault::Contradicts {
+                size,
+                reason: reason.to_owned(),
+            });
+        }
+    }
 }
 
 /// Whether the front of a file says that it is of another log than `only`.
@@ -257,6 +323,17 @@ fn verify_once(
     attempt: usize,
 ) -> Result<AuditReport, DiskError> {
     let mut faults = Vec::new();
+    let mut seen = Vec::new();
+    for note in options.seen {
+        match Checkpoint::parse(note) {
+            Ok(checkpoint) => seen.push((checkpoint, note.as_str())),
+            Err(error) => faults.push(AuditFault::Contradicts {
+                size: 0,
+                reason: error.to_string(),
+            }),
+        }
+    }
+    let mut known: BTreeMap<Origin, Known> = BTreeMap::new();
     let mut logs: BTreeMap<Origin, BTreeMap<u64, Vec<Link>>> = BTreeMap::new();
     let sealed = list_dir(disk, &root.join("segments/audit"))?;
     let mut done = VerifyProgress {
@@ -279,7 +356,7 @@ fn verify_once(
             done.files += 1;
             continue;
         }
-        let read = read_segment(disk, &root.join(&file), id, domain, options.keys)?;
+        let read = read_segment(disk, &root.join(&file), id, domain, options.keys, &seen)?;
         done.files += 1;
         if let Some(Ok((_, _, link, bytes))) = &read {
             done.bytes += bytes;
@@ -291,6 +368,12 @@ fn verify_once(
         match read {
             None => {}
             Some(Ok((origin, sequence, link, _))) => {
+                let known = known.entry(origin.clone()).or_default();
+                known.key = Some(link.key);
+                known.sealed.insert(sequence, (link.id, link.before));
+                known
+                    .roots
+                    .extend(link.roots.iter().copied().chain([link.before, link.after]));
                 logs.entry(origin)
                     .or_default()
                     .entry(sequence)
@@ -329,11 +412,17 @@ fn verify_once(
             chain(origin, segments, own, cursor)
         })
         .collect();
-    for name in list_dir(disk, &root.join("log"))? {
-        if !name.ends_with(".log") {
-            continue;
-        }
-        let file = format!("log/{name}");
+    // In the order of their sequence: several may wait to be sealed.
+    let mut active: Vec<(Vec<u64>, String)> = list_dir(disk, &root.join("log"))?
+        .into_iter()
+        .filter_map(|name| {
+            let numbers = name.strip_suffix(".log")?.split('-');
+            let order = numbers.map(|n| n.parse().unwrap_or(u64::MAX)).collect();
+            Some((order, format!("log/{name}")))
+        })
+        .collect();
+    active.sort();
+    for (_, file) in active {
         let Some(bytes) = read(disk, &root.join(&file), MAX_LOG_FILE_BYTES)? else {
             continue;
         };
@@ -353,12 +442,31 @@ fn verify_once(
             .find(|report| report.own && report.origin == header.origin)
         {
             Some(report) => {
-                if let Err(reason) = add_active(report, &bytes, &header, domain) {
+                let known = known.entry(header.origin.clone()).or_default();
+                if let Err(reason) = add_active(report, &bytes, &header, domain, &seen, known) {
                     report.faults.push(fault(reason));
                 }
             }
             None if options.only.is_some_and(|only| *only != header.origin) => {}
             None => faults.push(fault("it belongs to no known log".to_owned())),
+        }
+    }
+    for report in &mut origins {
+        let line = checkpoint::origin_line(domain, &report.origin).unwrap_or_default();
+        let nothing = Known::default();
+        let known = known.get(&report.origin).unwrap_or(&nothing);
+        known.compare(report, &seen, &line);
+    }
+    for (checkpoint, _) in &seen {
+        let line = |report: &OriginReport| checkpoint::origin_line(domain, &report.origin);
+        if !origins
+            .iter()
+            .any(|report| line(report).is_some_and(|line| line == checkpoint.origin_line))
+        {
+            faults.push(AuditFault::Contradicts {
+                size: checkpoint.size,
+                reason: format!("{} is not here", checkpoint.origin_line),
+            });
         }
     }
     let ok = faults.is_empty() && origins.iter().all(|report| report.faults.is_empty());
@@ -379,6 +487,7 @@ fn read_segment(
     id: SegmentId,
     domain: &DomainId,
     keys: Option<&dyn KeyUnwrap>,
+    seen: &[(Checkpoint, &str)],
 ) -> Result<Option<Read>, DiskError> {
     let bytes = match read(disk, path, MAX_SEGMENT_BYTES) {
         Ok(None) => return Ok(None),
@@ -390,7 +499,8 @@ fn read_segment(
     let link = verify_segment(bytes, Some(id), domain)
         .map_err(|e| e.to_string())
         .and_then(|segment| {
-            let (origin, sequence, link) = to_link(&segment, keys).map_err(|e| e.to_string())?;
+            let (origin, sequence, link) =
+                to_link(&segment, keys, seen).map_err(|e| e.to_string())?;
             Ok((origin, sequence, link, length))
         });
     Ok(Some(link))
@@ -399,6 +509,7 @@ fn read_segment(
 fn to_link(
     segment: &VerifiedSegment,
     keys: Option<&dyn KeyUnwrap>,
+    seen: &[(Checkpoint, &str)],
 ) -> Result<(Origin, u64, Link), BodyError> {
     let header = segment.header();
     let body = body::parse_body(segment.body(), &header.domain, &header.origin)?;
@@ -407,8 +518,10 @@ fn to_link(
         .map(|endorsement| endorsement.log_key)
         .ok_or(BodyError::Length("trailer"))?;
     let read = keys.is_some() || !body.is_encrypted();
+    let mut roots = Vec::new();
     if read {
-        body.check_tree(&key, keys)?;
+        let line = checkpoint::origin_line(&header.domain, &header.origin).unwrap_or_default();
+        roots = body.check_tree_at(&key, keys, &sizes_seen(seen, &line))?.1;
     } else {
         body.check_checkpoint(&key)?;
     }
@@ -421,6 +534,8 @@ fn to_link(
         after: (span.last.saturating_add(1), span.root),
         note: body.checkpoint_note().to_owned(),
         read,
+        key,
+        roots,
     };
     Ok((header.origin.clone(), header.sequence, link))
 }
@@ -446,6 +561,7 @@ fn chain(
         checkpoint: None,
         gaps: Vec::new(),
         evicted_below: cursor.unwrap_or(0),
+        uncompared: Vec::new(),
         faults: Vec::new(),
     };
     let mut last: Option<(u64, SegmentId, (u64, Sha256Hash))> = None;
@@ -515,24 +631,48 @@ fn add_active(
     bytes: &[u8],
     header: &LogHeader,
     domain: &DomainId,
+    seen: &[(Checkpoint, &str)],
+    known: &mut Known,
 ) -> Result<(), String> {
     if header.domain != *domain {
         return Err(format!("it belongs to domain {}", header.domain));
     }
-    if header.first_index < report.size {
-        // Sealed a moment ago, or a crash came before its removal: everything in it was read above.
-        return Ok(());
-    }
     let before = header.tree().map_err(|e| e.to_string())?;
+    if let Some((_, start)) = known.sealed.get(&header.sequence) {
+        // Sealed a moment ago, or a crash came before its removal: everything in it was read above.
+        return match *start == (before.size(), before.root()) {
+            true => Ok(()),
+            false => Err("it does not begin with the tree of its sealed segment".to_owned()),
+        };
+    }
+    if header.first_index < report.size {
+        return Err("it begins inside what is sealed".to_owned());
+    }
+    let last = header.sequence.checked_sub(1);
+    if let Some((id, _)) = last.and_then(|last| known.sealed.get(&last))
+        && header.prev != Some(*id)
+    {
+        return Err("it does not link to the last sealed segment".to_owned());
+    }
     let line = checkpoint::origin_line(domain, &header.origin).unwrap_or_default();
     let scan = record::scan(bytes, header, &line).map_err(|e| e.to_string())?;
     if header.first_index == report.size && before.root() != report.root {
         return Err("it does not begin with the tree of the sealed segments".to_owned());
     }
     gap(report, header.first_index, Some(report.evicted_below));
-    report.active_records = u64::from(scan.count);
+    known.key = Some(header.log_key);
+    let sizes = sizes_seen(seen, &line);
+    let mut tree = before;
+    for record in record::iter_records(&scan.records).take_while(|_| !sizes.is_empty()) {
+        tree.append(leaf_hash(record));
+        if sizes.contains(&tree.size()) {
+            known.roots.insert(tree.size(), tree.root());
+        }
+    }
+    known.roots.insert(scan.tree.size(), scan.tree.root());
+    report.active_records += u64::from(scan.count);
     report.records += u64::from(scan.count);
-    report.torn_bytes = scan.torn_bytes;
+    report.torn_bytes += scan.torn_bytes;
     report.size = scan.tree.size();
     report.root = scan.tree.root();
     if let Some(mark) = scan.last_mark {

@@ -82,6 +82,7 @@ fn a_log_sealed_to_others_goes_on_and_is_verified_without_the_key() {
         let options = VerifyOptions {
             keys: Some(keys),
             progress: Some(&mut progress),
+            ..VerifyOptions::default()
         };
         let report = verify_log_with(&disk, Path::new(ROOT), &domain(), options).unwrap();
         (report, calls)
