@@ -16,7 +16,7 @@ use std::{
 
 use tidelock_interceptor::Principal;
 use tidelock_segments::{
-    DomainId, NodeId,
+    AgeRecipients, Compression, DomainId, NodeId,
     limits::{MAX_LOG_FILE_BYTES, MIN_LOG_FILE_BYTES},
 };
 
@@ -194,6 +194,12 @@ pub struct AuditSection {
     pub retention_min_s: u64,
     /// Bytes of other nodes' audit this node takes.
     pub custody_max_bytes: u64,
+    /// Whether sealed segments are compressed.
+    pub compression: Compression,
+    /// The age recipients that sealed segments are encrypted to.
+    pub encrypt_to: Option<AgeRecipients>,
+    /// The file with the site key that sealed segments are encrypted to, mode 0600 or tighter.
+    pub encrypt_key_file: Option<PathBuf>,
     /// Nodes whose receipt alone licenses an eviction: they keep for good.
     pub archives: BTreeSet<NodeId>,
     /// Overwrite the oldest audit where nothing is licensed (loud, off by default).
@@ -493,6 +499,20 @@ impl Config {
             ceiling_bytes / 10 * 4,
             0..=ceiling_bytes / 2,
         );
+        let compression = match s.one_of("compression", "zstd", &["zstd", "off"]).as_str() {
+            "off" => Compression::Off,
+            _ => Compression::Zstd,
+        };
+        let recipients = s.strings("encrypt_to");
+        let encrypt_to = match recipients.as_deref().map(AgeRecipients::new) {
+            None => None,
+            Some(Ok(recipients)) => Some(recipients),
+            Some(Err(error)) => {
+                s.mistake("encrypt_to", error.to_string());
+                None
+            }
+        };
+        let encrypt_key_file = s.optional_path("encrypt_key_file");
         s.finish();
 
         let mut s = top.section("store");
@@ -573,6 +593,9 @@ impl Config {
                     custody,
                     retention_min_s,
                     custody_max_bytes,
+                    compression,
+                    encrypt_to,
+                    encrypt_key_file,
                     archives,
                     overwrite_oldest,
                 },
@@ -786,6 +809,43 @@ custody = 1
             let text = GOOD.replace("custody = 1", custody);
             assert_eq!(keys(&text)[0].1, "audit.custody");
         }
+    }
+
+    #[test]
+    fn how_segments_are_sealed() {
+        let with = |lines: &str| GOOD.replace("custody = 1", &format!("custody = 1\n{lines}"));
+        let parse = |lines: &str| Config::parse(&with(lines), Path::new("/etc/tidelock"));
+        let audit = parse("").unwrap().audit;
+        assert_eq!(audit.compression, Compression::Zstd);
+        assert_eq!((audit.encrypt_to, audit.encrypt_key_file), (None, None));
+        let one = "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj";
+        let lines = format!(
+            "compression = \"off\"\nencrypt_to = [\"{one}\"]\nencrypt_key_file = \"site.key\""
+        );
+        let audit = parse(&lines).unwrap().audit;
+        assert_eq!(audit.compression, Compression::Off);
+        assert_eq!(audit.encrypt_to, AgeRecipients::new(&[one]).ok());
+        assert_eq!(
+            audit.encrypt_key_file.as_deref(),
+            Some(Path::new("/etc/tidelock/site.key"))
+        );
+        // Every mistake at once; a recipient that is none never means "not encrypted".
+        let bad =
+            with("compression = \"gzip\"\nencrypt_to = [\"age1nobody\"]\nencrypt_key = \"k\"");
+        let found: Vec<_> = keys(&bad).into_iter().map(|(_, key)| key).collect();
+        assert_eq!(
+            found,
+            ["audit.compression", "audit.encrypt_to", "audit.encrypt_key"]
+        );
+        for bad in [
+            "encrypt_to = []",
+            "encrypt_to = [7]",
+            "encrypt_to = \"age1\"",
+        ] {
+            assert_eq!(keys(&with(bad))[0].1, "audit.encrypt_to", "{bad}");
+        }
+        let twice = format!("encrypt_to = [\"{one}\", \"{one}\"]");
+        assert_eq!(keys(&with(&twice))[0].1, "audit.encrypt_to");
     }
 
     #[test]

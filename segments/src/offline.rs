@@ -9,6 +9,7 @@
 //! root, [`RepairPlan`] for what may be done about it. What depends on where things lie is in the
 //! first part of this file only.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,7 +27,8 @@ use crate::log::{LogState, STATE_PATH};
 use crate::receipt::CustodyReceipt;
 use crate::record::{self, Frame, LogHeader};
 use crate::root::list_dir;
-use crate::store::{MAX_RECEIPTS_FILE_BYTES, decode_receipts};
+use crate::store::RECEIPTS_DIR;
+use crate::store::receipts::{self, MAX_RECEIPTS_FILE_BYTES};
 use crate::verify::VerifyProgress;
 
 mod fsck;
@@ -48,7 +50,6 @@ const ATTEMPTS: usize = 4;
 // ---- where things lie ---------------------------------------------------------------------------
 
 const LOG_DIR: &str = "log";
-const RECEIPTS_DIR: &str = "receipts";
 
 /// The directory of the segments of one kind, below the root.
 fn kind_dir(kind: Kind) -> String {
@@ -447,30 +448,30 @@ impl<'d> Offline<'d> {
     /// # Errors
     /// [`DiskError`].
     pub fn receipts(&self, id: &SegmentId) -> Result<Vec<CustodyReceipt>, DiskError> {
-        let rel = format!("{RECEIPTS_DIR}/{}.rcpts", id.hex());
-        let bytes = self.read_file(&rel, MAX_RECEIPTS_FILE_BYTES)?;
-        let mut receipts = bytes.as_deref().map(decode_receipts).unwrap_or_default();
-        receipts.retain(|r| r.segment_id == *id && r.verify_signature().is_ok());
-        Ok(receipts)
+        let mut found = self.receipts_unjudged(id)?;
+        found.retain(|r| r.segment_id == *id && r.verify_signature().is_ok());
+        Ok(found)
     }
 
-    /// The custodians of every segment that has a receipt.
+    fn receipts_unjudged(&self, id: &SegmentId) -> Result<Vec<CustodyReceipt>, DiskError> {
+        let rel = format!("{RECEIPTS_DIR}/{}.rcpts", id.hex());
+        let bytes = self.read_file(&rel, MAX_RECEIPTS_FILE_BYTES)?;
+        Ok(bytes.map_or_else(Vec::new, |bytes| receipts::decode(&bytes)))
+    }
+
+    /// The custodians of every segment that has receipts. Reads the receipts and judges nothing.
     ///
     /// # Errors
     /// [`DiskError`].
-    pub fn custodians(
-        &self,
-    ) -> Result<std::collections::BTreeMap<SegmentId, Vec<NodeId>>, DiskError> {
-        let mut out = std::collections::BTreeMap::<SegmentId, Vec<NodeId>>::new();
+    pub fn custodians(&self) -> Result<BTreeMap<SegmentId, Vec<NodeId>>, DiskError> {
+        let mut out = BTreeMap::new();
         for id in self
             .list(RECEIPTS_DIR)?
             .iter()
-            .filter_map(|n| receipts_name(n))
+            .filter_map(|name| receipts_name(name))
         {
-            let receipts = self.receipts(&id)?;
-            if !receipts.is_empty() {
-                out.insert(id, receipts.into_iter().map(|r| r.custodian).collect());
-            }
+            let receipts = self.receipts_unjudged(&id)?;
+            out.insert(id, receipts.into_iter().map(|r| r.custodian).collect());
         }
         Ok(out)
     }

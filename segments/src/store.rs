@@ -22,7 +22,7 @@ mod catalog;
 mod chain;
 mod index;
 mod journal;
-mod receipts;
+pub(crate) mod receipts;
 mod scrub;
 
 use std::collections::BTreeSet;
@@ -52,9 +52,6 @@ use index::{COUNTED_CUSTODIANS, Index, Small};
 use journal::{Change, JOURNAL_BLOCKS, JOURNAL_BYTES};
 
 pub(crate) use index::{Loaded, Unusable, load as load_index};
-pub(crate) use receipts::{
-    MAX_RECEIPTS_FILE_BYTES, decode as decode_receipts, encode as encode_receipts,
-};
 pub use scrub::{ForeignReport, ScrubPace, ScrubReport};
 
 /// Where receipts lie.

@@ -258,7 +258,11 @@ fn a_repair_keeps_the_evidence_and_may_be_cut_off_at_any_call() {
         let (disk, id, bad) = damaged();
         let before = disk.calls();
         let plan = mend(&disk).unwrap();
-        assert_eq!(plan.steps.len(), 2);
+        let steps: Vec<&str> = plan.steps.iter().map(|s| s.code.as_str()).collect();
+        assert_eq!(
+            steps,
+            ["segment_damaged", "temporary_file", "index_outdated"]
+        );
         assert!(disk.content(&file_of(&id)).is_none() && holds(&disk, &bad));
         assert_eq!(notes(&disk).len(), 1);
         assert!(notes(&disk)[0].complete);
@@ -343,6 +347,44 @@ fn a_repair_needs_the_lock_and_the_plan_that_was_agreed_to() {
     assert!(notes(&disk).is_empty());
     io.remove(&root.join("lock")).unwrap();
     assert_eq!(mend(&disk), Err(RepairError::NoLock));
+}
+
+#[test]
+fn an_index_that_does_not_tell_of_the_files_is_found_and_built_again() {
+    let catalog = Path::new(ROOT).join("index/catalog");
+    let damages: [fn(&SimDisk, &Path); 2] = [
+        |disk, path| disk.flip(path, 20, 1),
+        // An older one with the journal of a newer.
+        |disk, path| {
+            let old = disk.content(path).unwrap();
+            let n = Settings::default().sim(disk);
+            fill(&n);
+            drop(n);
+            disk.plant(path, &old);
+        },
+    ];
+    for damage in damages {
+        let disk = SimDisk::new();
+        let n = Settings::default().sim(&disk);
+        fill(&n);
+        drop(n);
+        assert_eq!(codes(&disk), [""; 0], "the control");
+        damage(&disk, &catalog);
+        let found = codes(&disk);
+        if found.is_empty() {
+            // The journal makes up for what the catalog does not know.
+            continue;
+        }
+        assert!(
+            ["index_damaged", "index_disagrees"].contains(&found[0]),
+            "{found:?}"
+        );
+        mend(&disk).unwrap();
+        let n = Settings::default().sim(&disk);
+        n.append(b"goes on").unwrap();
+        drop(n);
+        assert_eq!(codes(&disk), [""; 0]);
+    }
 }
 
 /// The newest segment of the own log without a log file after it: a node that does not find it would

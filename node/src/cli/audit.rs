@@ -7,7 +7,7 @@ use clap::{Subcommand, ValueHint};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tidelock_segments::{
-    AuditReport, Kind, Origin, RealDisk, VerifyOptions, VerifyProgress,
+    AuditReport, Checkpoint, Kind, Origin, RealDisk, VerifyOptions, VerifyProgress,
     merkle::leaf_hash,
     offline::{LogEntry, Offline, OfflineError, Progress},
     verify_log_with,
@@ -104,6 +104,10 @@ pub enum AuditCommand {
         /// Only this log.
         #[arg(long, value_parser = Origin::parse, conflicts_with = "proof")]
         origin: Option<Origin>,
+        /// A signed checkpoint that was seen earlier or elsewhere: the logs must contain it. Files
+        /// alone cannot show that all of them were rolled back together. May be given several times.
+        #[arg(long, value_name = "FILE", conflicts_with = "proof", value_hint = ValueHint::FilePath)]
+        seen: Vec<PathBuf>,
         /// A proof that `audit prove` made.
         #[arg(long, value_name = "FILE", requires = "key_of", value_hint = ValueHint::FilePath)]
         proof: Option<PathBuf>,
@@ -158,10 +162,14 @@ pub(super) fn run(command: AuditCommand, output: &Output) -> Result<Exit, Failur
         } => proof::verify(&file, &key_of.unwrap_or_default(), *output),
         AuditCommand::Verify {
             origin,
+            seen,
             key,
             config,
             ..
-        } => verify(&Rooted::of(&config)?.with(&key)?, origin.as_ref(), output),
+        } => {
+            let rooted = Rooted::of(&config)?.with(&key)?;
+            verify(&rooted, origin.as_ref(), &read_notes(&seen)?, output)
+        }
     }
 }
 
@@ -259,7 +267,23 @@ fn tail(offline: &Offline<'_>, wanted: u64, follow: bool, output: Output) -> Res
     })
 }
 
-fn verify(rooted: &Rooted, only: Option<&Origin>, output: &Output) -> Result<Exit, Failure> {
+/// The checkpoints in these files.
+fn read_notes(paths: &[PathBuf]) -> Result<Vec<String>, Failure> {
+    let mut notes = Vec::with_capacity(paths.len());
+    for path in paths {
+        let note = fs::read_to_string(path).map_err(|e| Failure::at(path, &e))?;
+        Checkpoint::parse(&note).map_err(|e| Failure::at(path, &e))?;
+        notes.push(note);
+    }
+    Ok(notes)
+}
+
+fn verify(
+    rooted: &Rooted,
+    only: Option<&Origin>,
+    seen: &[String],
+    output: &Output,
+) -> Result<Exit, Failure> {
     let config = &rooted.config;
     let mut bar = output.bar("verifying");
     let mut read = Progress::default();
@@ -273,6 +297,7 @@ fn verify(rooted: &Rooted, only: Option<&Origin>, output: &Output) -> Result<Exi
         &config.node.domain,
         VerifyOptions {
             keys: rooted.keys(),
+            seen,
             progress: Some(&mut progress),
             only,
         },

@@ -206,6 +206,20 @@ impl<'a> Section<'a> {
         list
     }
 
+    /// A list of strings, if the key is there.
+    pub(super) fn strings(&mut self, key: &'static str) -> Option<Vec<String>> {
+        let all = self.item(key)?.as_array().and_then(|array| {
+            array
+                .iter()
+                .map(|value| value.as_str().map(str::to_owned))
+                .collect()
+        });
+        if all.is_none() {
+            self.mistake(key, "must be a list of strings");
+        }
+        all
+    }
+
     pub(super) fn optional_address(&mut self, key: &'static str) -> Option<SocketAddr> {
         let text = self.optional_string(key)?;
         text.parse()

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tidelock_policy::{Activation, ActivationKind, BundleError, Package, VerifiedBundle};
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Kind, NodeId, Origin, PutOutcome, SegmentRef, StoreError,
-    VerifiedSegment, read_records, verify_segment,
+    VerifiedSegment, parse_body, verify_segment,
 };
 use tidelock_transport::{
     endorse::verify_endorsement,
@@ -77,9 +77,10 @@ pub(super) fn outcome_word(outcome: Outcome) -> &'static str {
 
 /// The log that the first record of a log says it continues.
 fn previous_origin(segment: &VerifiedSegment) -> Option<String> {
-    let records = read_records(segment).ok()?;
-    let (index, first) = records.first()?;
-    let record: Value = serde_json::from_slice(first).ok().filter(|_| *index == 0)?;
+    let header = segment.header();
+    let body = parse_body(segment.body(), &header.domain, &header.origin).ok()?;
+    // Never encrypted, so that every peer can read it.
+    let record: Value = serde_json::from_slice(&body.record(0, None).ok()?).ok()?;
     Some(record.get("previous_origin")?.as_str()?.to_owned())
 }
 

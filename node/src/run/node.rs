@@ -17,7 +17,7 @@ use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk, Root,
-RootOptions, ScrubPace, SealOptions, SegmentRef, Sha256Hash, Store,
+    RootOptions, ScrubPace, SegmentRef, Sha256Hash, Store,
     offline::{REPAIRS_PATH, RepairNote},
 };
 use tidelock_transport::{
@@ -38,6 +38,7 @@ use crate::{
     cli::Failure,
     clock::{NodeClock, PersistedFloor},
     config::Config,
+    sealing::seal_options,
 };
 
 /// How long an operator's act waits for its record.
@@ -858,7 +859,7 @@ fn open_log(
         custody_required: usize::try_from(config.audit.custody).unwrap_or(usize::MAX),
         min_retention_ms: config.audit.retention_min_s.saturating_mul(1_000),
         clock: Arc::new(move || log_clock.unix_ms()),
-        seal: SealOptions::default(),
+        seal: seal_options(&config.audit)?,
     };
     let (log, recovery) = AuditLog::open(
         root.clone(),

@@ -4,19 +4,23 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Serialize, Serializer};
 
-use super::{Offline, OwnLog, Progress, RECEIPTS_DIR, kind_dir, receipts_name, segment_id};
+use super::{ATTEMPTS, Offline, OwnLog, Progress, kind_dir, receipts_name, segment_id};
 use crate::disk::{DiskError, FileKind, FileStat};
 use crate::id::{Kind, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::Endorsement;
 use crate::ledger::{Charge, Ladder, Ledger, Usage};
 use crate::limits::{MAX_ENDORSEMENT_BYTES, MAX_STATE_FILE_BYTES};
+use crate::receipt::CustodyReceipt;
 use crate::root::{QUARANTINE, is_ours};
-use crate::store::{MAX_RECEIPTS_FILE_BYTES, decode_receipts, encode_receipts};
+use crate::store::receipts::{self, MAX_RECEIPTS_FILE_BYTES};
+use crate::store::{RECEIPTS_DIR, Unusable, load_index};
 use crate::verify::{AuditFault, AuditReport, VerifyOptions, VerifyProgress, verify_log_with};
 
 /// State files of the form `{"check", "value"}`.
 const CHECKED_FILES: [&str; 3] = ["clock", "revocation/keys", "state/accepted-logs"];
 const PARTIAL_DIR: &str = "partial/";
+/// Without it the node builds its index again.
+pub(super) const CATALOG: &str = "index/catalog";
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -31,6 +35,9 @@ pub enum Severity {
     /// Worth knowing.
     Note,
 }
+
+/// The sequences held of every log: inclusive ranges, ascending.
+type Sequences = BTreeMap<Origin, Vec<(u64, u64)>>;
 
 /// What repair would do about a finding.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -134,6 +141,8 @@ pub struct FsckReport {
     pub usage: Usage,
     /// The state of the ladder that follows.
     pub ladder: Ladder,
+    #[serde(skip)]
+    pub(super) catalog_ino: Option<u64>,
 }
 
 /// One name below the root.
@@ -144,10 +153,15 @@ struct Entry {
 
 /// Whether the node gives files of its own this name.
 fn is_known(rel: &str, stat: &FileStat, known: &[String]) -> bool {
-    if known.iter().any(|name| name == rel) {
-        return true;
-    }
-    is_ours(rel, stat.kind)
+    rel.is_empty() || known.iter().any(|name| name == rel) || is_ours(rel, stat.kind)
+}
+
+/// The id in the name of a partial segment or its map.
+fn partial_name(name: &str) -> Option<SegmentId> {
+    let hex = name
+        .strip_suffix(".part")
+        .or_else(|| name.strip_suffix(".map"))?;
+    SegmentId::from_hex(hex).ok()
 }
 
 impl Entry {
@@ -206,6 +220,7 @@ impl Offline<'_> {
         let mut progress = |of: VerifyProgress| watch(of.into());
         let verify = VerifyOptions {
             keys: self.keys(),
+            seen: &[],
             progress: Some(&mut progress),
             only: None,
         };
@@ -217,9 +232,12 @@ impl Offline<'_> {
         let others = self.other_segments(&entries, &mut findings)?;
         self.receipt_findings(&entries, &mut findings)?;
         self.state_findings(&entries, options, own.is_some(), &mut findings)?;
+        self.index_findings(&entries, &mut findings)?;
         place_findings(&entries, options, &mut findings);
         partial_findings(&entries, &mut findings);
         let findings = self.seen_again(findings)?;
+        let catalog = entries.iter().find(|entry| entry.rel == CATALOG);
+        let catalog_ino = catalog.map(|entry| entry.stat.ino);
         let usage = self.usage(&entries, options);
         let ladder = usage.ladder();
         let usage = usage.usage();
@@ -232,6 +250,7 @@ impl Offline<'_> {
             areas: areas(&entries, &options.known),
             usage,
             ladder,
+            catalog_ino,
         };
         if usage.allocated_bytes > options.ceiling_bytes {
             report.findings.push(about(
@@ -340,6 +359,7 @@ impl Offline<'_> {
             ),
             AuditFault::Link { .. } => ("log_link", "", Remedy::Leave(CONTRADICTION)),
             AuditFault::Fork { .. } => ("log_fork", "", Remedy::Leave(CONTRADICTION)),
+            AuditFault::Contradicts { .. } => ("log_contradicts", "", Remedy::Leave(CONTRADICTION)),
             AuditFault::Tree { .. } => ("log_tree", "", Remedy::Leave(CONTRADICTION)),
             AuditFault::Missing { .. } => (
                 "log_missing",
@@ -369,9 +389,7 @@ impl Offline<'_> {
     /// begun, a node that does not see it would sign the same indexes again. Then only the node,
     /// which begins a new incarnation over it, may judge.
     fn segment_remedy(&self, file: &str, own: Option<&OwnLog>) -> Remedy {
-        const NEWEST: Remedy = Remedy::Leave(
-            "it may be the newest of the own log; the node judges it at its next start",
-        );
+        const NEWEST: Remedy = Remedy::Leave(MAY_BE_NEWEST);
         let id = file.rsplit_once('/').and_then(|(_, name)| segment_id(name));
         let (Some(own), Some(id)) = (own, id) else {
             return NEWEST;
@@ -450,38 +468,125 @@ impl Offline<'_> {
                 }
                 continue;
             };
-            let receipts = decode_receipts(&bytes);
-            let faulty = match encode_receipts(&receipts) {
-                // Whole receipts, each once and in order, have one encoding.
-                encoded if encoded.as_ref() != Ok(&bytes) => {
-                    Some("a receipt in it is damaged".to_owned())
+            let held = receipts::decode(&bytes);
+            // Damaged ones are not decoded, so the good ones alone would be another file.
+            let whole = receipts::encode(&held).is_ok_and(|again| again == bytes);
+            let damaged = (!whole).then(|| "a receipt in it is damaged".to_owned());
+            let fault_of = |receipt: &CustodyReceipt| {
+                let fits = receipt.segment_id == id
+                    && receipt.domain == self.domain
+                    && receipt.origin == info.reference.origin
+                    && info.span.is_some_and(|span| {
+                        (span.first, span.last, span.root)
+                            == (receipt.first, receipt.last, receipt.root_at_last)
+                    });
+                match receipt.verify_signature() {
+                    Err(error) => Some(error.to_string()),
+                    Ok(()) if !fits => Some(format!(
+                        "the receipt of {} fits another segment, range or root",
+                        receipt.custodian
+                    )),
+                    Ok(()) => None,
                 }
-                _ => receipts.iter().find_map(|receipt| {
-                    let fits = receipt.segment_id == id
-                        && receipt.domain == self.domain
-                        && receipt.origin == info.reference.origin
-                        && info.span.is_some_and(|span| {
-                            (span.first, span.last, span.root)
-                                == (receipt.first, receipt.last, receipt.root_at_last)
-                        });
-                    match receipt.verify_signature() {
-                        Err(error) => Some(error.to_string()),
-                        Ok(()) if !fits => Some(format!(
-                            "the receipt of {} fits another segment, range or root",
-                            receipt.custodian
-                        )),
-                        Ok(()) => None,
-                    }
-                }),
+            };
+            let faulty = damaged.or_else(|| held.iter().find_map(fault_of));
+            let repair = if held.iter().any(|receipt| fault_of(receipt).is_none()) {
+                Remedy::Leave(
+                    "the others in it are good and count; the file is written anew with the next",
+                )
+            } else {
+                Remedy::Quarantine
             };
             if let Some(why) = faulty {
                 findings.push(entry.finding(
                     "receipt_damaged",
                     Severity::Damage,
                     format!("{why}; it licenses nothing"),
-                    Remedy::Quarantine,
+                    repair,
                 ));
             }
+        }
+        Ok(())
+    }
+
+    /// The sequences of every log by the headers of its files: inclusive ranges, ascending. `None` if
+    /// there is a file that cannot be told to be of any log.
+    fn sequences(&self) -> Result<Option<Sequences>, DiskError> {
+        let mut all: BTreeMap<Origin, BTreeSet<u64>> = BTreeMap::new();
+        for id in self.segment_ids(Kind::Audit)? {
+            match self.describe(Kind::Audit, &id) {
+                Ok(Some(info)) => {
+                    let reference = info.reference;
+                    all.entry(reference.origin)
+                        .or_default()
+                        .insert(reference.sequence);
+                }
+                Ok(None) => {}
+                Err(_) => return Ok(None),
+            }
+        }
+        let ranges = |sequences: BTreeSet<u64>| {
+            let mut ranges: Vec<(u64, u64)> = Vec::new();
+            for sequence in sequences {
+                match ranges.last_mut() {
+                    Some((_, end)) if end.checked_add(1) == Some(sequence) => *end = sequence,
+                    _ => ranges.push((sequence, sequence)),
+                }
+            }
+            ranges
+        };
+        Ok(Some(
+            all.into_iter()
+                .map(|(origin, sequences)| (origin, ranges(sequences)))
+                .collect(),
+        ))
+    }
+
+    /// The store's index against the files that it is about. While a node runs both move, so they are
+    /// compared until they agree or have been looked at often enough.
+    fn index_findings(
+        &self,
+        entries: &[Entry],
+        findings: &mut Vec<Finding>,
+    ) -> Result<(), DiskError> {
+        let Some(catalog) = entries.iter().find(|entry| entry.rel == CATALOG) else {
+            return Ok(());
+        };
+        let mut last = None;
+        for _ in 0..ATTEMPTS {
+            let index = load_index(self.disk, &self.root).map(|loaded| loaded.held());
+            // A damaged segment explains why they differ. Building the index anew over it would make
+            // the node forget that its place is taken.
+            let Some(files) = self.sequences()? else {
+                return Ok(());
+            };
+            last = match index {
+                Ok(index) if index == files => return Ok(()),
+                Err(Unusable::Missing) => return Ok(()),
+                Err(Unusable::Damaged(why)) => Some(("index_damaged", why)),
+                Ok(index) => {
+                    let differs = index
+                        .keys()
+                        .chain(files.keys())
+                        .find(|origin| index.get(*origin) != files.get(*origin));
+                    differs.map(|origin| {
+                        let text = |of: &Sequences| {
+                            format!("{:?}", of.get(origin).map_or(&[][..], Vec::as_slice))
+                        };
+                        (
+                            "index_disagrees",
+                            format!(
+                                "of {origin} it lists the sequences {}, the files have {}",
+                                text(&index),
+                                text(&files)
+                            ),
+                        )
+                    })
+                }
+            };
+        }
+        if let Some((code, why)) = last {
+            findings.push(catalog.finding(code, Severity::Damage, why, Remedy::Rebuild));
         }
         Ok(())
     }
@@ -615,6 +720,8 @@ impl Offline<'_> {
     }
 }
 
+pub(super) const MAY_BE_NEWEST: &str =
+    "it may be the newest of the own log; the node judges it at its next start";
 const CONTRADICTION: &str = "both are evidence; an operator has to look at them";
 
 /// Whether `{"check": "sha256:…", "value": …}` holds the SHA-256 of its value's bytes.
@@ -636,6 +743,21 @@ fn passes_its_check(bytes: &[u8]) -> bool {
 /// Files that are nobody's, modes, owners, second names, `tmp/` and the quarantine.
 fn place_findings(entries: &[Entry], options: &FsckOptions, findings: &mut Vec<Finding>) {
     let owner = entries.first().map(|root| root.stat.uid);
+    let in_quarantine = |entry: &Entry| {
+        entry
+            .rel
+            .strip_prefix(QUARANTINE)
+            .is_some_and(|rest| !rest.is_empty())
+    };
+    // Files with several names: how many lie here, and whether one of them is in the quarantine.
+    let mut names: BTreeMap<u64, (u64, bool)> = BTreeMap::new();
+    for entry in entries {
+        if entry.stat.kind == FileKind::File && entry.stat.nlink > 1 {
+            let (count, moved) = names.entry(entry.stat.ino).or_default();
+            *count += 1;
+            *moved |= in_quarantine(entry);
+        }
+    }
     for entry in entries {
         let stat = &entry.stat;
         if !entry.rel.is_empty() && !is_known(&entry.rel, stat, &options.known) {
@@ -670,8 +792,15 @@ fn place_findings(entries: &[Entry], options: &FsckOptions, findings: &mut Vec<F
                 Remedy::Leave("chown it, after asking who changed it"),
             ));
         }
-        if stat.kind == FileKind::File && stat.nlink > 1 {
-            findings.push(entry.finding(
+        match names.get(&stat.ino).filter(|_| stat.kind == FileKind::File) {
+            Some((count, true)) if *count == stat.nlink && in_quarantine(entry) => {}
+            Some((count, true)) if *count == stat.nlink => findings.push(entry.finding(
+                "half_moved",
+                Severity::Leftover,
+                "a crash cut its move to the quarantine off: it has both names",
+                Remedy::Quarantine,
+            )),
+            Some(_) => findings.push(entry.finding(
                 "second_name",
                 Severity::Foreign,
                 format!(
@@ -679,7 +808,8 @@ fn place_findings(entries: &[Entry], options: &FsckOptions, findings: &mut Vec<F
                     stat.nlink
                 ),
                 Remedy::Leave("find the other name and remove it"),
-            ));
+            )),
+            None => {}
         }
         if entry.rel.starts_with("tmp/") && !options.in_use {
             findings.push(entry.finding(
@@ -689,11 +819,7 @@ fn place_findings(entries: &[Entry], options: &FsckOptions, findings: &mut Vec<F
                 Remedy::Remove,
             ));
         }
-        if entry
-            .rel
-            .strip_prefix(QUARANTINE)
-            .is_some_and(|r| !r.is_empty())
-        {
+        if in_quarantine(entry) {
             findings.push(entry.finding(
                 "quarantined",
                 Severity::Note,
@@ -720,8 +846,7 @@ fn partial_findings(entries: &[Entry], findings: &mut Vec<Finding>) {
         let Some(name) = entry.rel.strip_prefix(PARTIAL_DIR) else {
             continue;
         };
-        let hex = name.split_once('.').map_or(name, |(hex, _)| hex);
-        let Ok(id) = SegmentId::from_hex(hex) else {
+        let Some(id) = partial_name(name) else {
             continue;
         };
         let other = match name.strip_suffix(".part") {

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::fsck::{CATALOG, MAY_BE_NEWEST};
 use super::{FsckOptions, FsckReport, Offline, Progress, Remedy};
 use crate::disk::{Disk, DiskError, DiskFault, DiskOp, OpenMode};
 use crate::id::{DomainId, Sha256Hash};
@@ -141,6 +142,11 @@ pub enum RepairError {
     Disk(#[from] DiskError),
 }
 
+/// Where a file goes, if that name is free.
+fn quarantined(rel: &str) -> String {
+    format!("{QUARANTINE}/{}", rel.replace('/', "-"))
+}
+
 impl RepairPlan {
     /// What to do about the findings of a check: one step a file.
     #[must_use]
@@ -164,11 +170,37 @@ impl RepairPlan {
                 number: steps.len() + 1,
                 action,
                 path: finding.path.clone(),
-                to: (action == RepairAction::Quarantine)
-                    .then(|| format!("{QUARANTINE}/{}", finding.path.replace('/', "-"))),
+                to: (action == RepairAction::Quarantine).then(|| quarantined(&finding.path)),
                 code: finding.code.to_owned(),
                 meaning: finding.meaning.clone(),
                 ino: finding.ino,
+            });
+        }
+        // An index that lists what was moved away would lie; without it the node builds it again,
+        // unless that could make it forget the newest segment of its own log.
+        let moves_audit = steps
+            .iter()
+            .any(|step| step.path.starts_with("segments/audit/"));
+        let doubtful = report
+            .findings
+            .iter()
+            .any(|finding| finding.repair == Remedy::Leave(MAY_BE_NEWEST));
+        if let Some(ino) = report.catalog_ino
+            && moves_audit
+            && !doubtful
+            && !steps.iter().any(|step| step.path == CATALOG)
+        {
+            steps.push(PlannedStep {
+                number: steps.len() + 1,
+                action: RepairAction::Quarantine,
+                path: CATALOG.to_owned(),
+                to: Some(quarantined(CATALOG)),
+                code: "index_outdated".to_owned(),
+                meaning:
+                    "it lists segments that the steps before move away; the node builds it again \
+                          at its next start"
+                        .to_owned(),
+                ino,
             });
         }
         let mut lines = String::from("tidelock repair plan v1\n");

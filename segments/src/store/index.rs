@@ -808,6 +808,17 @@ pub(crate) fn load(disk: &dyn Disk, root: &Path) -> Result<Loaded, Unusable> {
     Ok(loaded)
 }
 
+impl Loaded {
+    /// The sequences held of every log: inclusive ranges, ascending.
+    pub(crate) fn held(&self) -> BTreeMap<Origin, Vec<(u64, u64)>> {
+        self.logs
+            .iter()
+            .filter(|(_, log)| !log.ranges.is_empty())
+            .map(|(origin, log)| (origin.clone(), log.ranges.as_slice().to_vec()))
+            .collect()
+    }
+}
+
 /// Length and allocated bytes of a file; `None` if there is none.
 fn weigh(disk: &dyn Disk, path: &Path) -> Result<Option<(u64, u64)>, String> {
     match disk.stat(path) {
