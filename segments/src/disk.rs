@@ -173,6 +173,9 @@ pub enum OpenMode {
     ReadWrite,
     /// For reading and writing; it must not exist.
     CreateNew,
+    /// For reading and writing past the page cache; it exists. Where the file system does not allow
+    /// that for multiples of 512 bytes, as [`OpenMode::ReadWrite`].
+    Direct,
 }
 
 /// The operations on a disk that the store needs. Paths are absolute.
@@ -288,7 +291,16 @@ pub trait DiskFile: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DiskError`].
     fn stat(&self) -> Result<FileStat, DiskError>;
+    /// Of what every offset and length must be a multiple, in bytes, when reading and writing; 1
+    /// unless the file was opened with [`OpenMode::Direct`]. Where it is more than 1, buffers must
+    /// begin at an address that [`DIRECT_BUFFER_ALIGN_BYTES`] divides.
+    fn align_bytes(&self) -> u64 {
+        1
+    }
 }
+
+/// The address of a buffer for direct reads and writes is a multiple of this.
+pub const DIRECT_BUFFER_ALIGN_BYTES: usize = 4096;
 
 /// Reads a whole file of at most `max` bytes.
 pub(crate) fn read_all(disk: &dyn Disk, path: &Path, max: u64) -> Result<Vec<u8>, DiskError> {

@@ -47,7 +47,7 @@ pub use checkpoint::{Checkpoint, CheckpointError, origin_line};
 pub use codec::CodecError;
 pub use crypt::{CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SegmentKey, SiteKey, WrappedKey};
 pub use disk::{
-    Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, RealDisk, Volume,
+    DIRECT_BUFFER_ALIGN_BYTES, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, RealDisk, Volume,
 };
 pub use format::{
     FormatError, Head, MAGIC, SegmentHeader, SegmentRef, VerifiedSegment, seal_signed,

@@ -4,10 +4,15 @@ use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, StatFs};
+use rustix::fs::{
+    AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, StatFs, StatxFlags,
+};
 use rustix::io::Errno;
 
-use super::{Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, Volume};
+use super::{
+    DIRECT_BUFFER_ALIGN_BYTES, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat,
+    OpenMode, Volume,
+};
 
 /// The operating system's file systems.
 #[derive(Debug, Clone, Copy, Default)]
@@ -78,6 +83,31 @@ fn open_at(op: DiskOp, path: &Path, flags: OFlags) -> Result<OwnedFd, DiskError>
     // O_NONBLOCK: a pipe planted under this name must not block the open.
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     rustix::fs::openat(&dir, name, flags, Mode::RUSR | Mode::WUSR).map_err(failed(op, path))
+}
+
+/// The alignment that direct reads and writes of the log keep.
+const DIRECT_ALIGN_BYTES: u32 = 512;
+
+/// Switches the page cache off for an open file if the file system allows it for multiples of 512
+/// bytes, and gives the alignment that holds from then on.
+fn make_direct(fd: &OwnedFd) -> u64 {
+    let fits = |align: u32| align != 0 && DIRECT_ALIGN_BYTES.is_multiple_of(align);
+    let allowed =
+        rustix::fs::statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).is_ok_and(|stat| {
+            fits(stat.stx_dio_offset_align)
+                && usize::try_from(stat.stx_dio_mem_align).is_ok_and(|align| {
+                    align != 0 && DIRECT_BUFFER_ALIGN_BYTES.is_multiple_of(align)
+                })
+        });
+    let switched = allowed
+        && rustix::fs::fcntl_getfl(fd)
+            .and_then(|flags| rustix::fs::fcntl_setfl(fd, flags | OFlags::DIRECT))
+            .is_ok();
+    if switched {
+        u64::from(DIRECT_ALIGN_BYTES)
+    } else {
+        1
+    }
 }
 
 /// `st_*` fields differ in width and sign between architectures.
@@ -167,13 +197,18 @@ impl Disk for RealDisk {
     fn open(&self, path: &Path, mode: OpenMode) -> Result<Box<dyn DiskFile>, DiskError> {
         let flags = match mode {
             OpenMode::Read => OFlags::RDONLY,
-            OpenMode::ReadWrite => OFlags::RDWR,
+            OpenMode::ReadWrite | OpenMode::Direct => OFlags::RDWR,
             OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
         };
         let fd = open_at(DiskOp::Open, path, flags)?;
+        let align_bytes = match mode {
+            OpenMode::Direct => make_direct(&fd),
+            OpenMode::Read | OpenMode::ReadWrite | OpenMode::CreateNew => 1,
+        };
         let file = RealFile {
             fd,
             path: path.to_owned(),
+            align_bytes,
         };
         if file.stat()?.kind != FileKind::File {
             return Err(DiskError::new(DiskOp::Open, path, DiskFault::NotPlain));
@@ -188,6 +223,7 @@ impl Disk for RealDisk {
         Ok(Box::new(RealFile {
             fd,
             path: path.to_owned(),
+            align_bytes: 1,
         }))
     }
 
@@ -294,6 +330,7 @@ impl Disk for RealDisk {
 struct RealFile {
     fd: OwnedFd,
     path: PathBuf,
+    align_bytes: u64,
 }
 
 impl RealFile {
@@ -364,6 +401,9 @@ impl DiskFile for RealFile {
         rustix::fs::fstat(&self.fd)
             .map(|stat| to_stat(&stat))
             .map_err(|errno| self.failed(DiskOp::Stat, errno))
+    }
+    fn align_bytes(&self) -> u64 {
+        self.align_bytes
     }
 }
 
