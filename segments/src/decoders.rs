@@ -7,16 +7,17 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 
 use crate::bao::{self, BaoError, Item, Outboard};
+use crate::body;
 use crate::checkpoint::{Checkpoint, origin_line};
 use crate::codec;
 use crate::format::{SegmentHeader, seal_unsigned, verify_segment};
+use crate::frame::{self, LogHeader};
 use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, LogKey};
 use crate::limits::{LOG_HEADER_BYTES, MAX_HEADER_BYTES, MIN_LOG_FILE_BYTES};
 use crate::log::LogState;
 use crate::partial::reencode_map;
 use crate::receipt::CustodyReceipt;
-use crate::record::{self, LogHeader};
 
 /// What a decoder made of some bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +120,7 @@ fn segment_header(bytes: &[u8]) -> Verdict {
 fn audit_body(bytes: &[u8]) -> Verdict {
     let read = || {
         let (domain, origin) = place()?;
-        let body = record::parse_body(bytes, &domain, &origin).ok()?;
+        let body = body::parse_body(bytes, &domain, &origin).ok()?;
         let mut records = body.records(None).ok()?;
         while records.next_record().ok()?.is_some() {}
         Some(())
@@ -140,9 +141,9 @@ fn log_file(bytes: &[u8]) -> Verdict {
     let read = || {
         let header = LogHeader::decode(&file).ok()?;
         let line = origin_line(&header.domain, &header.origin)?;
-        let scan = record::scan(&file, &header, &line).ok()?;
+        let scan = frame::scan(&file, &header, &line).ok()?;
         let whole =
-            record::iter_records(&scan.records).count() == usize::try_from(scan.count).ok()?;
+            body::iter_records(&scan.records).count() == usize::try_from(scan.count).ok()?;
         // Where the scan cannot tell what it took, the harness sees it as a wrong encoding.
         Some(if whole {
             Verdict::Taken
@@ -188,7 +189,7 @@ fn reseal_log_file(bytes: &mut [u8]) {
         let Some(content) = bytes.get(at.saturating_add(8)..end) else {
             return;
         };
-        let sum = crc32c::crc32c_append(header.salt(), &(at as u64).to_le_bytes());
+        let sum = crc32c::crc32c_append(header.salt, &(at as u64).to_le_bytes());
         let sum = crc32c::crc32c_append(sum, &length.to_le_bytes());
         let sum = crc32c::crc32c_append(sum, content);
         put(bytes, at.saturating_add(4), sum);

@@ -22,6 +22,7 @@ mod crypt;
 pub mod decoders;
 mod disk;
 mod format;
+mod frame;
 mod id;
 mod keys;
 mod ledger;
@@ -32,7 +33,6 @@ pub mod offline;
 mod partial;
 mod proof;
 mod receipt;
-mod record;
 mod root;
 mod store;
 pub mod testing;
@@ -47,12 +47,14 @@ pub use checkpoint::{Checkpoint, CheckpointError, origin_line};
 pub use codec::CodecError;
 pub use crypt::{CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SegmentKey, SiteKey, WrappedKey};
 pub use disk::{
-    DIRECT_BUFFER_ALIGN_BYTES, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, RealDisk, Volume,
+    DIRECT_BUFFER_ALIGN_BYTES, Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat,
+    OpenMode, RealDisk, Volume,
 };
 pub use format::{
     FormatError, Head, MAGIC, SegmentHeader, SegmentRef, VerifiedSegment, seal_signed,
     seal_unsigned, verify_segment,
 };
+pub use frame::Damage;
 pub use id::{DomainId, IdError, Kind, NodeId, Origin, SegmentId, Sha256Hash};
 pub use keys::{Endorsement, KeyError, LogKey, LogPublicKey};
 pub use ledger::{CeilingReached, Charge, Ladder, Ledger, Reservation, Usage};
@@ -66,7 +68,6 @@ pub use proof::{
     verify_consistency_proof, verify_record_proof,
 };
 pub use receipt::{CustodyReceipt, ReceiptError};
-pub use record::Damage;
 pub use root::{Root, RootError, RootOptions};
 pub use store::{
     ForeignReport, PutOutcome, RebuildProgress, ScrubPace, ScrubReport, Store, StoreError,

@@ -163,6 +163,15 @@ pub const MAX_REPAIRS_BYTES: u64 = 4 * 1024 * 1024;
 /// one block to three when it becomes indexed.
 pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;
 
+/// Log files that hold records and are not sealed, the active one included. Each keeps its records in
+/// memory until it is sealed: at most 4 x 16 MiB, with one more while the oldest is being sealed. Further
+/// appends wait, bounded by their timeouts.
+pub const MAX_UNSEALED_FILES: usize = 4;
+
+/// Batches whose head may wait for its signature. The next one is signed before it is written: at worst
+/// one signature, about 25 microseconds, on the path of a commit.
+pub const MAX_UNSIGNED_BATCHES: u64 = 64;
+
 const _: () = assert!(MAX_CHAIN_RANGES * 16 + MAX_AUDIT_LOGS * 600 < MAX_CATALOG_BYTES);
 const _: () = assert!(MAX_CATALOG_BYTES as u64 + 12 <= MAX_STATE_FILE_BYTES);
 const _: () = assert!(MAX_MAP_BYTES as u64 > MAX_SEGMENT_BYTES / (16 * 1024) * 64 + 1536);
@@ -180,3 +189,4 @@ const _: () = assert!(MAX_BLOCK_BYTES <= BLOCK_BYTES + 4);
 const _: () = assert!(2 * (MAX_RAW_BYTES / BLOCK_BYTES as u64) + 3 <= MAX_BLOCKS as u64);
 const _: () = assert!(MAX_BATCH_BYTES > MAX_RECORD_BYTES);
 const _: () = assert!(MAX_QUEUE_BYTES >= MAX_BATCH_BYTES);
+const _: () = assert!(MAX_UNSEALED_FILES >= 2);

@@ -1,41 +1,56 @@
 //! The audit log: durable appends, sealed segments, licensed eviction.
 //!
-//! [`AuditLog::submit`] queues a record; one thread takes everything that waits, writes it with one
-//! write and one sync into a file that was allocated and zero-filled before, and then calls back.
-//! So many callers share one sync, and a lone one pays for no more than its own. When the file is
-//! full or old it is sealed into a signed segment, linked by hash to the one before, and put into the
+//! Records queue up; a *leader* takes everything that waits, writes it with one write and one sync into
+//! a file that was made ready before, and tells everybody. A caller of [`AuditLog::append`] leads itself
+//! when nobody does, so a lone one pays for no hand-off and many share one sync; for callers that must
+//! not wait for the disk ([`AuditLog::submit`], [`AuditLog::append_wait`]) a thread leads. Heads are
+//! signed beside the next commit. When the file is full or old the next one takes its place at once, and
+//! a thread seals it into a signed segment, linked by hash to the one before, and puts it into the
 //! [`Store`]. Own segments are evicted only when enough distinct custodians have signed receipts.
 //!
 //! What is acknowledged is durable and stays so. After any failed write or sync the log is latched:
 //! every append answers [`AppendError::Unavailable`] until [`AuditLog::reopen`], which writes what
 //! was acknowledged to another file and never trusts the failed one again.
 //!
-//! `log/core.rs` has the steps without threads; this file has the queue, the thread and the doors.
+//! `log/core.rs` has the steps without threads, `log/seal.rs` what runs beside the commits,
+//! `log/recover.rs` what opening finds; this file has the queue, the threads and the doors.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::thread::futex::{self, Flags};
 use serde::Serialize;
 
 use crate::body::{BodyError, SealOptions};
+use crate::checkpoint::Checkpoint;
 use crate::format::{FormatError, SegmentRef};
 use crate::id::{DomainId, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, KeyError, LogPublicKey};
 use crate::limits::{MAX_QUEUE_BYTES, MAX_QUEUE_RECORDS, MAX_RECORD_BYTES};
+use crate::merkle::leaf_hash;
 use crate::receipt::{CustodyReceipt, ReceiptError};
 use crate::root::{Root, RootError};
 use crate::store::{Store, StoreError};
 
 mod core;
 mod event;
+mod file;
+mod recover;
+mod refusals;
+mod seal;
 mod state;
+mod wait;
 
-use self::core::{Core, Pending, Prepared, View};
+use self::core::{Core, Next, Signed, View};
+pub(crate) use self::recover::parse_name;
+use self::seal::{Recycled, StateFile};
 pub(crate) use self::state::{LogState, STATE_PATH};
+use self::wait::{Group, Woken};
 
 /// What the endorsing closure returns on failure; its message is kept.
 pub type EndorseError = Box<dyn std::error::Error + Send + Sync>;
@@ -56,8 +71,13 @@ pub struct LogConfig {
     pub segment_bytes: u64,
     /// A file with records older than this is sealed at the next tick.
     pub segment_max_age_ms: u64,
-    /// How many distinct custodians license an eviction. With 0 nothing is ever evicted.
+    /// How many distinct custodians license an eviction. With 0 no number of them does.
     pub custody_required: usize,
+    /// Nodes that are archives: a receipt of one of them licenses an eviction alone.
+    pub archives: BTreeSet<NodeId>,
+    /// The owner's loud setting: when an append finds no room and nothing is licensed, the oldest sealed
+    /// segment goes all the same, once it is old enough, and a gap record says exactly what is gone.
+    pub overwrite_oldest: bool,
     /// No segment younger than this is evicted.
     pub min_retention_ms: u64,
     /// Wall time in unix milliseconds, for the records and headers that carry it. Nothing is ordered
@@ -75,6 +95,8 @@ impl fmt::Debug for LogConfig {
             .field("segment_bytes", &self.segment_bytes)
             .field("segment_max_age_ms", &self.segment_max_age_ms)
             .field("custody_required", &self.custody_required)
+            .field("archives", &self.archives)
+            .field("overwrite_oldest", &self.overwrite_oldest)
             .field("min_retention_ms", &self.min_retention_ms)
             .field("seal", &self.seal)
             .finish_non_exhaustive()
@@ -198,6 +220,11 @@ pub struct LogStat {
     pub min_index: u64,
     /// Bytes used in the active file.
     pub active_bytes: u64,
+    /// Files whose records are not sealed yet, the active one included; at most
+    /// [`crate::limits::MAX_UNSEALED_FILES`].
+    pub unsealed_files: usize,
+    /// The size of the newest signed head.
+    pub signed_size: u64,
     /// Batches written since the start, each with one sync.
     pub batches: u64,
     /// Whether decisions are refused for want of room.
@@ -208,24 +235,91 @@ pub struct LogStat {
     pub latched: Option<String>,
 }
 
+/// A record on its way.
+struct Pending {
+    class: RecordClass,
+    bytes: Vec<u8>,
+    leaf: Sha256Hash,
+    to: To,
+}
+
+/// Who is told.
+enum To {
+    Call(Done),
+    /// A caller that waits in the group, by its number.
+    Slot(usize),
+}
+
+/// A record whose fate is known; the leader tells after giving the lock back.
+struct Settled {
+    to: To,
+    result: Result<Appended, AppendError>,
+}
+
 #[derive(Default)]
 struct Queue {
     waiting: VecDeque<Pending>,
     bytes: usize,
     closed: bool,
+    /// Somebody takes from the queue and commits.
+    led: bool,
+    /// Those that wait for what stands in the queue.
+    group: Arc<Group>,
+    slots: usize,
+    /// How many of them may be asked to lead.
+    callers: usize,
+}
+
+/// What a leader takes at once.
+struct Taken {
+    batch: VecDeque<Pending>,
+    group: Arc<Group>,
+    slots: usize,
 }
 
 struct Inner {
     core: Mutex<Core>,
     view: Mutex<View>,
+    signed: Arc<Mutex<Signed>>,
+    state_file: Arc<StateFile>,
     queue: Mutex<Queue>,
+    /// Blocking callers in the queue, as a hint that needs no lock.
+    queued: AtomicUsize,
+    /// Blocking callers that were about when the last batch ended.
+    about: AtomicUsize,
     arrived: Condvar,
+    /// Held while files are sealed, made ready or evicted. Never taken with the core's lock held.
+    sealing: Mutex<()>,
+    /// Counts what was done under `sealing`, for those that wait for it.
+    rounds: Mutex<u64>,
+    round_ended: Condvar,
+    background: Mutex<Background>,
+    background_asked: Condvar,
+    /// Counts heads; the signing thread waits on it.
+    heads: AtomicU32,
+    signer_sleeps: AtomicBool,
+    closing: AtomicBool,
     on_seal: Mutex<Option<Arc<SealCallback>>>,
-    root: Arc<Root>,
     store: Arc<Store>,
+    root: Arc<Root>,
     config: LogConfig,
     key: Arc<crate::keys::LogKey>,
+    /// No threads: every step runs on the caller's, so that a run can be replayed.
+    inline: bool,
 }
+
+#[derive(Default)]
+struct Background {
+    asked: bool,
+    closed: bool,
+}
+
+/// How long a leader waits for the callers of the last batch to come back with their next record, at
+/// most: a batch of all of them costs one sync where two halves cost two. A lone caller never waits.
+const GATHER: Duration = Duration::from_micros(60);
+
+/// How long a leader waits for the sealing of a file before it looks again.
+const ROUND_PATIENCE: Duration = Duration::from_millis(50);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A panic inside the core would leave it between two states, but nothing in it panics; the other
@@ -234,13 +328,216 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Inner {
-    /// Runs one step on the core, then publishes what it changed, outside its lock.
+    /// Runs one step on the core, then publishes what it changed.
     fn with_core<T>(&self, step: impl FnOnce(&mut Core) -> T) -> T {
         let mut core = lock(&self.core);
         let out = step(&mut core);
         core.refresh(&mut lock(&self.view));
-        let sealed = core.take_sealed_events();
-        drop(core);
+        out
+    }
+
+    // ---- commit -------------------------------------------------------------------------------
+
+    fn admit(
+        &self,
+        queue: &mut Queue,
+        class: RecordClass,
+        bytes: Vec<u8>,
+        leaf: Sha256Hash,
+        to: To,
+    ) -> Result<(), (AppendError, To)> {
+        if queue.closed {
+            return Err((AppendError::Unavailable("the log is closed".to_owned()), to));
+        }
+        // INV-07: bounded in records and in bytes.
+        let bytes_after = queue.bytes.saturating_add(bytes.len());
+        if queue.waiting.len() >= MAX_QUEUE_RECORDS || bytes_after > MAX_QUEUE_BYTES {
+            return Err((AppendError::QueueFull, to));
+        }
+        queue.bytes = bytes_after;
+        queue.waiting.push_back(Pending {
+            class,
+            bytes,
+            leaf,
+            to,
+        });
+        Ok(())
+    }
+
+    /// Joins the group of those that wait, with a record. `leads`: nobody led, now the caller does.
+    fn join(
+        &self,
+        class: RecordClass,
+        bytes: Vec<u8>,
+        may_lead: bool,
+    ) -> Result<(Arc<Group>, usize, bool), AppendError> {
+        if bytes.is_empty() || bytes.len() > MAX_RECORD_BYTES {
+            return Err(AppendError::TooLarge);
+        }
+        let leaf = leaf_hash(&bytes);
+        let mut queue = lock(&self.queue);
+        let slot = queue.slots;
+        self.admit(&mut queue, class, bytes, leaf, To::Slot(slot))
+            .map_err(|(error, _)| error)?;
+        queue.slots += 1;
+        queue.callers += usize::from(may_lead);
+        let group = Arc::clone(&queue.group);
+        self.queued.store(queue.slots, Ordering::Relaxed);
+        let leads = may_lead && !queue.led;
+        if leads {
+            queue.led = true;
+        } else if !queue.led {
+            self.arrived.notify_one();
+        }
+        Ok((group, slot, leads))
+    }
+
+    /// Takes all that waits; with callers that come back at once, a moment later.
+    fn take(&self) -> Taken {
+        let about = self.about.load(Ordering::Relaxed);
+        if about > 1 && !self.inline {
+            let start = Instant::now();
+            while self.queued.load(Ordering::Relaxed) < about && start.elapsed() < GATHER {
+                std::thread::yield_now();
+            }
+        }
+        let mut queue = lock(&self.queue);
+        queue.bytes = 0;
+        queue.callers = 0;
+        self.queued.store(0, Ordering::Relaxed);
+        Taken {
+            batch: std::mem::take(&mut queue.waiting),
+            group: std::mem::take(&mut queue.group),
+            slots: std::mem::take(&mut queue.slots),
+        }
+    }
+
+    /// Commits what was taken and tells everybody. `own` says that the leader waits in the group.
+    fn settle(&self, taken: Taken, own: bool) {
+        let Taken {
+            mut batch,
+            group,
+            slots,
+        } = taken;
+        let mut fates = Vec::new();
+        fates.resize(slots, None);
+        let mut work = false;
+        while !batch.is_empty() {
+            let round = *lock(&self.rounds);
+            let (settled, next, has_work) = self.with_core(|core| {
+                let (settled, next) = core.commit(&mut batch);
+                (settled, next, core.has_work())
+            });
+            work |= has_work;
+            for Settled { to, result } in settled {
+                match to {
+                    To::Call(done) => guard("append", || done(result)),
+                    To::Slot(slot) => {
+                        if let Some(fate) = fates.get_mut(slot) {
+                            *fate = Some(result);
+                        }
+                    }
+                }
+            }
+            match next {
+                Next::Go => {}
+                Next::AwaitSeal => self.await_round(round),
+                Next::MakeRoom => self.make_room(),
+            }
+        }
+        if slots > 0 {
+            let still = self.queued.load(Ordering::Relaxed);
+            self.about.store(slots + still, Ordering::Relaxed);
+            group.settle(fates, own && slots == 1);
+        }
+        if self.inline {
+            self.with_core(|core| core.sign_head());
+            if work {
+                self.background_round();
+            }
+            return;
+        }
+        self.wake_signer();
+        if work {
+            self.ask_background();
+        }
+    }
+
+    /// Leads until the own record is settled, then passes the lead on.
+    fn lead_own(&self) {
+        let taken = self.take();
+        self.settle(taken, true);
+        self.step_down();
+    }
+
+    /// Gives the lead up; if records wait, somebody else is asked to take it.
+    fn step_down(&self) {
+        let mut queue = lock(&self.queue);
+        queue.led = false;
+        if queue.waiting.is_empty() {
+            if queue.closed {
+                // The committing thread may end now.
+                self.arrived.notify_one();
+            }
+        } else if queue.callers > 0 {
+            let group = Arc::clone(&queue.group);
+            drop(queue);
+            group.want_leader();
+        } else {
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Takes the lead for a group whose records still wait in the queue, unless somebody has it.
+    fn try_lead(&self, group: &Arc<Group>) -> bool {
+        let mut queue = lock(&self.queue);
+        let free = !queue.led && Arc::ptr_eq(&queue.group, group);
+        queue.led |= free;
+        free
+    }
+
+    /// Commits all that waits, on the caller's thread.
+    fn drain(&self) {
+        loop {
+            let taken = self.take();
+            if taken.batch.is_empty() {
+                return;
+            }
+            self.settle(taken, false);
+        }
+    }
+
+    /// The body of the committing thread: it leads for those that must not wait for the disk.
+    fn run(&self) {
+        loop {
+            {
+                let mut queue = lock(&self.queue);
+                while queue.led || (queue.waiting.is_empty() && !queue.closed) {
+                    queue = self
+                        .arrived
+                        .wait(queue)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                if queue.waiting.is_empty() {
+                    break;
+                }
+                queue.led = true;
+            }
+            let taken = self.take();
+            self.settle(taken, false);
+            self.step_down();
+        }
+    }
+
+    // ---- beside the commits ---------------------------------------------------------------------
+
+    /// Runs one step that seals, makes ready or evicts; then tells about what was sealed.
+    fn beside<T>(&self, step: impl FnOnce() -> T) -> T {
+        let held = lock(&self.sealing);
+        let out = step();
+        drop(held);
+        self.end_round();
+        let sealed = lock(&self.core).take_sealed_events();
         if !sealed.is_empty() {
             let callback = lock(&self.on_seal).clone();
             if let Some(callback) = callback {
@@ -252,56 +549,208 @@ impl Inner {
         out
     }
 
-    /// Commits all that waits, on the caller's thread.
-    fn drain(&self) {
-        let mut batch = std::mem::take(&mut lock(&self.queue).waiting);
-        lock(&self.queue).bytes = 0;
-        while !batch.is_empty() {
-            for one in self.with_core(|core| core.commit(&mut batch)) {
-                guard("append", || one.tell());
-            }
-            self.with_core(Core::sign_head);
+    fn end_round(&self) {
+        let mut rounds = lock(&self.rounds);
+        *rounds = rounds.wrapping_add(1);
+        self.round_ended.notify_all();
+    }
+
+    /// Waits until a file was sealed or made ready since `seen`.
+    fn await_round(&self, seen: u64) {
+        // The sealing thread ends before the last records are written.
+        if self.inline || lock(&self.background).closed {
+            self.background_round();
+            return;
+        }
+        self.ask_background();
+        let rounds = lock(&self.rounds);
+        // Whether it ended or time passed, the commit is tried again.
+        drop(
+            self.round_ended
+                .wait_timeout_while(rounds, ROUND_PATIENCE, |now| *now == seen),
+        );
+    }
+
+    /// Evicts for an append that finds no room.
+    fn make_room(&self) {
+        self.beside(|| {
+            let freed = self.evict().unwrap_or(false);
+            self.with_core(|core| core.made_room(freed));
+        });
+    }
+
+    fn background_round(&self) {
+        self.beside(|| {
+            // A failure is noted in the core, which answers for it.
+            let _ = self.seal_waiting(false);
+            self.provide_spare();
+        });
+    }
+
+    fn ask_background(&self) {
+        let mut background = lock(&self.background);
+        if !background.asked {
+            background.asked = true;
+            self.background_asked.notify_one();
         }
     }
 
-    /// The body of the commit thread.
-    fn run(&self, prepare: &mpsc::SyncSender<u64>) {
-        let mut batch = VecDeque::new();
+    /// The body of the sealing thread.
+    fn run_background(&self) {
+        // On Linux the priority is the thread's own: commits go first where cores are few.
+        if let Err(error) = rustix::process::setpriority_process(None, SEAL_NICE) {
+            tracing::debug!(%error, "sealing runs with the priority of commits");
+        }
         loop {
             {
-                let mut queue = lock(&self.queue);
-                while queue.waiting.is_empty() && !queue.closed {
-                    queue = self
-                        .arrived
-                        .wait(queue)
+                let mut background = lock(&self.background);
+                while !background.asked && !background.closed {
+                    background = self
+                        .background_asked
+                        .wait(background)
                         .unwrap_or_else(PoisonError::into_inner);
                 }
-                if queue.waiting.is_empty() {
-                    break;
+                if background.closed {
+                    return;
                 }
-                std::mem::swap(&mut queue.waiting, &mut batch);
-                queue.bytes = 0;
+                background.asked = false;
             }
-            while !batch.is_empty() {
-                let (settled, plan) = self.with_core(|core| {
-                    let settled = core.commit(&mut batch);
-                    (settled, core.plan_preparation())
-                });
-                for one in settled {
-                    guard("append", || one.tell());
+            // Ready first: a commit that finds no next file waits for it.
+            self.beside(|| self.provide_spare());
+            self.background_round();
+        }
+    }
+
+    /// Seals what waits, oldest first. Gives the last segment.
+    fn seal_waiting(&self, latched_too: bool) -> Result<Option<SegmentRef>, LogError> {
+        let mut last = None;
+        while let Some(job) = self.with_core(|core| core.next_job(latched_too)) {
+            match job.run() {
+                Ok(reference) => {
+                    self.with_core(|core| core.sealed(&reference));
+                    last = Some(reference);
+                    self.dismiss_served();
                 }
-                self.with_core(|core| {
-                    core.sign_head();
-                });
-                if let Some(bytes) = plan {
-                    // If the helper is busy, it is asked again after the next batch.
-                    let _ = prepare.try_send(bytes);
+                Err(error) => {
+                    let copy = error.clone();
+                    self.with_core(|core| core.seal_failed(error));
+                    return Err(copy);
+                }
+            }
+            self.end_round();
+        }
+        Ok(last)
+    }
+
+    /// Makes the state durable, then uses again or removes the files that have served.
+    fn dismiss_served(&self) {
+        let (snapshot, served) = self.with_core(Core::take_served);
+        if let Err(error) = self.state_file.write(&snapshot) {
+            tracing::warn!(%error, "cannot store the state of the log");
+            self.with_core(|core| {
+                core.keep_served(served);
+                core.state_failed(error);
+            });
+            return;
+        }
+        for file in served {
+            let recycled = self
+                .with_core(|core| core.wants_recycled(&file))
+                .then(|| self.root.restage(&file.path));
+            match recycled {
+                Some(Ok(staged)) => self.with_core(|core| {
+                    core.keep_recycled(Recycled {
+                        staged,
+                        file_bytes: file.file_bytes,
+                    });
+                }),
+                Some(Err(_)) | None => {
+                    if self.root.remove(&file.path).is_err() {
+                        self.with_core(|core| core.leave(file.path));
+                    }
                 }
             }
         }
-        self.with_core(Core::close);
+    }
+
+    /// Makes the next file ready under its name.
+    fn provide_spare(&self) {
+        if let Some(plan) = self.with_core(Core::plan_spare) {
+            let made = plan.run(&self.root);
+            self.with_core(|core| core.keep_spare(made));
+            self.end_round();
+        }
+    }
+
+    /// Evicts while there is something to evict and room is asked for. Tells whether anything went.
+    fn evict(&self) -> Result<bool, LogError> {
+        let mut freed = false;
+        while let Some(eviction) = self.with_core(Core::plan_eviction) {
+            let outcome = eviction.run(&self.store, &self.state_file);
+            self.with_core(|core| core.evicted(eviction, outcome))?;
+            freed = true;
+        }
+        Ok(freed)
+    }
+
+    fn reclaim(&self) {
+        self.beside(|| {
+            // A failure is noted in the core, which answers for it.
+            let _ = self.evict();
+            self.with_core(Core::resume_service);
+        });
+    }
+
+    // ---- signatures -----------------------------------------------------------------------------
+
+    fn wake_signer(&self) {
+        self.heads.fetch_add(1, Ordering::SeqCst);
+        if self.signer_sleeps.load(Ordering::SeqCst) {
+            let _ = futex::wake(&self.heads, Flags::PRIVATE, 1);
+        }
+    }
+
+    /// The body of the signing thread: signs the newest head, beside the next commit.
+    fn run_signer(&self) {
+        loop {
+            let seen = self.heads.load(Ordering::Acquire);
+            self.sign_newest();
+            if self.closing.load(Ordering::SeqCst) {
+                return;
+            }
+            self.signer_sleeps.store(true, Ordering::SeqCst);
+            let _ = futex::wait(&self.heads, Flags::PRIVATE, seen, None);
+            self.signer_sleeps.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Signs the newest head unless that was done. Gives it with its signature.
+    fn sign_newest(&self) -> (Checkpoint, [u8; 64]) {
+        let (head, batch) = {
+            let view = lock(&self.view);
+            (view.head.clone(), view.batches)
+        };
+        {
+            let signed = lock(&self.signed);
+            if signed.size == head.size {
+                return (head, signed.signature);
+            }
+        }
+        let signature = self.key.sign(head.text().as_bytes());
+        let mut signed = lock(&self.signed);
+        if head.size > signed.size {
+            *signed = Signed {
+                size: head.size,
+                signature,
+                batch,
+            };
+        }
+        (head, signature)
     }
 }
+
+/// What the priority of sealing is lowered to.
+const SEAL_NICE: i32 = 5;
 
 /// A caller's callback must not take the log's thread with it.
 fn guard(what: &str, callback: impl FnOnce()) {
@@ -314,8 +763,6 @@ fn guard(what: &str, callback: impl FnOnce()) {
 pub struct AuditLog {
     inner: Arc<Inner>,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    /// No threads: every step runs on the caller's, so that a run can be replayed.
-    inline: bool,
 }
 
 impl fmt::Debug for AuditLog {
@@ -325,8 +772,9 @@ impl fmt::Debug for AuditLog {
 }
 
 impl AuditLog {
-    /// Opens the log of a root: reads or makes the log key, recovers the active file, opens a new
-    /// incarnation where it must (ruling 8), has the key endorsed, and starts the commit thread.
+    /// Opens the log of a root: reads or makes the log key, recovers the log files, opens a new
+    /// incarnation where it must (ruling 8), has the key endorsed, and starts the threads: one that
+    /// commits for those that must not wait for the disk, one that signs heads, one that seals.
     ///
     /// # Errors
     /// [`LogError`]: configuration, key, endorsement, root, store, or a disk that fails.
@@ -336,42 +784,35 @@ impl AuditLog {
         config: LogConfig,
         endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
     ) -> Result<(Arc<Self>, Recovery), LogError> {
-        let (inner, recovery) = Self::open_core(root, store, config, endorse)?;
-        let (asks, asked) = mpsc::sync_channel::<u64>(1);
-        let start = |name: &str, body: Box<dyn FnOnce() + Send>| {
+        let (inner, recovery) = Self::open_core(root, store, config, endorse, false)?;
+        let start = |name: &str, body: fn(&Inner)| {
+            let inner = Arc::clone(&inner);
             std::thread::Builder::new()
                 .name(name.to_owned())
-                .spawn(body)
+                .spawn(move || body(&inner))
                 .map_err(|e| LogError::Thread(e.to_string()))
         };
-        let helper = Arc::clone(&inner);
-        let prepare = start(
-            "tidelock-prepare",
-            Box::new(move || {
-                for bytes in asked {
-                    let made: Result<Prepared, _> = Core::prepare(&helper.root, bytes);
-                    match made {
-                        Ok(prepared) => helper.with_core(|core| core.keep_prepared(prepared)),
-                        // Then the next file is made when it is needed.
-                        Err(error) => tracing::debug!(%error, "cannot prepare the next log file"),
-                    }
-                }
-            }),
-        )?;
-        let worker = Arc::clone(&inner);
-        let commit = start("tidelock-log", Box::new(move || worker.run(&asks)))?;
-        Ok((
-            Arc::new(Self {
-                inner,
-                threads: Mutex::new(vec![commit, prepare]),
-                inline: false,
-            }),
-            recovery,
-        ))
+        let log = Arc::new(Self {
+            threads: Mutex::default(),
+            inner: Arc::clone(&inner),
+        });
+        for (name, body) in [
+            ("tidelock-log", Inner::run as fn(&Inner)),
+            ("tidelock-sign", Inner::run_signer),
+            ("tidelock-seal", Inner::run_background),
+        ] {
+            let thread = start(name, body)?;
+            lock(&log.threads).push(thread);
+        }
+        if inner.with_core(|core| core.has_work()) {
+            inner.ask_background();
+        }
+        Ok((log, recovery))
     }
 
-    /// Like [`AuditLog::open`], without any thread: `submit` commits before it returns and nothing is
-    /// prepared ahead. With a simulated disk a run is then a function of its inputs alone.
+    /// Like [`AuditLog::open`], without any thread: `submit` commits before it returns, and sealing and
+    /// making the next file ready happen on the spot. With a simulated disk a run is then a function of
+    /// its inputs alone.
     ///
     /// # Errors
     /// As [`AuditLog::open`].
@@ -381,11 +822,13 @@ impl AuditLog {
         config: LogConfig,
         endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
     ) -> Result<(Arc<Self>, Recovery), LogError> {
-        let (inner, recovery) = Self::open_core(root, store, config, endorse)?;
+        let (inner, recovery) = Self::open_core(root, store, config, endorse, true)?;
+        if inner.with_core(|core| core.has_work()) {
+            inner.background_round();
+        }
         let log = Self {
             inner,
             threads: Mutex::default(),
-            inline: true,
         };
         Ok((Arc::new(log), recovery))
     }
@@ -395,6 +838,7 @@ impl AuditLog {
         store: Arc<Store>,
         config: LogConfig,
         endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
+        inline: bool,
     ) -> Result<(Arc<Inner>, Recovery), LogError> {
         let (core, recovery) = Core::open(
             Arc::clone(&root),
@@ -404,20 +848,34 @@ impl AuditLog {
         )?;
         let inner = Arc::new(Inner {
             view: Mutex::new(core.view()),
+            signed: Arc::clone(core.signed()),
+            state_file: Arc::clone(core.state_file()),
             key: Arc::clone(core.key()),
             core: Mutex::new(core),
             queue: Mutex::default(),
+            queued: AtomicUsize::new(0),
+            about: AtomicUsize::new(0),
             arrived: Condvar::new(),
+            sealing: Mutex::new(()),
+            rounds: Mutex::new(0),
+            round_ended: Condvar::new(),
+            background: Mutex::default(),
+            background_asked: Condvar::new(),
+            heads: AtomicU32::new(0),
+            signer_sleeps: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             on_seal: Mutex::default(),
-            root,
             store,
+            root,
             config,
+            inline,
         });
         Ok((inner, recovery))
     }
 
-    /// Queues a record. `done` is called once, on the log's thread, when it is durable or refused; it
-    /// must not block. It may be called before this returns when the record is refused at once.
+    /// Queues a record. `done` is called once, on the thread that commits it, when it is durable or
+    /// refused; it must not block. It may be called before this returns when the record is refused at
+    /// once.
     pub fn submit(
         &self,
         class: RecordClass,
@@ -427,31 +885,49 @@ impl AuditLog {
         if bytes.is_empty() || bytes.len() > MAX_RECORD_BYTES {
             return done(Err(AppendError::TooLarge));
         }
-        let mut queue = lock(&self.inner.queue);
-        if queue.closed {
-            drop(queue);
-            return done(Err(AppendError::Unavailable(
-                "the log is closed".to_owned(),
-            )));
-        }
-        // INV-07: bounded in records and in bytes.
-        let bytes_after = queue.bytes.saturating_add(bytes.len());
-        if queue.waiting.len() >= MAX_QUEUE_RECORDS || bytes_after > MAX_QUEUE_BYTES {
-            drop(queue);
-            return done(Err(AppendError::QueueFull));
-        }
-        let idle = queue.waiting.is_empty();
-        queue.bytes = bytes_after;
-        queue.waiting.push_back(Pending { class, bytes, done });
+        let inner = &self.inner;
+        let leaf = leaf_hash(&bytes);
+        let mut queue = lock(&inner.queue);
+        let led = queue.led;
+        let first = queue.waiting.is_empty();
+        let admitted = inner.admit(&mut queue, class, bytes, leaf, To::Call(done));
         drop(queue);
-        if self.inline {
-            self.inner.drain();
-        } else if idle {
-            self.inner.arrived.notify_one();
+        match admitted {
+            Err((error, To::Call(done))) => done(Err(error)),
+            Err((_, To::Slot(_))) => {}
+            Ok(()) if inner.inline => inner.drain(),
+            Ok(()) => {
+                if first && !led {
+                    inner.arrived.notify_one();
+                }
+            }
         }
     }
 
-    /// Appends a record and waits for it.
+    /// Appends a record and waits for it as long as the disk takes. If nobody is committing, the caller
+    /// does it on its own thread, for all that wait; else it shares the next batch.
+    ///
+    /// # Errors
+    /// [`AppendError`].
+    pub fn append(&self, class: RecordClass, bytes: Vec<u8>) -> Result<Appended, AppendError> {
+        let inner = &self.inner;
+        let (group, slot, mut leads) = inner.join(class, bytes, true)?;
+        loop {
+            if leads {
+                inner.lead_own();
+                if let Some(fate) = group.fate(slot) {
+                    return fate;
+                }
+            }
+            match group.wait(slot) {
+                Woken::Settled(fate) => return fate,
+                Woken::Lead => leads = inner.try_lead(&group),
+                Woken::TimedOut => leads = false,
+            }
+        }
+    }
+
+    /// Appends a record and waits for it, at most this long whatever the disk does.
     ///
     /// # Errors
     /// [`AppendError`]; after the timeout it is [`AppendError::Unavailable`], and whether the record
@@ -462,17 +938,16 @@ impl AuditLog {
         bytes: Vec<u8>,
         timeout: Duration,
     ) -> Result<Appended, AppendError> {
-        let (sender, receiver) = mpsc::sync_channel(1);
-        let done = move |result| {
-            // The receiver may have given up.
-            let _ = sender.try_send(result);
-        };
-        self.submit(class, bytes, Box::new(done));
-        receiver.recv_timeout(timeout).unwrap_or_else(|_| {
-            Err(AppendError::Unavailable(
+        if self.inner.inline {
+            return self.append(class, bytes);
+        }
+        let (group, slot, _) = self.inner.join(class, bytes, false)?;
+        match group.wait_timeout(slot, timeout) {
+            Woken::Settled(fate) => fate,
+            Woken::Lead | Woken::TimedOut => Err(AppendError::Unavailable(
                 "the record was not durable in time".to_owned(),
-            ))
-        })
+            )),
+        }
     }
 
     /// Seals the active file into a segment; `None` if it holds no record.
@@ -480,19 +955,38 @@ impl AuditLog {
     /// # Errors
     /// [`LogError`]; a disk fault latches the log.
     pub fn seal_now(&self) -> Result<Option<SegmentRef>, LogError> {
-        self.inner.with_core(Core::seal)
+        let inner = &self.inner;
+        inner.beside(|| {
+            inner.with_core(Core::rotate_now)?;
+            let sealed = inner.seal_waiting(false)?;
+            inner.provide_spare();
+            Ok(sealed)
+        })
     }
 
     /// Does what time asks for: seals by age, evicts, opens the log again after a want of room, and
     /// notices a log file that somebody removed. To be called about once a second.
     pub fn tick(&self, now_unix_ms: u64) {
-        self.inner.with_core(|core| core.tick(now_unix_ms));
+        let inner = &self.inner;
+        if inner.with_core(|core| core.tick(now_unix_ms))
+            && let Err(error) = self.seal_now()
+        {
+            tracing::warn!(%error, "cannot seal by age");
+        }
+        let (waits, served) = inner.with_core(|core| (core.has_work(), core.has_served()));
+        if served {
+            inner.beside(|| inner.dismiss_served());
+        }
+        if waits {
+            inner.background_round();
+        }
+        inner.reclaim();
     }
 
     /// Evicts what the ladder asks for and receipts license, and accepts decisions again if there is
     /// room. To be called when a licence arrives or the ceiling changes.
     pub fn reclaim(&self) {
-        self.inner.with_core(Core::reclaim);
+        self.inner.reclaim();
     }
 
     /// Keeps a receipt (see [`Store::put_receipt`]) and evicts what it licenses, if room is wanted.
@@ -543,7 +1037,17 @@ impl AuditLog {
     /// # Errors
     /// [`LogError`] if the disk still refuses; the log stays latched.
     pub fn reopen(&self) -> Result<(), LogError> {
-        self.inner.with_core(Core::reopen)
+        let inner = &self.inner;
+        inner.beside(|| {
+            if inner.store.latched().is_some() {
+                inner.store.reopen()?;
+            }
+            let Some((reason, device)) = inner.with_core(Core::begin_reopen) else {
+                return Ok(());
+            };
+            inner.seal_waiting(true)?;
+            inner.with_core(|core| core.finish_reopen(&reason, device))
+        })
     }
 
     /// Why the log is latched, if it is.
@@ -594,21 +1098,11 @@ impl AuditLog {
     /// The signed checkpoint over all durable records.
     #[must_use]
     pub fn checkpoint(&self) -> String {
-        let key = self.inner.key.public();
-        {
-            let view = lock(&self.inner.view);
-            if let Some(signature) = &view.head_signature {
-                return view.head.with_signature(&key, signature);
-            }
-        }
-        // A batch has just become durable.
-        self.inner.with_core(|core| {
-            let signature = core.sign_head();
-            core.head().with_signature(&key, &signature)
-        })
+        let (head, signature) = self.inner.sign_newest();
+        head.with_signature(&self.inner.key.public(), &signature)
     }
 
-    /// Sets what is called after each seal, on the thread that sealed.
+    /// Sets what is called after each seal, on the thread that sealed: it must not append and wait.
     pub fn on_seal(&self, callback: Box<dyn Fn(SegmentRef) + Send + Sync>) {
         *lock(&self.inner.on_seal) = Some(Arc::new(callback));
     }
@@ -626,6 +1120,8 @@ impl AuditLog {
             next_sequence: view.next_sequence,
             min_index: view.min_index,
             active_bytes: view.active_bytes,
+            unsealed_files: view.unsealed_files,
+            signed_size: lock(&self.inner.signed).size,
             batches: view.batches,
             at_capacity: view.starved,
             refused_at_capacity: view.refused_at_capacity,
@@ -636,11 +1132,17 @@ impl AuditLog {
     /// Writes what waits and ends the log's threads. Appends after it are refused. Dropping the log
     /// does the same.
     pub fn close(&self) {
-        let was_closed = std::mem::replace(&mut lock(&self.inner.queue).closed, true);
-        if self.inline && !was_closed {
-            self.inner.with_core(Core::close);
+        let inner = &self.inner;
+        let was_closed = std::mem::replace(&mut lock(&inner.queue).closed, true);
+        if was_closed {
+            return;
         }
-        self.inner.arrived.notify_all();
+        inner.closing.store(true, Ordering::SeqCst);
+        inner.arrived.notify_all();
+        lock(&inner.background).closed = true;
+        inner.background_asked.notify_all();
+        inner.heads.fetch_add(1, Ordering::SeqCst);
+        let _ = futex::wake(&inner.heads, Flags::PRIVATE, 1);
         let threads = std::mem::take(&mut *lock(&self.threads));
         let own = std::thread::current().id();
         for thread in threads {
@@ -649,6 +1151,7 @@ impl AuditLog {
                 tracing::error!("a thread of the audit log panicked");
             }
         }
+        inner.with_core(Core::close);
     }
 }
 

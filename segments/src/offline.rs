@@ -20,12 +20,12 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::crypt::KeyUnwrap;
 use crate::disk::{self, Disk, DiskError, DiskFault, DiskFile, OpenMode};
 use crate::format::{self, FormatError, SegmentRef, VerifiedSegment, verify_segment};
+use crate::frame::{self, LogHeader};
 use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId};
 use crate::keys::Endorsement;
 use crate::limits::{MAX_LOG_FILE_BYTES, MAX_SEGMENT_BYTES};
 use crate::log::{LogState, STATE_PATH};
 use crate::receipt::CustodyReceipt;
-use crate::record::{self, Frame, LogHeader};
 use crate::root::list_dir;
 use crate::store::RECEIPTS_DIR;
 use crate::store::receipts::{self, MAX_RECEIPTS_FILE_BYTES};
@@ -179,6 +179,8 @@ pub struct OwnLog {
     pub incarnation: u64,
     /// Segments with a lower sequence are sealed. More may be: the file is not written with each seal.
     pub sealed_below: u64,
+    /// The last of them that the state file knows.
+    pub last_sealed: Option<SegmentId>,
     /// For each own log: records below this index were evicted under licence.
     pub min_index: Vec<(Origin, u64)>,
 }
@@ -490,6 +492,7 @@ impl<'d> Offline<'d> {
             origin: state.origin,
             incarnation: state.incarnation,
             sealed_below: state.sealed.next_sequence,
+            last_sealed: state.sealed.prev,
             min_index: state
                 .cursors
                 .into_iter()
@@ -529,10 +532,10 @@ impl<'d> Offline<'d> {
         let line = checkpoint::origin_line(&self.domain, origin).unwrap_or_default();
         let mut out = Vec::new();
         for (file, header, bytes) in self.log_bytes(origin)? {
-            let Ok(scan) = record::scan(&bytes, &header, &line) else {
+            let Ok(scan) = frame::scan(&bytes, &header, &line) else {
                 continue;
             };
-            let checkpoint = scan.last_mark.map(|mark| {
+            let checkpoint = scan.signed.map(|mark| {
                 let head = Checkpoint {
                     origin_line: line.clone(),
                     size: mark.size,
@@ -561,9 +564,10 @@ impl<'d> Offline<'d> {
     /// [`OfflineError`].
     pub fn log_size(&self, own: &OwnLog) -> Result<u64, OfflineError> {
         let active = self.log_bytes(&own.origin)?;
-        let ends = active
-            .iter()
-            .map(|(_, header, bytes)| header.first_index + frames(bytes, header).count() as u64);
+        let ends = active.iter().map(|(_, header, bytes)| {
+            let records = log_records(header, bytes);
+            header.first_index + body::iter_records(&records).count() as u64
+        });
         match ends.max() {
             Some(end) => Ok(end),
             None => Ok(self
@@ -652,12 +656,11 @@ impl<'d> Offline<'d> {
         let active = self.log_bytes(&own.origin)?;
         let own = self.own_log()?.unwrap_or(own);
         reading.next = reading.next.max(own.min_index(&own.origin));
-        let first = active.first().map(|(_, header, _)| header);
-        let end = first.map_or(u64::MAX, |header| header.first_index);
+        let end = active
+            .first()
+            .map_or(u64::MAX, |(_, header, _)| header.first_index);
         if reading.next < end {
-            let newest = first
-                .and_then(|header| header.prev)
-                .map(|id| (id, reading.next));
+            let newest = own.last_sealed.map(|id| (id, reading.next));
             for (id, span) in self.chain_before(&own.origin, end, newest)? {
                 if span.last < reading.next {
                     continue;
@@ -673,14 +676,12 @@ impl<'d> Offline<'d> {
                 }
             }
         }
+        let line = checkpoint::origin_line(&self.domain, &own.origin).unwrap_or_default();
         for (_, header, bytes) in active {
-            for (index, record) in (header.first_index..).zip(frames(&bytes, &header)) {
+            let scan = frame::scan(&bytes, &header, &line)
+                .map_err(|_| OfflineError::Unreadable(reading.next))?;
+            for (index, record) in (header.first_index..).zip(body::iter_records(&scan.records)) {
                 reading.give(index, record)?;
-            }
-            // What a mark attests was acknowledged: a log that ends before it is damaged.
-            let whole = frames_end(&bytes, &header);
-            if record::mark_after(&bytes, header.salt(), whole).is_some() {
-                return Err(OfflineError::Unreadable(reading.next));
             }
         }
         Ok(())
@@ -722,38 +723,9 @@ impl Reading<'_> {
     }
 }
 
-/// Walks the valid frames of a log file.
-struct Frames<'a> {
-    bytes: &'a [u8],
-    salt: u32,
-    at: usize,
-}
-
-impl<'a> Iterator for Frames<'a> {
-    type Item = &'a [u8];
-
-    fn next(&mut self) -> Option<&'a [u8]> {
-        loop {
-            let (frame, next) = record::read_frame(self.bytes, self.salt, 0, self.at)?;
-            self.at = next;
-            if let Frame::Record(record) = frame {
-                return Some(record);
-            }
-        }
-    }
-}
-
-fn frames<'a>(bytes: &'a [u8], header: &LogHeader) -> Frames<'a> {
-    Frames {
-        bytes,
-        salt: header.salt(),
-        at: usize::try_from(crate::limits::LOG_HEADER_BYTES).unwrap_or(usize::MAX),
-    }
-}
-
-/// The offset after the last valid frame.
-fn frames_end(bytes: &[u8], header: &LogHeader) -> usize {
-    let mut frames = frames(bytes, header);
-    while frames.next().is_some() {}
-    frames.at
+/// The whole records of a log file, as `length | bytes`; none of one that is damaged, which
+/// [`Offline::fsck`] reports.
+fn log_records(header: &LogHeader, bytes: &[u8]) -> Vec<u8> {
+    let line = checkpoint::origin_line(&header.domain, &header.origin).unwrap_or_default();
+    frame::scan(bytes, header, &line).map_or_else(|_| Vec::new(), |scan| scan.records)
 }

@@ -810,6 +810,30 @@ impl Root {
             len,
         })
     }
+
+    /// Takes a file that has served from its place, to be given another name: its blocks stay
+    /// allocated and charged. What is in it is stale.
+    pub(crate) fn restage(self: &Arc<Self>, rel: &str) -> Result<Staged, RootError> {
+        let reservation = self
+            .ledger
+            .reserve(self.slack().saturating_mul(2), Charge::Normal)?;
+        let from = self.absolute(rel)?;
+        let file = self.disk.open(&from, OpenMode::ReadWrite)?;
+        let stat = file.stat()?;
+        let number = self.next_temp.fetch_add(1, Ordering::Relaxed);
+        let temp = format!("{TMP}/{number}");
+        self.disk.rename(&from, &self.absolute(&temp)?)?;
+        Ok(Staged {
+            root: Arc::clone(self),
+            file: Some(file),
+            temp: Some(temp),
+            rel: rel.to_owned(),
+            charge: Charge::Normal,
+            reservation: Some(reservation),
+            booked: stat.allocated_bytes,
+            len: stat.len,
+        })
+    }
 }
 
 /// What a walk adds up.
@@ -996,8 +1020,13 @@ impl Staged {
         self.temp = None;
         root.ledger.freed(replaced, Charge::Normal);
         root.disk.sync_dir(to.parent().unwrap_or(&root.path))?;
-        root.book_dir(TMP)?;
-        root.book_dir(parent_of(&self.rel))?;
+        // It has its name, durably. An error from here on would say that it has not, and whoever then
+        // goes on as before writes the same place of a log twice.
+        for dir in [TMP, parent_of(&self.rel)] {
+            if let Err(error) = root.book_dir(dir) {
+                tracing::warn!(%error, dir, "cannot measure a directory; the next write in it does");
+            }
+        }
         Ok(Published { file, allocated })
     }
 }

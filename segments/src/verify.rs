@@ -20,12 +20,12 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::crypt::KeyUnwrap;
 use crate::disk::{self, Disk, DiskError, DiskFault, OpenMode};
 use crate::format::{self, VerifiedSegment, verify_segment};
+use crate::frame::{self, LogHeader};
 use crate::id::{DomainId, Origin, SegmentId, Sha256Hash};
 use crate::keys::LogPublicKey;
 use crate::limits::{MAX_LOG_FILE_BYTES, MAX_SEGMENT_BYTES};
-use crate::log::{LogState, STATE_PATH};
+use crate::log::{LogState, STATE_PATH, parse_name};
 use crate::merkle::{Frontier, leaf_hash};
-use crate::record::{self, LogHeader};
 use crate::root::{QUARANTINE, list_dir};
 
 /// How often a changing root is read again before its state is taken as it is.
@@ -268,8 +268,8 @@ fn sizes_seen(seen: &[(Checkpoint, &str)], line: &str) -> Vec<u64> {
 struct Known {
     key: Option<LogPublicKey>,
     roots: BTreeMap<u64, Sha256Hash>,
-    /// Id, size and root before the first record, of the sealed segments by sequence.
-    sealed: BTreeMap<u64, (SegmentId, (u64, Sha256Hash))>,
+    /// Size and root before the first record, of the sealed segments by sequence.
+    sealed: BTreeMap<u64, (u64, Sha256Hash)>,
 }
 
 impl Known {
@@ -370,7 +370,7 @@ fn verify_once(
             Some(Ok((origin, sequence, link, _))) => {
                 let known = known.entry(origin.clone()).or_default();
                 known.key = Some(link.key);
-                known.sealed.insert(sequence, (link.id, link.before));
+                known.sealed.insert(sequence, link.before);
                 known
                     .roots
                     .extend(link.roots.iter().copied().chain([link.before, link.after]));
@@ -413,13 +413,9 @@ fn verify_once(
         })
         .collect();
     // In the order of their sequence: several may wait to be sealed.
-    let mut active: Vec<(Vec<u64>, String)> = list_dir(disk, &root.join("log"))?
+    let mut active: Vec<((u64, u64), String)> = list_dir(disk, &root.join("log"))?
         .into_iter()
-        .filter_map(|name| {
-            let numbers = name.strip_suffix(".log")?.split('-');
-            let order = numbers.map(|n| n.parse().unwrap_or(u64::MAX)).collect();
-            Some((order, format!("log/{name}")))
-        })
+        .filter_map(|name| Some((parse_name(&name)?, format!("log/{name}"))))
         .collect();
     active.sort();
     for (_, file) in active {
@@ -430,6 +426,10 @@ fn verify_once(
             file: file.clone(),
             reason,
         };
+        if frame::was_not_begun(&bytes) {
+            // Made ready for later; nothing was ever written to it.
+            continue;
+        }
         let header = match LogHeader::decode(&bytes) {
             Ok(header) => header,
             Err(error) => {
@@ -638,7 +638,7 @@ fn add_active(
         return Err(format!("it belongs to domain {}", header.domain));
     }
     let before = header.tree().map_err(|e| e.to_string())?;
-    if let Some((_, start)) = known.sealed.get(&header.sequence) {
+    if let Some(start) = known.sealed.get(&header.sequence) {
         // Sealed a moment ago, or a crash came before its removal: everything in it was read above.
         return match *start == (before.size(), before.root()) {
             true => Ok(()),
@@ -648,14 +648,8 @@ fn add_active(
     if header.first_index < report.size {
         return Err("it begins inside what is sealed".to_owned());
     }
-    let last = header.sequence.checked_sub(1);
-    if let Some((id, _)) = last.and_then(|last| known.sealed.get(&last))
-        && header.prev != Some(*id)
-    {
-        return Err("it does not link to the last sealed segment".to_owned());
-    }
     let line = checkpoint::origin_line(domain, &header.origin).unwrap_or_default();
-    let scan = record::scan(bytes, header, &line).map_err(|e| e.to_string())?;
+    let scan = frame::scan(bytes, header, &line).map_err(|e| e.to_string())?;
     if header.first_index == report.size && before.root() != report.root {
         return Err("it does not begin with the tree of the sealed segments".to_owned());
     }
@@ -663,7 +657,7 @@ fn add_active(
     known.key = Some(header.log_key);
     let sizes = sizes_seen(seen, &line);
     let mut tree = before;
-    for record in record::iter_records(&scan.records).take_while(|_| !sizes.is_empty()) {
+    for record in body::iter_records(&scan.records).take_while(|_| !sizes.is_empty()) {
         tree.append(leaf_hash(record));
         if sizes.contains(&tree.size()) {
             known.roots.insert(tree.size(), tree.root());
@@ -675,7 +669,7 @@ fn add_active(
     report.torn_bytes += scan.torn_bytes;
     report.size = scan.tree.size();
     report.root = scan.tree.root();
-    if let Some(mark) = scan.last_mark {
+    if let Some(mark) = scan.signed {
         let head = Checkpoint {
             origin_line: line,
             size: mark.size,

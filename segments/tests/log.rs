@@ -133,6 +133,11 @@ fn sealing_by_size_links_segments_and_keeps_every_record() {
     for _ in 0..60 {
         n.append(&record).unwrap();
     }
+    n.wait_sealed();
+    // The callback comes after the segment.
+    while (sealed.lock().unwrap().len() as u64) < n.log.stat().next_sequence {
+        std::thread::yield_now();
+    }
     let sealed = sealed.lock().unwrap().clone();
     assert!(sealed.len() >= 4, "{}", sealed.len());
     for (i, pair) in sealed.windows(2).enumerate() {
@@ -279,7 +284,7 @@ fn damage_below_a_mark_is_no_torn_tail() {
     for i in 0..4 {
         n.append(format!("record {i}").as_bytes()).unwrap();
     }
-    let (origin, size) = (n.log.origin(), n.log.size());
+    let (origin, size, root) = (n.log.origin(), n.log.size(), n.log.stat().root);
     drop(n);
     let path = active_file(&disk);
     let at = disk
@@ -305,6 +310,13 @@ fn damage_below_a_mark_is_no_torn_tail() {
     let first: serde_json::Value = serde_json::from_slice(&n.records()[0].1).unwrap();
     assert_eq!(first["type"], "incarnation");
     assert_eq!(first["previous_origin"], origin.as_str());
+    // Ruling 7: the highest head of the log before is named, as far as the marks still tell of it.
+    let head = &first["previous_head"];
+    assert_eq!(head["origin"], origin.as_str());
+    assert_eq!(
+        (head["size"].as_u64(), head["root"].as_str()),
+        (Some(size), Some(root.to_string().as_str()))
+    );
     // Nothing was deleted.
     assert!(
         disk.content(&Path::new(ROOT).join("quarantine/log-1-0.log"))
@@ -848,4 +860,322 @@ fn tail_reaches_into_sealed_segments() {
     for count in 0..all.len() {
         assert_eq!(n.log.tail(count).unwrap(), all[all.len() - count..]);
     }
+}
+
+/// The JSON records of one type.
+fn events(n: &Node, wanted: &str) -> Vec<serde_json::Value> {
+    n.records()
+        .iter()
+        .filter_map(|(_, record)| serde_json::from_slice::<serde_json::Value>(record).ok())
+        .filter(|event| event["type"] == wanted)
+        .collect()
+}
+
+#[test]
+fn writers_of_all_kinds_share_a_log_while_files_are_sealed() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    let before = n.log.size();
+    let indexes = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for thread in 0..12u32 {
+            let (log, indexes) = (&n.log, &indexes);
+            scope.spawn(move || {
+                for i in 0..60u32 {
+                    let record = vec![b'a' + u8::try_from(thread).unwrap(); 3000 + i as usize];
+                    let appended = match thread % 3 {
+                        0 => log.append_wait(RecordClass::Decision, record.clone(), LONG),
+                        1 => log.append(RecordClass::Decision, record.clone()),
+                        _ => {
+                            let (sender, receiver) = mpsc::channel();
+                            let done = move |result| sender.send(result).unwrap();
+                            log.submit(RecordClass::Decision, record.clone(), Box::new(done));
+                            receiver.recv_timeout(LONG).unwrap()
+                        }
+                    }
+                    .unwrap();
+                    assert_eq!(appended.leaf, merkle::leaf_hash(&record));
+                    indexes.lock().unwrap().push((appended.index, record));
+                }
+            });
+        }
+    });
+    let mut indexes = indexes.into_inner().unwrap();
+    indexes.sort();
+    assert_eq!(indexes.len(), 720);
+    let held = n.records();
+    for (at, (index, record)) in (before..).zip(&indexes) {
+        assert_eq!(*index, at);
+        assert_eq!(held[usize::try_from(at).unwrap()], (at, record.clone()));
+    }
+    let stat = n.log.stat();
+    assert!(stat.next_sequence > 5, "{stat:?}");
+    assert!(stat.unsealed_files <= tidelock_segments::limits::MAX_UNSEALED_FILES);
+    n.log.close();
+    n.assert_ledger();
+    assert!(verify(&disk).ok);
+    drop(n);
+    assert_eq!(settings.sim(&disk).records(), held);
+}
+
+#[test]
+fn inv_07_unsealed_files_are_bounded_and_survive_a_crash_in_order() {
+    let disk = SimDisk::new();
+    let settings = Settings::default();
+    let n = settings.sim(&disk);
+    let (hold, held) = mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    // The first seal holds the sealing thread, so that the rest has to wait.
+    n.log.on_seal(Box::new(move |_| {
+        let _ = held.lock().unwrap().recv_timeout(LONG);
+    }));
+    let record = |i: usize| format!("{i:06}").into_bytes().repeat(1000);
+    let mut acknowledged = Vec::new();
+    let timeout = std::time::Duration::from_millis(250);
+    let refused = loop {
+        let bytes = record(acknowledged.len());
+        let start = std::time::Instant::now();
+        match n.log.append_wait(RecordClass::Decision, bytes, timeout) {
+            Ok(appended) => acknowledged.push(appended.index),
+            Err(error) => {
+                assert!(start.elapsed() < 40 * timeout);
+                break error;
+            }
+        }
+        assert!(acknowledged.len() < 1000);
+    };
+    assert!(matches!(refused, AppendError::Unavailable(_)), "{refused}");
+    assert_eq!(
+        n.log.stat().unsealed_files,
+        tidelock_segments::limits::MAX_UNSEALED_FILES - 1,
+        "full ones; there is no active file"
+    );
+    let unsealed = n.log.stat().records - n.log.stat().sealed_records;
+    assert!(unsealed > 50, "{unsealed}");
+    // The power goes.
+    disk.crash_at_call(disk.calls() + 1);
+    drop(hold);
+    drop(n);
+    disk.crash(Survival::None);
+    let n = settings.sim(&disk);
+    assert_eq!(n.recovery.new_incarnation, None, "{:?}", n.recovery);
+    let records = n.records();
+    for (i, index) in acknowledged.iter().enumerate() {
+        assert_eq!(records[usize::try_from(*index).unwrap()].1, record(i));
+    }
+    n.append(b"on we go").unwrap();
+    n.wait_sealed();
+    n.log.close();
+    n.assert_ledger();
+    assert!(verify(&disk).ok);
+}
+
+#[test]
+fn a_used_file_serves_again_and_its_stale_bytes_say_nothing() {
+    let disk = SimDisk::new();
+    let settings = Settings {
+        inline: true,
+        ..Settings::default()
+    };
+    let n = settings.sim(&disk);
+    // The file after the first was made ready while the first was written; the third is the first again.
+    for _ in 0..2 {
+        for _ in 0..8 {
+            n.append(&vec![b's'; 15_000]).unwrap();
+        }
+        n.log.seal_now().unwrap().unwrap();
+    }
+    n.append(b"first of the next").unwrap();
+    let stale = disk.content(&active_file(&disk)).unwrap();
+    assert!(stale[8192..].contains(&b's'), "the file was not used again");
+    n.append(b"second of the next").unwrap();
+    let before = n.records();
+    drop(n);
+    // Every way in which one more batch may be cut off over the stale bytes.
+    for seed in 0..40 {
+        let n = settings.sim(&disk);
+        let held = n.records();
+        assert_eq!(held[..before.len()], before[..]);
+        disk.crash_at_call(disk.calls() + 1);
+        assert!(n.append(&vec![b'n'; 9_000]).is_err());
+        drop(n);
+        disk.crash(Survival::Seed(seed));
+        let n = settings.sim(&disk);
+        assert_eq!(n.recovery.new_incarnation, None, "{seed}: {:?}", n.recovery);
+        let after = n.records();
+        assert_eq!(after[..held.len()], held[..], "{seed}");
+        assert!(
+            after[held.len()..]
+                .iter()
+                .all(|(_, r)| *r == vec![b'n'; 9_000] || r.starts_with(b"{\"records\"")),
+            "{seed}"
+        );
+        drop(n);
+        assert!(verify(&disk).ok, "{seed}");
+    }
+    // Positive control: damage to what is attested is found in such a file too.
+    let path = active_file(&disk);
+    let at = disk
+        .content(&path)
+        .unwrap()
+        .windows(17)
+        .position(|w| w == b"first of the next")
+        .unwrap();
+    disk.flip(&path, at, 1);
+    assert!(settings.sim(&disk).recovery.new_incarnation.is_some());
+}
+
+#[test]
+fn a_crash_anywhere_in_a_rotation_loses_nothing() {
+    let record = |i: usize| vec![b'a' + u8::try_from(i % 26).unwrap(); 15_000];
+    let mut at = 0;
+    let mut rotated = false;
+    while !rotated {
+        at += 1;
+        for survival in [Survival::None, Survival::All, Survival::Seed(at)] {
+            let what = format!("call {at}, {survival:?}");
+            let disk = SimDisk::new();
+            let settings = Settings {
+                inline: true,
+                ..Settings::default()
+            };
+            let n = settings.sim(&disk);
+            let mut acknowledged = Vec::new();
+            let mut append = |i: usize| {
+                if let Ok(appended) = n.append(&record(i)) {
+                    acknowledged.push((appended.index, record(i)));
+                }
+            };
+            // One file is full, and the next call rotates.
+            (0..8).for_each(&mut append);
+            disk.crash_at_call(disk.calls() + at);
+            (8..20).for_each(&mut append);
+            // Twice round: the last file is the first one again.
+            rotated = !disk.is_off() && n.log.stat().next_sequence >= 2;
+            drop(n);
+            disk.crash(survival);
+            let n = settings.sim(&disk);
+            assert_eq!(n.recovery.new_incarnation, None, "{what}: {:?}", n.recovery);
+            let held = n.records();
+            for (index, record) in &acknowledged {
+                assert_eq!(held[usize::try_from(*index).unwrap()].1, *record, "{what}");
+            }
+            n.append(b"on we go").unwrap();
+            let report = verify(&disk);
+            assert!(report.ok, "{what}: {report:?}");
+            n.assert_ledger();
+        }
+    }
+    assert!(at > 40, "{at}");
+}
+
+#[test]
+fn an_archive_licenses_alone() {
+    let disk = SimDisk::new();
+    let settings = Settings {
+        custody: 2,
+        archives: &["vault"],
+        ..Settings::default()
+    };
+    let n = settings.sim(&disk);
+    n.append(b"one").unwrap();
+    let sealed = n.log.seal_now().unwrap().unwrap();
+    n.licensed_by(&sealed, &["n2"]);
+    assert!(!n.log.is_licensed(&sealed.id, u64::MAX));
+    n.licensed_by(&sealed, &["vault"]);
+    assert!(n.log.is_licensed(&sealed.id, u64::MAX));
+}
+
+#[test]
+fn overwriting_is_the_owners_choice_and_leaves_a_gap_record() {
+    for overwrite_oldest in [false, true] {
+        let disk = SimDisk::new();
+        let settings = Settings {
+            overwrite_oldest,
+            ..small()
+        };
+        let n = settings.sim(&disk);
+        let mut spans = Vec::new();
+        let mut last = Ok(());
+        for _ in 0..1200 {
+            last = n.append(&vec![b'g'; 8000]).map(|_| ());
+            for reference in n.store.own_audit(&node("n1")) {
+                let span = n.store.audit_span(&reference.id).unwrap();
+                if !spans.contains(&(reference.id, span)) {
+                    spans.push((reference.id, span));
+                }
+            }
+            if last.is_err() {
+                break;
+            }
+        }
+        if !overwrite_oldest {
+            assert_eq!(last, Err(AppendError::Capacity));
+            assert_eq!(n.log.stat().min_index, 0);
+            continue;
+        }
+        assert_eq!(last, Ok(()));
+        assert!(n.log.stat().min_index > 0);
+        n.wait_sealed();
+        let gaps = events(&n, "gap");
+        assert!(!gaps.is_empty());
+        for gap in &gaps {
+            let at = |id: &str| spans.iter().position(|(of, _)| of.to_string() == id);
+            let at = at(gap["segments"][0].as_str().unwrap()).unwrap();
+            let span = spans[at].1;
+            assert_eq!(gap["first"], span.first);
+            assert_eq!(gap["last"], span.last);
+            assert_eq!(gap["count"], span.last - span.first + 1);
+            assert_eq!(gap["root_after"], span.root.to_string());
+            let before = match at.checked_sub(1) {
+                Some(before) => spans[before].1.root,
+                None => merkle::Frontier::new().root(),
+            };
+            assert_eq!(gap["root_before"], before.to_string());
+        }
+        n.log.close();
+        n.assert_ledger();
+        let report = verify(&disk);
+        assert!(report.ok, "{report:?}");
+        assert!(disk.peak_allocated() <= settings.ceiling);
+    }
+}
+
+#[test]
+fn counts_of_refusals_survive_a_crash_exactly() {
+    let disk = SimDisk::new();
+    let settings = small();
+    let n = settings.sim(&disk);
+    fill(&n);
+    for _ in 0..4 {
+        assert_eq!(n.append(b"refused"), Err(AppendError::Capacity));
+    }
+    drop(n);
+    disk.crash(Survival::None);
+    let n = settings.sim(&disk);
+    assert_eq!(n.log.stat().refused_at_capacity, 5);
+    assert_eq!(
+        n.log.append_wait(RecordClass::Denial, b"no".to_vec(), LONG),
+        Err(AppendError::Capacity)
+    );
+    drop(n);
+    disk.crash(Survival::None);
+    let n = settings.sim(&disk);
+    n.root.ledger().set_ceiling(64 * MIB);
+    n.append(b"room").unwrap();
+    n.append(b"more").unwrap();
+    let told = events(&n, "refused_at_capacity");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!(
+        (&told[0]["decisions"], &told[0]["denials"]),
+        (&5.into(), &1.into())
+    );
+    drop(n);
+    disk.crash(Survival::None);
+    // Told once.
+    let n = settings.sim(&disk);
+    n.root.ledger().set_ceiling(64 * MIB);
+    n.append(b"again").unwrap();
+    assert_eq!(events(&n, "refused_at_capacity").len(), 1);
 }

@@ -172,6 +172,8 @@ impl Node {
             segment_bytes: limits_of_log(),
             segment_max_age_ms: 3_600_000,
             custody_required: 2,
+            archives: std::collections::BTreeSet::new(),
+            overwrite_oldest: false,
             min_retention_ms: 0,
             clock: Arc::new(|| NOW_UNIX_MS),
             seal: SealOptions::default(),

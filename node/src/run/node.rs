@@ -857,6 +857,8 @@ fn open_log(
         segment_bytes: config.audit.segment_bytes,
         segment_max_age_ms: config.audit.segment_max_age_s.saturating_mul(1_000),
         custody_required: usize::try_from(config.audit.custody).unwrap_or(usize::MAX),
+        archives: config.audit.archives.clone(),
+        overwrite_oldest: config.audit.overwrite_oldest,
         min_retention_ms: config.audit.retention_min_s.saturating_mul(1_000),
         clock: Arc::new(move || log_clock.unix_ms()),
         seal: seal_options(&config.audit)?,

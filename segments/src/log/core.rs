@@ -1,29 +1,37 @@
-//! The log without its thread: commit, seal, rotate, evict, recover. Every method is one step under
-//! the caller's lock and does its own I/O; nothing here waits for another thread.
+//! The log without its threads: commit, rotate, evict, fail-stop. Every method is one step under the
+//! caller's lock. A commit does its own I/O; sealing, making files ready and evicting are planned here
+//! and done by `seal.rs` beside it.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::event::Event;
+use super::file::{AlignedBuffer, LiveFile, read_device};
+use super::recover::{self, Recover, Recovered};
+use super::refusals::{Refusals, Refused};
+use super::seal::{Eviction, Full, Recycled, SealJob, Snapshot, Spare, SparePlan, StateFile};
 use super::state::{LogState, Marker, STATE_PATH, SealedEnd};
 use super::{
-    AppendError, Appended, Done, EndorseError, LogConfig, LogError, RecordClass, Recovery,
+    AppendError, Appended, EndorseError, LogConfig, LogError, Pending, RecordClass, Recovery,
+    Settled,
 };
-use crate::body::BodyError;
+use crate::body::{self, seal_overhead_bytes};
 use crate::checkpoint::{self, Checkpoint};
-use crate::disk::{DiskError, DiskFault, DiskFile, OpenMode};
-use crate::format::{self, SegmentHeader, SegmentRef, verify_segment};
-use crate::id::{Kind, NodeId, Origin, SegmentId};
+use crate::disk::{DiskError, DiskFault};
+use crate::format::SegmentRef;
+use crate::frame::{
+    BATCH_ALIGN, BatchWriter, Frame, LogHeader, MARK_BYTES, Mark, batch_bytes, derive_salt,
+    frame_bytes, read_frame, scan,
+};
+use crate::id::{NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, LogKey, LogPublicKey};
 use crate::ledger::{Charge, Ladder, Reservation};
 use crate::limits::{
-    LOG_HEADER_BYTES, MAX_BATCH_BYTES, MAX_LOG_FILE_BYTES, MAX_RECORD_BYTES, MIN_LOG_FILE_BYTES,
+    LOG_HEADER_BYTES, MAX_BATCH_BYTES, MAX_LOG_FILE_BYTES, MAX_RECORD_BYTES, MAX_UNSEALED_FILES,
+    MAX_UNSIGNED_BATCHES, MIN_LOG_FILE_BYTES,
 };
 use crate::merkle::{Frontier, leaf_hash};
-use crate::record::{
-    self, Frame, FrameWriter, LogHeader, MARK_BYTES, Mark, Scan, frame_bytes, read_frame,
-};
-use crate::root::{Root, RootError, Staged};
+use crate::root::{Root, RootError};
 use crate::store::{Store, StoreError};
 
 const KEY_PATH: &str = "keys/log.pk8";
@@ -36,40 +44,15 @@ const MAX_EVICTIONS_OWED: usize = 8;
 /// Most lifecycle records that wait for room.
 const MAX_OWED: usize = 64;
 
-/// A record on its way.
-pub(super) struct Pending {
-    pub(super) class: RecordClass,
-    pub(super) bytes: Vec<u8>,
-    pub(super) done: Done,
-}
-
-/// A record whose fate is known; the caller tells after giving the lock back.
-pub(super) struct Settled {
-    done: Done,
-    result: Result<Appended, AppendError>,
-}
-
-impl Settled {
-    pub(super) fn tell(self) {
-        (self.done)(self.result);
-    }
-}
-
-/// A zero-filled, synced file, waiting to become the active one, and the room to seal it.
-#[derive(Debug)]
-pub(super) struct Prepared {
-    staged: Staged,
-    seal_room: Reservation,
-    file_bytes: u64,
-}
-
 /// The file that records go to.
 struct Active {
-    file: Box<dyn DiskFile>,
     path: String,
     header: LogHeader,
-    salt: u32,
-    /// Offset of the next frame; everything below is durable.
+    /// `None` once a write or sync failed.
+    file: Option<LiveFile>,
+    /// The header block, until the first batch takes it along.
+    block: Option<Vec<u8>>,
+    /// Offset of the next batch; everything below is durable.
     end: u64,
     /// `length | bytes` of every record below `end`.
     records: Vec<u8>,
@@ -80,19 +63,39 @@ struct Active {
 }
 
 impl Active {
+    /// Bytes of mark and frames that one more batch may have.
+    fn room(&self) -> usize {
+        let left = self.header.file_bytes.saturating_sub(self.end);
+        let left = usize::try_from(left).unwrap_or(0);
+        // A batch ends with its sector.
+        (left - left % BATCH_ALIGN).min(MAX_BATCH_BYTES)
+    }
+
     fn fits(&self, length: usize) -> bool {
-        let need = (MARK_BYTES + frame_bytes(length)) as u64;
-        self.end.saturating_add(need) <= self.header.file_bytes
+        batch_bytes(std::iter::once(length)) <= self.room()
     }
 }
 
-/// Counts of what was refused at capacity, for one summary when there is room again.
-#[derive(Debug, Clone, Copy, Default)]
-struct Refused {
-    decisions: u64,
-    denials: u64,
-    first_unix_ms: u64,
-    last_unix_ms: u64,
+/// A full file that waits for its seal.
+struct Waiting {
+    full: Arc<Full>,
+    room: Option<Reservation>,
+}
+
+/// A file whose segment is stored; it goes once the state says so too.
+pub(super) struct Served {
+    pub(super) path: String,
+    pub(super) file_bytes: u64,
+    pub(super) sound: bool,
+}
+
+/// The newest head that was signed.
+#[derive(Debug, Clone)]
+pub(super) struct Signed {
+    pub(super) size: u64,
+    pub(super) signature: [u8; 64],
+    /// After which batch.
+    pub(super) batch: u64,
 }
 
 /// What other threads may read without waiting for I/O.
@@ -102,16 +105,39 @@ pub(super) struct View {
     pub(super) incarnation: u64,
     pub(super) endorsement: Arc<Endorsement>,
     pub(super) head: Checkpoint,
-    /// `None` until the commit thread has signed it.
-    pub(super) head_signature: Option<[u8; 64]>,
     pub(super) sealed_records: u64,
     pub(super) next_sequence: u64,
     pub(super) min_index: u64,
     pub(super) active_bytes: u64,
+    pub(super) unsealed_files: usize,
     pub(super) batches: u64,
     pub(super) starved: bool,
     pub(super) refused_at_capacity: u64,
     pub(super) latched: Option<String>,
+}
+
+/// What the caller of a commit has to do before it calls again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Nothing: the front of the queue was dealt with.
+    Go,
+    /// Wait until a file is sealed or the next one is ready.
+    AwaitSeal,
+    /// Evict, without the core's lock.
+    MakeRoom,
+}
+
+/// Why a record has no place now.
+enum Block {
+    Refuse(AppendError),
+    AwaitSeal,
+    MakeRoom,
+}
+
+/// Why no file was begun.
+enum NoFile {
+    NotReady,
+    Log(LogError),
 }
 
 pub(super) struct Core {
@@ -120,34 +146,44 @@ pub(super) struct Core {
     config: LogConfig,
     key: Arc<LogKey>,
     state: LogState,
+    /// Counts the changes of `state`.
+    state_version: u64,
+    state_file: Arc<StateFile>,
     endorsement: Arc<Endorsement>,
     /// The tree over everything that is durable.
     tree: Frontier,
     /// The head of that tree.
     head: Checkpoint,
-    head_signature: Option<[u8; 64]>,
+    signed: Arc<Mutex<Signed>>,
     active: Option<Active>,
-    prepared: Option<Prepared>,
+    full: VecDeque<Waiting>,
+    spare: Option<Spare>,
+    /// A spare is being made, under the name of the file after the active one.
+    spare_pending: bool,
+    pool: Option<Recycled>,
+    served: Vec<Served>,
     latched: Option<String>,
+    /// Sealing found no room; it is tried again at the next tick.
+    stuck: Option<AppendError>,
     owed: VecDeque<Vec<u8>>,
     refused: Refused,
     refused_total: u64,
+    refusals: Refusals,
+    /// Decisions found room since something was refused.
+    summary_due: bool,
     /// Room was refused, and nothing has changed since that would give any.
     starved: bool,
     batches: u64,
     sealed_events: Vec<SegmentRef>,
-    /// Files whose segment is stored and that could not be removed.
+    /// Files of no use that could not be removed.
     leftover: Vec<String>,
-    buffer: Vec<u8>,
+    buffer: AlignedBuffer,
+    /// Memory of a file that was sealed, for the next.
+    spare_records: Vec<u8>,
 }
 
-fn active_path(incarnation: u64, sequence: u64) -> String {
+pub(super) fn active_path(incarnation: u64, sequence: u64) -> String {
     format!("log/{incarnation}-{sequence}.log")
-}
-
-fn parse_active_name(name: &str) -> Option<(u64, u64)> {
-    let (incarnation, sequence) = name.strip_suffix(".log")?.split_once('-')?;
-    Some((incarnation.parse().ok()?, sequence.parse().ok()?))
 }
 
 fn load_key(root: &Arc<Root>) -> Result<LogKey, LogError> {
@@ -194,13 +230,13 @@ impl Core {
         let stored = root.read(STATE_PATH)?;
         let known = stored.as_deref().and_then(LogState::decode);
         let highest = store
-            .own_audit(&config.node_id)
+            .own_logs(&config.node_id)
             .iter()
-            .filter_map(|reference| reference.origin.audit_parts().map(|parts| parts.2))
+            .filter_map(|origin| origin.audit_parts().map(|parts| parts.2))
             .chain(
-                active_files(&root)?
+                recover::log_files(&root)?
                     .iter()
-                    .map(|(incarnation, _, _)| *incarnation),
+                    .map(|file| file.incarnation),
             )
             .chain(known.iter().map(|state| state.incarnation))
             .max()
@@ -221,17 +257,28 @@ impl Core {
             }
             Some(_) => None,
         };
-        let previous = known.as_ref().map(|state| state.origin.clone());
-        let mut scanned = None;
+        let mut found = None;
         let mut damage = None;
         if let (None, Some(state)) = (reason, &known) {
-            match recover_active(&root, &store, &config, state) {
-                Ok(found) => scanned = Some(found),
+            match recover::recover(&root, &store, &config, &key, state) {
+                Ok(recovered) => found = Some(recovered),
                 Err(Recover::Damaged(why)) => damage = Some(why),
                 Err(Recover::Log(error)) => return Err(error),
             }
         }
-        let reason = damage.clone().or_else(|| reason.map(str::to_owned));
+        let reason = damage.or_else(|| reason.map(str::to_owned));
+        let state_damaged = stored.is_some() && known.is_none();
+        let previous = known
+            .as_ref()
+            .map(|state| state.origin.clone())
+            .or_else(|| store.own_logs(&config.node_id).pop());
+        // Named so that a peer which holds a head of the old log can compare (ruling 7).
+        let previous_head = match (&reason, &previous) {
+            (Some(_), Some(origin)) => {
+                recover::highest_head(&root, &store, origin, known.as_ref())?
+            }
+            _ => None,
+        };
         let state = match (reason.as_ref(), known) {
             (None, Some(mut state)) => {
                 state.marker = here;
@@ -262,44 +309,48 @@ impl Core {
         if reason.is_some() {
             // Acknowledged records of the old incarnation that were never sealed cannot be signed any
             // more. They are kept, not deleted.
-            for (incarnation, sequence, rel) in active_files(&root)? {
-                let sealed = store.own_audit(&config.node_id).iter().any(|r| {
-                    r.sequence == sequence
-                        && r.origin.audit_parts().is_some_and(|p| p.2 == incarnation)
-                });
-                if sealed {
-                    root.remove(&rel)?;
-                } else {
-                    recovery
-                        .quarantined
-                        .push(root.move_to_quarantine(&rel, Charge::Normal)?);
-                }
-            }
-            if stored.is_some() && previous.is_none() {
+            recovery.quarantined = recover::set_aside(&root, &store, &config)?;
+            if state_damaged {
                 recovery
                     .quarantined
                     .push(root.move_to_quarantine(STATE_PATH, Charge::Normal)?);
             }
         }
+        let (refusals, refused) = Refusals::open(&root)?;
+        let head = Checkpoint {
+            origin_line,
+            size: 0,
+            root: Frontier::new().root(),
+        };
         let mut core = Self {
             tree: Frontier::new(),
-            head_signature: None,
+            signed: Arc::new(Mutex::new(Signed {
+                size: 0,
+                signature: key.sign(head.text().as_bytes()),
+                batch: 0,
+            })),
             active: None,
-            prepared: None,
+            full: VecDeque::new(),
+            spare: None,
+            spare_pending: false,
+            pool: None,
+            served: Vec::new(),
             latched: None,
+            stuck: None,
             owed: VecDeque::new(),
-            refused: Refused::default(),
+            refused,
             refused_total: 0,
+            refusals,
+            summary_due: false,
             starved: false,
             batches: 0,
             sealed_events: Vec::new(),
             leftover: Vec::new(),
-            buffer: Vec::new(),
-            head: Checkpoint {
-                origin_line,
-                size: 0,
-                root: Frontier::new().root(),
-            },
+            buffer: AlignedBuffer::new(),
+            spare_records: Vec::new(),
+            head,
+            state_file: Arc::new(StateFile::new(Arc::clone(&root))),
+            state_version: 1,
             root,
             store,
             config,
@@ -307,21 +358,28 @@ impl Core {
             state,
             endorsement: Arc::new(endorsement),
         };
-        match core.write_state() {
+        let mut unsealed = Vec::new();
+        if let Some(found) = found {
+            unsealed = core.resume(found, &mut recovery)?;
+        }
+        core.state_version = core.state_version.saturating_add(1);
+        match core.state_file.write(&core.snapshot()) {
             // Starting above the ceiling is allowed (ruling 23); the marker is then updated later.
             Err(LogError::Root(RootError::Ceiling(_))) if reason.is_none() => {}
-            other => other?,
-        }
-        if let Some(found) = scanned {
-            core.resume(found, &mut recovery)?;
+            other => {
+                other?;
+                core.drop_served();
+            }
         }
         core.note_head();
+        core.sign_head();
         if let Some(reason) = reason {
             if reason != "first start" {
                 recovery.new_incarnation = Some(reason.clone());
             }
             let event = Event::Incarnation {
                 incarnation: core.state.incarnation,
+                previous_head: previous_head.as_ref(),
                 previous_origin: previous.as_ref(),
                 quarantined: &recovery.quarantined,
                 reason: &reason,
@@ -342,7 +400,7 @@ impl Core {
             core.owe(event.bytes());
         }
         core.drop_evicted()?;
-        core.owe_again()?;
+        core.owe_again(&unsealed);
         core.pay_owed();
         if let Some(reason) = core.latched.clone() {
             return Err(LogError::Latched(reason));
@@ -351,106 +409,112 @@ impl Core {
         Ok((core, recovery))
     }
 
-    /// Takes over what recovery found and puts the active file into a state that is safe to go on from.
-    fn resume(&mut self, found: Recovered, recovery: &mut Recovery) -> Result<(), LogError> {
+    /// Takes over what recovery found. Gives the records of every file that the stored state does not
+    /// know as sealed.
+    fn resume(
+        &mut self,
+        found: Recovered,
+        recovery: &mut Recovery,
+    ) -> Result<Vec<Vec<u8>>, LogError> {
         self.tree = found
             .sealed
             .tree()
             .map_err(|_| LogError::Config("the state file is wrong"))?;
         self.state.sealed = found.sealed;
-        let Some((path, header, scan, file)) = found.active else {
-            return Ok(());
-        };
-        recovery.truncated_bytes = scan.torn_bytes;
-        recovery.truncated_records_estimate = scan.torn_records;
-        // The whole file is written again and synced before anything in it counts. Whoever ran before
-        // may have had a failed sync: then the cache shows bytes that the device never got.
-        let mut bytes = file;
-        let end = bytes.len().min(scan.end);
-        if let Some(tail) = bytes.get_mut(end..) {
-            tail.fill(0);
+        recovery.truncated_bytes = found.torn_bytes;
+        recovery.truncated_records_estimate = found.torn_records;
+        let mut unsealed = found.stored_records;
+        // Stored already; they go when the state that says so is durable.
+        self.served.extend(found.stored);
+        for path in found.prepared {
+            self.root.remove(&path)?;
         }
-        let torn = usize::try_from(scan.torn_bytes).unwrap_or(0);
-        let handle = self.root.open_file(&path, OpenMode::ReadWrite)?;
-        let write = bytes
-            .get(..(end + torn).min(bytes.len()))
-            .unwrap_or_default();
-        handle.write_at(0, write).map_err(RootError::Disk)?;
-        handle.sync_data().map_err(RootError::Disk)?;
-        let bound = self.seal_bound(header.file_bytes);
-        let ledger = self.root.ledger();
-        let (seal_room, normal) = match ledger.reserve(bound, Charge::Normal) {
-            Ok(room) => (Some(room), true),
-            Err(_) => (ledger.reserve(bound, Charge::Reserve).ok(), false),
-        };
-        self.tree = scan.tree;
-        self.active = Some(Active {
-            salt: header.salt(),
-            file: handle,
-            path,
-            header,
-            end: scan.end as u64,
-            records: scan.records,
-            count: scan.count,
-            normal,
-            seal_room,
-        });
-        Ok(())
+        let last = found.open.len();
+        for (number, open) in found.open.into_iter().enumerate() {
+            recover::rewrite(&self.root, &open)?;
+            unsealed.push(open.scan.records.clone());
+            self.tree = open.scan.tree;
+            let seal_bound = self.seal_bound(open.header.file_bytes);
+            let ledger = self.root.ledger();
+            let (seal_room, normal) = match ledger.reserve(seal_bound, Charge::Normal) {
+                Ok(room) => (Some(room), true),
+                Err(_) => (ledger.reserve(seal_bound, Charge::Reserve).ok(), false),
+            };
+            self.active = Some(Active {
+                file: Some(LiveFile::open(&self.root, &open.path)?),
+                path: open.path,
+                block: None,
+                end: open.scan.end as u64,
+                records: open.scan.records,
+                count: open.scan.count,
+                normal,
+                seal_room,
+                header: open.header,
+            });
+            self.note_head();
+            let version_1 = self
+                .active
+                .as_ref()
+                .is_some_and(|active| active.header.version_1);
+            // One of the version before is sealed and not continued.
+            if number + 1 < last || version_1 {
+                self.rotate(true);
+            }
+        }
+        Ok(unsealed)
     }
 
     /// Removes what the cursor says is evicted: a crash may have come between the two.
     fn drop_evicted(&mut self) -> Result<(), LogError> {
-        for reference in self.store.own_audit(&self.config.node_id) {
-            let (_, min_sequence) = self.state.cursor(&reference.origin);
-            if reference.sequence < min_sequence {
-                self.store.remove(&reference.id)?;
+        for origin in self.store.own_logs(&self.config.node_id) {
+            let (_, min_sequence) = self.state.cursor(&origin);
+            while let Some(first) = self.store.first(&origin)
+                && first.sequence < min_sequence
+            {
+                self.store.remove(&first.id)?;
             }
         }
         Ok(())
     }
 
-    /// Eviction records of before the crash that did not reach the log.
-    fn owe_again(&mut self) -> Result<(), LogError> {
-        if self.state.owed.is_empty() {
-            return Ok(());
-        }
-        // They were written right after the eviction, so they stand near the end or nowhere.
-        let mut recent = self
-            .active
-            .as_ref()
-            .map(|a| a.records.clone())
-            .unwrap_or_default();
-        if let Some(last) = self.state.sealed.next_sequence.checked_sub(1)
-            && let Some(reference) = self.store.find(&self.state.origin, last)
-        {
-            let segment = self.store.get(&reference.id)?;
-            // What cannot be read cannot be searched: then the record stands in the log twice.
-            let keys = self.config.seal.decryption.as_deref();
-            for (_, record) in record::read_records_with(&segment, keys).unwrap_or_default() {
-                record::push_record(&mut recent, &record);
-            }
-        }
+    /// Eviction records of before the crash that did not reach the log, and counts that no summary has
+    /// told of yet. What was paid stands in a file that the stored state does not know as sealed, for
+    /// the state is stored, without what is paid, before such a file goes.
+    fn owe_again(&mut self, unsealed: &[Vec<u8>]) {
+        let held = |wanted: &dyn Fn(&[u8]) -> bool| {
+            unsealed
+                .iter()
+                .any(|records| body::iter_records(records).any(wanted))
+        };
         for record in std::mem::take(&mut self.state.owed) {
-            if !record::iter_records(&recent).any(|held| held == record) {
+            if !held(&|other| other == record) {
                 self.state.owed.push(record.clone());
                 self.owe(record);
             }
         }
-        Ok(())
+        let window = self.refused.window;
+        if !self.refused.is_empty() && held(&|record| is_summary(record, window)) {
+            self.refused = self.refused.next_window();
+        }
+        self.refused_total = self.refused.decisions.saturating_add(self.refused.denials);
+        // Else it is due once decisions find room.
+        let room = self.active.as_ref().is_some_and(|active| active.normal);
+        self.summary_due = room && !self.refused.is_empty();
     }
 
     fn now(&self) -> u64 {
         (self.config.clock)()
     }
 
-    fn write_state(&self) -> Result<(), LogError> {
-        let bytes = self
-            .state
-            .encode()
-            .map_err(|_| LogError::Config("the state is too large"))?;
-        Ok(self
-            .root
-            .write_atomic(STATE_PATH, &bytes, Charge::Reserve)?)
+    pub(super) fn state_file(&self) -> &Arc<StateFile> {
+        &self.state_file
+    }
+
+    pub(super) fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            version: self.state_version,
+            state: self.state.clone(),
+        }
     }
 
     fn owe(&mut self, record: Vec<u8>) {
@@ -466,20 +530,30 @@ impl Core {
     fn note_head(&mut self) {
         self.head.size = self.tree.size();
         self.head.root = self.tree.root();
-        self.head_signature = None;
     }
 
-    /// The signature of the head: once a batch, never before the batch is durable, and after its
-    /// callers were told, so that none of them waits for it.
+    /// The signature of the head: never before its batch is durable, and after its callers were told,
+    /// so that none of them waits for it.
     pub(super) fn sign_head(&mut self) -> [u8; 64] {
-        match self.head_signature {
-            Some(signature) => signature,
-            None => {
-                let signature = self.key.sign(self.head.text().as_bytes());
-                self.head_signature = Some(signature);
-                signature
-            }
+        // Whole at any time.
+        let mut signed = self.signed.lock().unwrap_or_else(PoisonError::into_inner);
+        if signed.size != self.head.size {
+            signed.signature = self.key.sign(self.head.text().as_bytes());
+            signed.size = self.head.size;
         }
+        signed.batch = self.batches;
+        signed.signature
+    }
+
+    fn newest_signed(&self) -> Signed {
+        self.signed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(super) fn signed(&self) -> &Arc<Mutex<Signed>> {
+        &self.signed
     }
 
     pub(super) fn view(&self) -> View {
@@ -488,11 +562,11 @@ impl Core {
             incarnation: self.state.incarnation,
             endorsement: Arc::clone(&self.endorsement),
             head: self.head.clone(),
-            head_signature: self.head_signature,
             sealed_records: 0,
             next_sequence: 0,
             min_index: 0,
             active_bytes: 0,
+            unsealed_files: 0,
             batches: 0,
             starved: false,
             refused_at_capacity: 0,
@@ -509,21 +583,17 @@ impl Core {
         }
         view.head.size = self.head.size;
         view.head.root = self.head.root;
-        view.head_signature = self.head_signature;
         view.sealed_records = self.state.sealed.size;
         view.next_sequence = self.state.sealed.next_sequence;
         view.min_index = self.state.cursor(&self.state.origin).0;
         view.active_bytes = self.active.as_ref().map_or(0, |active| active.end);
+        view.unsealed_files = self.full.len() + usize::from(self.active.is_some());
         view.batches = self.batches;
         view.starved = self.starved;
         view.refused_at_capacity = self.refused_total;
         if view.latched != self.latched {
             view.latched.clone_from(&self.latched);
         }
-    }
-
-    pub(super) fn head(&self) -> &Checkpoint {
-        &self.head
     }
 
     pub(super) fn key(&self) -> &Arc<LogKey> {
@@ -544,7 +614,7 @@ impl Core {
 
     fn seal_bound(&self, file_bytes: u64) -> u64 {
         self.root
-            .stage_bound(file_bytes.saturating_add(record::seal_overhead_bytes(file_bytes)))
+            .stage_bound(file_bytes.saturating_add(seal_overhead_bytes(file_bytes)))
     }
 
     fn file_need(&self, file_bytes: u64) -> u64 {
@@ -553,18 +623,22 @@ impl Core {
             .saturating_add(self.seal_bound(file_bytes))
     }
 
+    fn has_room_for_a_file(&self) -> bool {
+        self.root.ledger().room(Charge::Normal) >= self.file_need(MIN_LOG_FILE_BYTES)
+    }
+
     /// Makes sure that the front record has a place: an active file that fits it and that its class
     /// may use.
-    fn ensure_active(&mut self, class: RecordClass, length: usize) -> Result<(), AppendError> {
+    fn ensure_active(&mut self, class: RecordClass, length: usize) -> Result<(), Block> {
         if let Some(reason) = &self.latched {
-            return Err(AppendError::Unavailable(reason.clone()));
+            return Err(Block::Refuse(AppendError::Unavailable(reason.clone())));
         }
         if self
             .active
             .as_ref()
             .is_some_and(|active| !active.fits(length))
         {
-            self.seal_inner().map_err(|error| self.fault(error))?;
+            self.rotate(true);
         }
         let state = class == RecordClass::State;
         if let Some(active) = &mut self.active {
@@ -577,50 +651,55 @@ impl Core {
                 self.found_room();
                 return Ok(());
             }
-            self.starve()?;
-            return self.ensure_active(class, length);
+            return Err(self.starve());
         }
-        match self.new_active(Charge::Normal) {
+        if self.full.len() + 1 >= MAX_UNSEALED_FILES {
+            return Err(match &self.stuck {
+                Some(error) => Block::Refuse(error.clone()),
+                None => Block::AwaitSeal,
+            });
+        }
+        match self.begin(Charge::Normal) {
             Ok(()) => {
                 self.found_room();
                 return Ok(());
             }
-            Err(LogError::Root(RootError::Ceiling(_))) => {}
-            Err(error) => return Err(self.fault(error)),
+            Err(NoFile::NotReady) => return Err(Block::AwaitSeal),
+            Err(NoFile::Log(LogError::Root(RootError::Ceiling(_)))) => {}
+            Err(NoFile::Log(error)) => return Err(Block::Refuse(self.fault(error))),
+        }
+        if !self.full.is_empty() && self.stuck.is_none() {
+            // What is being sealed gives its room back.
+            return Err(Block::AwaitSeal);
         }
         if state {
-            return match self.new_active(Charge::Reserve) {
+            return match self.begin(Charge::Reserve) {
                 Ok(()) => Ok(()),
-                Err(LogError::Root(RootError::Ceiling(_))) => Err(AppendError::Capacity),
-                Err(error) => Err(self.fault(error)),
+                Err(NoFile::NotReady) => Err(Block::AwaitSeal),
+                Err(NoFile::Log(LogError::Root(RootError::Ceiling(_)))) => {
+                    Err(Block::Refuse(AppendError::Capacity))
+                }
+                Err(NoFile::Log(error)) => Err(Block::Refuse(self.fault(error))),
             };
         }
-        self.starve()?;
-        self.ensure_active(class, length)
+        Err(self.starve())
     }
 
     /// Decisions have room again: what was refused meanwhile is summarised.
     fn found_room(&mut self) {
         self.starved = false;
-        self.summarise_refused();
+        self.summary_due = !self.refused.is_empty();
     }
 
-    /// No room: evicts what is licensed, once until something changes. `Ok` means that something was
-    /// freed.
-    fn starve(&mut self) -> Result<(), AppendError> {
-        if self.starved {
-            return Err(AppendError::Capacity);
+    /// No room: what is licensed is evicted, once until something changes.
+    fn starve(&mut self) -> Block {
+        if self.starved && !self.has_room_for_a_file() {
+            return Block::Refuse(AppendError::Capacity);
         }
         self.starved = true;
-        self.prepared = None;
-        match self.evict() {
-            Ok(true) => {
-                self.starved = false;
-                Ok(())
-            }
-            Ok(false) => Err(AppendError::Capacity),
-            Err(error) => Err(self.fault(error)),
-        }
+        self.pool = None;
+        self.drop_spare();
+        Block::MakeRoom
     }
 
     /// Turns a failure into the caller's answer, and latches if what is on the device is unknown.
@@ -651,83 +730,62 @@ impl Core {
         self.latched.get_or_insert(reason);
     }
 
-    /// Zero-fills and syncs a file for the time when the active one is full. Runs beside the commit
-    /// thread; `None` if there is not plenty of room.
-    pub(super) fn plan_preparation(&self) -> Option<u64> {
-        let wanted = self.latched.is_none()
-            && self.prepared.is_none()
-            && !self.starved
-            && self
-                .active
-                .as_ref()
-                .is_some_and(|active| active.end > active.header.file_bytes / 2);
-        let bytes = self.config.segment_bytes;
-        let room = self.root.ledger().room(Charge::Normal);
-        (wanted && room / 3 >= self.file_need(bytes)).then_some(bytes)
-    }
-
-    pub(super) fn prepare(root: &Arc<Root>, file_bytes: u64) -> Result<Prepared, LogError> {
-        let bound =
-            root.stage_bound(file_bytes.saturating_add(record::seal_overhead_bytes(file_bytes)));
-        let seal_room = root
-            .ledger()
-            .reserve(bound, Charge::Normal)
-            .map_err(RootError::from)?;
-        // The name is given when it is used.
-        let mut staged = root.stage("log/next.log", file_bytes, Charge::Normal)?;
-        staged.fill_zeros()?;
-        Ok(Prepared {
-            staged,
-            seal_room,
-            file_bytes,
-        })
-    }
-
-    pub(super) fn keep_prepared(&mut self, prepared: Prepared) {
-        if !self.starved && self.latched.is_none() {
-            self.prepared = Some(prepared);
+    fn next_file_sequence(&self) -> u64 {
+        match (&self.active, self.full.back()) {
+            (Some(active), _) => active.header.sequence.saturating_add(1),
+            (None, Some(waiting)) => waiting.full.header.sequence.saturating_add(1),
+            (None, None) => self.state.sealed.next_sequence,
         }
     }
 
-    /// Makes the next active file: the prepared one, or a new one as large as the room allows.
-    fn new_active(&mut self, charge: Charge) -> Result<(), LogError> {
-        let prepared = match self.prepared.take() {
-            Some(prepared) => prepared,
-            None => {
-                let mut bytes = match charge {
-                    Charge::Reserve => MIN_LOG_FILE_BYTES,
-                    Charge::Normal | Charge::Custody => self.config.segment_bytes,
-                };
-                // Room first, then I/O: at capacity this is asked for every append.
-                let room = self.root.ledger().room(charge);
-                while bytes > MIN_LOG_FILE_BYTES && self.file_need(bytes) > room {
-                    bytes = (bytes / 2).max(MIN_LOG_FILE_BYTES).next_multiple_of(4096);
-                }
-                let ledger = self.root.ledger();
-                let seal_room = ledger
-                    .reserve(self.seal_bound(bytes), charge)
-                    .map_err(RootError::from)?;
-                let mut staged = self.root.stage("log/next.log", bytes, charge)?;
-                staged.fill_zeros()?;
-                Prepared {
-                    staged,
-                    seal_room,
-                    file_bytes: bytes,
-                }
-            }
+    /// The active file takes no more records: it waits for its seal, and the next one is begun when a
+    /// record needs it.
+    fn rotate(&mut self, sound: bool) {
+        let Some(active) = self.active.take() else {
+            return;
         };
-        let Prepared {
-            mut staged,
-            seal_room,
-            file_bytes,
-        } = prepared;
-        let sealed = &self.state.sealed;
+        if active.count == 0 {
+            self.leftover.push(active.path);
+            return;
+        }
+        self.full.push_back(Waiting {
+            full: Arc::new(Full {
+                sound: sound && active.file.is_some(),
+                path: active.path,
+                header: active.header,
+                records: active.records,
+                count: active.count,
+                tree: self.tree.clone(),
+                head: self.head.clone(),
+            }),
+            room: active.seal_room,
+        });
+    }
+
+    /// Takes the next file into use: the spare, or one that is made now, as large as the room allows.
+    /// Nothing is written for that; the header goes with the first batch.
+    fn begin(&mut self, charge: Charge) -> Result<(), NoFile> {
+        if self.spare_pending {
+            return Err(NoFile::NotReady);
+        }
+        let sequence = self.next_file_sequence();
+        let ready = match self.spare.take() {
+            Some(spare) if spare.sequence == sequence => Some(spare),
+            Some(other) => {
+                self.leftover.push(other.path);
+                None
+            }
+            None => None,
+        };
+        let spare = match ready {
+            Some(spare) => spare,
+            None => self.make_spare(sequence, charge).map_err(NoFile::Log)?,
+        };
         let header = LogHeader {
             domain: self.config.domain.clone(),
             origin: self.state.origin.clone(),
             log_key: self.key.public(),
-            sequence: sealed.next_sequence,
-            prev: sealed.prev,
+            sequence,
             first_index: self.tree.size(),
             frontier: self
                 .tree
@@ -735,58 +793,193 @@ impl Core {
                 .iter()
                 .map(|hash| *hash.as_bytes())
                 .collect(),
-            file_bytes,
+            file_bytes: spare.file_bytes,
             created_unix_ms: self.now(),
+            salt: derive_salt(&self.key, &self.state.origin, sequence),
+            stale: spare.stale,
+            version_1: false,
         };
         let block = header
             .encode()
-            .map_err(|_| LogError::Config("the file header is too large"))?;
-        staged.overwrite(0, &block)?;
-        let path = active_path(self.state.incarnation, header.sequence);
-        staged.rename(path.clone());
-        let published = staged.publish()?;
+            .map_err(|_| NoFile::Log(LogError::Config("the file header is too large")))?;
+        let mut records = std::mem::take(&mut self.spare_records);
+        records.clear();
+        records.reserve_exact(usize::try_from(spare.file_bytes).unwrap_or(0));
         self.active = Some(Active {
-            salt: header.salt(),
-            file: published.file,
-            path,
+            path: spare.path,
             header,
+            file: Some(spare.file),
+            block: Some(block),
             end: LOG_HEADER_BYTES,
-            records: Vec::new(),
+            records,
             count: 0,
             normal: charge == Charge::Normal,
-            seal_room: Some(seal_room),
+            seal_room: Some(spare.seal_room),
         });
         Ok(())
     }
 
+    /// The name of a file that is made now; what had it before is replaced.
+    fn take_name(&mut self, sequence: u64) -> String {
+        let path = active_path(self.state.incarnation, sequence);
+        self.leftover.retain(|other| *other != path);
+        path
+    }
+
+    fn make_spare(&mut self, sequence: u64, charge: Charge) -> Result<Spare, LogError> {
+        let path = self.take_name(sequence);
+        let plan = |from: Option<Recycled>, file_bytes| SparePlan {
+            sequence,
+            path: path.clone(),
+            from,
+            file_bytes,
+            charge,
+        };
+        if let Some(recycled) = self.pool.take() {
+            let bytes = recycled.file_bytes;
+            match plan(Some(recycled), bytes).run(&self.root) {
+                Err(LogError::Root(RootError::Ceiling(_))) => {}
+                other => return other,
+            }
+        }
+        let mut bytes = match charge {
+            Charge::Reserve => MIN_LOG_FILE_BYTES,
+            Charge::Normal | Charge::Custody => self.config.segment_bytes,
+        };
+        let room = self.root.ledger().room(charge);
+        while bytes > MIN_LOG_FILE_BYTES && self.file_need(bytes) > room {
+            bytes = (bytes / 2).max(MIN_LOG_FILE_BYTES).next_multiple_of(4096);
+        }
+        plan(None, bytes).run(&self.root)
+    }
+
+    /// Whether there is something to do beside the commits.
+    pub(super) fn has_work(&self) -> bool {
+        self.latched.is_none()
+            && ((!self.full.is_empty() && self.stuck.is_none()) || self.wants_spare())
+    }
+
+    fn wants_spare(&self) -> bool {
+        let none =
+            self.latched.is_none() && self.spare.is_none() && !self.spare_pending && !self.starved;
+        let soon = self
+            .active
+            .as_ref()
+            .is_some_and(|active| active.end > active.header.file_bytes / 2);
+        none && (self.pool.is_some() || (soon && self.has_plenty()))
+    }
+
+    /// Whether a file may be held ready.
+    fn has_plenty(&self) -> bool {
+        let room = self.root.ledger().room(Charge::Normal);
+        room / 3 >= self.file_need(self.config.segment_bytes)
+    }
+
+    /// Plans to make the next file ready, under the name that it will have.
+    pub(super) fn plan_spare(&mut self) -> Option<SparePlan> {
+        if !self.wants_spare() {
+            return None;
+        }
+        self.spare_pending = true;
+        let sequence = self.next_file_sequence();
+        let from = self.pool.take();
+        Some(SparePlan {
+            sequence,
+            path: self.take_name(sequence),
+            file_bytes: from
+                .as_ref()
+                .map_or(self.config.segment_bytes, |recycled| recycled.file_bytes),
+            from,
+            charge: Charge::Normal,
+        })
+    }
+
+    pub(super) fn keep_spare(&mut self, made: Result<Spare, LogError>) {
+        self.spare_pending = false;
+        match made {
+            Ok(spare) => {
+                self.spare = Some(spare);
+                if self.starved || self.latched.is_some() {
+                    self.drop_spare();
+                }
+            }
+            // Then the next file is made when it is needed.
+            Err(error) => tracing::debug!(%error, "cannot make the next log file ready"),
+        }
+    }
+
+    fn drop_spare(&mut self) {
+        if let Some(Spare { path, file, .. }) = self.spare.take() {
+            drop(file);
+            self.leftover.push(path);
+            self.remove_leftover();
+        }
+    }
+
+    /// Whether a file that has served should be kept for the next use.
+    pub(super) fn wants_recycled(&self, served: &Served) -> bool {
+        served.sound
+            && self.pool.is_none()
+            && !self.starved
+            && self.latched.is_none()
+            && served.file_bytes == self.config.segment_bytes
+            && self.root.ledger().ladder() < Ladder::Reclaim
+            && self.has_plenty()
+    }
+
+    pub(super) fn keep_recycled(&mut self, recycled: Recycled) {
+        self.pool = Some(recycled);
+    }
+
     // ---- commit -------------------------------------------------------------------------------
 
-    /// Commits a front part of the queue with one write and one sync, and tells the fate of each of
+    /// Commits a front part of the queue with one write and one sync, and gives the fate of each of
     /// its records. What is left goes with the next call.
-    pub(super) fn commit(&mut self, queue: &mut VecDeque<Pending>) -> Vec<Settled> {
+    pub(super) fn commit(&mut self, queue: &mut VecDeque<Pending>) -> (Vec<Settled>, Next) {
         let mut settled = Vec::new();
-        if self.latched.is_none() && !self.owed.is_empty() {
+        if self.latched.is_none() && (!self.owed.is_empty() || self.summary_due) {
             self.pay_owed();
         }
+        let mut next = Next::Go;
+        let mut counted = false;
         while let Some(front) = queue.front() {
             let (class, length) = (front.class, front.bytes.len());
             match self.ensure_active(class, length) {
                 Ok(()) => break,
-                Err(error) => {
+                Err(Block::AwaitSeal) => {
+                    next = Next::AwaitSeal;
+                    break;
+                }
+                Err(Block::MakeRoom) => {
+                    next = Next::MakeRoom;
+                    break;
+                }
+                Err(Block::Refuse(error)) => {
                     if error == AppendError::Capacity {
-                        self.count_refused(class);
+                        counted |= self.count_refused(class);
                     }
-                    if let Some(Pending { done, .. }) = queue.pop_front() {
+                    if let Some(Pending { to, .. }) = queue.pop_front() {
                         settled.push(Settled {
-                            done,
+                            to,
                             result: Err(error),
                         });
                     }
                 }
             }
         }
-        let mut batch = Vec::new();
-        let mut room = self.batch_room();
+        if counted {
+            // Ruling 20: counts are exact, so they are durable before anybody is told.
+            self.refusals.keep(&self.refused);
+        }
+        if next != Next::Go {
+            return (settled, next);
+        }
+        let mut batch = Vec::with_capacity(queue.len());
+        let mut room = self
+            .active
+            .as_ref()
+            .map_or(0, Active::room)
+            .saturating_sub(MARK_BYTES);
         while let Some(front) = queue.front() {
             let bytes = frame_bytes(front.bytes.len());
             let admitted = self
@@ -800,51 +993,39 @@ impl Core {
             batch.extend(queue.pop_front());
         }
         if batch.is_empty() {
-            return settled;
+            return (settled, next);
         }
-        let records: Vec<&[u8]> = batch
+        let records: Vec<(&[u8], Sha256Hash)> = batch
             .iter()
-            .map(|pending| pending.bytes.as_slice())
+            .map(|pending| (pending.bytes.as_slice(), pending.leaf))
             .collect();
         match self.write_batch(&records) {
-            Ok(appended) => {
-                for (pending, appended) in batch.into_iter().zip(appended) {
-                    settled.push(Settled {
-                        done: pending.done,
-                        result: Ok(appended),
-                    });
+            Ok(first) => {
+                for (index, Pending { to, leaf, .. }) in (first..).zip(batch) {
+                    let result = Ok(Appended { index, leaf });
+                    settled.push(Settled { to, result });
                 }
             }
             Err(error) => {
                 let reason = error.to_string();
                 self.latch(reason.clone());
-                for Pending { done, .. } in batch {
+                for Pending { to, .. } in batch {
                     let result = Err(AppendError::Unavailable(reason.clone()));
-                    settled.push(Settled { done, result });
+                    settled.push(Settled { to, result });
                 }
             }
         }
-        settled
+        (settled, next)
     }
 
-    /// Bytes of record frames that one more batch may hold.
-    fn batch_room(&self) -> usize {
-        let Some(active) = &self.active else { return 0 };
-        let left = active.header.file_bytes.saturating_sub(active.end);
-        usize::try_from(left)
-            .unwrap_or(0)
-            .min(MAX_BATCH_BYTES)
-            .saturating_sub(MARK_BYTES)
-    }
-
-    fn count_refused(&mut self, class: RecordClass) {
+    fn count_refused(&mut self, class: RecordClass) -> bool {
         if class == RecordClass::State {
-            return;
+            return false;
         }
         let now = self.now();
         self.refused_total = self.refused_total.saturating_add(1);
         let refused = &mut self.refused;
-        if refused.decisions == 0 && refused.denials == 0 {
+        if refused.is_empty() {
             refused.first_unix_ms = now;
         }
         refused.last_unix_ms = now;
@@ -853,199 +1034,226 @@ impl Core {
             RecordClass::Denial | RecordClass::State => &mut refused.denials,
         };
         *count = count.saturating_add(1);
+        true
     }
 
-    /// One write, one sync. Nothing in `self` changes unless both succeed.
-    fn write_batch(&mut self, records: &[&[u8]]) -> Result<Vec<Appended>, LogError> {
-        let signature = self.sign_head();
+    /// One write, one sync. Nothing in `self` changes unless both succeed, except that a failed file is
+    /// gone. Gives the index of the first record.
+    fn write_batch(&mut self, records: &[(&[u8], Sha256Hash)]) -> Result<u64, LogError> {
+        let mut signed = self.newest_signed();
+        if self.batches.saturating_sub(signed.batch) > MAX_UNSIGNED_BATCHES {
+            self.sign_head();
+            signed = self.newest_signed();
+        }
         let Some(active) = &mut self.active else {
             return Err(LogError::Config("no active file"));
         };
+        let mut tree = self.tree.clone();
+        for (_, leaf) in records {
+            tree.append(*leaf);
+        }
         self.buffer.clear();
-        let mut writer = FrameWriter {
-            salt: active.salt,
+        let (out, content) = self.buffer.parts();
+        if let Some(block) = &active.block {
+            out.extend_from_slice(block);
+        }
+        let start = out.len();
+        let mut writer = BatchWriter {
+            salt: active.header.salt,
             base: active.end,
-            out: &mut self.buffer,
+            start,
+            out,
         };
-        // The mark first: it attests what is durable below it, and carries its signed head.
+        // The mark first: it attests what is durable below it, and carries the newest signed head.
         writer.mark(&Mark {
             size: self.head.size,
-            root: self.head.root,
-            signature,
+            signed_size: signed.size,
+            signature: signed.signature,
+            count: u32::try_from(records.len()).unwrap_or(u32::MAX),
+            bytes: u32::try_from(batch_bytes(records.iter().map(|(record, _)| record.len())))
+                .unwrap_or(u32::MAX),
+            root_after: tree.root(),
         });
-        let mut tree = self.tree.clone();
-        let mut appended = Vec::with_capacity(records.len());
-        for record in records {
-            let leaf = leaf_hash(record);
-            appended.push(Appended {
-                index: tree.size(),
-                leaf,
-            });
-            tree.append(leaf);
+        for (record, _) in records {
             writer.record(record);
         }
-        check_twice(&self.buffer, active.salt, active.end, &appended)?;
-        active
-            .file
-            .write_at(active.end, &self.buffer)
-            .map_err(RootError::Disk)?;
-        active.file.sync_data().map_err(RootError::Disk)?;
+        writer.end();
+        let batch = start - content;
+        let bytes = self.buffer.content();
+        check_twice(
+            bytes.get(batch..).unwrap_or_default(),
+            active.header.salt,
+            active.end,
+            records,
+        )?;
+        let Some(file) = active.file.take() else {
+            return Err(LogError::Config("the active file failed"));
+        };
+        let offset = active.end.saturating_sub(batch as u64);
+        active.file = Some(file.commit(offset, bytes).map_err(RootError::Disk)?);
         // Durable from here on.
-        active.end = active.end.saturating_add(self.buffer.len() as u64);
-        for record in records {
-            record::push_record(&mut active.records, record);
+        active.block = None;
+        active.end = offset.saturating_add(bytes.len() as u64);
+        for (record, _) in records {
+            body::push_record(&mut active.records, record);
         }
         active.count = active
             .count
             .saturating_add(u32::try_from(records.len()).unwrap_or(0));
+        let first = self.tree.size();
         self.tree = tree;
         self.batches = self.batches.saturating_add(1);
         self.note_head();
-        Ok(appended)
+        Ok(first)
     }
 
     /// Writes the lifecycle records that wait, as far as there is room, and the summary of what was
     /// refused once decisions find room again.
     fn pay_owed(&mut self) {
         while let Some(record) = self.owed.front().cloned() {
-            if record.len() > MAX_RECORD_BYTES {
-                self.owed.pop_front();
-                continue;
-            }
-            if self
-                .ensure_active(RecordClass::State, record.len())
-                .is_err()
-            {
-                return;
-            }
-            if let Err(error) = self.write_batch(&[&record]) {
-                self.latch(error.to_string());
-                return;
+            if record.len() <= MAX_RECORD_BYTES {
+                if !self.write_own(&record) {
+                    return;
+                }
+                let before = self.state.owed.len();
+                self.state.owed.retain(|owed| *owed != record);
+                if self.state.owed.len() != before {
+                    self.state_version = self.state_version.saturating_add(1);
+                }
             }
             self.owed.pop_front();
-            self.state.owed.retain(|owed| *owed != record);
+        }
+        if self.summary_due && !self.refused.is_empty() {
+            let Refused {
+                window,
+                decisions,
+                denials,
+                first_unix_ms,
+                last_unix_ms,
+            } = self.refused;
+            let event = Event::Refused {
+                decisions,
+                denials,
+                first_unix_ms,
+                last_unix_ms,
+                r#type: SUMMARY,
+                unix_ms: self.now(),
+                window,
+            };
+            if self.write_own(&event.bytes()) {
+                // In this order: a crash between the two finds the summary in the unsealed file.
+                self.refused = self.refused.next_window();
+                self.refusals.keep(&self.refused);
+                self.summary_due = false;
+            }
         }
     }
 
-    fn summarise_refused(&mut self) {
-        let Refused {
-            decisions,
-            denials,
-            first_unix_ms,
-            last_unix_ms,
-        } = self.refused;
-        if decisions == 0 && denials == 0 {
-            return;
+    fn write_own(&mut self, record: &[u8]) -> bool {
+        if self
+            .ensure_active(RecordClass::State, record.len())
+            .is_err()
+        {
+            return false;
         }
-        let event = Event::Refused {
-            decisions,
-            denials,
-            first_unix_ms,
-            last_unix_ms,
-            r#type: "refused_at_capacity",
-            unix_ms: self.now(),
-        };
-        if self.owed.len() < MAX_OWED {
-            self.owe(event.bytes());
-            self.refused = Refused::default();
+        match self.write_batch(&[(record, leaf_hash(record))]) {
+            Ok(_) => true,
+            Err(error) => {
+                self.latch(error.to_string());
+                false
+            }
         }
     }
 
     // ---- seal ---------------------------------------------------------------------------------
 
-    /// Seals the active file if it holds records.
-    pub(super) fn seal(&mut self) -> Result<Option<SegmentRef>, LogError> {
+    /// Makes the active file one that waits for its seal, if it holds records.
+    pub(super) fn rotate_now(&mut self) -> Result<(), LogError> {
         if let Some(reason) = &self.latched {
             return Err(LogError::Latched(reason.clone()));
         }
-        match self.seal_inner() {
-            Ok(sealed) => Ok(sealed),
-            Err(error) => {
-                let copy = error.clone();
-                self.fault(error);
-                Err(copy)
-            }
+        if self.active.as_ref().is_some_and(|active| active.count > 0) {
+            self.rotate(true);
         }
+        self.stuck = None;
+        Ok(())
     }
 
-    fn seal_inner(&mut self) -> Result<Option<SegmentRef>, LogError> {
-        let signature = self.sign_head();
-        let Some(active) = &mut self.active else {
-            return Ok(None);
-        };
-        if active.count == 0 {
-            return Ok(None);
+    /// The oldest file that waits for its seal. While the log is latched only what was acknowledged
+    /// before is sealed, on the way out of the latch.
+    pub(super) fn next_job(&mut self, latched_too: bool) -> Option<SealJob> {
+        if self.latched.is_some() && !latched_too {
+            return None;
         }
-        let room = match active.seal_room.take() {
-            Some(room) => room,
-            None => {
-                // Sealing ends with less on the disk than it began with, so it may use the reserve.
-                let raw = active.records.len() as u64;
-                let bound = self
-                    .root
-                    .stage_bound(raw.saturating_add(record::seal_overhead_bytes(raw)));
-                self.root
-                    .ledger()
-                    .reserve(bound, Charge::Reserve)
-                    .map_err(RootError::from)?
-            }
-        };
-        let before = active.header.tree().map_err(|_| LogError::Memory)?;
-        // Computed again from the bytes that go into the segment: a flipped bit in memory must never
-        // be signed.
-        let mut again = before.clone();
-        for record in record::iter_records(&active.records) {
-            again.append(leaf_hash(record));
-        }
-        if again != self.tree {
-            return Err(LogError::Memory);
-        }
-        let note = self.head.with_signature(&self.key.public(), &signature);
-        let body = record::build_body(
-            &before,
-            &again,
-            active.count,
-            &note,
-            &active.records,
-            &self.config.seal,
-        )?;
-        let header = SegmentHeader {
-            kind: Kind::Audit,
-            domain: self.config.domain.clone(),
-            origin: self.state.origin.clone(),
-            sequence: active.header.sequence,
-            prev: active.header.prev,
-            created_unix_ms: (self.config.clock)(),
-        };
-        let bytes = format::seal_signed(&header, &body, &self.key, &self.endorsement)?;
-        drop(body);
-        let segment = verify_segment(bytes, None, &self.config.domain)?;
-        let reference = segment.reference();
-        self.store.put_reserved(&segment, room)?;
-        self.sealed_as(&reference);
-        Ok(Some(reference))
+        let waiting = self.full.front_mut()?;
+        Some(SealJob {
+            full: Arc::clone(&waiting.full),
+            room: waiting.room.take(),
+            prev: self.state.sealed.prev,
+            endorsement: Arc::clone(&self.endorsement),
+            key: Arc::clone(&self.key),
+            root: Arc::clone(&self.root),
+            store: Arc::clone(&self.store),
+            config: self.config.clone(),
+        })
     }
 
-    /// The active file's segment is durable, so the file has served. It is closed before it is
-    /// removed, that its bytes are free at once.
-    fn sealed_as(&mut self, reference: &SegmentRef) {
-        self.state.sealed = SealedEnd {
-            next_sequence: reference.sequence.saturating_add(1),
-            prev: Some(reference.id),
-            size: self.tree.size(),
-            frontier: self
-                .tree
-                .hashes()
-                .iter()
-                .map(|hash| *hash.as_bytes())
-                .collect(),
+    /// The oldest file's segment is durable, so the file has served.
+    pub(super) fn sealed(&mut self, reference: &SegmentRef) {
+        let Some(Waiting { full, .. }) = self.full.pop_front() else {
+            return;
         };
+        self.stuck = None;
+        self.state.sealed = SealedEnd::of(
+            reference.sequence.saturating_add(1),
+            Some(reference.id),
+            &full.tree,
+        );
+        self.state_version = self.state_version.saturating_add(1);
         self.sealed_events.push(reference.clone());
-        if let Some(Active { file, path, .. }) = self.active.take() {
-            drop(file);
-            self.leftover.push(path);
+        self.served.push(Served {
+            path: full.path.clone(),
+            file_bytes: full.header.file_bytes,
+            sound: full.sound,
+        });
+        if let Ok(full) = Arc::try_unwrap(full)
+            && full.header.file_bytes == self.config.segment_bytes
+        {
+            self.spare_records = full.records;
         }
+    }
+
+    pub(super) fn seal_failed(&mut self, error: LogError) {
+        let answer = self.fault(error);
+        self.stuck = Some(answer);
+    }
+
+    /// The state as it is, and the files that may go once it is durable.
+    pub(super) fn take_served(&mut self) -> (Snapshot, Vec<Served>) {
+        (self.snapshot(), std::mem::take(&mut self.served))
+    }
+
+    pub(super) fn keep_served(&mut self, served: Vec<Served>) {
+        self.served.extend(served);
+    }
+
+    pub(super) fn has_served(&self) -> bool {
+        !self.served.is_empty()
+    }
+
+    pub(super) fn state_failed(&mut self, error: LogError) {
+        self.fault(error);
+    }
+
+    /// The state that knows them as sealed is durable.
+    fn drop_served(&mut self) {
+        let paths = self.served.drain(..).map(|served| served.path);
+        self.leftover.extend(paths);
         self.remove_leftover();
+    }
+
+    pub(super) fn leave(&mut self, path: String) {
+        self.leftover.push(path);
     }
 
     /// A file that cannot be removed now is tried again at the next tick; a restart removes it too.
@@ -1058,49 +1266,36 @@ impl Core {
                 ..
             })) => false,
             Err(error) => {
-                tracing::warn!(%error, "cannot remove a sealed log file");
+                tracing::warn!(%error, "cannot remove a log file");
                 true
             }
         });
     }
 
-    /// What time and room ask for: seal by age, evict, write what is owed.
-    pub(super) fn tick(&mut self, now_unix_ms: u64) {
+    /// What time asks for. Tells whether the active file is to be sealed for its age.
+    pub(super) fn tick(&mut self, now_unix_ms: u64) -> bool {
         if self.latched.is_some() {
-            return;
+            return false;
         }
-        if let Some(active) = &self.active {
-            let gone = match active.file.stat() {
-                Ok(stat) => stat.nlink == 0,
-                Err(_) => true,
-            };
-            if gone {
-                self.latch("the active log file was removed from outside".to_owned());
-                return;
-            }
-            let age = now_unix_ms.saturating_sub(active.header.created_unix_ms);
-            if active.count > 0
-                && age >= self.config.segment_max_age_ms
-                && let Err(error) = self.seal()
-            {
-                tracing::warn!(%error, "cannot seal by age");
-            }
-        }
+        self.stuck = None;
         self.remove_leftover();
-        self.reclaim();
+        let Some(active) = &self.active else {
+            return false;
+        };
+        if active.file.as_ref().is_none_or(LiveFile::is_gone) {
+            self.latch("the active log file was removed from outside".to_owned());
+            return false;
+        }
+        let age = now_unix_ms.saturating_sub(active.header.created_unix_ms);
+        active.count > 0 && age >= self.config.segment_max_age_ms
     }
 
     // ---- eviction -----------------------------------------------------------------------------
 
-    /// Something may have changed: licences, the ceiling. Evicts what the ladder asks for and licences
-    /// allow, opens the log for decisions again if there is room, and writes what is owed.
-    pub(super) fn reclaim(&mut self) {
+    /// After an eviction or another change: opens the log for decisions again if there is room, and
+    /// writes what is owed.
+    pub(super) fn resume_service(&mut self) {
         if self.latched.is_some() {
-            return;
-        }
-        if let Err(error) = self.evict() {
-            tracing::warn!(%error, "cannot evict");
-            self.fault(error);
             return;
         }
         if self.starved {
@@ -1111,145 +1306,212 @@ impl Core {
         self.pay_owed();
     }
 
-    /// Evicts the oldest licensed own segments while the ladder or an append asks for room. Tells
-    /// whether anything was freed.
-    fn evict(&mut self) -> Result<bool, LogError> {
-        let mut freed = false;
-        loop {
-            let ladder = self.root.ledger().ladder();
-            let need = self.file_need(MIN_LOG_FILE_BYTES);
-            let short = self.starved && self.root.ledger().room(Charge::Normal) < need;
-            let paused = self.state.owed.len() >= MAX_EVICTIONS_OWED;
-            if paused || (ladder < Ladder::Reclaim && !short) {
-                return Ok(freed);
-            }
-            let batch = self.licensed_prefix();
-            let Some((first, _)) = batch.first() else {
-                return Ok(freed);
-            };
-            let origin = first.origin.clone();
-            self.evict_batch(&origin, batch)?;
-            freed = true;
+    /// What an eviction for want of room has come to.
+    pub(super) fn made_room(&mut self, freed: bool) {
+        if freed {
+            self.starved = false;
         }
+    }
+
+    /// The next eviction while the ladder or an append asks for room: the oldest licensed own segments,
+    /// or with the owner's loud setting, when there are none and an append finds no room, the oldest one.
+    pub(super) fn plan_eviction(&mut self) -> Option<Eviction> {
+        let ladder = self.root.ledger().ladder();
+        let short = self.starved && !self.has_room_for_a_file();
+        let paused = self.state.owed.len() >= MAX_EVICTIONS_OWED;
+        if self.latched.is_some() || paused || (ladder < Ladder::Reclaim && !short) {
+            return None;
+        }
+        let (segments, record) = match self.licensed_prefix() {
+            Some(batch) => self.evicted_event(batch)?,
+            None if short && self.config.overwrite_oldest => self.gap_event()?,
+            None => return None,
+        };
+        let newest = segments.last()?;
+        let span = self.store.audit_span(&newest.id)?;
+        self.state.advance(
+            &newest.origin,
+            span.last.saturating_add(1),
+            newest.sequence.saturating_add(1),
+            span.root,
+        );
+        // The record of it is persisted too, until it stands in the log: a deletion is never silent.
+        self.state.owed.push(record.clone());
+        self.state_version = self.state_version.saturating_add(1);
+        Some(Eviction {
+            segments,
+            record,
+            snapshot: self.snapshot(),
+        })
+    }
+
+    /// Notes what became of an eviction.
+    pub(super) fn evicted(
+        &mut self,
+        eviction: Eviction,
+        (persisted, result): (bool, Result<(), LogError>),
+    ) -> Result<(), LogError> {
+        if persisted {
+            tracing::info!(segments = eviction.segments.len(), "evicted audit segments");
+            self.owe(eviction.record);
+        } else {
+            self.state.owed.retain(|owed| *owed != eviction.record);
+            self.state_version = self.state_version.saturating_add(1);
+        }
+        if let Err(error) = &result {
+            tracing::warn!(%error, "cannot evict");
+            self.fault(error.clone());
+        }
+        result
+    }
+
+    /// The oldest own segment and how many of its log are held.
+    fn oldest(&self) -> Option<(SegmentRef, u64)> {
+        self.store
+            .own_logs(&self.config.node_id)
+            .into_iter()
+            .find_map(|origin| {
+                let first = self.store.first(&origin)?;
+                let last = self.store.last(&origin)?;
+                let count = last.sequence.saturating_sub(first.sequence);
+                Some((first, count.saturating_add(1)))
+            })
     }
 
     /// The oldest own segments of one incarnation, in order, as long as each is licensed: at most a
     /// quarter of what is there, so that eviction stops soon after there is room.
-    fn licensed_prefix(&self) -> Vec<(SegmentRef, Vec<NodeId>)> {
-        let own = self.store.own_audit(&self.config.node_id);
-        let Some(origin) = own.first().map(|reference| reference.origin.clone()) else {
-            return Vec::new();
-        };
-        let most = (own.len() / 4).clamp(1, MAX_EVICTED_AT_ONCE);
+    fn licensed_prefix(&self) -> Option<Vec<(SegmentRef, Vec<NodeId>)>> {
+        let (first, count) = self.oldest()?;
+        let most = usize::try_from(count / 4)
+            .unwrap_or(usize::MAX)
+            .clamp(1, MAX_EVICTED_AT_ONCE);
         let now = self.now();
-        own.into_iter()
-            .take_while(|reference| reference.origin == origin)
-            .take(most)
+        let batch: Vec<_> = self
+            .store
+            .refs(&first.origin, first.sequence, u64::MAX, most)
+            .into_iter()
             .map_while(|reference| {
-                let custodians = self.license(&reference.id, now)?;
+                let custodians = license(&self.store, &self.config, &reference.id, now)?;
                 Some((reference, custodians))
             })
-            .collect()
-    }
-
-    /// The distinct custodians whose receipts license the eviction of a segment, if they are enough
-    /// and the retention has passed.
-    pub(super) fn license(&self, id: &SegmentId, now_unix_ms: u64) -> Option<Vec<NodeId>> {
-        license(&self.store, &self.config, id, now_unix_ms)
-    }
-
-    fn evict_batch(
-        &mut self,
-        origin: &Origin,
-        batch: Vec<(SegmentRef, Vec<NodeId>)>,
-    ) -> Result<(), LogError> {
-        let spans: Vec<_> = batch
-            .iter()
-            .filter_map(|(r, _)| self.store.audit_span(&r.id))
             .collect();
-        let (Some(first), Some(last), Some((newest, _))) =
-            (spans.first(), spans.last(), batch.last())
-        else {
-            return Ok(());
-        };
+        (!batch.is_empty()).then_some(batch)
+    }
+
+    fn evicted_event(
+        &self,
+        batch: Vec<(SegmentRef, Vec<NodeId>)>,
+    ) -> Option<(Vec<SegmentRef>, Vec<u8>)> {
+        let first = self.store.audit_span(&batch.first()?.0.id)?.first;
+        let last = self.store.audit_span(&batch.last()?.0.id)?.last;
+        let (segments, custodians): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
         let event = Event::Evicted {
-            custodians: batch
-                .iter()
-                .map(|(_, all)| all.iter().take(MAX_CUSTODIANS_NAMED).cloned().collect())
+            custodians: custodians
+                .into_iter()
+                .map(|all| all.into_iter().take(MAX_CUSTODIANS_NAMED).collect())
                 .collect(),
-            first: first.first,
-            last: last.last,
-            origin,
-            segments: batch.iter().map(|(reference, _)| reference.id).collect(),
+            first,
+            last,
+            origin: &segments.first()?.origin,
+            segments: segments.iter().map(|reference| reference.id).collect(),
             r#type: "evicted",
             unix_ms: self.now(),
         };
         let record = event.bytes();
-        // Cursor first, then unlink: a crash between the two is finished at the next start.
-        self.state.advance(
-            origin,
-            last.last.saturating_add(1),
-            newest.sequence.saturating_add(1),
-        );
-        // The record of it is persisted too, until it stands in the log: a deletion is never silent.
-        self.state.owed.push(record.clone());
-        self.write_state()?;
-        for (reference, _) in &batch {
-            self.store.remove(&reference.id)?;
+        Some((segments, record))
+    }
+
+    /// The oldest segment goes without a licence; the record says exactly what is gone.
+    fn gap_event(&self) -> Option<(Vec<SegmentRef>, Vec<u8>)> {
+        let (oldest, _) = self.oldest()?;
+        let now = self.now();
+        if !retention_passed(&self.store, &self.config, &oldest.id, now)? {
+            return None;
         }
-        tracing::info!(%origin, first = first.first, last = last.last, "evicted audit segments");
-        self.owe(record);
-        Ok(())
+        let span = self.store.audit_span(&oldest.id)?;
+        let root_before = if span.first == 0 {
+            Some(Frontier::new().root())
+        } else {
+            self.state.cursor_root(&oldest.origin)
+        };
+        let event = Event::Gap {
+            count: span.last.saturating_sub(span.first).saturating_add(1),
+            first: span.first,
+            last: span.last,
+            origin: &oldest.origin,
+            root_after: span.root,
+            root_before,
+            segments: vec![oldest.id],
+            r#type: "gap",
+            unix_ms: now,
+        };
+        tracing::warn!(
+            first = span.first,
+            last = span.last,
+            "unlicensed audit is overwritten, as audit.overwrite_oldest asks for"
+        );
+        let record = event.bytes();
+        Some((vec![oldest], record))
     }
 
     // ---- fail-stop ----------------------------------------------------------------------------
 
-    /// Takes a latched log into use again. The old file is never synced again as if it were safe: what
-    /// was acknowledged is sealed from memory into a segment elsewhere, in room that was reserved for
-    /// it, and a new file is opened.
-    pub(super) fn reopen(&mut self) -> Result<(), LogError> {
-        if self.store.latched().is_some() {
-            self.store.reopen()?;
-        }
-        let Some(reason) = self.latched.clone() else {
-            return Ok(());
+    /// The first step out of a latch: what was acknowledged is compared with the device, and waits to
+    /// be sealed from memory into a segment elsewhere, in room that was reserved for it. The failed file
+    /// is never written or synced again. Gives the reason and how the device compares.
+    pub(super) fn begin_reopen(&mut self) -> Option<(String, &'static str)> {
+        let reason = self.latched.clone()?;
+        self.pool = None;
+        self.drop_spare();
+        let device = match &self.active {
+            Some(active) => self.compare_with_device(active),
+            None => "matches",
         };
-        if let Some(active) = &self.active {
-            let stored = self
-                .store
-                .find(&active.header.origin, active.header.sequence);
-            match stored {
-                // Only the naming of the segment had failed, and it turned out to be there.
-                Some(reference) => {
-                    let span = self.store.audit_span(&reference.id);
-                    let same = span.is_some_and(|span| {
-                        span.root == self.head.root
-                            && span.last.checked_add(1) == Some(self.head.size)
-                    });
-                    if !same {
-                        return Err(LogError::Memory);
-                    }
-                    self.sealed_as(&reference);
-                }
-                None if active.count > 0 => {
-                    self.seal_inner()?;
-                }
-                None => {
-                    if let Some(Active { path, file, .. }) = self.active.take() {
-                        drop(file);
-                        self.leftover.push(path);
-                    }
-                    self.remove_leftover();
-                    if !self.leftover.is_empty() {
-                        return Err(LogError::Latched(reason));
-                    }
-                }
-            }
+        if device != "matches" {
+            tracing::error!(
+                device,
+                "the device does not hold what was acknowledged; it is sealed from memory"
+            );
         }
+        self.rotate(false);
+        self.remove_leftover();
+        self.stuck = None;
+        Some((reason, device))
+    }
+
+    fn compare_with_device(&self, active: &Active) -> &'static str {
+        let header = &active.header;
+        let len = usize::try_from(header.file_bytes).unwrap_or(0);
+        let Ok(bytes) = read_device(&self.root, &active.path, len) else {
+            return "unreadable";
+        };
+        let same = bytes.len() == len
+            && LogHeader::decode(&bytes).is_ok_and(|read| read == *header)
+            && scan(&bytes, header, &self.head.origin_line)
+                .is_ok_and(|scan| scan.records.starts_with(&active.records));
+        if same || active.count == 0 {
+            "matches"
+        } else {
+            "differs"
+        }
+    }
+
+    /// The last step out of a latch.
+    pub(super) fn finish_reopen(
+        &mut self,
+        reason: &str,
+        device: &'static str,
+    ) -> Result<(), LogError> {
+        self.remove_leftover();
+        if !self.leftover.is_empty() {
+            return Err(LogError::Latched(reason.to_owned()));
+        }
+        self.refusals.reopen(&self.refused)?;
         self.latched = None;
         self.starved = false;
         let event = Event::Reopened {
-            reason: &reason,
+            device,
+            reason,
             r#type: "reopened",
             unix_ms: self.now(),
         };
@@ -1265,15 +1527,17 @@ impl Core {
     /// A last mark, so that the records of the last batch are attested on disk too. Not needed for
     /// anything acknowledged: a torn tail after a clean end would then show as damage.
     pub(super) fn close(&mut self) {
-        self.prepared = None;
+        self.pool = None;
+        self.drop_spare();
         if self.latched.is_some() {
             return;
         }
         self.pay_owed();
+        self.sign_head();
         let fits = self
             .active
             .as_ref()
-            .is_some_and(|a| a.count > 0 && a.end + MARK_BYTES as u64 <= a.header.file_bytes);
+            .is_some_and(|active| active.count > 0 && active.room() >= MARK_BYTES);
         if fits && let Err(error) = self.write_batch(&[]) {
             self.latch(error.to_string());
         }
@@ -1282,14 +1546,19 @@ impl Core {
     /// The last `count` records, oldest first: from memory, then from sealed segments.
     pub(super) fn tail(&self, count: usize) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
         let mut out: VecDeque<(u64, Vec<u8>)> = VecDeque::new();
+        let mut prepend = |first: u64, held: u32, records: &[u8]| {
+            let held = usize::try_from(held).unwrap_or(usize::MAX);
+            let skip = held.saturating_sub(count - out.len());
+            let indexed = (first..).zip(body::iter_records(records)).skip(skip);
+            let mut part: VecDeque<_> = indexed.map(|(index, r)| (index, r.to_vec())).collect();
+            part.append(&mut out);
+            out = part;
+        };
         if let Some(active) = &self.active {
-            let all = usize::try_from(active.count).unwrap_or(usize::MAX);
-            let indexed = (active.header.first_index..).zip(record::iter_records(&active.records));
-            out.extend(
-                indexed
-                    .skip(all.saturating_sub(count))
-                    .map(|(index, r)| (index, r.to_vec())),
-            );
+            prepend(active.header.first_index, active.count, &active.records);
+        }
+        for Waiting { full, .. } in self.full.iter().rev() {
+            prepend(full.header.first_index, full.count, &full.records);
         }
         let mut sequence = self.state.sealed.next_sequence;
         while out.len() < count && sequence > 0 {
@@ -1298,12 +1567,8 @@ impl Core {
                 break;
             };
             let segment = self.store.get(&reference.id)?;
-            let keys = self.config.seal.decryption.as_deref();
-            let records = match record::read_records_with(&segment, keys) {
-                // Sealed for others to read: what is in memory is all there is to show.
-                Err(BodyError::Encrypted | BodyError::Crypt(_)) => break,
-                records => records?,
-            };
+            let records =
+                body::read_records_with(&segment, self.config.seal.decryption.as_deref())?;
             for record in records.into_iter().rev().take(count - out.len()) {
                 out.push_front(record);
             }
@@ -1312,23 +1577,46 @@ impl Core {
     }
 }
 
-/// The distinct custodians whose receipts license the eviction of an own segment.
+const SUMMARY: &str = "refused_at_capacity";
+
+/// Whether a record is the summary of this number.
+fn is_summary(record: &[u8], window: u64) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Summary {
+        r#type: String,
+        window: u64,
+    }
+    serde_json::from_slice::<Summary>(record)
+        .is_ok_and(|summary| summary.r#type == SUMMARY && summary.window == window)
+}
+
+fn retention_passed(
+    store: &Store,
+    config: &LogConfig,
+    id: &SegmentId,
+    now_unix_ms: u64,
+) -> Option<bool> {
+    let created = store.created_unix_ms(id)?;
+    Some(created.saturating_add(config.min_retention_ms) <= now_unix_ms)
+}
+
+/// The distinct custodians whose receipts license the eviction of an own segment: enough of them, or
+/// one that is an archive.
 pub(super) fn license(
     store: &Store,
     config: &LogConfig,
     id: &SegmentId,
     now_unix_ms: u64,
 ) -> Option<Vec<NodeId>> {
-    // Nothing is evicted without a licence, so "none required" licenses nothing.
-    let required = config.custody_required.max(1);
+    let enough = |custodians: &BTreeSet<NodeId>| {
+        // Nothing is evicted without a licence, so "none required" licenses nothing.
+        let by_number = config.custody_required > 0 && custodians.len() >= config.custody_required;
+        by_number || !config.archives.is_disjoint(custodians)
+    };
     let reference = store.reference(id)?;
-    if config.custody_required == 0
-        || reference.origin.audit_node() != Some(config.node_id.as_str())
-        || store.custodians(id).len() < required
-        || store
-            .created_unix_ms(id)?
-            .saturating_add(config.min_retention_ms)
-            > now_unix_ms
+    if reference.origin.audit_node() != Some(config.node_id.as_str())
+        || !enough(&store.custodians(id))
+        || !retention_passed(store, config, id, now_unix_ms)?
     {
         return None;
     }
@@ -1339,29 +1627,32 @@ pub(super) fn license(
         .map(|receipt| receipt.custodian)
         .filter(|custodian| *custodian != config.node_id)
         .collect();
-    (custodians.len() >= required).then(|| custodians.into_iter().collect())
+    enough(&custodians).then(|| custodians.into_iter().collect())
 }
 
 /// Every leaf hash is computed a second time, from the bytes that go to the disk: a flipped bit in
 /// memory must not become a signed head.
-fn check_twice(buffer: &[u8], salt: u32, base: u64, expected: &[Appended]) -> Result<(), LogError> {
-    let mut expected = expected.iter();
-    let mut at = 0;
-    while at < buffer.len() {
-        let (frame, next) = read_frame(buffer, salt, base, at).ok_or(LogError::Memory)?;
-        if let Frame::Record(record) = frame
-            && expected
-                .next()
-                .is_none_or(|appended| appended.leaf != leaf_hash(record))
-        {
-            return Err(LogError::Memory);
-        }
-        at = next;
+fn check_twice(
+    batch: &[u8],
+    salt: u32,
+    base: u64,
+    expected: &[(&[u8], Sha256Hash)],
+) -> Result<(), LogError> {
+    let mut at = MARK_BYTES;
+    match read_frame(batch, salt, base, 0) {
+        Some((Frame::Mark(_), _)) => {}
+        _ => return Err(LogError::Memory),
     }
-    if expected.next().is_some() {
-        Err(LogError::Memory)
-    } else {
+    for (_, leaf) in expected {
+        match read_frame(batch, salt, base, at) {
+            Some((Frame::Record(record), next)) if leaf_hash(record) == *leaf => at = next,
+            _ => return Err(LogError::Memory),
+        }
+    }
+    if at.next_multiple_of(BATCH_ALIGN) == batch.len() {
         Ok(())
+    } else {
+        Err(LogError::Memory)
     }
 }
 
@@ -1379,138 +1670,4 @@ fn check_endorsement(
     } else {
         Err(LogError::Endorsement)
     }
-}
-
-/// The active files that lie in the root, by incarnation and sequence.
-fn active_files(root: &Root) -> Result<Vec<(u64, u64, String)>, LogError> {
-    let mut files: Vec<(u64, u64, String)> = root
-        .list("log")?
-        .into_iter()
-        .filter_map(|name| {
-            let (incarnation, sequence) = parse_active_name(&name)?;
-            Some((incarnation, sequence, active_path(incarnation, sequence)))
-        })
-        .collect();
-    files.sort();
-    Ok(files)
-}
-
-/// What recovery found of the current incarnation.
-struct Recovered {
-    sealed: SealedEnd,
-    active: Option<(String, LogHeader, Scan, Vec<u8>)>,
-}
-
-enum Recover {
-    /// Acknowledged data is damaged: a new incarnation follows.
-    Damaged(String),
-    /// The disk or the root refused.
-    Log(LogError),
-}
-
-impl<E: Into<LogError>> From<E> for Recover {
-    fn from(error: E) -> Self {
-        Self::Log(error.into())
-    }
-}
-
-/// Reads the active file and finds out where the log stands. Removes files whose segment is stored.
-fn recover_active(
-    root: &Arc<Root>,
-    store: &Store,
-    config: &LogConfig,
-    state: &LogState,
-) -> Result<Recovered, Recover> {
-    let damaged = |why: String| Recover::Damaged(why);
-    let newest = store
-        .own_audit(&config.node_id)
-        .into_iter()
-        .rfind(|reference| reference.origin == state.origin);
-    let stored_next = newest.as_ref().map_or(0, |r| r.sequence.saturating_add(1));
-    let mut open = Vec::new();
-    for (incarnation, sequence, rel) in active_files(root)? {
-        if incarnation != state.incarnation {
-            continue;
-        }
-        if sequence < stored_next.max(state.sealed.next_sequence) {
-            // Sealed; the crash came before its removal.
-            root.remove(&rel)?;
-        } else {
-            open.push((sequence, rel));
-        }
-    }
-    let Some((sequence, rel)) = open.pop() else {
-        return Ok(Recovered {
-            sealed: sealed_end(store, state, newest)?,
-            active: None,
-        });
-    };
-    if !open.is_empty() {
-        return Err(damaged("more than one log file is open".to_owned()));
-    }
-    let bytes = root.read(&rel)?.unwrap_or_default();
-    let header = LogHeader::decode(&bytes).map_err(|e| damaged(format!("{rel}: {e}")))?;
-    let follows = match &newest {
-        Some(newest) if stored_next == sequence => {
-            let span = store.audit_span(&newest.id);
-            header.prev == Some(newest.id)
-                && span.is_some_and(|span| span.last.checked_add(1) == Some(header.first_index))
-        }
-        // Evicted or lost; the marks inside still tie the file to its own past.
-        _ => (sequence == 0) == (header.prev.is_none() && header.first_index == 0),
-    };
-    let belongs = header.domain == config.domain
-        && header.origin == state.origin
-        && header.sequence == sequence;
-    if !follows || !belongs {
-        return Err(damaged(format!(
-            "{rel} does not continue the last sealed segment"
-        )));
-    }
-    let line = checkpoint::origin_line(&config.domain, &state.origin).unwrap_or_default();
-    let scan = record::scan(&bytes, &header, &line).map_err(|e| damaged(format!("{rel}: {e}")))?;
-    let sealed = SealedEnd {
-        next_sequence: header.sequence,
-        prev: header.prev,
-        size: header.first_index,
-        frontier: header.frontier.clone(),
-    };
-    Ok(Recovered {
-        sealed,
-        active: Some((rel, header, scan, bytes)),
-    })
-}
-
-/// Where the sealed part ends, when there is no active file to tell it.
-fn sealed_end(
-    store: &Store,
-    state: &LogState,
-    newest: Option<SegmentRef>,
-) -> Result<SealedEnd, Recover> {
-    let Some(newest) = newest.filter(|r| r.sequence >= state.sealed.next_sequence) else {
-        return Ok(state.sealed.clone());
-    };
-    let segment = match store.get(&newest.id) {
-        Err(StoreError::Damaged { reason, .. }) => {
-            return Err(Recover::Damaged(format!(
-                "the newest sealed segment is damaged: {reason}"
-            )));
-        }
-        other => other?,
-    };
-    let header = segment.header();
-    let key = segment.endorsement().map(|endorsement| endorsement.log_key);
-    let tree = record::parse_body(segment.body(), &header.domain, &header.origin)
-        .and_then(|body| match body.frontier_after() {
-            // Signed with the segment, and it leads to the root in the checkpoint.
-            Some(after) => Ok(after.clone()),
-            None => body.check_tree(&key.unwrap_or(LogPublicKey::from_bytes([0; 32])), None),
-        })
-        .map_err(|e| Recover::Damaged(format!("the newest sealed segment is wrong: {e}")))?;
-    Ok(SealedEnd {
-        next_sequence: newest.sequence.saturating_add(1),
-        prev: Some(newest.id),
-        size: tree.size(),
-        frontier: tree.hashes().iter().map(|hash| *hash.as_bytes()).collect(),
-    })
 }

@@ -3,7 +3,15 @@
 
 use serde::Serialize;
 
-use crate::id::{NodeId, Origin, SegmentId};
+use crate::id::{NodeId, Origin, SegmentId, Sha256Hash};
+
+/// The highest head of the log before, as far as this node can tell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct PreviousHead {
+    pub(crate) origin: Origin,
+    pub(crate) root: Sha256Hash,
+    pub(crate) size: u64,
+}
 
 /// One lifecycle record. Fields stand in alphabetical order; `type` is the tag's value.
 #[derive(Debug, Serialize)]
@@ -11,6 +19,7 @@ use crate::id::{NodeId, Origin, SegmentId};
 pub(crate) enum Event<'a> {
     Incarnation {
         incarnation: u64,
+        previous_head: Option<&'a PreviousHead>,
         previous_origin: Option<&'a Origin>,
         quarantined: &'a [String],
         reason: &'a str,
@@ -34,6 +43,17 @@ pub(crate) enum Event<'a> {
         r#type: &'static str,
         unix_ms: u64,
     },
+    Gap {
+        count: u64,
+        first: u64,
+        last: u64,
+        origin: &'a Origin,
+        root_after: Sha256Hash,
+        root_before: Option<Sha256Hash>,
+        segments: Vec<SegmentId>,
+        r#type: &'static str,
+        unix_ms: u64,
+    },
     Refused {
         decisions: u64,
         denials: u64,
@@ -41,8 +61,10 @@ pub(crate) enum Event<'a> {
         last_unix_ms: u64,
         r#type: &'static str,
         unix_ms: u64,
+        window: u64,
     },
     Reopened {
+        device: &'static str,
         reason: &'a str,
         r#type: &'static str,
         unix_ms: u64,
@@ -73,6 +95,7 @@ mod tests {
                 unix_ms: 5,
             },
             Event::Reopened {
+                device: "matches",
                 reason: "eio",
                 r#type: "reopened",
                 unix_ms: 5,
@@ -83,6 +106,18 @@ mod tests {
                 first_unix_ms: 3,
                 last_unix_ms: 4,
                 r#type: "refused_at_capacity",
+                unix_ms: 5,
+                window: 6,
+            },
+            Event::Gap {
+                count: 2,
+                first: 3,
+                last: 4,
+                origin: &Origin::parse("audit/n1/0123456789abcdef/2").unwrap(),
+                root_after: Sha256Hash::of(b"after"),
+                root_before: None,
+                segments: Vec::new(),
+                r#type: "gap",
                 unix_ms: 5,
             },
         ];

@@ -4,12 +4,13 @@ use bincode::{Decode, Encode};
 
 use crate::codec;
 use crate::disk::FileStat;
-use crate::id::{NodeId, Origin, SegmentId};
+use crate::id::{NodeId, Origin, SegmentId, Sha256Hash};
 use crate::merkle::{Frontier, MerkleError};
 
 /// Path of the state file below the root.
 pub(crate) const STATE_PATH: &str = "log/state";
-const MAGIC: &[u8; 8] = b"TIDESTA1";
+const MAGIC: &[u8; 8] = b"TIDESTA2";
+const MAGIC_1: &[u8; 8] = b"TIDESTA1";
 const MAX: usize = 512 * 1024;
 /// Most origins of older incarnations whose cursor is remembered; the oldest go first.
 const MAX_CURSORS: usize = 64;
@@ -56,11 +57,21 @@ impl SealedEnd {
         }
     }
 
+    /// The end of a tree that is sealed up to there.
+    pub(crate) fn of(next_sequence: u64, prev: Option<SegmentId>, tree: &Frontier) -> Self {
+        Self {
+            next_sequence,
+            prev,
+            size: tree.size(),
+            frontier: tree.hashes().iter().map(|hash| *hash.as_bytes()).collect(),
+        }
+    }
+
     pub(crate) fn tree(&self) -> Result<Frontier, MerkleError> {
         let hashes = self
             .frontier
             .iter()
-            .map(|h| crate::Sha256Hash::from_bytes(*h))
+            .map(|h| Sha256Hash::from_bytes(*h))
             .collect();
         Frontier::from_hashes(self.size, hashes)
     }
@@ -72,6 +83,8 @@ pub(crate) struct Cursor {
     pub(crate) origin: Origin,
     pub(crate) min_index: u64,
     pub(crate) min_sequence: u64,
+    /// Root of the tree over the records below `min_index`; unknown of what a version before evicted.
+    pub(crate) root: Option<[u8; 32]>,
 }
 
 /// The content of the state file.
@@ -87,6 +100,48 @@ pub(crate) struct LogState {
     pub(crate) owed: Vec<Vec<u8>>,
 }
 
+#[derive(Encode, Decode)]
+struct Cursor1 {
+    origin: Origin,
+    min_index: u64,
+    min_sequence: u64,
+}
+
+/// The content of the version before.
+#[derive(Encode, Decode)]
+struct LogState1 {
+    node_id: NodeId,
+    origin: Origin,
+    incarnation: u64,
+    marker: Marker,
+    sealed: SealedEnd,
+    cursors: Vec<Cursor1>,
+    owed: Vec<Vec<u8>>,
+}
+
+impl From<LogState1> for LogState {
+    fn from(old: LogState1) -> Self {
+        Self {
+            node_id: old.node_id,
+            origin: old.origin,
+            incarnation: old.incarnation,
+            marker: old.marker,
+            sealed: old.sealed,
+            cursors: old
+                .cursors
+                .into_iter()
+                .map(|cursor| Cursor {
+                    origin: cursor.origin,
+                    min_index: cursor.min_index,
+                    min_sequence: cursor.min_sequence,
+                    root: None,
+                })
+                .collect(),
+            owed: old.owed,
+        }
+    }
+}
+
 impl LogState {
     pub(crate) fn encode(&self) -> Result<Vec<u8>, codec::CodecError> {
         let body = codec::encode::<_, MAX>(self)?;
@@ -98,11 +153,18 @@ impl LogState {
 
     /// `None` if the bytes are damaged.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let (crc, body) = bytes.strip_prefix(MAGIC)?.split_first_chunk::<4>()?;
+        let (magic, rest) = bytes.split_first_chunk::<8>()?;
+        let (crc, body) = rest.split_first_chunk::<4>()?;
         if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
             return None;
         }
-        codec::decode::<_, MAX>(body).ok()
+        if magic == MAGIC {
+            codec::decode::<_, MAX>(body).ok()
+        } else if magic == MAGIC_1 {
+            codec::decode::<LogState1, MAX>(body).ok().map(Self::from)
+        } else {
+            None
+        }
     }
 
     pub(crate) fn cursor(&self, origin: &Origin) -> (u64, u64) {
@@ -112,14 +174,33 @@ impl LogState {
             .map_or((0, 0), |cursor| (cursor.min_index, cursor.min_sequence))
     }
 
-    /// INV-16: a cursor only moves forward.
-    pub(crate) fn advance(&mut self, origin: &Origin, min_index: u64, min_sequence: u64) {
+    /// Root of the tree over the records of an origin that the cursor passed.
+    pub(crate) fn cursor_root(&self, origin: &Origin) -> Option<Sha256Hash> {
+        self.cursors
+            .iter()
+            .find(|cursor| cursor.origin == *origin)?
+            .root
+            .map(Sha256Hash::from_bytes)
+    }
+
+    /// INV-16: a cursor only moves forward. `root` is that of the tree over the records below
+    /// `min_index`.
+    pub(crate) fn advance(
+        &mut self,
+        origin: &Origin,
+        min_index: u64,
+        min_sequence: u64,
+        root: Sha256Hash,
+    ) {
         match self
             .cursors
             .iter_mut()
             .find(|cursor| cursor.origin == *origin)
         {
             Some(cursor) => {
+                if min_index > cursor.min_index {
+                    cursor.root = Some(*root.as_bytes());
+                }
                 cursor.min_index = cursor.min_index.max(min_index);
                 cursor.min_sequence = cursor.min_sequence.max(min_sequence);
             }
@@ -131,6 +212,7 @@ impl LogState {
                     origin: origin.clone(),
                     min_index,
                     min_sequence,
+                    root: Some(*root.as_bytes()),
                 });
             }
         }
@@ -197,8 +279,36 @@ mod tests {
     fn inv_16_a_cursor_never_moves_back() {
         let mut state = sample();
         let origin = state.origin.clone();
-        state.advance(&origin, 10, 2);
-        state.advance(&origin, 4, 1);
+        let root = |text: &[u8]| Sha256Hash::of(text);
+        state.advance(&origin, 10, 2, root(b"ten"));
+        state.advance(&origin, 4, 1, root(b"four"));
         assert_eq!(state.cursor(&origin), (10, 2));
+        assert_eq!(state.cursor_root(&origin), Some(root(b"ten")));
+    }
+
+    #[test]
+    fn the_version_before_is_read() {
+        let now = sample();
+        let old = LogState1 {
+            node_id: now.node_id.clone(),
+            origin: now.origin.clone(),
+            incarnation: now.incarnation,
+            marker: now.marker.clone(),
+            sealed: now.sealed.clone(),
+            cursors: vec![Cursor1 {
+                origin: now.origin.clone(),
+                min_index: 7,
+                min_sequence: 1,
+            }],
+            owed: vec![b"owed".to_vec()],
+        };
+        let body = codec::encode::<_, MAX>(&old).unwrap();
+        let mut bytes = MAGIC_1.to_vec();
+        bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        bytes.extend_from_slice(&body);
+        let read = LogState::decode(&bytes).unwrap();
+        assert_eq!(read.cursor(&now.origin), (7, 1));
+        assert_eq!(read.cursor_root(&now.origin), None);
+        assert_eq!(read.owed, [b"owed".to_vec()]);
     }
 }

@@ -4,10 +4,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{Offline, OfflineError, frames};
+use super::{Offline, OfflineError, log_records};
 use crate::body::{self, BodyError};
 use crate::checkpoint::{self, Checkpoint};
 use crate::format::FormatError;
+use crate::frame::{self, LogHeader};
 use crate::id::{DomainId, Kind, Origin, Sha256Hash};
 use crate::keys::{Endorsement, LogPublicKey};
 use crate::limits::MAX_ENDORSEMENT_BYTES;
@@ -16,7 +17,6 @@ use crate::merkle::{PartialTree, leaf_hash};
 use crate::proof::{
     ConsistencyProof, ProofError, RecordProof, verify_consistency_proof, verify_record_proof,
 };
-use crate::record::{self, LogHeader};
 
 const ENDORSEMENT_PATH: &str = "keys/endorsement";
 const VERSION: u32 = 1;
@@ -125,7 +125,8 @@ impl LogProof {
 
 /// What is written of a log and not sealed yet: leaves, and the newest signed head over them.
 struct Unsealed {
-    files: Vec<(String, LogHeader, Vec<u8>)>,
+    /// Of each file: its header, and its records as `length | bytes`.
+    files: Vec<(LogHeader, Vec<u8>)>,
     head: Option<(u64, String)>,
 }
 
@@ -248,7 +249,7 @@ impl Offline<'_> {
         let before = unsealed
             .files
             .first()
-            .and_then(|(_, header, _)| header.tree().ok())
+            .and_then(|(header, _)| header.tree().ok())
             .ok_or(LogProofError::NotHeld(index))?;
         let mut tree = PartialTree::new(before);
         unsealed.extend(&mut tree, *size);
@@ -285,14 +286,14 @@ impl Offline<'_> {
     }
 
     fn unsealed(&self, origin: &Origin) -> Result<Unsealed, OfflineError> {
-        let files = self.log_bytes(origin)?;
+        let mut files = Vec::new();
         let line = checkpoint::origin_line(&self.domain, origin).unwrap_or_default();
         let mut head = None;
-        for (file, header, bytes) in &files {
+        for (file, header, bytes) in self.log_bytes(origin)? {
             // A proof from a damaged file would look good and prove what never was.
-            let scan = record::scan(bytes, header, &line)
+            let scan = frame::scan(&bytes, &header, &line)
                 .map_err(|_| OfflineError::Damaged(file.clone()))?;
-            if let Some(mark) = scan.last_mark {
+            if let Some(mark) = scan.signed {
                 let checkpoint = Checkpoint {
                     origin_line: line.clone(),
                     size: mark.size,
@@ -301,6 +302,7 @@ impl Offline<'_> {
                 let note = checkpoint.with_signature(&header.log_key, &mark.signature);
                 head = Some((mark.size, note));
             }
+            files.push((header, scan.records));
         }
         Ok(Unsealed { files, head })
     }
@@ -315,8 +317,9 @@ impl Offline<'_> {
         leaf: &Sha256Hash,
     ) -> Result<Option<u64>, OfflineError> {
         for (_, header, bytes) in self.log_bytes(origin)?.iter().rev() {
+            let records = log_records(header, bytes);
             let found = (header.first_index..)
-                .zip(frames(bytes, header))
+                .zip(body::iter_records(&records))
                 .filter(|(_, record)| leaf_hash(record) == *leaf)
                 .last();
             if let Some((index, _)) = found {
@@ -356,7 +359,7 @@ impl Unsealed {
     fn records(&self) -> impl Iterator<Item = (u64, &[u8])> {
         self.files
             .iter()
-            .flat_map(|(_, header, bytes)| (header.first_index..).zip(frames(bytes, header)))
+            .flat_map(|(header, records)| (header.first_index..).zip(body::iter_records(records)))
     }
 
     fn record(&self, index: u64) -> Option<&[u8]> {

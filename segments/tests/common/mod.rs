@@ -54,6 +54,10 @@ pub(crate) struct Settings {
     pub(crate) segment_bytes: u64,
     pub(crate) max_age_ms: u64,
     pub(crate) retention_ms: u64,
+    pub(crate) archives: &'static [&'static str],
+    pub(crate) overwrite_oldest: bool,
+    /// Without threads, so that what is written is a function of what is asked for.
+    pub(crate) inline: bool,
     pub(crate) clock: Arc<AtomicU64>,
     /// Without compression unless a test says otherwise: what tests append would shrink to nothing, and
     /// no ceiling would ever be reached.
@@ -71,6 +75,9 @@ impl Default for Settings {
             segment_bytes: 128 * KIB,
             max_age_ms: 60_000,
             retention_ms: 0,
+            archives: &[],
+            overwrite_oldest: false,
+            inline: false,
             clock: Arc::new(AtomicU64::new(1_700_000_000_000)),
             seal: SealOptions {
                 compression: Compression::Off,
@@ -96,6 +103,8 @@ impl Settings {
             segment_bytes: self.segment_bytes,
             segment_max_age_ms: self.max_age_ms,
             custody_required: self.custody,
+            archives: self.archives.iter().map(|name| node(name)).collect(),
+            overwrite_oldest: self.overwrite_oldest,
             min_retention_ms: self.retention_ms,
             clock: Arc::new(move || clock.load(Ordering::SeqCst)),
             seal: self.seal.clone(),
@@ -116,7 +125,12 @@ impl Settings {
         let root = self.open_root(disk)?;
         let store = Store::open(Arc::clone(&root), domain())?;
         let name = node(self.node);
-        let (log, recovery) = AuditLog::open(
+        let open = if self.inline {
+            AuditLog::open_inline
+        } else {
+            AuditLog::open
+        };
+        let (log, recovery) = open(
             Arc::clone(&root),
             Arc::clone(&store),
             self.config(),
@@ -181,8 +195,24 @@ impl Node {
         self.log.tail(usize::MAX).unwrap()
     }
 
+    /// Waits until nothing but the active file is unsealed.
+    pub(crate) fn wait_sealed(&self) {
+        let start = std::time::Instant::now();
+        while self.log.stat().unsealed_files > 1 {
+            assert!(start.elapsed() < LONG, "{:?}", self.log.stat());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The ledger says what the disk says, once nothing is being written.
     pub(crate) fn assert_ledger(&self) {
+        let start = std::time::Instant::now();
+        // Files are sealed and made ready by a thread of their own.
+        while self.root.ledger().usage().allocated_bytes != self.root.measure().unwrap()
+            && start.elapsed() < Duration::from_secs(2)
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let usage = self.root.ledger().usage();
         assert_eq!(
             usage.allocated_bytes,
