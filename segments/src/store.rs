@@ -974,6 +974,8 @@ impl Store {
         if segment.header().domain != self.domain {
             return Err(StoreError::Domain(segment.header().domain.clone()));
         }
+        // Reads the place once, so that a damaged index is built again before it is asked.
+        let _held = self.some(&reference.origin, reference.sequence, reference.sequence, 1);
         let account = {
             let mut index = self.index();
             while index.under_way.contains(&id) {
@@ -1158,6 +1160,15 @@ impl Store {
     }
 
     fn locate_audit(&self, id: &SegmentId) -> Option<Held> {
+        let found = self.locate_once(id);
+        if found.is_none() && self.mend() {
+            self.locate_once(id)
+        } else {
+            found
+        }
+    }
+
+    fn locate_once(&self, id: &SegmentId) -> Option<Held> {
         let mut index = self.index();
         let place = match index.remembered(id) {
             Some(place) => place,
@@ -1350,7 +1361,37 @@ impl Store {
         self.some(origin, from, to, max.min(MAX_REFS))
     }
 
+    /// Builds the index again at once if a reader has found it damaged, so that nothing that is held is
+    /// passed over in silence; `true` if it is worth reading again.
+    fn mend(&self) -> bool {
+        let index = self.index();
+        if index.suspect.is_none() || index.latched.is_some() {
+            return false;
+        }
+        drop(index);
+        // Whoever is changing something now heals it first.
+        let Ok(mut writer) = self.writer.try_lock() else {
+            return false;
+        };
+        match self.heal(&mut writer) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(%error, "the index cannot be built again");
+                false
+            }
+        }
+    }
+
     fn some(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef> {
+        let found = self.some_once(origin, from, to, max);
+        if self.mend() {
+            self.some_once(origin, from, to, max)
+        } else {
+            found
+        }
+    }
+
+    fn some_once(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef> {
         let mut index = self.index();
         if origin.kind() != Kind::Audit {
             return index
@@ -1386,6 +1427,15 @@ impl Store {
     /// What is held, by origin: most urgent kind first, then by name (INV-11).
     #[must_use]
     pub fn heads(&self) -> Vec<Head> {
+        let heads = self.heads_once();
+        if self.mend() {
+            self.heads_once()
+        } else {
+            heads
+        }
+    }
+
+    fn heads_once(&self) -> Vec<Head> {
         let mut index = self.index();
         let small = index
             .small_origins

@@ -529,7 +529,9 @@ fn whatever_becomes_of_the_index_nothing_is_lost() {
             }
         }
         let (root, store) = open_sim(&disk);
-        // A page is looked at when it is used; a scrub uses all of them.
+        // A damaged page is noticed when it is used, and nothing is passed over.
+        let others = usize::from(what.contains("journal"));
+        assert!(store.list(None).len() + others >= all.len(), "{what}");
         let report = store.scrub(u64::MAX).unwrap();
         assert!(report.damaged.is_empty(), "{what}");
         store.scrub(u64::MAX).unwrap();
