@@ -635,9 +635,11 @@ impl Root {
             }) => self.disk.open(&path, OpenMode::ReadWrite)?,
             other => other?,
         };
-        // Allocated whole at once: what is written into it later needs no space.
+        // Zero-filled whole at once: what is written into it later needs no space. Allocated only, ext4
+        // splits the unwritten extent at every write, and takes a block for the map of extents.
         let allocated = file
-            .allocate(len)
+            .zero_fill(len)
+            .and_then(|()| file.sync_data())
             .and_then(|()| Ok(file.stat()?.allocated_bytes));
         match allocated {
             Ok(allocated) => {

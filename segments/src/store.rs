@@ -984,11 +984,12 @@ impl Store {
                     .wait(index)
                     .unwrap_or_else(PoisonError::into_inner);
             }
-            if self.holds(&mut index, &reference) {
-                return Ok(PutOutcome::AlreadyHeld);
-            }
+            // Before the question whether it is held: after a failed removal nobody knows.
             if let Some(reason) = &index.latched {
                 return Err(StoreError::Latched(reason.clone()));
+            }
+            if self.holds(&mut index, &reference) {
+                return Ok(PutOutcome::AlreadyHeld);
             }
             self.check_fork(&mut index, &reference)?;
             index.under_way.insert(id);

@@ -27,8 +27,8 @@ use crate::id::{NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, LogKey, LogPublicKey};
 use crate::ledger::{Charge, Ladder, Reservation};
 use crate::limits::{
-    LOG_HEADER_BYTES, MAX_BATCH_BYTES, MAX_LOG_FILE_BYTES, MAX_RECORD_BYTES, MAX_UNSEALED_FILES,
-    MAX_UNSIGNED_BATCHES, MIN_LOG_FILE_BYTES,
+    LOG_HEADER_BYTES, MAX_BATCH_BYTES, MAX_LOG_FILE_BYTES, MAX_RECEIPT_BYTES, MAX_RECORD_BYTES,
+    MAX_UNSEALED_FILES, MAX_UNSIGNED_BATCHES, MIN_LOG_FILE_BYTES,
 };
 use crate::merkle::{Frontier, leaf_hash};
 use crate::root::{Root, RootError};
@@ -673,6 +673,16 @@ impl Core {
             return Err(Block::AwaitSeal);
         }
         if state {
+            // The last of the reserve is for what frees room: a receipt, and the state of the log. Used
+            // up by records, no licence could be taken, and nothing would ever be evicted.
+            let mending = self
+                .root
+                .stage_bound(MAX_RECEIPT_BYTES as u64)
+                .saturating_mul(2);
+            let need = self.file_need(MIN_LOG_FILE_BYTES).saturating_add(mending);
+            if self.root.ledger().room(Charge::Reserve) < need {
+                return Err(Block::Refuse(AppendError::Capacity));
+            }
             return match self.begin(Charge::Reserve) {
                 Ok(()) => Ok(()),
                 Err(NoFile::NotReady) => Err(Block::AwaitSeal),
