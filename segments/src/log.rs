@@ -684,7 +684,7 @@ impl Inner {
 
     /// Evicts while there is something to evict and room is asked for. Tells whether anything went.
     fn evict(&self) -> Result<bool, LogError> {
-        let mut freed = false;
+        let mut freed = self.with_core(Core::finish_evictions)?;
         while let Some(eviction) = self.with_core(Core::plan_eviction) {
             let outcome = eviction.run(&self.store, &self.state_file);
             self.with_core(|core| core.evicted(eviction, outcome))?;

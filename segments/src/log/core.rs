@@ -172,6 +172,8 @@ pub(super) struct Core {
     /// Decisions found room since something was refused.
     summary_due: bool,
     /// Room was refused, and nothing has changed since that would give any.
+    /// A cursor says evicted, and the removal was not finished.
+    unfinished: bool,
     starved: bool,
     batches: u64,
     sealed_events: Vec<SegmentRef>,
@@ -342,6 +344,7 @@ impl Core {
             refused_total: 0,
             refusals,
             summary_due: false,
+            unfinished: false,
             starved: false,
             batches: 0,
             sealed_events: Vec::new(),
@@ -474,7 +477,22 @@ impl Core {
                 self.store.remove(&first.id)?;
             }
         }
+        self.unfinished = false;
         Ok(())
+    }
+
+    /// Finishes the removal that an error cut off. Tells whether there was one.
+    pub(super) fn finish_evictions(&mut self) -> Result<bool, LogError> {
+        if !self.unfinished || self.latched.is_some() {
+            return Ok(false);
+        }
+        match self.drop_evicted() {
+            Ok(()) => Ok(true),
+            Err(error) => {
+                self.fault(error.clone());
+                Err(error)
+            }
+        }
     }
 
     /// Eviction records of before the crash that did not reach the log, and counts that no summary has
@@ -1339,6 +1357,7 @@ impl Core {
         };
         let newest = segments.last()?;
         let span = self.store.audit_span(&newest.id)?;
+        let cursors_before = self.state.cursors.clone();
         self.state.advance(
             &newest.origin,
             span.last.saturating_add(1),
@@ -1351,6 +1370,7 @@ impl Core {
         Some(Eviction {
             segments,
             record,
+            cursors_before,
             snapshot: self.snapshot(),
         })
     }
@@ -1364,7 +1384,10 @@ impl Core {
         if persisted {
             tracing::info!(segments = eviction.segments.len(), "evicted audit segments");
             self.owe(eviction.record);
+            // The cursor is durable, so what is left of it must go: later, or when the log reopens.
+            self.unfinished |= result.is_err();
         } else {
+            self.state.cursors = eviction.cursors_before;
             self.state.owed.retain(|owed| *owed != eviction.record);
             self.state_version = self.state_version.saturating_add(1);
         }
@@ -1517,6 +1540,8 @@ impl Core {
             return Err(LogError::Latched(reason.to_owned()));
         }
         self.refusals.reopen(&self.refused)?;
+        // An eviction that an error cut off: the cursor is persisted, so it must be finished.
+        self.drop_evicted()?;
         self.latched = None;
         self.starved = false;
         let event = Event::Reopened {

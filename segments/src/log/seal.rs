@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::file::LiveFile;
-use super::state::{LogState, STATE_PATH};
+use super::state::{Cursor, LogState, STATE_PATH};
 use super::{LogConfig, LogError};
 use crate::body::{self, seal_overhead_bytes};
 use crate::checkpoint::Checkpoint;
@@ -218,6 +218,8 @@ impl SparePlan {
 pub(super) struct Eviction {
     pub(super) segments: Vec<SegmentRef>,
     pub(super) record: Vec<u8>,
+    /// What the cursors were, should the new ones not become durable.
+    pub(super) cursors_before: Vec<Cursor>,
     pub(super) snapshot: Snapshot,
 }
 
