@@ -52,3 +52,11 @@ bench *AREA:
 # The book, into docs/book (needs mdbook).
 book:
     mdbook build docs
+
+# The whole crash check on a simulated disk, for so many minutes at least.
+soak-disk MINUTES:
+    cargo run --release --locked -p tidelock-segments --example soak -- --minutes {{MINUTES}}
+
+# One random run of it again, bit for bit.
+soak-disk-replay SEED:
+    cargo run --release --locked -p tidelock-segments --example soak -- --seed {{SEED}}
