@@ -116,16 +116,32 @@ fn segment_header(bytes: &[u8]) -> Verdict {
     Verdict::exact(read())
 }
 
-/// Every record is read. Nothing can be asked to write it again: how a compressor packs is its own affair.
+/// Every record is read. A body of version 1 has one encoding; how a compressor packs version 2 is its own
+/// affair.
 fn audit_body(bytes: &[u8]) -> Verdict {
     let read = || {
         let (domain, origin) = place()?;
         let body = body::parse_body(bytes, &domain, &origin).ok()?;
         let mut records = body.records(None).ok()?;
         while records.next_record().ok()?.is_some() {}
-        Some(())
+        if body.version() != 1 {
+            return Some(Verdict::Taken);
+        }
+        let (span, note) = (body.span(), body.checkpoint_note());
+        let count = u32::try_from(span.last - span.first + 1).ok()?;
+        let mut head = 1u16.to_le_bytes().to_vec();
+        head.extend_from_slice(&span.first.to_le_bytes());
+        head.extend_from_slice(&count.to_le_bytes());
+        for hash in body.frontier_before().hashes() {
+            head.extend_from_slice(hash.as_bytes());
+        }
+        head.extend_from_slice(&u32::try_from(note.len()).ok()?.to_le_bytes());
+        head.extend_from_slice(note.as_bytes());
+        // The records fill what is left exactly, or the body is refused.
+        let records = bytes.get(head.len()..)?;
+        Some(Verdict::Exact([&head, records].concat()))
     };
-    read().map_or(Verdict::Refused, |()| Verdict::Taken)
+    read().unwrap_or(Verdict::Refused)
 }
 
 /// Zeros up to the length that the smallest file has: the corpus leaves them out.

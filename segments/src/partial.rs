@@ -11,32 +11,30 @@
 //!
 //! Nothing here is ever listed, served or counted as held.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bincode::{Decode, Encode};
 use serde::Serialize;
 
-use crate::bao::{self, BaoError, Item, Outboard, Pair, Visit};
-use crate::codec;
+use crate::bao::{self, BaoError, Item, Pair};
 use crate::disk::{DiskError, DiskFault, DiskFile, DiskOp, OpenMode};
 use crate::format::{FormatError, SegmentRef, VerifiedSegment, verify_segment};
 use crate::id::SegmentId;
 use crate::ledger::{CeilingReached, Charge, Reservation};
-use crate::limits::{
-    MAP_INTERVAL_BYTES, MAX_MAP_BYTES, MAX_OUTBOARDS_BYTES, MAX_PARTIAL_BYTES, MAX_PARTIALS,
-};
+use crate::limits::{MAP_INTERVAL_BYTES, MAX_PARTIAL_BYTES, MAX_PARTIALS};
 use crate::root::{Root, RootError};
-use crate::store::{PutOutcome, Store, StoreError, segment_path};
+use crate::store::{PutOutcome, Store, StoreError};
+
+mod map;
+mod serve;
+
+pub(crate) use self::map::reencode_map;
+use self::map::{Map, Progress, Recheck, any, received_bytes};
+use self::serve::Outboards;
 
 const DIR: &str = "partial";
-/// The first eight bytes of a map; the digit is its version.
-const MAP_MAGIC: &[u8; 8] = b"TIDEPAR1";
-/// Magic and checksum.
-const MAP_FRONT: usize = 12;
-
 /// Why a partial refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -127,81 +125,6 @@ pub struct PartialInfo {
     pub in_use: bool,
 }
 
-/// The map, as it lies on the disk behind magic and checksum.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-struct Map {
-    reference: SegmentRef,
-    serial: u64,
-    bitmap: Vec<u8>,
-    pairs: Vec<Pair>,
-}
-
-impl Map {
-    fn new(reference: &SegmentRef, serial: u64, have: &[bool], pairs: &[Option<Pair>]) -> Self {
-        let mut bitmap = vec![0u8; have.len().div_ceil(8)];
-        for (byte, eight) in bitmap.iter_mut().zip(have.chunks(8)) {
-            for (bit, held) in eight.iter().enumerate() {
-                *byte |= u8::from(*held) << bit;
-            }
-        }
-        let needed = bao::pairs_above(have.len(), &|span| any(have, span));
-        Self {
-            reference: reference.clone(),
-            serial,
-            bitmap,
-            pairs: needed
-                .into_iter()
-                .filter_map(|place| pairs.get(place).copied().flatten())
-                .collect(),
-        }
-    }
-
-    fn encode(&self) -> Result<Vec<u8>, codec::CodecError> {
-        let body = codec::encode::<_, MAX_MAP_BYTES>(self)?;
-        let mut out = MAP_MAGIC.to_vec();
-        out.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
-        out.extend_from_slice(&body);
-        Ok(out)
-    }
-
-    /// Reads a map; the groups that it claims and the hashes above them are not checked yet.
-    fn decode(bytes: &[u8]) -> Option<(Self, Vec<bool>)> {
-        let (front, body) = bytes.split_at_checked(MAP_FRONT)?;
-        let (magic, sum) = front.split_at_checked(MAP_MAGIC.len())?;
-        if magic != MAP_MAGIC || sum != crc32c::crc32c(body).to_le_bytes() {
-            return None;
-        }
-        let map: Self = codec::decode::<_, MAX_MAP_BYTES>(body).ok()?;
-        let groups = bao::groups(map.reference.size_bytes).ok()?;
-        if map.bitmap.len() != groups.div_ceil(8) {
-            return None;
-        }
-        let bits = map
-            .bitmap
-            .iter()
-            .flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1 == 1));
-        let mut have: Vec<bool> = bits.collect();
-        let unused = have.split_off(groups);
-        let needed = bao::pairs_above(groups, &|span| any(&have, span)).len();
-        (!unused.contains(&true) && map.pairs.len() == needed).then_some((map, have))
-    }
-
-    /// An upper bound of a map's length for so many groups.
-    fn bound(groups: usize) -> u64 {
-        (1024 + 512 + groups.div_ceil(8) + groups * size_of::<Pair>()) as u64
-    }
-}
-
-/// Reads a map and writes it again, for the check that it has one encoding only.
-pub(crate) fn reencode_map(bytes: &[u8]) -> Option<Vec<u8>> {
-    Map::decode(bytes)?.0.encode().ok()
-}
-
-fn any(have: &[bool], span: &Range<usize>) -> bool {
-    have.get(span.clone())
-        .is_some_and(|part| part.contains(&true))
-}
-
 fn rel(id: &SegmentId, ending: &str) -> String {
     format!("{DIR}/{}.{ending}", id.hex())
 }
@@ -240,38 +163,13 @@ struct Registry {
 #[derive(Debug, Default)]
 pub(crate) struct Transfers {
     registry: Mutex<Registry>,
-    outboards: Mutex<VecDeque<Arc<Outboard>>>,
+    outboards: Outboards,
 }
 
 impl Transfers {
     fn registry(&self) -> MutexGuard<'_, Registry> {
         // Changes under the lock are whole before anything can panic.
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn outboards(&self) -> MutexGuard<'_, VecDeque<Arc<Outboard>>> {
-        self.outboards
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn outboard(&self, id: &SegmentId) -> Option<Arc<Outboard>> {
-        let mut outboards = self.outboards();
-        let at = outboards.iter().position(|known| known.id() == *id)?;
-        let found = outboards.remove(at)?;
-        outboards.push_back(Arc::clone(&found));
-        Some(found)
-    }
-
-    fn remember(&self, outboard: &Arc<Outboard>) {
-        let mut outboards = self.outboards();
-        outboards.retain(|known| known.id() != outboard.id());
-        outboards.push_back(Arc::clone(outboard));
-        // INV-07: the oldest go, and a whole entry is counted for each, hashes or none.
-        let cost = |known: &Arc<Outboard>| size_of_val(known.pairs()) + 256;
-        while outboards.iter().map(cost).sum::<usize>() > MAX_OUTBOARDS_BYTES {
-            outboards.pop_front();
-        }
     }
 }
 
@@ -666,151 +564,6 @@ impl Store {
         root.book_dir(DIR)?;
         Ok(body)
     }
-
-    /// The slice for a range of a segment that is held, widened to whole groups of 16 KiB: at most
-    /// 1 MiB. Only the range is read, and checked against the segment's tree; the tree is computed
-    /// from the whole file when a segment is asked for the first time or was not for long.
-    ///
-    /// # Errors
-    /// [`StoreError::NotHeld`]; [`StoreError::Range`]; [`StoreError::Damaged`] if the file does not
-    /// fit its id, which is then in quarantine; the disk's refusal.
-    pub fn read_range_encoded(
-        &self,
-        id: &SegmentId,
-        range: &Range<u64>,
-    ) -> Result<Vec<u8>, StoreError> {
-        let held = self.reference(id).ok_or(StoreError::NotHeld(*id))?;
-        bao::aligned(held.size_bytes, range)?;
-        match self.encode_held(&held, range) {
-            Err(StoreError::Damaged { id, reason }) => {
-                if !self.contains(&id) {
-                    // Evicted while it was being read.
-                    return Err(StoreError::NotHeld(id));
-                }
-                self.quarantine(&id, &reason)?;
-                Err(StoreError::Damaged { id, reason })
-            }
-            other => other,
-        }
-    }
-
-    fn encode_held(&self, held: &SegmentRef, range: &Range<u64>) -> Result<Vec<u8>, StoreError> {
-        let id = held.id;
-        let damaged = |reason: String| StoreError::Damaged { id, reason };
-        let file = match self
-            .root()
-            .open_file(&segment_path(held.kind, &id), OpenMode::Read)
-        {
-            Err(RootError::Disk(DiskError {
-                fault: DiskFault::NotFound,
-                ..
-            })) => return Err(damaged("its file is gone".to_owned())),
-            other => other?,
-        };
-        if file.stat().map_err(RootError::Disk)?.len != held.size_bytes {
-            return Err(damaged("its file has another length".to_owned()));
-        }
-        let read = |offset: u64, buffer: &mut [u8]| {
-            file.read_at(offset, buffer)
-                .map_err(|error| damaged(format!("cannot read it: {}", error.fault)))
-        };
-        let outboard = match self.transfers.outboard(&id) {
-            Some(outboard) => outboard,
-            None => {
-                let outboard = Arc::new(Outboard::compute(held.size_bytes, read)?);
-                if outboard.id() != id {
-                    return Err(damaged(format!("its bytes have id {}", outboard.id())));
-                }
-                self.transfers.remember(&outboard);
-                outboard
-            }
-        };
-        bao::encode_range(&outboard, range, read).map_err(|error| match error {
-            StoreError::Range(mismatch @ BaoError::Mismatch { .. }) => {
-                damaged(mismatch.to_string())
-            }
-            other => other,
-        })
-    }
-}
-
-fn received_bytes(size_bytes: u64, have: &[bool]) -> u64 {
-    have.iter()
-        .enumerate()
-        .filter(|(_, held)| **held)
-        .map(|(group, _)| bao::group_len(size_bytes, group) as u64)
-        .sum()
-}
-
-/// The groups that have arrived, and the pairs that prove them, by their place in pre-order.
-type Progress = (Vec<bool>, Vec<Option<Pair>>);
-
-/// Goes through what is claimed to be there and keeps what fits the id.
-struct Recheck<'a> {
-    have: &'a [bool],
-    pairs: &'a [Option<Pair>],
-    file: &'a dyn DiskFile,
-    good: Vec<bool>,
-    good_pairs: Vec<Option<Pair>>,
-}
-
-impl<'a> Recheck<'a> {
-    fn run(
-        id: &SegmentId,
-        size_bytes: u64,
-        have: &'a [bool],
-        pairs: &'a [Option<Pair>],
-        file: &'a dyn DiskFile,
-    ) -> Progress {
-        let mut recheck = Self {
-            have,
-            pairs,
-            file,
-            good: vec![false; have.len()],
-            good_pairs: vec![None; pairs.len()],
-        };
-        let Ok(()) = bao::walk(id, size_bytes, have.len(), &mut recheck);
-        (recheck.good, recheck.good_pairs)
-    }
-}
-
-impl Visit for Recheck<'_> {
-    type Error = std::convert::Infallible;
-
-    fn wants(&self, groups: &Range<usize>) -> bool {
-        any(self.have, groups)
-    }
-
-    fn pair(&mut self, place: usize) -> Result<Option<Pair>, Self::Error> {
-        Ok(self.pairs.get(place).copied().flatten())
-    }
-
-    fn group(&mut self, group: usize, buffer: &mut [u8]) -> Result<bool, Self::Error> {
-        let offset = group as u64 * bao::GROUP_BYTES;
-        Ok(self.file.read_at(offset, buffer).is_ok())
-    }
-
-    fn good_pair(&mut self, place: usize, pair: &Pair) -> Result<(), Self::Error> {
-        if let Some(slot) = self.good_pairs.get_mut(place) {
-            *slot = Some(*pair);
-        }
-        Ok(())
-    }
-
-    fn good_group(&mut self, group: usize, _bytes: &[u8]) -> Result<(), Self::Error> {
-        if let Some(slot) = self.good.get_mut(group) {
-            *slot = true;
-        }
-        Ok(())
-    }
-
-    fn bad(&mut self, groups: Range<usize>) -> Result<(), Self::Error> {
-        tracing::warn!(
-            ?groups,
-            "groups of a partial do not fit its segment; dropped"
-        );
-        Ok(())
-    }
 }
 
 #[derive(Debug)]
@@ -1046,14 +799,13 @@ impl Partial {
             let why = "its header says something else";
             return Err(PartialError::Claim { id, why });
         }
-        let (root, own) = (self.store.root(), self.account);
+        let (root, own, bytes) = (self.store.root(), self.account, body.part_allocated);
         let outcome = self.store.put_with(
             &segment,
             self.charge,
-            |path, account| Ok(((path.to_owned(), account), body.part_allocated)),
+            |path, account| Ok(((path.to_owned(), account), bytes)),
             |(path, account)| {
                 root.rename_file(&rel(&id, PART), &path)?;
-                let bytes = body.part_allocated;
                 if !same_account(own, account) {
                     root.ledger().freed(bytes, own);
                     root.ledger().found(bytes, account);

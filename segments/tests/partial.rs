@@ -26,9 +26,9 @@ use tidelock_segments::bao::{self, BaoError, GROUP_BYTES, Item, Outboard};
 use tidelock_segments::limits::{MAP_INTERVAL_BYTES, MAX_PARTIALS, MAX_SEGMENT_BYTES};
 use tidelock_segments::testing::{SimDisk, Survival};
 use tidelock_segments::{
-    Charge, DiskFault, FormatError, Kind, Origin, Partial, PartialError, PutOutcome, Root,
-    SegmentHeader, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment, seal_unsigned,
-    verify_segment,
+    Charge, DiskFault, FormatError, Kind, Origin, Partial, PartialError, PutOutcome, RealDisk,
+    Root, RootOptions, SegmentHeader, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment,
+    seal_unsigned, verify_segment,
 };
 
 /// Bytes in which no group is like another.
@@ -195,13 +195,12 @@ proptest! {
     }
 }
 
-/// The store keeps room for one more page of its index, and nothing else while it is idle.
-const SPARE_PAGE_BYTES: u64 = 16 * 1024 + 4096;
-
 struct MemStore {
     disk: SimDisk,
     root: Arc<Root>,
     store: Arc<Store>,
+    /// What the store itself keeps reserved.
+    standing_bytes: u64,
 }
 
 impl MemStore {
@@ -212,14 +211,32 @@ impl MemStore {
     fn with(settings: &Settings, disk: SimDisk) -> Self {
         let root = settings.open_root(disk.disk()).unwrap();
         let store = Store::open(Arc::clone(&root), domain()).unwrap();
-        Self { disk, root, store }
+        let standing_bytes = root.ledger().usage().reserved_bytes;
+        Self {
+            disk,
+            root,
+            store,
+            standing_bytes,
+        }
     }
 
     /// No power, and up again.
     fn after(self, survival: Survival) -> Self {
-        let Self { disk, root, store } = self;
+        let Self {
+            disk, root, store, ..
+        } = self;
         drop((root, store));
         disk.crash(survival);
+        Self::with(&Settings::default(), disk)
+    }
+
+    /// The process dies, the machine does not.
+    fn killed(self) -> Self {
+        let Self {
+            disk, root, store, ..
+        } = self;
+        drop((root, store));
+        disk.kill();
         Self::with(&Settings::default(), disk)
     }
 
@@ -234,7 +251,10 @@ impl MemStore {
     fn assert_clean(&self) {
         assert_eq!(self.store.partials(), Vec::new());
         assert_eq!(self.root.list("partial").unwrap(), Vec::<String>::new());
-        assert!(self.root.ledger().usage().reserved_bytes <= SPARE_PAGE_BYTES);
+        assert_eq!(
+            self.root.ledger().usage().reserved_bytes,
+            self.standing_bytes
+        );
         self.assert_ledger();
     }
 }
@@ -418,7 +438,10 @@ fn a_kill_costs_at_most_one_map_interval() {
     let segment = policy(1, &noise(5 * 1024 * 1024, 6));
     let reference = segment.reference();
     from.store.put(&segment, Charge::Normal).unwrap();
-    for taken in [0u64, 3, 64, 70, 200, 321] {
+    for (taken, power) in [0u64, 3, 64, 70, 200, 321]
+        .into_iter()
+        .flat_map(|taken| [(taken, true), (taken, false)])
+    {
         let to = MemStore::new();
         let partial = to.store.partial(&reference, Charge::Normal).unwrap();
         for group in 0..taken {
@@ -433,7 +456,11 @@ fn a_kill_costs_at_most_one_map_interval() {
         let before = received(&to.store, &reference.id);
         // A kill: nothing of the process's own ends in order.
         std::mem::forget(partial);
-        let to = to.after(Survival::None);
+        let to = if power {
+            to.after(Survival::None)
+        } else {
+            to.killed()
+        };
         to.assert_ledger();
         let after = received(&to.store, &reference.id);
         assert!(
@@ -540,8 +567,11 @@ fn an_error_at_any_call_of_a_transfer_is_told_and_made_good() {
                 to.root.measure().unwrap(),
                 "{call} {fault:?}"
             );
-            assert_eq!(usage.overrun_bytes, 0, "{call}");
-            assert!(usage.reserved_bytes <= SPARE_PAGE_BYTES, "{call}");
+            assert_eq!(
+                (usage.overrun_bytes, usage.reserved_bytes),
+                (0, to.standing_bytes),
+                "{call}"
+            );
         }
     }
 }
@@ -983,6 +1013,55 @@ fn inv_07_the_number_of_partials_is_bounded() {
     assert_eq!(to.store.partials().len(), MAX_PARTIALS);
     drop(held);
     to.assert_ledger();
+}
+
+#[test]
+fn inv_04_partials_on_a_real_disk_are_booked_to_the_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = RootOptions {
+        ceiling_bytes: 32 * MIB,
+        reserve_bytes: 6 * MIB,
+    };
+    let open = || {
+        let disk = Arc::new(RealDisk::new());
+        let root = Root::open(disk, &dir.path().join("root"), options).unwrap();
+        let store = Store::open(Arc::clone(&root), domain()).unwrap();
+        (root, store)
+    };
+    let assert_booked = |root: &Root| {
+        let usage = root.ledger().usage();
+        assert_eq!(usage.allocated_bytes, root.measure().unwrap(), "{usage:?}");
+        assert_eq!(usage.overrun_bytes, 0);
+    };
+    let from = MemStore::new();
+    let (root, store) = open();
+    for n in 1..=4 {
+        let segment = policy(n, &noise(2_500_000, n));
+        let reference = segment.reference();
+        from.store.put(&segment, Charge::Normal).unwrap();
+        let partial = store.partial(&reference, Charge::Normal).unwrap();
+        assert_booked(&root);
+        receive_rest(&from.store, &partial);
+        partial.sync().unwrap();
+        assert_booked(&root);
+        if n % 2 == 0 {
+            partial.finish().unwrap();
+            assert_eq!(store.get(&reference.id), Ok(segment));
+        }
+        drop(partial);
+        assert_booked(&root);
+    }
+    drop((root, store));
+    let (root, store) = open();
+    assert_booked(&root);
+    assert_eq!((store.partials().len(), store.list(None).len()), (2, 2));
+    for info in store.partials() {
+        let partial = store.partial(&info.reference, Charge::Normal).unwrap();
+        assert_eq!(partial.missing(), Vec::new());
+        partial.finish().unwrap();
+    }
+    assert_booked(&root);
+    assert_eq!((store.partials().len(), store.list(None).len()), (0, 4));
 }
 
 #[test]
