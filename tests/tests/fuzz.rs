@@ -25,12 +25,17 @@ use std::{
 use tidelock::config::Config;
 use tidelock_interceptor::{Action, Caller};
 use tidelock_policy::{Package, TrustFile, decode_signature, inspect};
-use tidelock_segments::decoders::{self, Decoder, Verdict};
+use tidelock_segments::{
+    DomainId, Endorsement,
+    decoders::{self, Decoder, Verdict},
+};
 use tidelock_tests::fuzz::{self, Random};
 use tidelock_transport::{
+    endorse::verify_endorsement,
     frame::{Channel, Frame, FrameHeader},
+    identity::IdentityRules,
     limits::FRAME_HEADER_BYTES,
-    revocation::{VerifiedCrl, crls_in_file},
+    revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crls_in_file},
     verifier::Trust,
 };
 
@@ -42,12 +47,16 @@ const SHORT_INPUTS: u64 = 20_000;
 /// of: twice the largest segment.
 const CLAIMED_BYTES_MAX: u64 = 64 * 1024 * 1024;
 
+/// A minute after the corpus's certificates were issued.
+const ISSUED_UNIX_MS: u64 = 1_763_600_060_000;
+
 /// Every decoder of the workspace.
 fn decoders() -> Vec<Decoder> {
     let mut all = decoders::all();
     all.extend([
         Decoder::new("frame-control", |bytes| frame(Channel::Control, bytes)),
         Decoder::new("frame-data", |bytes| frame(Channel::Data, bytes)),
+        Decoder::new("chain", chain),
         Decoder::new("crl", crl),
         Decoder::new("crl-file", |bytes| taken(crls_in_file(bytes))),
         Decoder::new("ca-file", |bytes| taken(Trust::from_pem(bytes))),
@@ -84,11 +93,37 @@ fn frame(channel: Channel, bytes: &[u8]) -> Verdict {
     Verdict::exact(read())
 }
 
-/// Under the authority whose certificate lies beside the corpus.
-fn crl(bytes: &[u8]) -> Verdict {
+/// The authority whose certificate lies in the corpus.
+fn authority() -> Trust {
     let pem = fs::read(fuzz::corpus_dir("ca-file").join("good-ca.crt")).unwrap();
-    let trust = Trust::from_pem(&pem).unwrap();
-    let crl = VerifiedCrl::verify(bytes, &trust).ok();
+    Trust::from_pem(&pem).unwrap()
+}
+
+/// The certificates and the signature of an endorsement, as a peer's Hello or segment brings them.
+fn chain(bytes: &[u8]) -> Verdict {
+    let Ok(endorsement) = Endorsement::decode(bytes) else {
+        return Verdict::Refused;
+    };
+    let rules = IdentityRules {
+        domain: DomainId::new("site").unwrap(),
+        allow_without_domain: true,
+    };
+    let revocation = Revocation::new(RevocationState::new(RevocationOptions {
+        grace_ms: 0,
+        allow_missing: true,
+    }));
+    taken(verify_endorsement(
+        &endorsement,
+        &authority(),
+        &revocation,
+        &rules,
+        ISSUED_UNIX_MS,
+        ISSUED_UNIX_MS,
+    ))
+}
+
+fn crl(bytes: &[u8]) -> Verdict {
+    let crl = VerifiedCrl::verify(bytes, &authority()).ok();
     Verdict::exact(crl.map(|crl| crl.der().to_vec()))
 }
 
