@@ -890,7 +890,7 @@ pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
         FileKind::File => match rel.rsplit_once('/') {
             None => [LOCK, BALLAST, "owner", "clock"].contains(&rel),
             Some((dir, _)) if PLAIN_DIRS.contains(&dir) => true,
-            Some(("log", name)) => name == "state" || name.ends_with(".log"),
+            Some(("log", name)) => ["state", "refused"].contains(&name) || name.ends_with(".log"),
             Some(("partial", name)) => of_segment(name, &[".part", ".map", ".new"]),
             Some(("index", name)) => ["catalog", "journal"].contains(&name),
             Some((dir, name)) if dir == RECEIPTS_DIR => of_segment(name, &[".rcpts"]),

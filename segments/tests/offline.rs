@@ -394,11 +394,21 @@ fn the_newest_own_segment_is_left_to_the_node() {
     let disk = SimDisk::new();
     let n = Settings::default().sim(&disk);
     n.append(b"one").unwrap();
+    let state = Path::new(ROOT).join("log/state");
+    let before = disk.content(&state).unwrap();
     let newest = n.log.seal_now().unwrap().unwrap();
-    let log = |path: &PathBuf| path.extension().is_some_and(|e| e == "log");
     disk.kill();
     drop(n);
-    assert!(!disk.files().iter().any(log), "the control");
+    let log = |path: &&PathBuf| path.extension().is_some_and(|e| e == "log");
+    for path in disk.files().iter().filter(log) {
+        disk.unlink(path);
+    }
+    // The control: the state file accounts for it, so it may go.
+    disk.flip(&file_of(&newest.id), 700, 1);
+    assert_eq!(RepairPlan::of(&fsck(&disk)).steps.len(), 1);
+    disk.flip(&file_of(&newest.id), 700, 1);
+    // As after a crash between the seal and the writing of the state.
+    disk.plant(&state, &before);
     for at in [9, 700] {
         disk.flip(&file_of(&newest.id), at, 1);
         let report = fsck(&disk);

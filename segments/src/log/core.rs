@@ -15,7 +15,7 @@ use super::{
     AppendError, Appended, EndorseError, LogConfig, LogError, Pending, RecordClass, Recovery,
     Settled,
 };
-use crate::body::{self, seal_overhead_bytes};
+use crate::body::{self, BodyError, seal_overhead_bytes};
 use crate::checkpoint::{self, Checkpoint};
 use crate::disk::{DiskError, DiskFault};
 use crate::format::SegmentRef;
@@ -946,7 +946,9 @@ impl Core {
 
     /// Whether a file that has served should be kept for the next use.
     pub(super) fn wants_recycled(&self, served: &Served) -> bool {
+        // What is to be encrypted does not stay behind in the clear in a file that serves again.
         served.sound
+            && self.config.seal.encryption.is_none()
             && self.pool.is_none()
             && !self.starved
             && self.latched.is_none()
@@ -1602,8 +1604,13 @@ impl Core {
                 break;
             };
             let segment = self.store.get(&reference.id)?;
-            let records =
-                body::read_records_with(&segment, self.config.seal.decryption.as_deref())?;
+            let keys = self.config.seal.decryption.as_deref();
+            let records = match body::read_records_with(&segment, keys) {
+                Ok(records) => records,
+                // Sealed to others: what is before it is not this node's to read.
+                Err(BodyError::Encrypted | BodyError::Crypt(_)) => break,
+                Err(error) => return Err(error.into()),
+            };
             for record in records.into_iter().rev().take(count - out.len()) {
                 out.push_front(record);
             }
