@@ -405,7 +405,7 @@ fn the_newest_own_segment_is_left_to_the_node() {
     }
     // The control: the state file accounts for it, so it may go.
     disk.flip(&file_of(&newest.id), 700, 1);
-    assert_eq!(RepairPlan::of(&fsck(&disk)).steps.len(), 1);
+    assert!(!RepairPlan::of(&fsck(&disk)).steps.is_empty());
     disk.flip(&file_of(&newest.id), 700, 1);
     // As after a crash between the seal and the writing of the state.
     disk.plant(&state, &before);

@@ -4,8 +4,8 @@
 //! `docs/src/format.md` alone.
 //!
 //! `TIDELOCK_WRITE_VECTORS=1 cargo test -p tidelock-segments --test vectors` writes the files; a change
-//! of a committed vector is a change of the format. (The `audit-v1-…` ones were written by the last
-//! version that wrote bodies of version 1 and are only read. Compressed ones depend on the zstd library,
+//! of a committed vector is a change of the format. (The `audit-v1-…` ones and `active-1` were written by
+//! the last versions that wrote these formats and are only read. Compressed ones depend on the zstd library,
 //! too: another version of it may write them otherwise, and readers do not care.)
 
 #![allow(
@@ -91,6 +91,8 @@ impl KeyWrap for Fixed {
 fn log_node(disk: &SimDisk, seal: SealOptions) -> common::Node {
     let settings = Settings {
         clock: Arc::new(AtomicU64::new(NOW)),
+        // Which head a mark carries, and which file is used again, would be up to the threads.
+        inline: true,
         seal,
         ..Settings::default()
     };
@@ -101,8 +103,10 @@ fn log_node(disk: &SimDisk, seal: SealOptions) -> common::Node {
     settings.sim(disk)
 }
 
+const LOG_SEED: [u8; 32] = [7; 32];
+
 fn key() -> LogKey {
-    LogKey::from_seed(&[7; 32]).unwrap()
+    LogKey::from_seed(&LOG_SEED).unwrap()
 }
 
 fn seal(compression: Compression, encrypted: bool) -> SealOptions {
@@ -167,6 +171,41 @@ fn many_blocks(seal: SealOptions) -> Value {
     audit(&segment)
 }
 
+/// A log file. The seed of the log key is there because the salt is derived from it.
+fn active_file(bytes: &[u8], sequence: u64, stale: bool, batches: &[Value]) -> Value {
+    let used = bytes.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    json!({
+        "file_bytes": bytes.len(),
+        "log_seed_hex": hex(&LOG_SEED),
+        "sequence": sequence,
+        "stale": stale,
+        "batches": batches,
+        "hex_without_trailing_zeros": hex(&bytes[..used]),
+    })
+}
+
+/// A log's first file, of several batches, after a clean end.
+fn closed_file() -> Value {
+    let disk = SimDisk::new();
+    let n = log_node(&disk, seal(Compression::Off, false));
+    let long = format!("{{\"n\":2,\"pad\":\"{}\"}}", "p".repeat(700));
+    for text in ["{\"n\":1}", &long, "{\"n\":3}"] {
+        n.append(text.as_bytes()).unwrap();
+    }
+    let begun = n.records().remove(0).1;
+    n.log.close();
+    let bytes = disk.content(&Path::new(ROOT).join("log/1-0.log")).unwrap();
+    let batch = |at: u64, size: u64, records: &[&str]| json!({ "offset": at, "size": size, "records": records });
+    let batches = [
+        batch(4096, 0, &[std::str::from_utf8(&begun).unwrap()]),
+        batch(4608, 1, &["{\"n\":1}"]),
+        batch(5120, 2, &[&long]),
+        batch(6144, 3, &["{\"n\":3}"]),
+        batch(6656, 4, &[]),
+    ];
+    active_file(&bytes, 0, false, &batches)
+}
+
 /// The state of a log that was full and has evicted: a cursor, and an end of the sealed part.
 fn evicted_state() -> Value {
     let disk = SimDisk::new();
@@ -197,7 +236,7 @@ fn evicted_state() -> Value {
         "node": "n1",
         "origin": log.origin(),
         "incarnation": 1,
-        "cursors": [{ "origin": log.origin(), "min_index": span.last + 1, "min_sequence": 1 }],
+        "cursors": [{ "origin": log.origin(), "min_index": span.last + 1, "min_sequence": 1, "root": span.root }],
         "sealed_ids": sealed.iter().map(|r| r.id).collect::<Vec<_>>(),
         "hex": hex(&state),
     })
@@ -217,7 +256,6 @@ fn vectors() -> Vec<(&'static str, Value)> {
     let checkpoint = n.log.checkpoint();
     let held = receipt(&n.store.get(&first.id).unwrap(), "n2");
     let active = disk.content(&Path::new(ROOT).join("log/1-2.log")).unwrap();
-    let used = active.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     let endorsement = unchecked_endorsement(&node("n1"), &key.public(), 1);
     let (first, second) = (
         n.store.get(&first.id).unwrap(),
@@ -282,13 +320,14 @@ fn vectors() -> Vec<(&'static str, Value)> {
         ),
         (
             "active",
-            json!({
-                "file_bytes": active.len(),
-                "first_index": 4,
-                "records": ["{\"n\":4}"],
-                "hex_without_trailing_zeros": hex(&active[..used]),
-            }),
+            active_file(
+                &active,
+                2,
+                true,
+                &[json!({ "offset": 4096, "size": 4, "records": ["{\"n\":4}"] })],
+            ),
         ),
+        ("active-closed", closed_file()),
         ("state", evicted_state()),
         (
             "proof-record",
@@ -411,35 +450,46 @@ fn a_second_reader_in_another_language_agrees() {
         );
     };
     assert!(good, "{text}");
-    let expected = AUDIT.len() + 10 - 1;
+    let expected = AUDIT.len() + 11;
     assert!(text.contains(&format!("read {expected} vectors")), "{text}");
     // It is no rubber stamp: one changed digit in any vector is refused.
-    for name in [
-        "audit-zstd",
-        "audit-encrypted",
-        "active",
-        "receipt",
-        "state",
-        "proof-record",
-    ] {
-        let copy = tempfile::tempdir().unwrap();
-        let mut vector = committed(name);
-        let place = match name {
-            "proof-record" => &mut vector["proof"]["path"][0],
-            "active" => &mut vector["hex_without_trailing_zeros"],
-            _ => &mut vector["hex"],
-        };
-        let text = place.as_str().unwrap();
-        let at = match name {
-            // Its middle is the unused rest of the header block.
-            "active" => text.len() - 40,
-            _ => text.len() / 2,
-        };
-        let digit = if &text[at..=at] == "0" { "1" } else { "0" };
-        *place = format!("{}{digit}{}", &text[..at], &text[at + 1..]).into();
-        let path = copy.path().join(format!("{name}.json"));
-        std::fs::write(path, vector.to_string()).unwrap();
-        let (good, _) = second_reader(copy.path()).unwrap();
-        assert!(!good, "{name}");
+    for name in ["audit-zstd", "audit-encrypted", "receipt", "state"] {
+        let vector = committed(name);
+        let middle = vector["hex"].as_str().unwrap().len() / 2;
+        assert_refused(name, vector, "/hex", middle);
     }
+    assert_refused(
+        "proof-record",
+        committed("proof-record"),
+        "/proof/path/0",
+        35,
+    );
+    // In a log file: magic, header, checksum of the mark, signature in it, root in it, the record, and
+    // the zeros behind it. What lies behind the last batch of a file that was used before says nothing.
+    let inside = [2, 40, 4100, 4130, 4200, 4236, 4400];
+    for (name, places) in [
+        ("active", inside.as_slice()),
+        ("active-closed", inside.as_slice()),
+        // The second sector of a long record, and the mark of the clean end.
+        ("active-closed", &[5700, 6664, 6700, 6770]),
+        ("active-1", &[2, 40, 4100, 4110]),
+    ] {
+        for byte in places {
+            let file = "/hex_without_trailing_zeros";
+            assert_refused(name, committed(name), file, 2 * byte);
+        }
+    }
+}
+
+/// Changes one digit of a text in the vector, and has it read.
+fn assert_refused(name: &str, mut vector: Value, pointer: &str, at: usize) {
+    let place = vector.pointer_mut(pointer).unwrap();
+    let text = place.as_str().unwrap();
+    let digit = if &text[at..=at] == "0" { "1" } else { "0" };
+    *place = format!("{}{digit}{}", &text[..at], &text[at + 1..]).into();
+    let copy = tempfile::tempdir().unwrap();
+    let path = copy.path().join(format!("{name}.json"));
+    std::fs::write(path, vector.to_string()).unwrap();
+    let (good, _) = second_reader(copy.path()).unwrap();
+    assert!(!good, "{name} at {at}");
 }

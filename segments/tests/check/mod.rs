@@ -1270,6 +1270,8 @@ impl Checker<'_> {
                 return Ok(());
             }
         };
+        // What the background does on every node: a file that the index does not tell of is taken in.
+        while !n.store.survey(64).map_err(|error| error.to_string())? {}
         let recovery = &n.recovery;
         let mut found = recovery.new_incarnation.is_some()
             || !recovery.quarantined.is_empty()

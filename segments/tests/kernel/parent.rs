@@ -98,6 +98,8 @@ pub(crate) fn command(orders: &Orders, before: &[String]) -> Command {
     command
         .args(["--exact", "child_process", "--include-ignored"])
         .args(["--nocapture", "--test-threads=1"])
+        // Cargo names its directories there, and the loader tries each of them: calls that are not ours.
+        .env_remove("LD_LIBRARY_PATH")
         .env(ORDERS, serde_json::to_string(orders).unwrap());
     command
 }

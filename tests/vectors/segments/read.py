@@ -16,7 +16,7 @@ try:
     import blake3
     import zstandard
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
     from cryptography.hazmat.primitives.keywrap import aes_key_unwrap
 except ImportError as missing:
@@ -310,51 +310,132 @@ def endorsement(vector):
     r.end()
 
 
-def active(vector):
-    data = bytes.fromhex(vector["hex_without_trailing_zeros"])
-    r = Reader(data)
-    need(r.take(8) == b"TIDELOG1", "magic")
-    length, crc = r.number(4), r.number(4)
-    head = Reader(r.take(length))
-    need(crc32c(head.data) == crc, "checksum of the header")
-    domain, origin, key, sequence = head.text(), head.text(), head.take(32), head.number(8)
-    head.optional_hash()
-    first = head.number(8)
-    frontier = [head.take(32) for _ in range(head.number(8))]
-    need(len(frontier) == first.bit_count(), "frontier")
-    need((first, head.number(8)) == (vector["first_index"], vector["file_bytes"]), "header")
-    head.number(8)
-    head.end()
-    salt = int.from_bytes(sha256(f"{domain}\n{origin}\n".encode(), struct.pack("<Q", sequence))[:4], "little")
-    line = f"tidelock/{domain}/" + origin.removeprefix("audit/")
-    r.at, size, records = 4096, first, []
-    while r.at < len(data):
-        offset = r.at
+MARK = 0x80000000
+
+
+def log_frame(data, at, salt):
+    """Length field, payload and the offset after the frame; None if there is no valid one."""
+    try:
+        r = Reader(data)
+        r.at = at
         length, crc = r.number(4), r.number(4)
-        payload = r.take(length & 0x7FFFFFFF)
-        need(crc32c(struct.pack("<QI", offset, length) + payload, salt) == crc, "checksum of a frame")
-        while r.at % 8 and r.at < len(data):
-            need(r.number(1) == 0, "padding")
-        if length >> 31:
+        payload = r.take(length & ~MARK)
+        if crc32c(struct.pack("<QI", at, length) + payload, salt) != crc:
+            return None
+        need(not any(r.take(-len(payload) % 8)), "padding")
+    except ValueError:
+        return None
+    return length, payload, r.at
+
+
+def log_mark(data, at, salt):
+    """Size, signed size, signature, count, bytes and root of the mark there; None if there is none."""
+    if len(data) < at + 4 or int.from_bytes(data[at : at + 4], "little") != MARK | 120:
+        return None  # almost every sector, before its checksum is made
+    found = log_frame(data, at, salt)
+    return found and struct.unpack("<QQ64sII32s", found[1])
+
+
+def active_batches(data, at, size, frontier, salt, key, line):
+    """The batches up to the first that is not valid."""
+    batches, roots, signature = [], {size: frontier_root(frontier)}, None
+    while mark := log_mark(data, at, salt):
+        below, signed_size, signed_head, count, length, root = mark
+        need(below == size and signed_size <= size, "size in a mark")
+        records, tree, end, inside = [], list(frontier), at + length, at + 8 + 120
+        while inside < end and (found := log_frame(data, inside, salt)):
+            if not 1 <= found[0] <= 65535:
+                break
+            frontier_append(size + len(records), tree, leaf_hash(found[1]))
+            records.append(found[1].decode())
+            inside = found[2]
+        after = end + -end % 512
+        if inside != end or len(records) != count or frontier_root(tree) != root or any(data[end:after]):
+            break
+        batches.append({"offset": at, "size": size, "records": records})
+        size, frontier, at = size + count, tree, after
+        roots[size], signature = root, (signed_size, signed_head)
+        # The page has the newest one alone verified. Those of earlier files are judged there.
+        if signed_size in roots:
+            text = f"{line}\n{signed_size}\n{base64.b64encode(roots[signed_size]).decode()}\n"
+            signed(key, signed_head, text.encode())
+    need(signature and signature[0] in roots, "no signed head")
+    # What a later mark attests was acknowledged: not a torn tail.
+    for later in range(at + 512, len(data), 512):
+        mark = log_mark(data, later, salt)
+        need(not mark or mark[0] < size, "acknowledged data is damaged")
+    return at, batches
+
+
+def active_frames_1(data, at, size, frontier, salt, key, line):
+    """The frames of the version before."""
+    records, marks = [], 0
+    while found := log_frame(data, at, salt):
+        length, payload, at = found
+        if length & MARK:
             need(len(payload) == 104, "mark")
             root = payload[8:40]
             need((int.from_bytes(payload[:8], "little"), root) == (size, frontier_root(frontier)), "mark's tree")
             text = f"{line}\n{size}\n{base64.b64encode(root).decode()}\n"
             signed(key, payload[40:], text.encode())
+            marks += 1
         else:
+            need(1 <= length <= 65535, "record length")
             frontier_append(size, frontier, leaf_hash(payload))
             size += 1
             records.append(payload.decode())
-    need(records == vector["records"], "records")
+    need(marks, "no mark")
+    need(not any(data[at:]), "bytes behind the last frame")
+    return records
+
+
+def active(vector):
+    data = bytes.fromhex(vector["hex_without_trailing_zeros"])
+    data += bytes(vector["file_bytes"] - len(data))
+    r = Reader(data)
+    magic = r.take(8)
+    need(magic in (b"TIDELOG1", b"TIDELOG2"), "magic")
+    length, crc = r.number(4), r.number(4)
+    head = Reader(r.take(length))
+    need(crc32c(head.data) == crc, "checksum of the header")
+    need(r.at <= 4096 and not any(data[r.at : 4096]), "rest of the header's block")
+    domain, origin, key, sequence = head.text(), head.text(), head.take(32), head.number(8)
+    if magic == b"TIDELOG1":
+        head.optional_hash()
+    first = head.number(8)
+    frontier = [head.take(32) for _ in range(head.number(8))]
+    need(len(frontier) == first.bit_count(), "frontier")
+    need(head.number(8) == len(data) >= 128 * 1024, "file length")
+    head.number(8)
+    need(origin.split("/")[2] == sha256(key).hex()[:16], "fingerprint")
+    line = f"tidelock/{domain}/" + origin.removeprefix("audit/")
+    if magic == b"TIDELOG1":
+        head.end()
+        salt = sha256(f"{domain}\n{origin}\n".encode(), struct.pack("<Q", sequence))[:4]
+        salt = int.from_bytes(salt, "little")
+        records = active_frames_1(data, 4096, first, frontier, salt, key, line)
+        need((first, records) == (vector["first_index"], vector["records"]), "records")
+        return
+    salt, stale = head.number(4), head.number(1)
+    head.end()
+    need(stale in (0, 1) and (sequence, bool(stale)) == (vector["sequence"], vector["stale"]), "header")
+    private = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(vector["log_seed_hex"]))
+    need(private.public_key().public_bytes_raw() == key, "log key")
+    secret = private.sign(f"tidelock log salt v1\0{origin}\n{sequence}".encode())
+    need(salt == int.from_bytes(sha256(secret)[:4], "little"), "salt")
+    end, batches = active_batches(data, 4096, first, frontier, salt, key, line)
+    need(batches == vector["batches"], "batches")
+    # Only a file that was used before has bytes behind its end.
+    need(stale or not any(data[end:]), "bytes behind the last batch")
 
 
 def state(vector):
     r = Reader(bytes.fromhex(vector["hex"]))
-    need(r.take(8) == b"TIDESTA1", "magic")
+    need(r.take(8) == b"TIDESTA2", "magic")
     crc = r.number(4)
     need(crc32c(r.data[r.at :]) == crc, "checksum")
     need((r.text(), r.text(), r.number(8)) == (vector["node"], vector["origin"], vector["incarnation"]), "log")
-    r.text(), r.number(8), r.number(8)
+    r.text(), r.number(8), r.number(8)  # the marker
     sequence, prev, size = r.number(8), r.optional_hash(), r.number(8)
     frontier = [r.take(32) for _ in range(r.number(8))]
     need(len(frontier) == size.bit_count(), "frontier")
@@ -362,7 +443,9 @@ def state(vector):
     need(prev is None or named("blake3", prev) in vector["sealed_ids"], "prev is no sealed segment")
     cursors = []
     for _ in range(r.number(8)):
-        cursors.append({"origin": r.text(), "min_index": r.number(8), "min_sequence": r.number(8)})
+        cursor = {"origin": r.text(), "min_index": r.number(8), "min_sequence": r.number(8)}
+        root = r.optional_hash()
+        cursors.append(cursor | {"root": named("sha256", root) if root else None})
     need(cursors == vector["cursors"], "cursors")
     for _ in range(r.number(8)):
         json.loads(r.sized())
@@ -396,8 +479,10 @@ def read(path):
     name = path.stem
     if name == "checkpoint":
         checkpoint(vector["note"], bytes.fromhex(vector["log_key_hex"]))
-    elif name in ("receipt", "endorsement", "active", "state"):
+    elif name in ("receipt", "endorsement", "state"):
         globals()[name](vector)
+    elif name.startswith("active"):
+        active(vector)
     elif name.startswith("proof-"):
         proof(vector)
     else:
