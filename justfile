@@ -44,7 +44,7 @@ demo *ARGS:
 soak-kill ROUNDS="1000":
     TIDELOCK_KERNEL_ROUNDS={{ROUNDS}} cargo test --release --locked -p tidelock-segments --test kernel -- --ignored --nocapture --test-threads=1 soak_
 
-# Tidelock beside its peers in one run: `just bench`, `just bench decide`, `just bench transport`.
+# Tidelock beside its peers in one run: `just bench`, or one area: decide, segments, transport; `just bench segments --long` fills 10 GiB.
 bench *AREA:
     cargo build --release --locked
     cargo run --release --locked --manifest-path bench/Cargo.toml --target-dir target -- {{AREA}}
