@@ -35,6 +35,21 @@ pub fn redact(value: &Value) -> (Value, u64) {
 /// A text without its secrets, and how many were replaced.
 #[must_use]
 pub fn redact_text(text: &str) -> (Cow<'_, str>, u64) {
+    let (mut out, mut count) = pass(text);
+    // What was cut out may have hidden another secret around it.
+    for _ in 0..MAX_PASSES {
+        let (again, more) = pass(&out);
+        if more == 0 {
+            break;
+        }
+        count += more;
+        out = Cow::Owned(again.into_owned());
+    }
+    (out, count)
+}
+
+/// One pass over a text. It takes linear time.
+fn pass(text: &str) -> (Cow<'_, str>, u64) {
     let mut scanner = Scanner {
         text,
         at: 0,
@@ -71,6 +86,8 @@ pub(crate) fn message(text: &str, max: usize) -> String {
     out
 }
 
+/// Passes over what a pass has changed. Each cuts one layer around a secret; nothing nests deeper.
+const MAX_PASSES: usize = 4;
 const ELLIPSIS: &str = "...";
 const MARK: &str = "[redacted:";
 

@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(human_bytes(1_023), "1023 B");
         assert_eq!(human_bytes(1_024), "1.0 KiB");
         assert_eq!(human_bytes(32 << 20), "32.0 MiB");
-        assert_eq!(human_bytes(u64::MAX), "16777216.0 TiB");
+        assert_eq!(human_bytes(u64::MAX), "16777215.9 TiB");
         let progress = Progress {
             files: 1,
             files_total: 4,
