@@ -1186,7 +1186,8 @@ fn the_vectors_are_what_this_version_writes() {
             std::fs::create_dir_all(vectors_dir()).unwrap();
             std::fs::write(&path, &text).unwrap();
         }
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), text, "{name}");
+        // By value: the order of keys is another where a crate asks serde_json to preserve it.
+        assert_eq!(vector(name), value, "{name}");
     }
 }
 
