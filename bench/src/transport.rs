@@ -140,6 +140,8 @@ fn fill(
         segment_bytes: 8 << 20,
         segment_max_age_ms: 3_600_000,
         custody_required: 1,
+        archives: std::collections::BTreeSet::new(),
+        overwrite_oldest: false,
         min_retention_ms: 0,
         clock: Arc::new(wall_unix_ms),
         // Stored as appended, so that what travels has the size that the table states.

@@ -1,6 +1,6 @@
 //! Our log without leaf hashes, tree and signatures: only to weigh what those cost.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc};
 
 use tidelock_segments_bare::{
     AuditLog, DomainId, Endorsement, LogConfig, LogPublicKey, MISSING, NodeId, RealDisk,
@@ -24,11 +24,7 @@ struct Bare(Arc<AuditLog>);
 impl Log for Bare {
     fn append(&self, _: usize, record: &[u8]) -> Result<(), String> {
         self.0
-            .append_wait(
-                RecordClass::Decision,
-                record.to_vec(),
-                Duration::from_secs(30),
-            )
+            .append(RecordClass::Decision, record.to_vec())
             .map(drop)
             .map_err(text)
     }
@@ -60,6 +56,8 @@ fn log(dir: &Path) -> Result<Arc<AuditLog>, String> {
         custody_required: 1,
         min_retention_ms: 0,
         clock: Arc::new(ours::now_unix_ms),
+        archives: std::collections::BTreeSet::new(),
+        overwrite_oldest: false,
         seal: SealOptions::default(),
     };
     AuditLog::open(root, store, config, &|key, incarnation| {

@@ -3,7 +3,7 @@
 use std::{
     path::Path,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use tidelock_segments::{
@@ -16,7 +16,6 @@ use super::{Log, text};
 /// The greatest size that a node chooses by itself.
 pub const SEGMENT_BYTES: u64 = 8 << 20;
 pub const CEILING_BYTES: u64 = 48 << 30;
-const TIMEOUT: Duration = Duration::from_secs(30);
 
 pub struct Node {
     pub root: Arc<Root>,
@@ -62,6 +61,8 @@ pub fn config(node: &NodeId, segment_bytes: u64) -> LogConfig {
         custody_required: 1,
         min_retention_ms: 0,
         clock: Arc::new(now_unix_ms),
+        archives: std::collections::BTreeSet::new(),
+        overwrite_oldest: false,
         seal: SealOptions::default(),
     }
 }
@@ -104,7 +105,7 @@ impl Node {
     /// The one place where records go in.
     pub fn append(&self, record: &[u8]) -> Result<(), String> {
         self.log
-            .append_wait(RecordClass::Decision, record.to_vec(), TIMEOUT)
+            .append(RecordClass::Decision, record.to_vec())
             .map(drop)
             .map_err(text)
     }

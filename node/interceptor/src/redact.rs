@@ -884,6 +884,8 @@ mod tests {
             after in "[a-z ]{0,20}",
         ) {
             let (input, secret, _) = sample;
+            // A word that happens to be the secret is none where nothing tells.
+            prop_assume!(!before.contains(&secret) && !after.contains(&secret));
             let redacted = text(&format!("{before} {input}\n{after}"));
             prop_assert!(!redacted.contains(&secret), "{}", redacted);
             prop_assert!(redacted.starts_with(&before));
