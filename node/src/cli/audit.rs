@@ -80,6 +80,14 @@ pub enum AuditCommand {
         #[arg(long)]
         apply: bool,
     },
+    /// Take the running node's log and store into use again after a failed write or sync had shut them.
+    Reopen {
+        #[command(flatten)]
+        config: ConfigArg,
+        /// Act on the printed plan.
+        #[arg(long)]
+        apply: bool,
+    },
     /// Accept a log of a known node that was refused because it names none of that node's earlier
     /// logs, as after its disk was replaced.
     Accept {
@@ -142,6 +150,11 @@ pub(super) fn run(command: AuditCommand, output: &Output) -> Result<Exit, Failur
         AuditCommand::Stat(args) => stat::run(&Rooted::of(&args)?, output),
         AuditCommand::Seal { config, apply } => {
             let answer = node::operate(&config, "audit.seal", &json!({}), apply)?;
+            output.say(&answer, || node::describe(&answer, apply));
+            Ok(Exit::Done)
+        }
+        AuditCommand::Reopen { config, apply } => {
+            let answer = node::operate(&config, "audit.reopen", &json!({}), apply)?;
             output.say(&answer, || node::describe(&answer, apply));
             Ok(Exit::Done)
         }
