@@ -207,19 +207,21 @@ impl Node {
     /// The ledger says what the disk says, once nothing is being written.
     pub(crate) fn assert_ledger(&self) {
         let start = std::time::Instant::now();
-        // Files are sealed and made ready by a thread of their own.
-        while self.root.ledger().usage().allocated_bytes != self.root.measure().unwrap()
-            && start.elapsed() < Duration::from_secs(2)
-        {
+        // Files are sealed and made ready by a thread of their own, which may begin between the two
+        // readings: each attempt compares one pair, and the pair that is compared is the one judged.
+        loop {
+            let usage = self.root.ledger().usage();
+            let measured = self.root.measure().unwrap();
+            assert_eq!(usage.overrun_bytes, 0);
+            if usage.allocated_bytes == measured {
+                return;
+            }
+            assert!(
+                start.elapsed() < Duration::from_secs(2),
+                "the disk has {measured} bytes: {usage:?}"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
-        let usage = self.root.ledger().usage();
-        assert_eq!(
-            usage.allocated_bytes,
-            self.root.measure().unwrap(),
-            "{usage:?}"
-        );
-        assert_eq!(usage.overrun_bytes, 0);
     }
 
     /// Receipts of these custodians for one of this node's segments.
