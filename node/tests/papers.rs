@@ -11,7 +11,7 @@ mod common;
 
 use std::{fs, path::Path};
 
-use common::{Site, chmod, openssl};
+use common::{Site, chmod, openssl, over_unix, request, until};
 
 #[test]
 fn an_expired_certificate_closes_the_transport_and_not_the_door() {
@@ -35,6 +35,88 @@ fn an_expired_certificate_closes_the_transport_and_not_the_door() {
     site.transport_open();
     site.decides();
     assert!(!site.events("transport_opened").is_empty());
+}
+
+#[test]
+fn changed_papers_are_taken_without_a_signal_and_whole_or_not_at_all() {
+    let site = Site::new();
+    site.expired_certificate();
+    let _node = site.start_deciding();
+    site.transport_closed();
+    site.ok(&["ca", "renew", "--dir", "ca", "--node", "a"]);
+    site.transport_open();
+    assert_eq!(site.events("papers_taken").len(), 1);
+    assert!(site.status()["papers"]["refused"].is_null());
+
+    // Half of another pair: the old pair stays in use, and everybody says so.
+    let key = fs::read(site.path("a.key")).unwrap();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "z"]);
+    fs::copy(site.path("z.key"), site.path("a.key")).unwrap();
+    let refused = until("the faulty set to be refused", || {
+        site.status()["papers"]["refused"]
+            .as_str()
+            .map(str::to_owned)
+    });
+    assert!(refused.contains("KEY_MISMATCH"), "{refused}");
+    site.ok(&["status"]).says(&["warning", "KEY_MISMATCH"]);
+    site.transport_open();
+
+    // A revocation does not wait for the key to be mended.
+    site.ok(&["ca", "revoke", "--dir", "ca", "z", "--apply"]);
+    site.ok(&["ca", "crl", "--dir", "ca"]);
+    fs::copy(site.path("ca/crl.pem"), site.path("site.crl")).unwrap();
+    until("the new CRL to be in force", || {
+        (site.status()["crls"][0]["number"] == 2).then_some(())
+    });
+    assert_eq!(site.status()["crls"][0]["revoked"], 1);
+
+    fs::write(site.path("a.key"), key).unwrap();
+    until("the mended set to be taken", || {
+        site.status()["papers"]["refused"].is_null().then_some(())
+    });
+    site.transport_open();
+    site.decides();
+    assert_eq!(site.events("papers_refused").len(), 1, "told once");
+}
+
+#[test]
+fn the_end_of_a_paper_is_told_in_time() {
+    let site = Site::new();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "a", "--days", "10"]);
+    let _node = site.start_deciding();
+    let ends = until("the word of the end", || {
+        let ends = site.events("paper_ends");
+        (!ends.is_empty()).then_some(ends)
+    });
+    assert_eq!(ends.len(), 1, "CA and CRL last longer: {ends:?}");
+    assert_eq!(ends[0]["paper"], "certificate");
+    assert_eq!(ends[0]["days_left"], 9);
+    site.ok(&["status"])
+        .says(&["the certificate of a ends in 9 days"]);
+    let endings = site.status()["papers"]["endings"].clone();
+    let warned = |paper: &str| {
+        let of = |ending: &&serde_json::Value| ending["paper"] == paper;
+        endings.as_array().unwrap().iter().find(of).unwrap()["warn"].clone()
+    };
+    assert_eq!(
+        ["certificate", "ca", "crl"].map(warned),
+        [true, false, false].map(serde_json::Value::from)
+    );
+    let (status, metrics) =
+        over_unix(&site.path("s"), &request("GET", "/metrics", &[], b"")).unwrap();
+    assert_eq!(status, 200);
+    for paper in ["certificate", "ca", "crl"] {
+        let line = format!("tidelock_paper_ends_timestamp_seconds{{paper=\"{paper}\"");
+        assert!(metrics.contains(&line), "{metrics}");
+    }
+
+    // The control: a certificate that lasts is not worth a word.
+    site.ok(&["ca", "renew", "--dir", "ca", "--node", "a"]);
+    until("the new certificate", || {
+        (!site.events("papers_taken").is_empty()).then_some(())
+    });
+    let text = site.ok(&["status"]).out;
+    assert!(!text.contains("warning"), "{text}");
 }
 
 #[test]

@@ -32,11 +32,11 @@ use rustls::{ClientConfig, InconsistentKeys, ServerConfig, SignatureScheme};
 use tidelock_segments::NodeId;
 use zeroize::Zeroizing;
 
-use crate::identity::IdentityRules;
+use crate::identity::{self, IdentityRules};
 use crate::revocation::{Freshness, Revocation};
 use crate::verifier::{
     ALGORITHMS, MAX_CHAIN_CERTIFICATES, PeerRole, Refusal, TidelockVerifier, Trust, TrustError,
-    VerifiedPeer,
+    VerifiedPeer, unix_ms,
 };
 
 /// The application protocol of this version.
@@ -254,6 +254,13 @@ impl Credentials {
     #[must_use]
     pub fn chain(&self) -> &[CertificateDer<'static>] {
         &self.certified.cert
+    }
+
+    /// When the node's own certificate ends; `None` if it cannot be read.
+    #[must_use]
+    pub fn not_after_unix_ms(&self) -> Option<u64> {
+        let certificate = identity::parse(self.chain().first()?).ok()?;
+        Some(unix_ms(certificate.validity().not_after))
     }
 
     /// Whom the node trusts.

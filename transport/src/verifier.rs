@@ -591,7 +591,7 @@ fn anchor_spki(anchor: &TrustAnchor<'_>) -> SpkiHash {
     SpkiHash::of(&der)
 }
 
-fn unix_ms(time: ASN1Time) -> u64 {
+pub(crate) fn unix_ms(time: ASN1Time) -> u64 {
     u64::try_from(time.timestamp())
         .unwrap_or(0)
         .saturating_mul(1000)

@@ -85,8 +85,17 @@ impl Ca {
         }
     }
 
+    fn pem(&self) -> String {
+        self.issuer.pem()
+    }
+
     /// A node's credentials under a new key, and their serial number.
     fn issue(&self, node: &str) -> (Credentials, u64) {
+        self.issue_trusting(node, &self.pem())
+    }
+
+    /// The same with another CA file.
+    fn issue_trusting(&self, node: &str, authorities: &str) -> (Credentials, u64) {
         let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, node);
@@ -98,7 +107,7 @@ impl Ca {
         let credentials = Credentials::from_pem(
             certificate.pem().as_bytes(),
             key.serialize_pem().as_bytes(),
-            self.issuer.pem().as_bytes(),
+            authorities.as_bytes(),
         );
         (credentials.unwrap(), serial)
     }
@@ -713,6 +722,61 @@ async fn ruling_12_a_closed_transport_meets_nobody_and_says_why() {
     .await;
     for node in &nodes {
         node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_site_changes_its_ca_node_by_node_while_both_are_trusted() {
+    let (old, new) = (Ca::new(), Ca::new());
+    let (a, b) = (Node::new(&old, "a"), Node::new(&old, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    a.start(config(to_a, &[("b", to_b)]));
+    b.start(config(to_b, &[("a", to_a)]));
+    let connected = || a.is_connected("b") && b.is_connected("a");
+    until("connected under the old CA", connected).await;
+
+    let both = old.pem() + &new.pem();
+    let crl = new.crl(1, &[]);
+    let give = |node: &Node, credentials: Credentials| {
+        let crl = VerifiedCrl::verify(&crl, credentials.trust()).unwrap();
+        node.tls.revocation().import(crl, NOW_UNIX_MS).unwrap();
+        node.tls.replace_credentials(credentials);
+        node.mesh().credentials_changed();
+    };
+    // The control: under the new CA alone a means nothing to b, and b nothing to a.
+    give(&a, new.issue("a").0);
+    until("a is refused", || {
+        !a.is_connected("b") && !b.is_connected("a")
+    })
+    .await;
+    let dials = a.status("b").dials;
+    until("and again", || a.status("b").dials > dials + 2).await;
+    assert!(!connected());
+
+    // As the book says: first everybody trusts both, then certificates change one by one, then the
+    // old CA goes.
+    for (node, ca, authorities, what) in [
+        (&b, &old, &both, "b trusts both"),
+        (
+            &a,
+            &old,
+            &both,
+            "a is back, with a certificate of the old CA",
+        ),
+        (&a, &new, &both, "a has one of the new CA"),
+        (&b, &new, &both, "so has b"),
+        (&a, &new, &new.pem(), "a has forgotten the old CA"),
+        (&b, &new, &new.pem(), "so has b, at last"),
+    ] {
+        give(node, ca.issue_trusting(node.id.as_str(), authorities).0);
+        if what != "b trusts both" {
+            until(what, connected).await;
+            let sealed = a.seal(1);
+            until("and what a has spreads", || b.store.contains(&sealed.id)).await;
+        }
+    }
+    for node in [&a, &b] {
+        assert!(node.mesh().shutdown(PATIENCE).await);
     }
 }
 

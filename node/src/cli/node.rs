@@ -355,8 +355,34 @@ fn status_text(status: &Value) -> String {
         .collect();
     let mut text = table(&["what", "state"], &rows);
     text.push_str("\n\n");
+    for warning in paper_warnings(at(status, "/papers")) {
+        text.push_str(&warning);
+        text.push('\n');
+    }
     text.push_str(&peers_text(at(status, "/mesh/peers")));
     text
+}
+
+/// What an operator has to do about certificates and CRLs, if anything.
+fn paper_warnings(papers: &Value) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if let Some(why) = at(papers, "/refused").as_str() {
+        warnings.push(format!(
+            "warning: the files of certificate, key and CA were changed and not taken; the old set is in use: {why}"
+        ));
+    }
+    for ending in at(papers, "/endings").as_array().into_iter().flatten() {
+        if at(ending, "/warn") == &Value::Bool(true) {
+            let (paper, name) = (plain(at(ending, "/paper")), plain(at(ending, "/name")));
+            warnings.push(match at(ending, "/days_left").as_u64() {
+                Some(days) => {
+                    format!("warning: the {paper} of {name} ends in {days} days; renew it")
+                }
+                None => format!("warning: the {paper} of {name} has ended; renew it"),
+            });
+        }
+    }
+    warnings
 }
 
 fn peers_text(peers: &Value) -> String {

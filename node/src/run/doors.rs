@@ -369,6 +369,7 @@ impl Node {
             },
             "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers},
             "crls": crls,
+            "papers": self.papers_json(),
             "clock": {"trusted_unix_ms": now.unix_ms, "suspect": now.suspect},
             "loosened": config.loosened(),
         })
@@ -495,6 +496,7 @@ impl Node {
                 "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}"
             );
         }
+        text.push_str(&self.papers_metrics());
         text
     }
 }

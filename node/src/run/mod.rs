@@ -9,6 +9,7 @@ mod doors;
 mod hooks;
 mod journal;
 mod node;
+mod papers;
 mod policy;
 
 use std::{path::Path, sync::Arc, time::Duration};
@@ -33,6 +34,8 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(8);
 const TICK: Duration = Duration::from_millis(25);
 /// Between two slow ticks, in ticks.
 const SLOW_TICKS: u64 = 8;
+/// Ticks between two looks at the files of certificate, key, CA and CRLs: a second.
+const PAPER_TICKS: u64 = 40;
 /// Between two minute ticks, in ticks.
 const MINUTE_TICKS: u64 = 2_400;
 
@@ -107,6 +110,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut count = 0_u64;
     let mut slow = None;
+    let mut papers = None;
     loop {
         tokio::select! {
             _ = ticks.tick() => {
@@ -114,6 +118,9 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
                 node.tick();
                 if count.is_multiple_of(SLOW_TICKS) {
                     slow = slow_work(&node, count, slow).await;
+                }
+                if count.is_multiple_of(PAPER_TICKS) {
+                    papers = watch_papers(&node, papers);
                 }
             }
             _ = hangup.recv() => {
@@ -145,6 +152,31 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     }
     tokio::task::spawn_blocking(move || node.close()).await?;
     Ok(Exit::Done)
+}
+
+/// Looks at the files of the node's papers beside the loop, unless the last look has not ended: a
+/// stalled file system stops no tick.
+fn watch_papers(
+    node: &Arc<Node>,
+    running: Option<tokio::task::JoinHandle<()>>,
+) -> Option<tokio::task::JoinHandle<()>> {
+    if running
+        .as_ref()
+        .is_some_and(|running| !running.is_finished())
+    {
+        return running;
+    }
+    let node = node.clone();
+    Some(tokio::spawn(async move {
+        let looking = node.clone();
+        let taken = tokio::task::spawn_blocking(move || looking.watch_papers()).await;
+        // A node that began without usable papers has no mesh yet.
+        if taken.unwrap_or(false)
+            && let Err(failure) = hooks::ensure_mesh(&node).await
+        {
+            node.event("mesh_not_started", json!({"why": failure.message}));
+        }
+    }))
 }
 
 /// Starts the periodic disk work beside the loop, unless the last one still runs: on a stalled disk

@@ -32,6 +32,7 @@ use tidelock_transport::{
 use super::{
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
+    papers::{PaperLooks, Papers},
     policy::RootSlots,
 };
 use crate::{
@@ -121,6 +122,9 @@ pub(super) struct Node {
     scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
     pub(super) activating: Mutex<()>,
+    pub(super) papers: Mutex<Papers>,
+    /// Held by whoever takes config or papers into use.
+    pub(super) reloading: Mutex<()>,
 }
 
 /// The node's clocks, as the interceptor reads them.
@@ -158,7 +162,7 @@ fn revocation_options(config: &Config) -> RevocationOptions {
     }
 }
 
-fn load_credentials(config: &Config) -> Result<Credentials, CredentialsError> {
+pub(super) fn load_credentials(config: &Config) -> Result<Credentials, CredentialsError> {
     let identity = &config.identity;
     Credentials::load(&identity.certificate, &identity.key, &identity.ca)
 }
@@ -237,6 +241,7 @@ impl Node {
     /// Opens the rooms in order. Only a loose key, an unsafe root, a held lock or an unusable log
     /// keep a node from starting (ruling 12); other faults close the transport or deny actions.
     pub(super) fn open(config_path: &Path, config: Config) -> Result<Arc<Self>, Failure> {
+        let looks = PaperLooks::of(&config);
         let credentials = match load_credentials(&config) {
             Err(loose @ CredentialsError::KeyMode { .. }) => return Err(loose.into()),
             other => other,
@@ -313,6 +318,8 @@ impl Node {
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
+            papers: Mutex::default(),
+            reloading: Mutex::default(),
             config: ArcSwap::from_pointee(config),
         });
         for (path, why) in damaged {
@@ -327,8 +334,10 @@ impl Node {
         if let Err(why) = policy_trust {
             node.event("policy_trust_unusable", json!({"why": why}));
         }
+        node.taking_papers(looks);
         node.take_identity(credentials);
         node.load_crls();
+        node.warn_of_endings();
         node.slot_faults(&faults);
         node.restore_policy();
         Ok(node)
@@ -423,11 +432,16 @@ impl Node {
     }
 
     /// Takes credentials into use, or says why the transport stays closed.
-    fn take_identity(&self, credentials: Result<Credentials, CredentialsError>) {
+    pub(super) fn take_identity(&self, credentials: Result<Credentials, CredentialsError>) {
         let config = self.config.load();
-        match load_authorities(&config) {
+        // One reading of the CA file for TLS and CRLs alike; without credentials at least CRLs can be
+        // judged.
+        match credentials.as_ref().map(|found| found.trust().clone()) {
             Ok(trust) => self.authorities.store(Some(Arc::new(trust))),
-            Err(why) => self.event("authorities_unusable", json!({"why": why})),
+            Err(_) => match load_authorities(&config) {
+                Ok(trust) => self.authorities.store(Some(Arc::new(trust))),
+                Err(why) => self.event("authorities_unusable", json!({"why": why})),
+            },
         }
         match credentials {
             Ok(credentials) => {
@@ -511,6 +525,10 @@ impl Node {
     /// Reads config, certificate, key, CA, CRLs, trust file and tokens again. All or nothing: where
     /// one of them is unusable, all of the old stays. Who may call goes to `take_auth`.
     pub(super) fn reload(&self, take_auth: impl FnOnce(AuthConfig)) -> Result<(), Failure> {
+        let _turn = self
+            .reloading
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut new = Config::load(&self.config_path)?;
         let old = self.config.load_full();
         new.keep_derived_sizes(&old);
@@ -556,8 +574,8 @@ impl Node {
                 changed.join(", ")
             )));
         }
+        let looks = PaperLooks::of(&new);
         let credentials = load_credentials(&new)?;
-        load_authorities(&new).map_err(Failure::cannot_run)?;
         let trust = load_policy_trust(&new).map_err(Failure::cannot_run)?;
         let auth = super::auth_config(&new.gateway)?;
         // From here on nothing can fail. No bundle is judged by the old trust file meanwhile.
@@ -577,6 +595,7 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner) =
             ScrubPace::new(new.store.scrub_bytes_per_second);
         self.config.store(Arc::new(new));
+        self.taking_papers(looks);
         self.slot_faults(&self.slots.reload(&trust, &self.context));
         self.policy_trust.store(Some(Arc::new(trust)));
         drop(turn);
@@ -694,6 +713,7 @@ impl Node {
 
     /// Once a minute, and at the end: the time floor, and counted refusals as one record.
     pub(super) fn minute_tick(&self) {
+        self.warn_of_endings();
         let floor = self.clock.kept();
         let mut kept = self
             .kept_floor
