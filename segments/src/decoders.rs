@@ -14,10 +14,11 @@ use crate::format::{SegmentHeader, seal_unsigned, verify_segment};
 use crate::frame::{self, LogHeader};
 use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, LogKey};
-use crate::limits::{LOG_HEADER_BYTES, MAX_HEADER_BYTES, MIN_LOG_FILE_BYTES};
+use crate::limits::{MAX_HEADER_BYTES, MIN_LOG_FILE_BYTES};
 use crate::log::LogState;
 use crate::partial::reencode_map;
 use crate::receipt::CustodyReceipt;
+use crate::store::{catalog, chain, journal, receipts};
 
 /// What a decoder made of some bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,12 +84,19 @@ pub fn all() -> Vec<Decoder> {
         Decoder::new("id", id),
         sealed("partial-map", partial_map, reseal_front),
         Decoder::new("bao-slice", bao_slice),
+        sealed("index-catalog", index_catalog, reseal_front),
+        sealed("index-journal", index_journal, reseal_journal),
+        sealed("index-entry", index_entry, reseal_entry),
+        sealed("receipts-file", receipts_file, reseal_receipts),
     ]
 }
 
+/// Of the key that signed what the corpus holds.
+const KEY_SEED: [u8; 32] = [7; 32];
+
 /// The place that the corpus speaks of: that of `tests/vectors/segments`.
 fn place() -> Option<(DomainId, Origin)> {
-    let key = LogKey::from_seed(&[7; 32]).ok()?;
+    let key = LogKey::from_seed(&KEY_SEED).ok()?;
     let node = NodeId::new("n1").ok()?;
     Some((
         DomainId::new("site").ok()?,
@@ -187,7 +195,8 @@ fn reseal_front(bytes: &mut [u8]) {
     put(bytes, 8, sum.unwrap_or_default());
 }
 
-/// The checksum of the header, and that of each frame as far as the length fields lead.
+/// The checksum of the header, that of each frame as far as the length fields lead, and what the mark
+/// of a batch says of its records and of the head before it. The corpus is of the key in [`place`].
 fn reseal_log_file(bytes: &mut [u8]) {
     let length = number(bytes, 8).and_then(|n| usize::try_from(n).ok());
     let Some(head) = length.and_then(|n| bytes.get(16..n.checked_add(16)?)) else {
@@ -198,18 +207,10 @@ fn reseal_log_file(bytes: &mut [u8]) {
     let Ok(header) = LogHeader::decode(&padded(bytes)) else {
         return;
     };
-    let mut at = usize::try_from(LOG_HEADER_BYTES).unwrap_or(usize::MAX);
-    while let Some(length) = number(bytes, at).filter(|length| *length != 0) {
-        let payload = usize::try_from(length & 0x7fff_ffff).unwrap_or(usize::MAX);
-        let end = at.saturating_add(8).saturating_add(payload);
-        let Some(content) = bytes.get(at.saturating_add(8)..end) else {
-            return;
-        };
-        let sum = crc32c::crc32c_append(header.salt, &(at as u64).to_le_bytes());
-        let sum = crc32c::crc32c_append(sum, &length.to_le_bytes());
-        let sum = crc32c::crc32c_append(sum, content);
-        put(bytes, at.saturating_add(4), sum);
-        at = end.next_multiple_of(8);
+    if header.version_1 {
+        frame::reseal_frames_1(bytes, &header);
+    } else if let Ok(key) = LogKey::from_seed(&KEY_SEED) {
+        frame::reseal_batches(bytes, &header, &key);
     }
 }
 
@@ -293,4 +294,58 @@ fn bao_slice(bytes: &[u8]) -> Verdict {
         Some(if right { again } else { Vec::new() })
     };
     Verdict::exact(read())
+}
+
+fn index_catalog(bytes: &[u8]) -> Verdict {
+    Verdict::exact(catalog::reencode(bytes))
+}
+
+/// A ring of any length. A block that is blank, torn or of another spelling is passed over.
+fn index_journal(bytes: &[u8]) -> Verdict {
+    match journal::reencode_ring(bytes) {
+        Some(blocks) if blocks.len() < bytes.len() && !blocks.is_empty() => Verdict::Taken,
+        blocks => Verdict::exact(blocks),
+    }
+}
+
+/// The checksum of every block.
+fn reseal_journal(bytes: &mut [u8]) {
+    for block in bytes.chunks_mut(journal::BLOCK_BYTES) {
+        let sum = block.get(4..).map(crc32c::crc32c);
+        put(block, 0, sum.unwrap_or_default());
+    }
+}
+
+/// The slot of an entry in a page: of the first sequence of the log in [`place`].
+fn index_entry(bytes: &[u8]) -> Verdict {
+    Verdict::exact(place().and_then(|(_, origin)| chain::reencode_slot(bytes, &origin)))
+}
+
+fn reseal_entry(bytes: &mut [u8]) {
+    if let Some((_, origin)) = place() {
+        chain::reseal_slot(bytes, &origin);
+    }
+}
+
+/// What is damaged in such a file is passed over; the others, written again, are all there.
+fn receipts_file(bytes: &[u8]) -> Verdict {
+    let held = receipts::decode(bytes);
+    match receipts::encode(&held) {
+        Ok(again) if !held.is_empty() => Verdict::Normal(again),
+        _ => Verdict::Refused,
+    }
+}
+
+/// The checksum of each receipt, as far as the length fields lead.
+fn reseal_receipts(bytes: &mut [u8]) {
+    let mut at = receipts::RECEIPTS_MAGIC.len();
+    while let Some(length) = number(bytes, at) {
+        let begin = at.saturating_add(8);
+        let end = begin.saturating_add(usize::try_from(length).unwrap_or(usize::MAX));
+        let Some(sum) = bytes.get(begin..end).map(crc32c::crc32c) else {
+            return;
+        };
+        put(bytes, at.saturating_add(4), sum);
+        at = end;
+    }
 }

@@ -10,9 +10,10 @@
 //! file that was used before and has stale bytes behind its end (see `docs/src/format.md`).
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::body::push_record;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::codec;
 use crate::id::{DomainId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{LogKey, LogPublicKey};
@@ -753,6 +754,70 @@ pub(crate) fn highest_head(file: &[u8], header: &LogHeader) -> Option<(u64, Sha2
     Some(last.filter(|(size, _)| *size > whole.0).unwrap_or(whole))
 }
 
+/// Makes the checksum of the frame at `at` right again; gives where its payload lies.
+fn reseal_frame(file: &mut [u8], salt: u32, at: usize) -> Option<Range<usize>> {
+    let length = u32::from_le_bytes(*file.get(at..)?.first_chunk()?);
+    if length == 0 {
+        return None;
+    }
+    let begin = at.checked_add(FRAME_HEAD)?;
+    let end = begin.checked_add(usize::try_from(length & !MARK_BIT).ok()?)?;
+    let crc = frame_crc(salt, at as u64, length, file.get(begin..end)?);
+    file.get_mut(at.checked_add(4)?..begin)?
+        .copy_from_slice(&crc.to_le_bytes());
+    Some(begin..end)
+}
+
+/// For the fuzz harness: makes the checksums in changed frames of the version before right again, as
+/// far as their length fields lead.
+pub(crate) fn reseal_frames_1(file: &mut [u8], header: &LogHeader) {
+    let mut at = usize::try_from(LOG_HEADER_BYTES).unwrap_or(usize::MAX);
+    while let Some(payload) = reseal_frame(file, header.salt, at) {
+        at = payload.end.next_multiple_of(ALIGN);
+    }
+}
+
+/// For the fuzz harness: makes changed batches pass, one after the other as far as their marks lead.
+/// Checksums, roots and signatures become right; sizes, lengths and counts stay as they are.
+pub(crate) fn reseal_batches(file: &mut [u8], header: &LogHeader, key: &LogKey) {
+    let Ok(mut tree) = header.tree() else { return };
+    let line = checkpoint::origin_line(&header.domain, &header.origin).unwrap_or_default();
+    let mut heads = vec![(tree.size(), tree.root())];
+    let mut at = usize::try_from(LOG_HEADER_BYTES).unwrap_or(usize::MAX);
+    while let Some(payload) = reseal_frame(file, header.salt, at)
+        && let Some(mark) = file.get(payload.clone()).and_then(parse_mark)
+    {
+        let end = at.saturating_add(usize::try_from(mark.bytes).unwrap_or(usize::MAX));
+        let mut next = at.saturating_add(MARK_BYTES);
+        while next < end
+            && let Some(record) = reseal_frame(file, header.salt, next)
+        {
+            tree.append(leaf_hash(file.get(record.clone()).unwrap_or_default()));
+            next = record.end.next_multiple_of(ALIGN);
+        }
+        let signed = heads.iter().find(|(size, _)| *size == mark.signed_size);
+        let signature = signed.map_or(mark.signature, |(size, root)| {
+            let head = Checkpoint {
+                origin_line: line.clone(),
+                size: *size,
+                root: *root,
+            };
+            key.sign(head.text().as_bytes())
+        });
+        let root = tree.root();
+        let parts: [(usize, &[u8]); 2] = [(16, &signature), (88, root.as_bytes())];
+        for (from, part) in parts {
+            let place = payload.start + from;
+            if let Some(field) = file.get_mut(place..place + part.len()) {
+                field.copy_from_slice(part);
+            }
+        }
+        reseal_frame(file, header.salt, at);
+        heads.push((tree.size(), root));
+        at = end.max(next).next_multiple_of(BATCH_ALIGN);
+    }
+}
+
 /// Follows length fields through a torn tail; at least one if anything is there.
 fn estimate_records(tail: &[u8]) -> u64 {
     let mut rest = tail;
@@ -820,7 +885,7 @@ mod tests {
         }
 
         fn line(&self) -> String {
-            crate::checkpoint::origin_line(&self.header.domain, &self.header.origin).unwrap()
+            checkpoint::origin_line(&self.header.domain, &self.header.origin).unwrap()
         }
 
         fn batch(&mut self, records: &[&[u8]]) {
@@ -956,6 +1021,25 @@ mod tests {
     }
 
     #[test]
+    fn changed_batches_pass_when_they_are_resealed() {
+        let mut file = File::new(0, &Frontier::new(), None);
+        file.batch(&[b"one", b"two"]);
+        let second = file.at;
+        file.batch(&[b"three"]);
+        file.batch(&[b"four"]);
+        let good = file.bytes.clone();
+        reseal_batches(&mut file.bytes, &file.header, &file.key);
+        assert!(file.bytes == good, "what is right is not changed");
+        // A byte of the second batch's record, and it is read with all that follows.
+        file.bytes[second + MARK_BYTES + FRAME_HEAD] ^= 1;
+        assert!(file.scan().is_err());
+        reseal_batches(&mut file.bytes, &file.header, &file.key);
+        let found = file.scan().unwrap();
+        assert_eq!((found.count, found.signed.unwrap().size), (4, 3));
+        assert_eq!(iter_records(&found.records).nth(2), Some(&b"uhree"[..]));
+    }
+
+    #[test]
     fn the_version_before_is_read() {
         let path = concat!(
             env!("CARGO_MANIFEST_DIR"),
@@ -973,7 +1057,7 @@ mod tests {
         );
         let header = LogHeader::decode(&bytes).unwrap();
         assert!(header.version_1);
-        let line = crate::checkpoint::origin_line(&header.domain, &header.origin).unwrap();
+        let line = checkpoint::origin_line(&header.domain, &header.origin).unwrap();
         let found = scan(&bytes, &header, &line).unwrap();
         assert_eq!(found.count, 1);
         assert_eq!(iter_records(&found.records).next().unwrap(), b"{\"n\":4}");

@@ -18,10 +18,10 @@
 //!
 //! Where to start: [`Store::put`], then `index.rs` for what is kept and `load` for how it comes back.
 
-mod catalog;
-mod chain;
+pub(crate) mod catalog;
+pub(crate) mod chain;
 mod index;
-mod journal;
+pub(crate) mod journal;
 pub(crate) mod receipts;
 mod scrub;
 

@@ -3,11 +3,16 @@
 //! value. There is no coverage feedback; what stands in for it is a corpus of good bytes of every
 //! decoder, changes that know length fields, and checksums that are made right again.
 //!
+//! A decoder that ends the whole process, as one that overflows its stack does, leaves its input in the
+//! file of [`UnderWay`], for whoever started the process.
+//!
 //! The corpus lies in `tests/corpus/<decoder>/`: a file `good-…` must be taken, `bad-…` refused, and
 //! `found-…` is what a run found, replayed by every `cargo test` from then on.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -181,6 +186,70 @@ pub fn check(decoder: &Decoder, bytes: &[u8]) -> Result<Verdict, String> {
     }
 }
 
+/// A file that holds the input which is being decoded now. Nothing of it is synced: it outlives the
+/// process, not the machine.
+#[derive(Debug)]
+pub struct UnderWay(File);
+
+impl UnderWay {
+    /// Makes the file.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(Self(File::create(path)?))
+    }
+
+    /// [`check`], with the input in the file meanwhile.
+    ///
+    /// # Errors
+    /// The fault, in words.
+    pub fn check(&self, decoder: &Decoder, bytes: &[u8]) -> Result<Verdict, String> {
+        let mut held = decoder.name.as_bytes().to_vec();
+        held.push(b'\n');
+        held.extend_from_slice(bytes);
+        self.0
+            .write_all_at(&held, 0)
+            .and_then(|()| self.0.set_len(held.len() as u64))
+            .map_err(|error| format!("the input cannot be noted: {error}"))?;
+        let verdict = check(decoder, bytes);
+        self.0
+            .set_len(0)
+            .map_err(|error| format!("the note of the input cannot be cleared: {error}"))?;
+        verdict
+    }
+
+    /// The decoder's name and the input that a process which is gone was at; `None` if at none.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn left(path: &Path) -> io::Result<Option<(String, Vec<u8>)>> {
+        let held = fs::read(path)?;
+        let end = held.iter().position(|byte| *byte == b'\n');
+        Ok(end.map(|end| {
+            let (name, input) = held.split_at(end);
+            let input = input.get(1..).unwrap_or_default();
+            (String::from_utf8_lossy(name).into_owned(), input.to_vec())
+        }))
+    }
+}
+
+/// Writes an input that shows a fault into its decoder's corpus; gives the command that shows it again.
+///
+/// # Errors
+/// It cannot be written.
+pub fn keep(decoder: &str, bytes: &[u8]) -> io::Result<String> {
+    let id = SegmentId::of(bytes).hex();
+    let name = format!("found-{}", id.get(..12).unwrap_or_default());
+    let path = corpus_dir(decoder).join(name);
+    fs::write(&path, bytes)?;
+    Ok(format!(
+        "TIDELOCK_FUZZ_DECODER={decoder} TIDELOCK_FUZZ_INPUT={} \
+         cargo test -p tidelock-tests --test fuzz",
+        path.display()
+    ))
+}
+
 /// The directory of a decoder's corpus.
 #[must_use]
 pub fn corpus_dir(decoder: &str) -> PathBuf {
@@ -205,7 +274,7 @@ pub fn corpus(decoder: &str) -> io::Result<Vec<(String, Vec<u8>)>> {
 }
 
 /// Makes failing bytes shorter as long as they go on failing: a few hundred tries.
-fn shortest(decoder: &Decoder, mut bytes: Vec<u8>) -> Vec<u8> {
+fn shortest(under_way: &UnderWay, decoder: &Decoder, mut bytes: Vec<u8>) -> Vec<u8> {
     let mut piece = bytes.len() / 2;
     let mut tries = 0;
     while piece > 0 && tries < 400 {
@@ -214,7 +283,7 @@ fn shortest(decoder: &Decoder, mut bytes: Vec<u8>) -> Vec<u8> {
             tries += 1;
             let mut shorter = bytes.clone();
             shorter.drain(at..(at + piece).min(bytes.len()));
-            if check(decoder, &shorter).is_err() {
+            if under_way.check(decoder, &shorter).is_err() {
                 bytes = shorter;
             } else {
                 at += piece;
@@ -241,7 +310,13 @@ pub struct Report {
 ///
 /// # Errors
 /// The corpus cannot be read or written.
-pub fn run(decoder: &Decoder, seed: u64, time: Duration, most: u64) -> io::Result<Report> {
+pub fn run(
+    decoder: &Decoder,
+    seed: u64,
+    time: Duration,
+    most: u64,
+    under_way: &UnderWay,
+) -> io::Result<Report> {
     let corpus: Vec<Vec<u8>> = corpus(decoder.name)?
         .into_iter()
         .map(|(_, bytes)| bytes)
@@ -257,21 +332,15 @@ pub fn run(decoder: &Decoder, seed: u64, time: Duration, most: u64) -> io::Resul
             reseal(&mut bytes);
         }
         report.tried += 1;
-        match check(decoder, &bytes) {
+        match under_way.check(decoder, &bytes) {
             Ok(Verdict::Refused) => {}
             Ok(_) => report.taken += 1,
             Err(fault) => {
-                let bytes = shortest(decoder, bytes);
-                let id = SegmentId::of(&bytes).hex();
-                let name = format!("found-{}", id.get(..12).unwrap_or_default());
-                let path = corpus_dir(decoder.name).join(name);
-                fs::write(&path, &bytes)?;
+                let bytes = shortest(under_way, decoder, bytes);
+                let command = keep(decoder.name, &bytes)?;
                 report.faults.push(format!(
-                    "{}: {fault}; see it again: TIDELOCK_FUZZ_DECODER={} TIDELOCK_FUZZ_INPUT={} \
-                     cargo test -p tidelock-tests --test fuzz",
-                    decoder.name,
-                    decoder.name,
-                    path.display()
+                    "{}: {fault}; see it again: {command}",
+                    decoder.name
                 ));
             }
         }

@@ -5,6 +5,9 @@
 //! comes; `just fuzz MINUTES` takes longer, with a seed of its own that it prints. `TIDELOCK_FUZZ_SEED`,
 //! `TIDELOCK_FUZZ_DECODER` and `TIDELOCK_FUZZ_INPUT` (one file) narrow it down.
 //!
+//! The decoders run in a process of their own, which this one starts: one that overflows its stack ends
+//! that process, and what it was decoding is kept as if it had panicked.
+//!
 //! A new decoder is one line in [`decoders`] (or in `tidelock_segments::decoders::all`) and a
 //! directory with at least one `good-…` file.
 
@@ -19,6 +22,7 @@ use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     hint::black_box,
     path::Path,
+    process::{Command, ExitStatus},
     time::Duration,
 };
 
@@ -29,7 +33,7 @@ use tidelock_segments::{
     DomainId, Endorsement,
     decoders::{self, Decoder, Verdict},
 };
-use tidelock_tests::fuzz::{self, Random};
+use tidelock_tests::fuzz::{self, Random, UnderWay};
 use tidelock_transport::{
     endorse::verify_endorsement,
     frame::{Channel, Frame, FrameHeader},
@@ -175,6 +179,28 @@ fn address_space_peak_bytes() -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// Where a process that this one starts notes what it decodes.
+const UNDER_WAY: &str = "TIDELOCK_FUZZ_UNDER_WAY";
+
+/// Runs one test of this file again in a process of its own; gives its end, and the decoder and input
+/// that it was at if it did not come back from there.
+fn in_a_child(test: &str) -> (ExitStatus, Option<(String, Vec<u8>)>) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("input");
+    let status = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "--nocapture", test])
+        .env(UNDER_WAY, &path)
+        .status()
+        .unwrap();
+    let left = UnderWay::left(&path).unwrap();
+    (status, left)
+}
+
+/// This process's note of what it decodes; nothing in the process that starts it.
+fn under_way() -> Option<UnderWay> {
+    setting(UNDER_WAY).map(|path| UnderWay::at(Path::new(&path)).unwrap())
+}
+
 #[test]
 fn inv_07_no_decoder_panics_trusts_a_length_or_takes_two_spellings() {
     if let Some(path) = setting("TIDELOCK_FUZZ_INPUT") {
@@ -184,13 +210,23 @@ fn inv_07_no_decoder_panics_trusts_a_length_or_takes_two_spellings() {
         }
         return;
     }
+    let Some(under_way) = under_way() else {
+        let test = "inv_07_no_decoder_panics_trusts_a_length_or_takes_two_spellings";
+        let (status, left) = in_a_child(test);
+        if let Some((decoder, input)) = left {
+            let again = fuzz::keep(&decoder, &input).unwrap();
+            panic!("{decoder}: it ends the process with {status}; see it again: {again}");
+        }
+        assert!(status.success(), "{status}; what is wrong is told above");
+        return;
+    };
     // The corpus as it is: what must be taken is taken, what must be refused is refused.
     for decoder in chosen() {
         let files = fuzz::corpus(decoder.name)
             .unwrap_or_else(|error| panic!("no corpus of {}: {error}", decoder.name));
         let mut good = 0;
         for (name, bytes) in &files {
-            let verdict = fuzz::check(&decoder, bytes);
+            let verdict = under_way.check(&decoder, bytes);
             let verdict =
                 verdict.unwrap_or_else(|fault| panic!("{}/{name}: {fault}", decoder.name));
             let refused = verdict == Verdict::Refused;
@@ -223,7 +259,7 @@ fn inv_07_no_decoder_panics_trusts_a_length_or_takes_two_spellings() {
     let mut faults = Vec::new();
     let share = time / u32::try_from(chosen.len()).unwrap();
     for decoder in &chosen {
-        let report = fuzz::run(decoder, seed, share, most).unwrap();
+        let report = fuzz::run(decoder, seed, share, most, &under_way).unwrap();
         println!(
             "{}: {} tried, {} taken",
             decoder.name, report.tried, report.taken
@@ -288,4 +324,38 @@ fn the_harness_sees_a_panic_and_a_second_spelling() {
             .iter()
             .any(|bytes| fuzz::check(&panics, bytes).is_err())
     );
+}
+
+/// Never comes back in practice: each call waits for the next, deeper one.
+fn sink(bytes: &[u8], depth: u64) -> u64 {
+    if depth == u64::MAX {
+        return 0;
+    }
+    let held = black_box([depth; 64]);
+    let deeper = sink(black_box(bytes), black_box(depth) + 1);
+    held.iter()
+        .fold(deeper, |sum, word| sum.wrapping_add(*word))
+}
+
+#[test]
+fn a_decoder_that_overflows_its_stack_leaves_its_input() {
+    let Some(under_way) = under_way() else {
+        let (status, left) = in_a_child("a_decoder_that_overflows_its_stack_leaves_its_input");
+        assert!(!status.success());
+        assert_eq!(
+            left,
+            Some(("sinks".to_owned(), b"deep\nand deeper".to_vec()))
+        );
+        return;
+    };
+    let sinks = Decoder::new("sinks", |bytes| match bytes {
+        [b'd', ..] => Verdict::Normal(sink(bytes, 0).to_le_bytes().to_vec()),
+        _ => Verdict::Refused,
+    });
+    // The control: what comes back leaves nothing.
+    assert_eq!(under_way.check(&sinks, b"shallow"), Ok(Verdict::Refused));
+    let path = setting(UNDER_WAY).unwrap();
+    assert_eq!(UnderWay::left(Path::new(&path)).unwrap(), None);
+    let came_back = under_way.check(&sinks, b"deep\nand deeper");
+    unreachable!("{came_back:?}");
 }

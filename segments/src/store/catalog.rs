@@ -68,6 +68,11 @@ impl Catalog {
     }
 }
 
+/// Reads a catalog and gives what it would be written as; for the fuzz harness.
+pub(crate) fn reencode(bytes: &[u8]) -> Option<Vec<u8>> {
+    Catalog::decode(bytes).ok()?.encode().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -204,13 +204,35 @@ impl ChainEntry {
         out
     }
 
-    /// Reads an entry out of a page; `None` if there is none or it is damaged.
+    /// Reads an entry out of a page; `None` if there is none or it is damaged. Bits that have no
+    /// meaning here are damage too: an entry has one spelling.
     pub(super) fn from_page(page: &[u8], log: &LogName, sequence: u64) -> Option<Self> {
-        let slot = page.get(place(sequence).1..)?;
-        let (fields, rest) = slot.split_first_chunk::<ENTRY_BYTES>()?;
-        let crc = u32::from_le_bytes(*rest.first_chunk()?);
+        let (_, at) = place(sequence);
+        let slot = page.get(at..at + SLOT_BYTES)?;
+        let fields = slot.first_chunk::<ENTRY_BYTES>()?;
+        let entry = Self::decode(fields);
         let blank = fields.iter().all(|byte| *byte == 0);
-        (!blank && crc == checksum(log, sequence, fields)).then(|| Self::decode(fields))
+        (!blank && entry.slot(log, sequence) == slot).then_some(entry)
+    }
+}
+
+/// Reads the slot of a log's first entry, and gives what it would be written as; for the fuzz harness.
+pub(crate) fn reencode_slot(slot: &[u8], log: &Origin) -> Option<Vec<u8>> {
+    let (log, at) = (LogName::of(log), place(0).1);
+    if slot.len() != SLOT_BYTES {
+        return None;
+    }
+    let mut page = vec![0; PAGE_BYTES];
+    page.get_mut(at..at + SLOT_BYTES)?.copy_from_slice(slot);
+    Some(ChainEntry::from_page(&page, &log, 0)?.slot(&log, 0))
+}
+
+/// Makes the checksum of such a slot right again.
+pub(crate) fn reseal_slot(slot: &mut [u8], log: &Origin) {
+    if let Some((fields, rest)) = slot.split_first_chunk_mut::<ENTRY_BYTES>()
+        && let Some(crc) = rest.first_chunk_mut::<4>()
+    {
+        *crc = checksum(&LogName::of(log), 0, fields).to_le_bytes();
     }
 }
 

@@ -9,7 +9,7 @@ use super::chain::{ChainEntry, ENTRY_BYTES};
 use crate::id::Origin;
 
 /// Bytes of one announcement.
-pub(super) const BLOCK_BYTES: usize = 512;
+pub(crate) const BLOCK_BYTES: usize = 512;
 /// Announcements in the ring, and so the most that a start replays.
 pub(crate) const JOURNAL_BLOCKS: u64 = 128;
 /// Bytes of the ring.
@@ -63,8 +63,14 @@ impl Change {
         Some(out)
     }
 
-    /// Reads a block; `None` if it is blank, torn or damaged.
+    /// Reads a block; `None` if it is blank, torn or damaged. Bits that have no meaning here are
+    /// damage too: an announcement has one spelling.
     pub(super) fn decode(block: &[u8]) -> Option<(u64, Self)> {
+        let (number, change) = Self::read(block)?;
+        (change.encode(number)? == block).then_some((number, change))
+    }
+
+    fn read(block: &[u8]) -> Option<(u64, Self)> {
         let (crc, rest) = block.split_first_chunk::<4>()?;
         if rest.len() != BLOCK_BYTES - 4 || crc32c::crc32c(rest) != u32::from_le_bytes(*crc) {
             return None;
@@ -117,6 +123,28 @@ pub(super) fn after(ring: &[u8], number: u64) -> Result<Vec<Change>, &'static st
         return Err("an announcement in the journal is missing");
     }
     Ok(found.into_iter().map(|(_, change)| change).collect())
+}
+
+/// Reads a ring from its first announcement on, and gives what its good blocks would be written as;
+/// for the fuzz harness.
+pub(crate) fn reencode_ring(ring: &[u8]) -> Option<Vec<u8>> {
+    let blocks: Vec<(u64, Change)> = ring
+        .chunks(BLOCK_BYTES)
+        .filter_map(Change::decode)
+        .collect();
+    let (first, _) = blocks.first()?;
+    for number in [0, *first] {
+        // However many of them continue one another, they are among those.
+        let tail = after(ring, number).unwrap_or_default();
+        if !(tail.iter()).all(|change| blocks.iter().any(|(_, read)| read == change)) {
+            return Some(Vec::new());
+        }
+    }
+    let blocks: Option<Vec<Vec<u8>>> = blocks
+        .iter()
+        .map(|(number, change)| change.encode(*number))
+        .collect();
+    Some(blocks?.concat())
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::id::NodeId;
 use crate::limits::{MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_SEGMENT};
 use crate::receipt::{CustodyReceipt, ReceiptError};
 
-const RECEIPTS_MAGIC: &[u8; 8] = b"TIDERCP1";
+pub(crate) const RECEIPTS_MAGIC: &[u8; 8] = b"TIDERCP1";
 
 /// Most bytes of such a file.
 pub(crate) const MAX_RECEIPTS_FILE_BYTES: u64 =
