@@ -15,7 +15,7 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use common::{Site, over_unix, read_action, request, until};
+use common::{FailingSyncs, Site, not_run, over_unix, read_action, request, until};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -160,6 +160,72 @@ fn sigterm_under_load_loses_no_acknowledged_decision() {
         assert_eq!(site.events("stopped").len(), 1);
         site.decides();
     }
+}
+
+#[test]
+fn a_log_shut_by_a_disk_fault_serves_again_after_audit_reopen_and_no_restart() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let allowed = || -> Value {
+        let action = read_action("/srv/a.txt").to_string();
+        let answer = site.decide(action.as_bytes()).json();
+        assert_eq!(answer["decision"], "allow", "{answer}");
+        answer["record"].clone()
+    };
+    let unavailable = || {
+        let (decision, reason) = site.may_read("/srv/a.txt");
+        assert_eq!((&*decision, &*reason), ("deny", "AUDIT_UNAVAILABLE"));
+    };
+    let ready = || over_unix(&site.path("s"), &request("GET", "/readyz", &[], b"")).unwrap();
+    let mut acknowledged: Vec<Value> = (0..5).map(|_| allowed()).collect();
+    assert_eq!(ready().0, 200);
+
+    let failing = match FailingSyncs::of(&node) {
+        Ok(failing) => failing,
+        Err(why) => {
+            let test = "a_log_shut_by_a_disk_fault_serves_again_after_audit_reopen_and_no_restart";
+            return not_run(test, why.trim());
+        }
+    };
+    unavailable();
+    let state = site.status()["audit"]["state"].clone();
+    assert!(state.as_str().unwrap().starts_with("latched"), "{state}");
+    let (status, why) = ready();
+    assert_eq!(status, 503);
+    assert!(why.contains("tidelock audit reopen"), "{why}");
+    // While the disk refuses, it stays shut, whoever asks.
+    site.tidelock(&["audit", "reopen", "--apply"])
+        .ended(1)
+        .says(&["AUDIT_UNAVAILABLE"]);
+    unavailable();
+    failing.end();
+    // That the disk is sound again is for the operator to say, and a plan says nothing yet.
+    unavailable();
+    site.ok(&["audit", "reopen"]).says(&["plan", "was_shut"]);
+    unavailable();
+
+    let pid = node.pid();
+    site.ok(&["audit", "reopen", "--apply"]).says(&["done"]);
+    acknowledged.extend((0..5).map(|_| allowed()));
+    site.decides();
+    assert_eq!(ready().0, 200);
+    assert_eq!(site.status()["audit"]["state"], "open");
+    assert_eq!(node.pid(), pid, "the same process");
+    assert!(!site.events("reopened").is_empty(), "it is recorded");
+    let all_there = || {
+        let held: BTreeMap<u64, Value> = (site.records().into_iter())
+            .map(|r| (r["index"].as_u64().unwrap(), r["leaf"].clone()))
+            .collect();
+        for record in &acknowledged {
+            assert_eq!(held[&record["index"].as_u64().unwrap()], record["leaf"]);
+        }
+        site.ok(&["audit", "verify"]).says(&["good"]);
+    };
+    all_there();
+    assert!(node.stop().success());
+    let _node = site.start();
+    all_there();
+    site.decides();
 }
 
 #[test]

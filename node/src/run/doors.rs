@@ -36,7 +36,7 @@ impl Decider for Doors {
         }
         if let Some(why) = self.0.log.latched() {
             return Err(format!(
-                "AUDIT_UNAVAILABLE: {why}; restart the node when the disk is sound"
+                "AUDIT_UNAVAILABLE: {why}; when the disk is sound, tidelock audit reopen --apply"
             ));
         }
         if self.0.root.ledger().ladder() == Ladder::Sealed {

@@ -34,6 +34,13 @@ pub(crate) const LONG: Duration = Duration::from_secs(20);
 /// The domain of every site here.
 pub(crate) const DOMAIN: &str = "harbour";
 
+/// Says past the test runner that a test could not run; where CI can run everything, that is a failure.
+pub(crate) fn not_run(test: &str, why: &str) {
+    writeln!(std::io::stderr(), "not run: {test}: {why}").unwrap();
+    let in_ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
+    assert!(!in_ci, "{test} must run in CI: {why}");
+}
+
 /// What a command did.
 #[derive(Debug)]
 pub(crate) struct Ran {
@@ -489,7 +496,57 @@ pub(crate) struct Node<'s> {
     child: Child,
 }
 
+/// Every sync of file contents that a node asks for fails while this lives: strace, attached to the
+/// running process.
+pub(crate) struct FailingSyncs(Child);
+
+impl FailingSyncs {
+    /// From now on; otherwise why that cannot be had here.
+    pub(crate) fn of(node: &Node<'_>) -> Result<Self, String> {
+        let pid = node.child.id().to_string();
+        let out = node.site.path("strace");
+        // The message of having attached goes to a file: nobody would empty a pipe.
+        let said = fs::File::create(&out).unwrap();
+        let strace = Command::new("strace")
+            .args(["-f", "-o", "/dev/null", "-e", "trace=fdatasync"])
+            .args(["-e", "inject=fdatasync:error=EIO", "-p", &pid])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(said)
+            .spawn()
+            .map_err(|error| format!("strace: {error}"))?;
+        let mut failing = Self(strace);
+        until("strace to attach", || {
+            if failing.0.try_wait().unwrap().is_some() {
+                return Some(Err(fs::read_to_string(&out).unwrap()));
+            }
+            let attached = fs::read_to_string(&out).unwrap().contains("attached");
+            attached.then_some(Ok(()))
+        })?;
+        Ok(failing)
+    }
+
+    /// The syncs succeed again. The process is not disturbed otherwise.
+    pub(crate) fn end(mut self) {
+        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
+        until("strace to let go", || self.0.try_wait().unwrap());
+    }
+}
+
+impl Drop for FailingSyncs {
+    fn drop(&mut self) {
+        // Gone already where the test came to its end.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 impl Node<'_> {
+    /// The process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends a signal to the process.
     pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
