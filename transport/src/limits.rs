@@ -129,6 +129,13 @@ pub const MAX_ADDRESSES: usize = 8;
 /// everything instead.
 pub const MAX_MAILBOX: usize = 1_024;
 
+/// References that are looked at to say how many bytes a peer is behind, once a second and session.
+/// About 200 bytes each, for the time of the look: 200 KiB.
+pub const MAX_LAG_LOOKS: usize = 1_024;
+
+/// Questions about single segments that wait for a session; an operator's, so one is usual.
+pub const MAX_QUESTIONS: usize = 16;
+
 /// Time from the start of a session to the second half of the Hello round trip.
 pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -35,10 +35,12 @@ use crate::{
     },
 };
 
+mod outlook;
 mod ranges;
 #[cfg(test)]
 mod tests;
 
+pub use outlook::{Lag, Standing};
 use ranges::Ranges;
 
 /// What the machine may know of the node. Every answer comes from memory or one small read; the

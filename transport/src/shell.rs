@@ -35,20 +35,23 @@ use crate::{
     limits::{MAX_BULK_BYTES_NODE, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
     registry::{Claims, Registry, SessionId},
     revocation::RevocationError,
-    session::{PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
+    session::{Lag, PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
     tls::{MeshTls, SERVER_NAME, TlsError},
     verifier::{self, VerifiedPeer},
 };
 
 mod data;
 mod driver;
+mod outlook;
 mod quic;
 mod quotas;
 
 use driver::{Ended, SessionHandle};
+use outlook::Apart;
+pub use outlook::{Answer, SegmentStanding};
 pub use quic::QuicConfig;
-pub use quotas::QuotaConfig;
 use quotas::Quotas;
+pub use quotas::{QuotaConfig, QuotaDebt};
 
 /// Events that wait for the node. Past it they are counted, and the count is told.
 const EVENTS: usize = 1_024;
@@ -422,6 +425,21 @@ pub struct PeerStatus {
     pub cooling_ms: Option<u64>,
     /// How the last session ended.
     pub last_close: Option<CloseStatus>,
+    /// How far it and this node are apart; none until it was met since the start. While it is away
+    /// what was stored here since is added to what it lacked then: at most so much.
+    pub lag: Option<Lag>,
+    /// Milliseconds since it was last known to lack nothing of this node; since the start, if never.
+    pub lag_to_peer_ms: u64,
+    /// Milliseconds since this node was last known to lack nothing of it; since the start, if never.
+    pub lag_from_peer_ms: u64,
+    /// QUIC packets sent to it since the start.
+    pub sent_packets: u64,
+    /// Of those, the ones declared lost; what they carried was sent again.
+    pub lost_packets: u64,
+    /// Bytes of them.
+    pub lost_bytes: u64,
+    /// What it owes to its quotas.
+    pub quota: Vec<QuotaDebt>,
 }
 
 /// Counters of one peer.
@@ -436,6 +454,9 @@ struct PeerStats {
     refused_in: u64,
     faults: u64,
     last_end: Option<(Ended, Duration)>,
+    apart: Apart,
+    /// Sent and lost packets and lost bytes of the sessions that are over.
+    packets: outlook::Packets,
 }
 
 /// Why the transport is closed, if it is (ruling 12).
@@ -471,6 +492,8 @@ struct Shared {
     refusals: Mutex<(RefusalCounts, RefusalCounts)>,
     events: std_mpsc::SyncSender<MeshEvent>,
     events_lost: AtomicU64,
+    /// Segments stored here since the start, and their bytes.
+    stored: Mutex<(u64, u64)>,
     handshakes: Arc<Semaphore>,
     send_memory: Arc<Semaphore>,
     stopping: watch::Sender<bool>,
@@ -549,6 +572,7 @@ impl Shared {
 
     /// Tells every session that a segment is stored.
     fn announce(&self, reference: &SegmentRef) {
+        self.stored_one(reference.size_bytes);
         for (_, entry) in lock(&self.registry).iter() {
             entry.handle.mailbox.stored(reference);
         }
@@ -660,7 +684,10 @@ impl Shared {
         ended: &Ended,
     ) {
         let mut registry = lock(&self.registry);
-        registry.remove(session);
+        let packets = registry
+            .remove(session)
+            .map(|entry| outlook::Packets::of(&entry.handle.connection))
+            .unwrap_or_default();
         let connected = registry.established(peer).is_some();
         drop(registry);
         let released = lock(&self.claims).release_session(session);
@@ -684,7 +711,10 @@ impl Shared {
         }
         drop(dialer);
         self.dial_wake.notify_one();
-        self.counted(peer, |stats| stats.last_end = Some((ended.clone(), now)));
+        self.counted(peer, |stats| {
+            stats.last_end = Some((ended.clone(), now));
+            stats.packets.add(packets);
+        });
         self.event(MeshEvent::SessionDown {
             peer: peer.clone(),
             address,
@@ -759,6 +789,7 @@ impl Mesh {
             refusals: Mutex::default(),
             events,
             events_lost: AtomicU64::new(0),
+            stored: Mutex::default(),
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
             send_memory: Arc::new(Semaphore::new(SEND_MEMORY_KIB)),
             stopping: watch::Sender::new(false),
@@ -769,6 +800,7 @@ impl Mesh {
             .name("mesh-events".to_owned())
             .spawn(move || taken.iter().for_each(|event| hooks.event(event)))
             .map_err(|error| MeshError::Start { kind: error.kind() })?;
+        shared.watch_configured();
         shared.check_own_papers();
         tokio::spawn(accept_all(Arc::clone(&shared)));
         tokio::spawn(dial_all(Arc::clone(&shared)));
@@ -940,6 +972,7 @@ async fn keep_house(shared: Arc<Shared>) {
         let papers = Arc::clone(&shared);
         // A path is verified here, with signatures: not on a network thread.
         let _ = tokio::task::spawn_blocking(move || papers.check_own_papers()).await;
+        shared.sample_lags();
         let now = shared.now();
         if now.saturating_sub(flushed) >= REFUSAL_WINDOW {
             flushed = now;
@@ -1078,9 +1111,16 @@ impl MeshHandle {
             .iter()
             .filter(|(_, entry)| entry.established && entry.handle.is_alive())
         {
-            let facts = (entry.handle.address, entry.outbound, entry.handle.since);
+            let packets = outlook::Packets::of(&entry.handle.connection);
+            let facts = (
+                entry.handle.address,
+                entry.outbound,
+                entry.handle.since,
+                packets,
+            );
             live.insert(entry.peer.clone(), facts);
         }
+        let stored = *lock(&shared.stored);
         let stats = lock(&shared.stats);
         let names: std::collections::BTreeSet<&NodeId> = dials
             .keys()
@@ -1095,13 +1135,15 @@ impl MeshHandle {
                 let dial = dials.get(peer).copied().flatten();
                 let live = live.get(peer);
                 let until = |at: Duration| millis(at.saturating_sub(now));
+                let mut packets = stats.packets;
+                packets.add(live.map(|(.., packets)| *packets).unwrap_or_default());
                 PeerStatus {
                     node_id: peer.clone(),
                     configured: dials.contains_key(peer),
                     connected: live.is_some(),
                     address: live.map(|(address, ..)| *address),
-                    outbound: live.map(|(_, outbound, _)| *outbound),
-                    connected_ms: live.map(|(.., since)| millis(now.saturating_sub(*since))),
+                    outbound: live.map(|(_, outbound, ..)| *outbound),
+                    connected_ms: live.map(|(.., since, _)| millis(now.saturating_sub(*since))),
                     posture: stats.hello.as_ref().map(|hello| hello.posture.as_str()),
                     custody_free_bytes: stats
                         .hello
@@ -1124,6 +1166,13 @@ impl MeshHandle {
                         by_peer: ended.by_peer,
                         ago_ms: millis(now.saturating_sub(*at)),
                     }),
+                    lag: stats.apart.now(stored),
+                    lag_to_peer_ms: millis(now.saturating_sub(stats.apart.level_there)),
+                    lag_from_peer_ms: millis(now.saturating_sub(stats.apart.level_here)),
+                    sent_packets: packets.sent,
+                    lost_packets: packets.lost,
+                    lost_bytes: packets.lost_bytes,
+                    quota: shared.quotas.debts(peer),
                 }
             })
             .collect()

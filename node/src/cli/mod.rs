@@ -117,8 +117,20 @@ pub enum Command {
         #[command(flatten)]
         config: ConfigArg,
     },
-    /// The peers of a running node, and why any of them is not connected.
-    Peers(ConfigArg),
+    /// The peers of a running node: which are connected and why others are not, how far they are
+    /// behind, what was lost on the way.
+    #[command(
+        args_conflicts_with_subcommands = true,
+        after_help = "Examples:\n  tidelock peers\n  tidelock peers why blake3:5f… harbour-b"
+    )]
+    Peers {
+        /// Without one, the table of all peers.
+        #[command(subcommand)]
+        command: Option<node::PeersCommand>,
+        /// The node's config.
+        #[command(flatten)]
+        config: ConfigArg,
+    },
     /// Read and verify audit logs, on a running or a stopped node.
     #[command(subcommand)]
     Audit(audit::AuditCommand),
@@ -173,7 +185,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Decide(args) => decide::run(&args, output),
         Command::Status(args) => node::status(&args, output),
         Command::Journal { since, config } => node::journal(&config, since, output),
-        Command::Peers(args) => node::peers(&args, output),
+        Command::Peers { command, config } => node::peers(command, &config, output),
         Command::Audit(command) => audit::run(command, output),
         Command::Segment(command) => segment::run(command, output),
         Command::Doctor(args) => doctor::run(&args, output),

@@ -9,7 +9,10 @@ use tidelock_gateway::{
     Client, ClientError, Grant, Scopes, client::Door as Way, tokens::mint_token,
 };
 
-use super::{ConfigArg, Exit, Failure, Output, output::table};
+use super::{
+    ConfigArg, Exit, Failure, Output,
+    output::{human_bytes, table},
+};
 use crate::config::{Config, ConfigError};
 
 /// What to do with a CRL.
@@ -30,6 +33,21 @@ pub enum CrlCommand {
         /// Act on the printed plan.
         #[arg(long)]
         apply: bool,
+    },
+}
+
+/// What to ask of the peers.
+#[derive(Debug, Subcommand)]
+pub enum PeersCommand {
+    /// Why a segment is not at a peer yet, or not here from that peer. The codes are in
+    /// docs/src/operating.md.
+    Why {
+        /// The segment's id, blake3:… (`tidelock segment ls`).
+        segment: String,
+        /// The peer's node id.
+        peer: String,
+        #[command(flatten)]
+        config: ConfigArg,
     },
 }
 
@@ -392,20 +410,83 @@ fn peers_text(peers: &Value) -> String {
             peers
                 .iter()
                 .map(|p| {
-                    ["id", "state", "address", "last_reason"]
-                        .iter()
-                        .map(|k| plain(p.get(*k).unwrap_or(&Value::Null)))
-                        .collect()
+                    let get = |pointer: &str| plain(at(p, pointer));
+                    let lag = |way: &str| {
+                        let segments = at(p, &format!("/detail/lag/{way}_segments"));
+                        let bytes = at(p, &format!("/detail/lag/{way}_bytes"));
+                        match (segments.as_u64(), bytes.as_u64()) {
+                            (Some(0), _) => "level".to_owned(),
+                            (Some(segments), Some(bytes)) => {
+                                format!("{segments} ({})", human_bytes(bytes))
+                            }
+                            // Not met since the start: nothing is known.
+                            _ => "?".to_owned(),
+                        }
+                    };
+                    let lost = format!(
+                        "{} of {}",
+                        get("/detail/lost_packets"),
+                        get("/detail/sent_packets")
+                    );
+                    vec![
+                        get("/id"),
+                        get("/state"),
+                        get("/address"),
+                        lag("to_peer"),
+                        lag("from_peer"),
+                        lost,
+                        get("/last_reason"),
+                    ]
                 })
                 .collect()
         })
         .unwrap_or_default();
-    table(&["peer", "state", "address", "last reason"], &rows)
+    table(
+        &[
+            "peer",
+            "state",
+            "address",
+            "it lacks",
+            "we lack",
+            "packets lost",
+            "last reason",
+        ],
+        &rows,
+    )
 }
 
-pub(super) fn peers(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
-    let status = Door::of(args)?.get("/v1/status")?;
-    let peers = at(&status, "/mesh/peers").clone();
-    output.say(&peers, || peers_text(&peers));
+pub(super) fn peers(
+    command: Option<PeersCommand>,
+    args: &ConfigArg,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let Some(PeersCommand::Why {
+        segment,
+        peer,
+        config,
+    }) = command
+    else {
+        let status = Door::of(args)?.get("/v1/status")?;
+        let peers = at(&status, "/mesh/peers").clone();
+        output.say(&peers, || peers_text(&peers));
+        return Ok(Exit::Done);
+    };
+    let body = json!({"segment": segment, "peer": peer});
+    let answer = operate(&config, "peers.why", &body, false)?;
+    output.say(&answer, || {
+        let rows: Vec<Vec<String>> = answer
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter(|(name, _)| !["code", "message"].contains(&name.as_str()))
+            .map(|(name, value)| vec![format!("  {name}"), plain(value)])
+            .collect();
+        let said = format!(
+            "{}: {}",
+            plain(at(&answer, "/code")),
+            plain(at(&answer, "/message"))
+        );
+        format!("{said}\n{}", table(&["  fact", "value"], &rows))
+    });
     Ok(Exit::Done)
 }

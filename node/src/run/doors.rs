@@ -121,6 +121,7 @@ impl Node {
             "audit.reopen" => self.operate_reopen(apply),
             "audit.tail" => self.operate_tail(body),
             "audit.accept" => self.operate_accept(body, apply),
+            "peers.why" => self.operate_why(body),
             "journal" => {
                 let since = body
                     .get("since")
@@ -132,7 +133,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, journal"
+                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.why, journal"
                 ),
             }),
         }
@@ -497,6 +498,7 @@ impl Node {
             );
         }
         text.push_str(&self.papers_metrics());
+        self.mesh_metrics(&mut text);
         text
     }
 }

@@ -265,11 +265,14 @@ impl Node {
                     self.journal.note(now, "session_failed", fields);
                 }
             }
-            MeshEvent::DialFailed { peer, address, reason } => self.journal.note(
-                now,
-                "dial_failed",
-                json!({"peer": peer, "address": address, "reason": reason}),
-            ),
+            MeshEvent::DialFailed { peer, address, reason } => {
+                self.seen.dial_failed(&peer, now, &reason);
+                self.journal.note(
+                    now,
+                    "dial_failed",
+                    json!({"peer": peer, "address": address, "reason": reason}),
+                );
+            }
             MeshEvent::PeerRefused { peer, address, code, reason } => {
                 let name = peer.as_ref().map_or("(unknown)", |p| p.as_str());
                 self.count_refusal(name, code);
@@ -284,11 +287,14 @@ impl Node {
             }
             // Noted where the segment was admitted.
             MeshEvent::Stored { .. } => {}
-            MeshEvent::TransferFailed { peer, reference, refusal } => self.journal.note(
-                now,
-                "transfer_failed",
-                json!({"peer": peer, "segment": reference.id, "code": refusal.code, "message": refusal.message}),
-            ),
+            MeshEvent::TransferFailed { peer, reference, refusal } => {
+                self.seen.segment_refused(&peer, &reference, &refusal, now);
+                self.journal.note(
+                    now,
+                    "transfer_failed",
+                    json!({"peer": peer, "segment": reference.id, "code": refusal.code, "message": refusal.message}),
+                );
+            }
             // A claim without proof: shown, and no record is spent on it.
             MeshEvent::ForkSuspected { peer, origin, sequence, ours, theirs } => self.journal.note(
                 now,

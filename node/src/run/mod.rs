@@ -11,6 +11,7 @@ mod journal;
 mod node;
 mod papers;
 mod policy;
+mod seen;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -34,6 +34,7 @@ use super::{
     journal::Journal,
     papers::{PaperLooks, Papers},
     policy::RootSlots,
+    seen::Seen,
 };
 use crate::{
     cli::Failure,
@@ -115,6 +116,7 @@ pub(super) struct Node {
     /// Audit origins that an operator has accepted all the same.
     pub(super) accepted: Mutex<BTreeSet<Origin>>,
     refusals: Arc<Refusals>,
+    pub(super) seen: Arc<Seen>,
     unsettled: Arc<Unsettled>,
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
@@ -312,6 +314,7 @@ impl Node {
             forked: Mutex::default(),
             accepted: Mutex::new(accepted.value_or_default()),
             refusals: Arc::default(),
+            seen: Arc::default(),
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
@@ -472,10 +475,11 @@ impl Node {
     /// Notes refusals from inside handshakes. It holds what it needs and not the node, which would
     /// then never be dropped.
     fn refusal_observer(&self) -> RefusalObserver {
-        let (journal, clock, refusals) = (
+        let (journal, clock, refusals, seen) = (
             self.journal.clone(),
             self.clock.clone(),
             self.refusals.clone(),
+            self.seen.clone(),
         );
         Arc::new(move |refusal, role| {
             let reason = refusal.code().to_lowercase();
@@ -488,6 +492,7 @@ impl Node {
                     "role": format!("{role:?}").to_lowercase(),
                 }),
             );
+            seen.peer_refused(&reason);
             count(&refusals, "(in handshake)", &reason);
         })
     }
@@ -737,6 +742,7 @@ impl Node {
 
     /// Counts a refused peer; the counts become one bounded record a window.
     pub(super) fn count_refusal(&self, peer: &str, reason: &str) {
+        self.seen.peer_refused(reason);
         count(&self.refusals, peer, reason);
     }
 

@@ -11,6 +11,8 @@ use crate::{
     registry::{Busy, Claims, Entry, Registry, SessionId},
 };
 
+mod outlook;
+
 const MS: Duration = Duration::from_millis(1);
 const LATENCY: Duration = Duration::from_millis(5);
 /// Time that one byte of a segment takes on a link.

@@ -21,11 +21,12 @@ use super::{
     MeshEvent, MeshHooks, PeerStats, Shared, close_code,
     data::{Admission, CONTROL_PRIORITY, Senders, accept_streams},
     lock,
+    outlook::Question,
     quotas::Wait,
 };
 use crate::{
     frame::{Channel, CloseCode, FetchRefusal, Frame, FrameDecoder},
-    limits::{MAX_FRAME_BODY_BYTES, MAX_MAILBOX},
+    limits::{MAX_FRAME_BODY_BYTES, MAX_MAILBOX, MAX_QUESTIONS},
     registry::{Busy, Entry, SessionId, Verdict},
     session::{
         Fault, LocalHello, PeerHello, Refusal, Serve, SessionClose, SessionEvent, SessionMachine,
@@ -78,6 +79,9 @@ struct Mail {
     stored: Vec<SegmentRef>,
     released: Vec<SegmentId>,
     refresh: bool,
+    /// The lag is to be looked at again, if anything has changed.
+    sample: bool,
+    questions: Vec<Question>,
 }
 
 /// A bounded letter box: past the bound the session compares everything instead.
@@ -95,6 +99,8 @@ impl Mailbox {
         if mail.stored.len() + mail.released.len() > MAX_MAILBOX {
             *mail = Mail {
                 refresh: true,
+                sample: mail.sample,
+                questions: std::mem::take(&mut mail.questions),
                 ..Mail::default()
             };
         }
@@ -112,6 +118,19 @@ impl Mailbox {
 
     pub(super) fn refresh(&self) {
         self.put(|mail| mail.refresh = true);
+    }
+
+    pub(super) fn sample(&self) {
+        self.put(|mail| mail.sample = true);
+    }
+
+    /// Leaves a question. Where too many wait it is dropped, which its asker sees.
+    pub(super) fn ask(&self, question: Question) {
+        self.put(|mail| {
+            if mail.questions.len() < MAX_QUESTIONS {
+                mail.questions.push(question);
+            }
+        });
     }
 
     fn take(&self) -> Mail {
@@ -283,6 +302,8 @@ impl Ended {
 struct Core {
     machine: SessionMachine,
     link: Link,
+    /// Whether the sides may be further apart, or nearer, than when the lag was looked at last.
+    lag_stale: bool,
 }
 
 /// What a step brought forth beside frames.
@@ -306,6 +327,7 @@ impl Core {
             peer: &peer,
         };
         let now = self.now();
+        self.lag_stale |= mail.refresh || !mail.stored.is_empty() || !inputs.is_empty();
         for input in inputs {
             self.take(input, now, &view);
         }
@@ -322,6 +344,14 @@ impl Core {
             self.machine.handle_timeout(now, &view);
         }
         self.ask(now);
+        for question in mail.questions {
+            question.answer(&self.machine, now);
+        }
+        if mail.sample && self.lag_stale && self.machine.is_established() {
+            let lag = self.machine.lag(&view);
+            self.lag_stale = false;
+            shared.lag_sampled(&peer, lag);
+        }
         let mut stepped = Stepped::default();
         stepped
             .serves
@@ -660,7 +690,11 @@ async fn new_core(link: Link, key: [u8; 32]) -> Option<Core> {
         };
         let config = shared.config.session;
         let machine = SessionMachine::new(config, local, peer.clone(), key, shared.now(), &view);
-        Core { machine, link }
+        Core {
+            machine,
+            link,
+            lag_stale: true,
+        }
     });
     made.await.ok()
 }
@@ -674,6 +708,7 @@ async fn step(
     let quiet = mail.stored.is_empty()
         && mail.released.is_empty()
         && !mail.refresh
+        && !(mail.sample && core.lag_stale)
         && !batch.iter().any(needs_view)
         && core
             .machine

@@ -75,7 +75,27 @@ impl From<Refused> for Wait {
     }
 }
 
+/// What one peer owes to one of its buckets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct QuotaDebt {
+    /// The bucket: `frames`, `urgent_in`, `bulk_in`, `daily_in` or `out`.
+    pub bucket: &'static str,
+    /// Requests that had to wait for it since the start.
+    pub waits: u64,
+    /// Milliseconds until the last of them is paid; 0 when nothing is owed.
+    pub debt_ms: u64,
+}
+
+/// Waits at one bucket, and until when the last one lasts.
+#[derive(Debug, Clone, Copy, Default)]
+struct Waits {
+    count: u64,
+    until: Duration,
+}
+
 pub(super) struct Quotas {
+    clock: MonotonicClock,
+    waits: Mutex<BTreeMap<NodeId, BTreeMap<&'static str, Waits>>>,
     frames: TokenBuckets<NodeId, MonotonicClock>,
     urgent_in: TokenBuckets<NodeId, MonotonicClock>,
     bulk_in: TokenBuckets<NodeId, MonotonicClock>,
@@ -102,6 +122,8 @@ impl Quotas {
         }
         let peers = |rate| TokenBuckets::new(rate, PEER_KEYS, clock.clone());
         Ok(Self {
+            clock: clock.clone(),
+            waits: Mutex::default(),
             frames: peers(config.frames)?,
             urgent_in: peers(config.urgent_in_kib)?,
             bulk_in: peers(config.bulk_in_kib)?,
@@ -118,7 +140,11 @@ impl Quotas {
 
     /// One control frame of a peer.
     pub(super) fn frame(&self, peer: &NodeId) -> Result<(), Wait> {
-        Ok(self.frames.check(peer, 1)?)
+        self.noted(
+            peer,
+            "frames",
+            self.frames.check(peer, 1).map_err(Wait::from),
+        )
     }
 
     /// One handshake of an address.
@@ -136,7 +162,8 @@ impl Quotas {
         let cost = kib(reference.size_bytes);
         if reference.kind <= Kind::Policy {
             // Ruling 10: no daily volume stands before a revocation.
-            return Ok(self.urgent_in.check(peer, cost)?);
+            let taken = self.urgent_in.check(peer, cost).map_err(Wait::from);
+            return self.noted(peer, "urgent_in", taken);
         }
         let mut daily = lock(&self.daily);
         if !daily.contains_key(peer) && daily.len() >= PEER_KEYS {
@@ -155,11 +182,11 @@ impl Quotas {
         // Looked at first and charged last, so that a refusal by either charges neither.
         if volume.left(now) < reference.size_bytes {
             let spent = volume.take(reference.size_bytes, now).err();
-            return Err(Wait::For(
-                spent.map_or(Duration::from_secs(60), |spent| spent.resets_in),
-            ));
+            let resets_in = spent.map_or(Duration::from_secs(60), |spent| spent.resets_in);
+            return self.noted(peer, "daily_in", Err(Wait::For(resets_in)));
         }
-        self.bulk_in.check(peer, cost)?;
+        let taken = self.bulk_in.check(peer, cost).map_err(Wait::from);
+        self.noted(peer, "bulk_in", taken)?;
         // Cannot refuse: there was enough a moment ago, under the same lock.
         let _ = volume.take(reference.size_bytes, now);
         Ok(())
@@ -167,7 +194,54 @@ impl Quotas {
 
     /// A segment that is about to be sent.
     pub(super) fn send(&self, peer: &NodeId, size_bytes: u64) -> Result<(), Wait> {
-        Ok(self.out.check(peer, kib(size_bytes))?)
+        let sent = self.out.check(peer, kib(size_bytes)).map_err(Wait::from);
+        self.noted(peer, "out", sent)
+    }
+
+    /// Remembers who had to wait for which bucket, and how long.
+    fn noted(
+        &self,
+        peer: &NodeId,
+        bucket: &'static str,
+        outcome: Result<(), Wait>,
+    ) -> Result<(), Wait> {
+        if let Err(Wait::For(time)) = &outcome {
+            let mut waits = lock(&self.waits);
+            // INV-07: whose debt is paid longest goes first; only a figure for the operator does.
+            if !waits.contains_key(peer)
+                && waits.len() >= PEER_KEYS
+                && let Some(oldest) = waits
+                    .iter()
+                    .min_by_key(|(_, buckets)| buckets.values().map(|wait| wait.until).max())
+                    .map(|(peer, _)| peer.clone())
+            {
+                waits.remove(&oldest);
+            }
+            let wait = waits
+                .entry(peer.clone())
+                .or_default()
+                .entry(bucket)
+                .or_default();
+            wait.count = wait.count.saturating_add(1);
+            wait.until = self.clock.elapsed().saturating_add(*time);
+        }
+        outcome
+    }
+
+    /// What a peer owes to each bucket that it ever waited for.
+    pub(super) fn debts(&self, peer: &NodeId) -> Vec<QuotaDebt> {
+        let now = self.clock.elapsed();
+        let waits = lock(&self.waits);
+        waits
+            .get(peer)
+            .into_iter()
+            .flatten()
+            .map(|(bucket, wait)| QuotaDebt {
+                bucket,
+                waits: wait.count,
+                debt_ms: super::millis(wait.until.saturating_sub(now)),
+            })
+            .collect()
     }
 
     /// Drops what is at rest.
@@ -229,6 +303,11 @@ mod tests {
         assert_eq!(quotas.take_in(&b, &big, Duration::ZERO), Ok(()));
         assert_eq!(quotas.send(&a, 1), Ok(()));
         assert_eq!(quotas.frame(&a), Ok(()));
+        let debts = quotas.debts(&a);
+        assert_eq!(debts.len(), 1, "{debts:?}");
+        assert_eq!((debts[0].bucket, debts[0].waits), ("daily_in", 1));
+        assert!(debts[0].debt_ms > 0);
+        assert_eq!(quotas.debts(&b), [], "nobody else owes anything");
         let huge = segment(Kind::Audit, 50 * 1024 * 1024);
         assert_eq!(quotas.take_in(&a, &huge, Duration::ZERO), Err(Wait::Never));
     }
