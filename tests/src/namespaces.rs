@@ -2,16 +2,20 @@
 //! A cut is the link of a host going down, as when a cable is pulled.
 
 use std::{
-    io,
+    io::{self, Write as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
-    process::Command,
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use tidelock::demo::network::Network;
 
 /// UDP port of every node; each has an address of its own.
 const PORT: u16 = 7411;
+
+/// Several tests of one process may have namespaces at once.
+static MADE: AtomicU32 = AtomicU32::new(0);
 
 /// The namespaces; they go when this is dropped.
 #[derive(Debug)]
@@ -48,6 +52,16 @@ pub fn why_not() -> Option<String> {
     }
 }
 
+/// Why packets cannot be counted here, if so.
+#[must_use]
+pub fn why_no_nft() -> Option<String> {
+    match Command::new("nft").arg("--version").output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).into_owned()),
+        Err(error) => Some(format!("nft (Debian: nftables): {error}")),
+    }
+}
+
 impl Namespaces {
     /// Makes a namespace for each node, one for the switch, and the links.
     ///
@@ -55,7 +69,11 @@ impl Namespaces {
     /// What `ip` said.
     pub fn new(nodes: &[&str]) -> io::Result<Self> {
         let made = Self {
-            prefix: format!("tl{}", std::process::id()),
+            prefix: format!(
+                "tl{}x{}",
+                std::process::id(),
+                MADE.fetch_add(1, Ordering::Relaxed)
+            ),
             nodes: nodes.iter().map(|n| (*n).to_owned()).collect(),
         };
         let switch = made.namespace("sw");
@@ -66,6 +84,9 @@ impl Namespaces {
             let namespace = made.namespace(node);
             let port = format!("to-{node}");
             ip(&["netns", "add", &namespace])?;
+            // The kernel's own IPv6 chatter is nobody's packet, and would be counted as a node's.
+            let quiet = "f=/proc/sys/net/ipv6/conf/all/disable_ipv6; [ ! -e $f ] || echo 1 >$f";
+            made.exec(node, "sh", &["-c", quiet], "")?;
             ip(&["-n", &namespace, "link", "set", "lo", "up"])?;
             ip(&[
                 "-n", &switch, "link", "add", &port, "type", "veth", "peer", "name", "eth0",
@@ -82,6 +103,70 @@ impl Namespaces {
 
     fn namespace(&self, node: &str) -> String {
         format!("{}{node}", self.prefix)
+    }
+
+    /// Runs a program on the host of a node with a text on its standard input; its output.
+    fn exec(
+        &self,
+        node: &str,
+        program: &str,
+        arguments: &[&str],
+        input: &str,
+    ) -> io::Result<String> {
+        let mut child = self
+            .command(node, Path::new(program))
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            stdin.write_all(input.as_bytes())?;
+        }
+        let output = child.wait_with_output()?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(io::Error::other(format!(
+            "{program} {}: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        )))
+    }
+
+    /// Loads nftables rules on the host of a node.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn nft(&self, node: &str, rules: &str) -> io::Result<()> {
+        self.exec(node, "nft", &["-f", "-"], rules).map(|_| ())
+    }
+
+    /// The packets that a named counter of the table `watch` has seen on the host of a node.
+    ///
+    /// # Errors
+    /// What `nft` said, or an answer without such a counter.
+    pub fn packets(&self, node: &str, counter: &str) -> io::Result<u64> {
+        let list = ["-j", "list", "counter", "inet", "watch", counter];
+        let answer: serde_json::Value = serde_json::from_str(&self.exec(node, "nft", &list, "")?)?;
+        answer
+            .get("nftables")
+            .and_then(|entries| entries.as_array())
+            .and_then(|entries| {
+                entries
+                    .iter()
+                    .find_map(|entry| entry.pointer("/counter/packets")?.as_u64())
+            })
+            .ok_or_else(|| io::Error::other(format!("no counter {counter}: {answer}")))
+    }
+
+    /// Sends one UDP datagram from the host of a node.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn send_to(&self, node: &str, address: &str, port: u16) -> io::Result<()> {
+        let line = format!("echo x > /dev/udp/{address}/{port}");
+        self.exec(node, "bash", &["-c", &line], "").map(|_| ())
     }
 
     fn link(&self, node: &str, state: &str) -> io::Result<()> {

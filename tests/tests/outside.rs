@@ -1,0 +1,290 @@
+//! A mesh as it is seen from outside: what its nodes say of each other in `/metrics` and `peers why`,
+//! and what leaves their network cards.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
+)]
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::{Value, json};
+use tidelock::demo::{
+    network::{Loopback, Network},
+    site::{NODES, Site},
+};
+use tidelock_tests::{namespaces, not_run, program};
+
+/// Far above anything that a healthy run needs.
+const LIMIT: Duration = Duration::from_secs(60);
+
+async fn running<'n>(dir: &Path, network: &'n dyn Network, ids: &[&'static str]) -> Site<'n> {
+    let mut site = Site::prepare(dir, &program().unwrap(), network, ids)
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    for id in ids {
+        site.start(id)
+            .await
+            .unwrap_or_else(|failure| panic!("{}", failure.message));
+    }
+    site
+}
+
+fn directory() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("tl").tempdir().unwrap()
+}
+
+async fn install(site: &Site<'_>, at: &str, epoch: u64) {
+    let package = site
+        .bundle(epoch)
+        .and_then(|p| Ok(p.encode()?))
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let body = json!({"package": BASE64_STANDARD.encode(package)});
+    let node = site.node(at).unwrap();
+    node.operate("bundle.install", &body).await.unwrap();
+}
+
+async fn connected(site: &Site<'_>, id: &str, peers: usize) {
+    let count = |s: &Value| {
+        let peers = s.pointer("/mesh/peers").and_then(Value::as_array);
+        peers.map_or(0, |peers| {
+            let up = |p: &&Value| p.get("state") == Some(&json!("connected"));
+            peers.iter().filter(up).count()
+        })
+    };
+    site.node(id)
+        .unwrap()
+        .await_status("its sessions", LIMIT, |s| count(s) == peers)
+        .await
+        .unwrap();
+}
+
+/// Makes a record and seals it; the id of the segment.
+async fn sealed(site: &Site<'_>, id: &str) -> String {
+    let node = site.node(id).unwrap();
+    let action = json!({
+        "principal": {"type": "Agent", "id": "coder-1"},
+        "action": "fs.read",
+        "resource": {"type": "File", "id": "/srv/app/src/main.rs"},
+    });
+    let client = node.client();
+    client
+        .post_json("/v1/decide", action.to_string())
+        .await
+        .unwrap();
+    let answer = node.operate("audit.seal", &json!({})).await.unwrap();
+    answer
+        .get("sealed")
+        .and_then(Value::as_str)
+        .unwrap()
+        .to_owned()
+}
+
+/// Asks by the command line, as an operator does, until the answer has this code.
+async fn why(site: &Site<'_>, at: &str, segment: &str, peer: &str, code: &str) -> Value {
+    let begun = Instant::now();
+    loop {
+        let asked = site.tidelock(at, &["peers", "why", segment, peer]).await;
+        let (_, answer) = asked.unwrap_or_else(|failure| panic!("{}", failure.message));
+        if answer.get("code") == Some(&json!(code)) {
+            return answer;
+        }
+        assert!(begun.elapsed() < LIMIT, "no `{code}`: {answer}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn metrics(site: &Site<'_>, at: &str) -> String {
+    let client = site.node(at).unwrap().client();
+    let (status, body) = client.get("/metrics").await.unwrap();
+    assert_eq!(status, 200);
+    String::from_utf8(body.to_vec()).unwrap()
+}
+
+/// The value of the line that begins with `name`, once it is above or equal to `least` and at most `most`.
+async fn metric(site: &Site<'_>, at: &str, name: &str, least: f64, most: f64) -> f64 {
+    let begun = Instant::now();
+    loop {
+        let text = metrics(site, at).await;
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok());
+        match value {
+            Some(value) if (least..=most).contains(&value) => return value,
+            _ if begun.elapsed() < LIMIT => tokio::time::sleep(Duration::from_millis(50)).await,
+            _ => panic!("{name} is {value:?}, not within {least}..={most}:\n{text}"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_reason() {
+    let dir = directory();
+    let network = Loopback::new(&["a", "b"]).await.unwrap();
+    let mut site = running(dir.path(), &network, &["a", "b"]).await;
+    install(&site, "a", 1).await;
+    connected(&site, "a", 1).await;
+    let first = sealed(&site, "a").await;
+    let held = why(&site, "a", &first, "b", "held").await;
+    assert_eq!(held.get("direction"), Some(&json!("to_peer")), "{held}");
+    // The other way round: b holds it, and says of a that a needs nothing of its own log.
+    let own = why(&site, "b", &first, "a", "held").await;
+    assert_eq!(own.get("by"), Some(&json!("head")), "{own}");
+    let to_peer = "tidelock_peer_lag_segments{peer=\"b\",direction=\"to_peer\"}";
+    let since = "tidelock_peer_lag_seconds{peer=\"b\",direction=\"to_peer\"}";
+    metric(&site, "a", "tidelock_peer_connected{peer=\"b\"}", 1.0, 1.0).await;
+    metric(&site, "a", to_peer, 0.0, 0.0).await;
+    metric(
+        &site,
+        "a",
+        "tidelock_peer_sent_packets_total{peer=\"b\"}",
+        1.0,
+        f64::MAX,
+    )
+    .await;
+    let text = metrics(&site, "a").await;
+    for name in [
+        "tidelock_crl_age_seconds{issuer=",
+        "tidelock_crl_fresh_seconds{issuer=",
+        "tidelock_peer_lost_packets_total{peer=\"b\"}",
+        "tidelock_connections_refused_total{reason=\"address_quota\"} 0",
+    ] {
+        assert!(text.contains(name), "{name}:\n{text}");
+    }
+
+    // Away: what is sealed meanwhile is a lag, with a reason and the time of the next dial.
+    site.kill("b").unwrap();
+    let second = sealed(&site, "a").await;
+    let down = why(&site, "a", &second, "b", "session_down").await;
+    assert!(down.get("last_close").is_some(), "{down}");
+    metric(&site, "a", "tidelock_peer_connected{peer=\"b\"}", 0.0, 0.0).await;
+    metric(&site, "a", to_peer, 1.0, f64::MAX).await;
+    metric(&site, "a", since, 1.0, f64::MAX).await;
+    // Either it is being dialled just now, or it is known when it will be.
+    let begun = Instant::now();
+    loop {
+        let asked = why(&site, "a", &second, "b", "session_down").await;
+        if asked.get("last_dial_error").is_some() && asked.get("next_dial_ms").is_some() {
+            break;
+        }
+        assert!(begun.elapsed() < LIMIT, "no dial that failed: {asked}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    site.start("b")
+        .await
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    why(&site, "a", &second, "b", "held").await;
+    metric(&site, "a", to_peer, 0.0, 0.0).await;
+    let nobody = format!("blake3:{}", "0".repeat(64));
+    let none = why(&site, "a", &nobody, "b", "not_listed").await;
+    assert_eq!(none.get("direction"), Some(&json!("from_peer")), "{none}");
+    let stranger = json!({"segment": second, "peer": "nobody"});
+    let refused = site
+        .node("a")
+        .unwrap()
+        .operate("peers.why", &stranger)
+        .await;
+    assert!(refused.unwrap_err().0.contains("UNKNOWN_PEER"));
+
+    // Revoked: its session is closed, and that is the reason from then on.
+    let (_, crl) = site
+        .revoke("b")
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let body = json!({"crl": BASE64_STANDARD.encode(crl)});
+    site.node("a")
+        .unwrap()
+        .operate("crl.import", &body)
+        .await
+        .unwrap();
+    let third = sealed(&site, "a").await;
+    why(&site, "a", &third, "b", "revoked").await;
+    metric(
+        &site,
+        "a",
+        "tidelock_peers_refused_total{reason=\"cert_revoked\"}",
+        1.0,
+        f64::MAX,
+    )
+    .await;
+}
+
+/// What a node sends, counted in its own namespace by the kernel: to its peers, and to anybody else.
+struct Watch<'n> {
+    network: &'n namespaces::Namespaces,
+    node: &'static str,
+}
+
+impl<'n> Watch<'n> {
+    fn new(network: &'n namespaces::Namespaces, node: &'static str, allowed: &[String]) -> Self {
+        let rules = format!(
+            "table inet watch {{\n counter inside {{}}\n counter foreign {{}}\n \
+             chain leaving {{\n  type filter hook output priority 0; policy accept;\n  \
+             ip daddr {{ {} }} counter name \"inside\" accept\n  counter name \"foreign\"\n }}\n}}\n",
+            allowed.join(", ")
+        );
+        network.nft(node, &rules).unwrap();
+        Self { network, node }
+    }
+
+    fn count(&self, counter: &str) -> u64 {
+        self.network.packets(self.node, counter).unwrap()
+    }
+}
+
+#[test]
+fn a_syncing_node_sends_no_packet_to_anybody_but_its_peers() {
+    let name = "a_syncing_node_sends_no_packet_to_anybody_but_its_peers";
+    if let Some(why) = namespaces::why_not().or_else(namespaces::why_no_nft) {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = directory();
+    let network = namespaces::Namespaces::new(&NODES).unwrap();
+    let watches: Vec<Watch<'_>> = NODES
+        .into_iter()
+        .map(|node| {
+            let others = NODES.into_iter().filter(|other| *other != node);
+            let allowed: Vec<String> = others.map(|o| network.listen(o).ip().to_string()).collect();
+            Watch::new(&network, node, &allowed)
+        })
+        .collect();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut site = running(dir.path(), &network, &NODES).await;
+        for id in NODES {
+            connected(&site, id, 2).await;
+        }
+        // Policy and audit move, a link goes down and comes back, a node dies and is dialled.
+        install(&site, "a", 1).await;
+        for id in NODES {
+            let epoch = |s: &Value| s.pointer("/bundle/epoch") == Some(&json!(1));
+            let node = site.node(id).unwrap();
+            node.await_status("the bundle", LIMIT, epoch).await.unwrap();
+        }
+        let segment = sealed(&site, "b").await;
+        why(&site, "b", &segment, "a", "held").await;
+        network.cut("c").unwrap();
+        connected(&site, "a", 1).await;
+        let meanwhile = sealed(&site, "a").await;
+        network.heal("c").unwrap();
+        why(&site, "a", &meanwhile, "c", "held").await;
+        site.kill("b").unwrap();
+        connected(&site, "a", 1).await;
+        site.start("b")
+            .await
+            .unwrap_or_else(|failure| panic!("{}", failure.message));
+        connected(&site, "a", 2).await;
+    });
+    for watch in &watches {
+        let (inside, foreign) = (watch.count("inside"), watch.count("foreign"));
+        assert!(inside > 20, "{}: {inside} packets to peers", watch.node);
+        assert_eq!(foreign, 0, "{}: packets to others", watch.node);
+        // The control: one packet to anybody else is counted.
+        network.send_to(watch.node, "10.77.0.200", 9).unwrap();
+        assert_eq!(watch.count("foreign"), 1, "{}", watch.node);
+    }
+}
