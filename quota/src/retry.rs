@@ -186,11 +186,19 @@ impl RetryBudget {
         })
     }
 
+    /// Takes note of the time: a clock that stepped back costs one interval from here on, and not the
+    /// time that it went back.
+    pub fn observe(&mut self, now: Duration) {
+        self.last_dial = self.last_dial.map(|last| last.min(now));
+        self.last_grant = self.last_grant.map(|last| last.min(now));
+    }
+
     /// Asks for one dial now, and charges it when it is granted.
     ///
     /// # Errors
     /// The budget is spent and the cap interval since the last dial has not passed.
     pub fn try_dial(&mut self, now: Duration) -> Result<(), BudgetSpent> {
+        self.observe(now);
         if self.immediate {
             self.immediate = false;
         } else if self.left > 0 {
@@ -221,6 +229,7 @@ impl RetryBudget {
     /// A link came up, or the peer came in by itself: one immediate dial, at most one per
     /// link-up interval. The budget is not refilled. Returns whether the dial was granted.
     pub fn on_link_up(&mut self, now: Duration) -> bool {
+        self.observe(now);
         let rested = self
             .last_grant
             .is_none_or(|last| now.saturating_sub(last) >= self.config.link_up_interval);
@@ -405,6 +414,26 @@ mod tests {
         assert!(!budget.on_link_up(at + BUDGET.link_up_interval - MS));
         assert!(budget.on_link_up(at + BUDGET.link_up_interval));
         assert_eq!(budget.try_dial(at + BUDGET.link_up_interval), Ok(()));
+    }
+
+    #[test]
+    fn a_clock_that_steps_back_costs_one_interval() {
+        let mut budget = RetryBudget::new(BUDGET).unwrap();
+        let late = Duration::from_secs(1_000_000);
+        for _ in 0..BUDGET.dials {
+            budget.try_dial(late).unwrap();
+        }
+        assert!(budget.on_link_up(late));
+        budget.try_dial(late).unwrap();
+        let early = Duration::from_secs(10);
+        assert_eq!(
+            budget.try_dial(early),
+            Err(BudgetSpent {
+                retry_after: BUDGET.cap
+            })
+        );
+        assert_eq!(budget.try_dial(early + BUDGET.cap), Ok(()));
+        assert!(budget.on_link_up(early + BUDGET.link_up_interval));
     }
 
     proptest! {

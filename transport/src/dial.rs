@@ -6,6 +6,9 @@
 //! authenticated Hello or an operator refills the budget, and a new round begins only after a
 //! session that lasted. Jitter is handed in, peers are served in the order of their ids (INV-11).
 //!
+//! There is no state from which a peer is never dialled again: a dial whose outcome is lost counts as
+//! failed after [`DIAL_LIMIT`], and a clock that steps back shortens every wait to one cap interval.
+//!
 //! It opens nothing and knows no clock. Start at [`Dialer::poll_dial`].
 
 use std::{
@@ -17,7 +20,7 @@ use std::{
 use tidelock_quota::{BoundedRetry, RetryBudget, RetryBudgetConfig, RetryConfig, RetryConfigError};
 use tidelock_segments::NodeId;
 
-use crate::limits::{MAX_ADDRESSES, MAX_PEERS};
+use crate::limits::{DIAL_LIMIT, MAX_ADDRESSES, MAX_PEERS};
 
 /// Pace of the dials.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,8 @@ pub struct DialConfig {
     pub link_up_interval: Duration,
     /// Time that a misbehaving peer is left alone, in both directions.
     pub cool_down: Duration,
+    /// Whether a peer may be listed without an address, because a beacon finds it.
+    pub discovery: bool,
 }
 
 impl Default for DialConfig {
@@ -45,6 +50,7 @@ impl Default for DialConfig {
             budget_dials: 64,
             link_up_interval: Duration::from_secs(5),
             cool_down: Duration::from_secs(60),
+            discovery: false,
         }
     }
 }
@@ -54,7 +60,7 @@ impl Default for DialConfig {
 pub struct PeerConfig {
     /// Its id; the one that its certificate must name.
     pub node_id: NodeId,
-    /// Where it listens; tried in turn.
+    /// Where it listens; tried in turn. None only with [`DialConfig::discovery`].
     pub addresses: Vec<SocketAddr>,
 }
 
@@ -95,18 +101,32 @@ pub struct Dial {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Waiting { until: Duration },
-    Dialing,
+    Dialing { since: Duration },
     Connected { since: Duration },
 }
 
 #[derive(Debug)]
 struct Peer {
     addresses: Vec<SocketAddr>,
+    /// Where it was met last outside of these addresses.
+    learned: Option<SocketAddr>,
     next_address: usize,
     retry: BoundedRetry,
     budget: RetryBudget,
     state: State,
     dials: u64,
+}
+
+impl Peer {
+    fn address(&self) -> Option<SocketAddr> {
+        let all = self.addresses.len() + usize::from(self.learned.is_some());
+        let at = self.next_address.checked_rem(all)?;
+        self.addresses.get(at).copied().or(self.learned)
+    }
+
+    fn has_address(&self) -> bool {
+        self.learned.is_some() || !self.addresses.is_empty()
+    }
 }
 
 /// Where the dials to one peer stand.
@@ -162,7 +182,8 @@ impl Dialer {
                 return Err(DialConfigError::OwnNode(peer.node_id));
             }
             let addresses: BTreeSet<_> = peer.addresses.iter().collect();
-            if addresses.is_empty() || peer.addresses.len() > MAX_ADDRESSES {
+            let bare = addresses.is_empty() && !config.discovery;
+            if bare || peer.addresses.len() > MAX_ADDRESSES {
                 let addresses = peer.addresses.len();
                 return Err(DialConfigError::Addresses {
                     peer: peer.node_id,
@@ -176,6 +197,7 @@ impl Dialer {
             };
             let entry = Peer {
                 addresses: peer.addresses,
+                learned: None,
                 next_address: 0,
                 retry: BoundedRetry::new(retry_config(&config))?,
                 budget: RetryBudget::new(RetryBudgetConfig {
@@ -209,6 +231,7 @@ impl Dialer {
         if !self.enabled {
             return None;
         }
+        self.shorten(now);
         for (id, peer) in &mut self.peers {
             let State::Waiting { until } = peer.state else {
                 continue;
@@ -217,6 +240,9 @@ impl Dialer {
             if until > now || !rested {
                 continue;
             }
+            let Some(address) = peer.address() else {
+                continue;
+            };
             // INV-12: the budget has the last word on the rate.
             if let Err(spent) = peer.budget.try_dial(now) {
                 peer.state = State::Waiting {
@@ -224,12 +250,8 @@ impl Dialer {
                 };
                 continue;
             }
-            let at = peer.next_address % peer.addresses.len().max(1);
-            let Some(address) = peer.addresses.get(at).copied() else {
-                continue;
-            };
-            peer.next_address = at + 1;
-            peer.state = State::Dialing;
+            peer.next_address = peer.next_address.wrapping_add(1);
+            peer.state = State::Dialing { since: now };
             peer.dials += 1;
             return Some(Dial {
                 peer: id.clone(),
@@ -237,6 +259,27 @@ impl Dialer {
             });
         }
         None
+    }
+
+    /// No wait is longer than its interval: of a clock that stepped back, or of a dial whose outcome
+    /// was lost, nothing is left but one interval.
+    fn shorten(&mut self, now: Duration) {
+        for peer in self.peers.values_mut() {
+            peer.budget.observe(now);
+            match &mut peer.state {
+                State::Waiting { until } => *until = (*until).min(now + self.config.cap),
+                State::Dialing { since } => {
+                    *since = (*since).min(now);
+                    if now - *since >= DIAL_LIMIT {
+                        peer.state = State::Waiting { until: now };
+                    }
+                }
+                State::Connected { .. } => {}
+            }
+        }
+        for until in self.cooling.values_mut() {
+            *until = (*until).min(now + self.config.cool_down);
+        }
     }
 
     /// When a dial may be due.
@@ -247,13 +290,15 @@ impl Dialer {
         }
         self.peers
             .iter()
+            .filter(|(_, peer)| peer.has_address())
             .filter_map(|(id, peer)| match peer.state {
+                State::Dialing { since } => Some(since + DIAL_LIMIT),
                 State::Waiting { until } => Some(
                     self.cooling
                         .get(id)
                         .map_or(until, |cooled| until.max(*cooled)),
                 ),
-                _ => None,
+                State::Connected { .. } => None,
             })
             .min()
     }
@@ -261,7 +306,7 @@ impl Dialer {
     /// A dial did not lead to an established session.
     pub fn on_failed(&mut self, peer: &NodeId, now: Duration, jitter: u64) {
         if let Some(entry) = self.peers.get_mut(peer)
-            && entry.state == State::Dialing
+            && matches!(entry.state, State::Dialing { .. })
         {
             Self::back_off(entry, &self.config, now, jitter);
         }
@@ -281,6 +326,42 @@ impl Dialer {
                 entry.state = State::Connected { since: now };
             }
         }
+    }
+
+    /// This peer was authenticated at an address that this node had dialled: it is tried there too
+    /// from now on. The newest one outside of the configuration is kept.
+    pub fn learn(&mut self, peer: &NodeId, address: SocketAddr) {
+        if let Some(entry) = self.peers.get_mut(peer)
+            && !entry.addresses.contains(&address)
+        {
+            entry.learned = Some(address);
+        }
+    }
+
+    /// Whether somebody of the configuration is not connected.
+    #[must_use]
+    pub fn is_anybody_missing(&self) -> bool {
+        self.enabled
+            && self
+                .peers
+                .values()
+                .any(|peer| !matches!(peer.state, State::Connected { .. }))
+    }
+
+    /// Whether this peer stands in the configuration and is not connected.
+    #[must_use]
+    pub fn is_missing(&self, peer: &NodeId) -> bool {
+        self.peers
+            .get(peer)
+            .is_some_and(|entry| !matches!(entry.state, State::Connected { .. }))
+    }
+
+    /// Whether a dial to this address is this scheduler's own business.
+    #[must_use]
+    pub fn knows(&self, address: SocketAddr) -> bool {
+        self.peers
+            .values()
+            .any(|peer| peer.learned == Some(address) || peer.addresses.contains(&address))
     }
 
     /// The last session with this peer ended.
@@ -382,6 +463,8 @@ impl Dialer {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
@@ -392,6 +475,7 @@ mod tests {
         budget_dials: 20,
         link_up_interval: Duration::from_secs(3),
         cool_down: Duration::from_secs(30),
+        discovery: false,
     };
 
     fn node(name: &str) -> NodeId {
@@ -602,5 +686,304 @@ mod tests {
         );
         dialer.set_enabled(true, CONFIG.cap);
         assert!(dialer.poll_dial(CONFIG.cap).is_some());
+    }
+
+    #[test]
+    fn a_peer_without_an_address_is_dialled_where_it_was_met() {
+        let bare = PeerConfig {
+            node_id: node("b"),
+            addresses: Vec::new(),
+        };
+        let config = DialConfig {
+            discovery: true,
+            ..CONFIG
+        };
+        let mut dialer =
+            Dialer::new(&node("a"), config, vec![bare, peer("c")], Duration::ZERO).unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        assert_eq!(dialer.poll_dial(Duration::ZERO).unwrap().peer, node("c"));
+        dialer.on_established(&node("c"), Duration::ZERO);
+        assert_eq!((dialer.poll_dial(day), dialer.poll_timeout()), (None, None));
+        assert!(dialer.is_anybody_missing() && dialer.is_missing(&node("b")));
+        let met = "10.0.0.9:7".parse().unwrap();
+        dialer.learn(&node("b"), met);
+        assert!(dialer.knows(met));
+        let dial = dialer.poll_dial(day).unwrap();
+        assert_eq!((dial.peer, dial.address), (node("b"), met));
+        // Of a peer with addresses the learned one is tried after its own.
+        dialer.learn(&node("c"), met);
+        dialer.on_closed(&node("c"), day, 0);
+        let ports: Vec<u16> = std::iter::from_fn(|| {
+            let dial = dialer.poll_dial(day)?;
+            dialer.on_failed(&dial.peer, day, 0);
+            Some(dial.address.port())
+        })
+        .take(3)
+        .collect();
+        assert_eq!(ports, [2, 7, 1]);
+    }
+
+    /// What happens to a node whose link is a cellular one, in virtual time.
+    #[derive(Debug, Clone, Copy)]
+    enum Event {
+        /// The link is up or down from now on.
+        Link(bool),
+        /// Time passes, in ms.
+        Pass(u64),
+        /// The peer comes in by itself, and stays for so long, in ms.
+        Inbound(u64),
+        Operator,
+        Misbehaved,
+        /// The transport is closed, for so long.
+        Closed(u64),
+        /// The clock is set back, by so much.
+        StepBack(u64),
+        /// The next dial's outcome is lost.
+        Lost,
+        /// The peer was met at another address.
+        Moved(u16),
+    }
+
+    fn events() -> impl Strategy<Value = Vec<Event>> {
+        let ms = 1_u64..600_000;
+        let one = prop_oneof![
+            4 => any::<bool>().prop_map(Event::Link),
+            8 => ms.clone().prop_map(Event::Pass),
+            2 => (1_u64..120_000).prop_map(Event::Inbound),
+            1 => Just(Event::Operator),
+            1 => Just(Event::Misbehaved),
+            1 => (1_u64..120_000).prop_map(Event::Closed),
+            1 => ms.prop_map(Event::StepBack),
+            1 => Just(Event::Lost),
+            1 => any::<u16>().prop_map(Event::Moved),
+        ];
+        proptest::collection::vec(one, 150..250)
+    }
+
+    /// One peer and its network, in virtual time.
+    struct World {
+        dialer: Dialer,
+        /// What the dialler's clock reads; it may step back.
+        now: Duration,
+        /// Virtual time that has really passed.
+        passed: Duration,
+        link: bool,
+        lose: bool,
+        jitter: u64,
+        session_until: Option<Duration>,
+        /// Since when a dial could have happened: neither connected nor being dialled, not cooling
+        /// down, transport open, clock steady.
+        idle_since: Option<Duration>,
+        longest_idle: Duration,
+        dials: Vec<Duration>,
+    }
+
+    impl World {
+        fn new() -> Self {
+            Self {
+                dialer: dialer("a", &["b"]),
+                now: Duration::ZERO,
+                passed: Duration::ZERO,
+                link: true,
+                lose: false,
+                jitter: 1,
+                session_until: None,
+                idle_since: None,
+                longest_idle: Duration::ZERO,
+                dials: Vec::new(),
+            }
+        }
+
+        fn jitter(&mut self) -> u64 {
+            self.jitter = self
+                .jitter
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            self.jitter
+        }
+
+        fn entry(&self) -> &Peer {
+            &self.dialer.peers[&node("b")]
+        }
+
+        /// Notes how long the peer was free to be dialled and was not.
+        fn watch(&mut self) {
+            let waiting = matches!(self.entry().state, State::Waiting { .. });
+            let cooling = self.dialer.cooling_until(&node("b"), self.now).is_some();
+            if !waiting || cooling || !self.dialer.enabled {
+                self.idle_since = None;
+                return;
+            }
+            let since = *self.idle_since.get_or_insert(self.passed);
+            self.longest_idle = self.longest_idle.max(self.passed - since);
+        }
+
+        fn dial(&mut self) {
+            while let Some(dial) = self.dialer.poll_dial(self.now) {
+                self.watch();
+                self.dials.push(self.passed);
+                let (now, jitter) = (self.now, self.jitter());
+                if std::mem::take(&mut self.lose) {
+                    continue;
+                }
+                if self.link && jitter % 3 == 0 {
+                    self.dialer.on_established(&dial.peer, now);
+                    self.session_until = Some(now + Duration::from_millis(jitter % 90_000));
+                } else {
+                    self.dialer.on_failed(&dial.peer, now, jitter);
+                }
+            }
+            self.watch();
+        }
+
+        fn close(&mut self) {
+            if self.session_until.take().is_some() {
+                let (now, jitter) = (self.now, self.jitter());
+                self.dialer.on_closed(&node("b"), now, jitter);
+            }
+        }
+
+        /// Lets time pass, from one moment at which something happens to the next.
+        fn pass(&mut self, time: Duration) {
+            let end = self.now + time;
+            loop {
+                if self
+                    .session_until
+                    .is_some_and(|until| until <= self.now || !self.link)
+                {
+                    self.close();
+                }
+                self.dial();
+                let next = [self.dialer.poll_timeout(), self.session_until];
+                let next = next.into_iter().flatten().min().unwrap_or(end);
+                // A refused dial moves its time; that is bounded by what the budget says.
+                let next = next.clamp(self.now + MS, end.max(self.now + MS)).min(end);
+                if next <= self.now {
+                    break;
+                }
+                self.passed += next - self.now;
+                self.now = next;
+                self.watch();
+            }
+        }
+
+        fn play(&mut self, event: Event) {
+            let peer = node("b");
+            match event {
+                Event::Link(up) => {
+                    if up && !self.link {
+                        let waits = matches!(self.entry().state, State::Waiting { until } if until > self.now);
+                        let cooling = self.dialer.cooling_until(&peer, self.now).is_some();
+                        let left = self.entry().budget.left();
+                        let before = self.dials.len();
+                        self.link = true;
+                        let granted = self.dialer.status(&peer, self.now).unwrap().next_dial;
+                        self.dialer.on_link_up(self.now);
+                        let after = self.dialer.status(&peer, self.now).unwrap().next_dial;
+                        self.dial();
+                        if granted != after && waits && !cooling && self.dialer.enabled {
+                            // A link-up grants one dial at once, and no budget beside it.
+                            assert!(self.dials.len() > before);
+                            assert!(
+                                self.entry().budget.left() == CONFIG.budget_dials
+                                    || self.entry().budget.left() <= left
+                            );
+                        }
+                    }
+                    self.link = up;
+                    self.pass(MS);
+                }
+                Event::Pass(ms) => self.pass(MS * u32::try_from(ms).unwrap()),
+                Event::Inbound(ms) => {
+                    if self.link {
+                        self.dialer.on_established(&peer, self.now);
+                        self.session_until = Some(self.now + Duration::from_millis(ms));
+                    }
+                    self.pass(MS);
+                }
+                Event::Operator => self.dialer.on_operator(self.now),
+                Event::Misbehaved => {
+                    self.close();
+                    self.dialer.cool_down(&peer, self.now);
+                    self.watch();
+                }
+                Event::Closed(ms) => {
+                    self.dialer.set_enabled(false, self.now);
+                    self.close();
+                    self.watch();
+                    self.pass(Duration::from_millis(ms));
+                    self.dialer.set_enabled(true, self.now);
+                }
+                Event::StepBack(ms) => {
+                    self.now = self.now.saturating_sub(Duration::from_millis(ms));
+                    self.session_until = self.session_until.map(|_| self.now);
+                    // The wait that was under way begins again, once.
+                    self.idle_since = None;
+                    self.dial();
+                }
+                Event::Lost => self.lose = true,
+                Event::Moved(port) => {
+                    let address = SocketAddr::from(([10, 0, 0, 1], port));
+                    self.dialer.learn(&peer, address);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        // One case is some nine hours of virtual time.
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The story: NATS leaf nodes were seen to stop dialling for more than eight hours after a
+        /// cellular link had flapped. Here no sequence of flaps, refusals, lost outcomes, clock steps
+        /// and spent budgets leads to more than one cap interval without a dial.
+        #[test]
+        fn inv_12_there_is_no_state_from_which_a_node_never_dials_again(
+            events in events(),
+            seed in any::<u64>(),
+        ) {
+            let mut world = World::new();
+            world.jitter = seed | 1;
+            for event in events {
+                world.play(event);
+            }
+            // Whatever it has come to: dark for eight hours, the pace is kept to the end.
+            world.link = false;
+            world.pass(Duration::from_secs(8 * 3600));
+            prop_assert!(world.passed > Duration::from_secs(8 * 3600));
+            prop_assert!(
+                world.longest_idle <= CONFIG.cap + MS,
+                "{:?} without a dial", world.longest_idle
+            );
+            let last = world.dials.last().copied().unwrap_or_default();
+            prop_assert!(world.passed - last <= CONFIG.cap + CONFIG.cool_down + DIAL_LIMIT);
+            // And it is no storm: the rate of the budget bounds it.
+            let dark = world.passed - Duration::from_secs(7 * 3600);
+            let late = world.dials.iter().filter(|at| **at > dark).count() as u64;
+            prop_assert!(late <= 7 * 3600 / CONFIG.cap.as_secs() + 1, "{late} dials in seven hours");
+            // When the link is back, one dial at once.
+            let before = world.dials.len();
+            world.pass(CONFIG.link_up_interval);
+            world.play(Event::Link(true));
+            prop_assert!(world.dials.len() > before, "link-up after a dark night");
+        }
+    }
+
+    #[test]
+    fn a_lost_outcome_and_a_clock_that_steps_back_cost_one_interval() {
+        let mut dialer = dialer("a", &["b"]);
+        assert!(dialer.poll_dial(Duration::ZERO).is_some());
+        assert_eq!(dialer.poll_timeout(), Some(DIAL_LIMIT));
+        assert_eq!(dialer.poll_dial(DIAL_LIMIT - MS), None, "the control");
+        assert!(dialer.poll_dial(DIAL_LIMIT).is_some());
+        // Years ahead the peer is dark; then the clock is put back to the beginning.
+        let late = Duration::from_secs(10 * 365 * 86_400);
+        dialer.on_failed(&node("b"), late, u64::MAX);
+        dialer.cool_down(&node("b"), late);
+        let early = Duration::from_secs(5);
+        assert_eq!(dialer.poll_dial(early), None);
+        let due = dialer.poll_timeout().unwrap();
+        assert!(due <= early + CONFIG.cap.max(CONFIG.cool_down), "{due:?}");
+        assert!(dialer.poll_dial(due).is_some());
     }
 }

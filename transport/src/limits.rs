@@ -122,6 +122,10 @@ pub const MAX_INCOMING_BUFFER_BYTES: u64 = 1024 * 1024;
 /// Peers in the configuration.
 pub const MAX_PEERS: usize = 1_024;
 
+/// Time after which a dial without an outcome counts as failed, so that no lost outcome parks a peer.
+/// Above the longest handshake and Hello that can be configured; a dial that ends later is still heard.
+pub const DIAL_LIMIT: Duration = Duration::from_secs(120);
+
 /// Addresses of one peer.
 pub const MAX_ADDRESSES: usize = 8;
 
@@ -164,6 +168,7 @@ const _: () = assert!(
         + 16
         <= MAX_FRAMES_QUEUED
 );
+const _: () = assert!(DIAL_LIMIT.as_secs() > 60 + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(MAX_REFS_OF_ONE_NUMBER < MAX_REFS_PER_FRAME);
 const _: () = assert!(URGENT_IN_FLIGHT < MAX_IN_FLIGHT);
 const _: () = assert!(MAX_LISTED_AHEAD >= 2 * MAX_ORIGINS);
