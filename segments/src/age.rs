@@ -2,7 +2,8 @@
 //! seal what only the holder of an offline key reads, with the keys and tools people already have.
 //!
 //! The wrapped key is a whole age v1 file whose content is the 32 bytes of the segment key; `age
-//! --decrypt` opens it. Only that much of the format is here: X25519 stanzas, one chunk. The crate `age`
+//! --decrypt` opens it. Only that much of the format is here: X25519 stanzas, one chunk; the many chunks of
+//! an encrypted volume are in `volume/stream.rs`. The crate `age`
 //! would bring a second provider of X25519, ChaCha20-Poly1305 and SHA-256 into the binary; the rule is
 //! one (`deny.toml`), and aws-lc-rs has all three.
 
@@ -18,11 +19,11 @@ use zeroize::Zeroizing;
 use crate::crypt::{CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SegmentKey, WrappedKey};
 use crate::limits::{MAX_AGE_RECIPIENTS, MAX_WRAPPED_BYTES};
 
-const VERSION_LINE: &str = "age-encryption.org/v1";
+pub(crate) const VERSION_LINE: &str = "age-encryption.org/v1";
 const X25519_INFO: &[u8] = b"age-encryption.org/v1/X25519";
 const FILE_KEY_BYTES: usize = 16;
-const NONCE_BYTES: usize = 16;
-const TAG_BYTES: usize = 16;
+pub(crate) const NONCE_BYTES: usize = 16;
+pub(crate) const TAG_BYTES: usize = 16;
 /// A line of a stanza's body is full at this length; a shorter one, even an empty one, ends it.
 const COLUMNS: usize = 64;
 
@@ -115,6 +116,17 @@ impl KeyWrap for AgeRecipients {
 
 impl AgeRecipients {
     fn seal(&self, key: &SegmentKey) -> Option<Vec<u8>> {
+        let (mut out, payload_key) = self.begin()?;
+        out.extend_from_slice(&seal(
+            &payload_key,
+            chunk_nonce(0, true),
+            key.expose_secret(),
+        )?);
+        Some(out)
+    }
+
+    /// What stands before the first chunk of an age file for these, and the key of its chunks.
+    pub(crate) fn begin(&self) -> Option<(Vec<u8>, PayloadKey)> {
         let mut file_key = Zeroizing::new([0; FILE_KEY_BYTES]);
         let mut nonce = [0; NONCE_BYTES];
         rand::fill(file_key.as_mut_slice()).ok()?;
@@ -137,8 +149,7 @@ impl AgeRecipients {
         let mut out = header.into_bytes();
         out.extend_from_slice(&nonce);
         let payload_key = derive(&nonce, file_key.as_slice(), b"payload")?;
-        out.extend_from_slice(&seal(&payload_key, LAST_CHUNK, key.expose_secret())?);
-        Some(out)
+        Some((out, payload_key))
     }
 }
 
@@ -154,6 +165,15 @@ impl KeyUnwrap for AgeIdentity {
 
 impl AgeIdentity {
     fn open(&self, file: &[u8]) -> Option<SegmentKey> {
+        let (payload_key, sealed) = self.begin(file)?;
+        if sealed.len() != KEY_BYTES + TAG_BYTES {
+            return None;
+        }
+        SegmentKey::from_slice(&open(&payload_key, chunk_nonce(0, true), sealed)?).ok()
+    }
+
+    /// The key of the chunks of an age file that is to one of these, and what follows its header.
+    pub(crate) fn begin<'f>(&self, file: &'f [u8]) -> Option<(PayloadKey, &'f [u8])> {
         let header = Header::parse(file)?;
         let file_key = header
             .stanzas
@@ -162,16 +182,18 @@ impl AgeIdentity {
             .find_map(|((share, body), secret)| open_stanza(secret, share, body))?;
         hmac::verify(&mac_key(&file_key)?, header.covered, &header.mac).ok()?;
         let (nonce, sealed) = header.payload.split_first_chunk::<NONCE_BYTES>()?;
-        if sealed.len() != KEY_BYTES + TAG_BYTES {
-            return None;
-        }
-        let payload_key = derive(nonce, file_key.as_slice(), b"payload")?;
-        SegmentKey::from_slice(&open(&payload_key, LAST_CHUNK, sealed)?).ok()
+        Some((derive(nonce, file_key.as_slice(), b"payload")?, sealed))
     }
 }
 
-/// Counter 0 and the flag of the last chunk.
-const LAST_CHUNK: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+/// The key of the chunks of one age file.
+pub(crate) type PayloadKey = Zeroizing<[u8; 32]>;
+
+/// Chunk number and the flag of the last one.
+pub(crate) fn chunk_nonce(chunk: u64, last: bool) -> [u8; 12] {
+    let [a, b, c, d, e, f, g, h] = chunk.to_be_bytes();
+    [0, 0, 0, a, b, c, d, e, f, g, h, u8::from(last)]
+}
 
 /// The parts of an age file that matter here; stanzas of other types are skipped.
 struct Header<'a> {
@@ -278,8 +300,9 @@ fn cipher(key: &Zeroizing<[u8; 32]>) -> Option<LessSafeKey> {
         .map(LessSafeKey::new)
 }
 
-/// Each key is used for one message only, so a fixed nonce never repeats under it.
-fn seal(key: &Zeroizing<[u8; 32]>, nonce: [u8; 12], plain: &[u8]) -> Option<Vec<u8>> {
+/// Each key is used for one message only, or for the chunks of one file under their numbers, so a
+/// nonce never repeats under it.
+pub(crate) fn seal(key: &Zeroizing<[u8; 32]>, nonce: [u8; 12], plain: &[u8]) -> Option<Vec<u8>> {
     let mut out = plain.to_vec();
     cipher(key)?
         .seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut out)
@@ -287,7 +310,11 @@ fn seal(key: &Zeroizing<[u8; 32]>, nonce: [u8; 12], plain: &[u8]) -> Option<Vec<
     Some(out)
 }
 
-fn open(key: &Zeroizing<[u8; 32]>, nonce: [u8; 12], sealed: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
+pub(crate) fn open(
+    key: &Zeroizing<[u8; 32]>,
+    nonce: [u8; 12],
+    sealed: &[u8],
+) -> Option<Zeroizing<Vec<u8>>> {
     let mut out = Zeroizing::new(sealed.to_vec());
     let length = cipher(key)?
         .open_in_place(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut out)

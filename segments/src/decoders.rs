@@ -19,6 +19,7 @@ use crate::log::LogState;
 use crate::partial::reencode_map;
 use crate::receipt::CustodyReceipt;
 use crate::store::{catalog, chain, journal, receipts};
+use crate::volume;
 
 /// What a decoder made of some bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +89,7 @@ pub fn all() -> Vec<Decoder> {
         sealed("index-journal", index_journal, reseal_journal),
         sealed("index-entry", index_entry, reseal_entry),
         sealed("receipts-file", receipts_file, reseal_receipts),
+        sealed("volume", volume, volume::reseal),
     ]
 }
 
@@ -114,6 +116,10 @@ fn segment(bytes: &[u8]) -> Verdict {
         }
     };
     Verdict::exact(read())
+}
+
+fn volume(bytes: &[u8]) -> Verdict {
+    Verdict::exact(volume::rewritten(bytes))
 }
 
 fn segment_header(bytes: &[u8]) -> Verdict {

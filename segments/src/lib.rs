@@ -37,6 +37,7 @@ mod root;
 mod store;
 pub mod testing;
 mod verify;
+pub mod volume;
 
 pub use age::{AgeError, AgeIdentity, AgeRecipients};
 pub use body::{

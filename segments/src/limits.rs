@@ -172,6 +172,33 @@ pub const MAX_UNSEALED_FILES: usize = 4;
 /// one signature, about 25 microseconds, on the path of a commit.
 pub const MAX_UNSIGNED_BATCHES: u64 = 64;
 
+/// Largest header of a volume: two node ids, a domain and fixed fields.
+pub const MAX_VOLUME_HEADER_BYTES: usize = 512;
+
+/// Largest front of an entry of a volume, and its place in the index: an origin and fixed fields.
+pub const MAX_VOLUME_FRONT_BYTES: usize = 384;
+
+/// Most entries of a volume. Whoever reads or writes one holds its index in memory, in two forms.
+pub const MAX_VOLUME_ENTRIES: usize = 16_384;
+
+/// Largest index of a volume: 6 MiB and a few bytes.
+pub const MAX_VOLUME_INDEX_BYTES: usize = MAX_VOLUME_ENTRIES * MAX_VOLUME_FRONT_BYTES + 16;
+
+/// Largest volume: what a FAT file system keeps in one file.
+pub const MAX_VOLUME_BYTES: u64 = u32::MAX as u64;
+
+/// Smallest limit that can be set for a volume; one that holds a single larger entry exceeds it.
+pub const MIN_VOLUME_BYTES: u64 = 4 * 1024;
+
+/// Largest header of an encrypted volume, its recipients named; longer is refused before it is read.
+pub const MAX_VOLUME_AGE_HEADER_BYTES: usize = 4 * 1024;
+
+const _: () = assert!(MAX_VOLUME_FRONT_BYTES > MAX_ORIGIN_BYTES + 32 + 32 + 48);
+const _: () = assert!(
+    MAX_SEGMENT_BYTES + (MAX_VOLUME_INDEX_BYTES + MAX_VOLUME_HEADER_BYTES) as u64 + 4096
+        < MAX_VOLUME_BYTES
+);
+const _: () = assert!(MAX_AGE_RECIPIENTS * 120 + 256 <= MAX_VOLUME_AGE_HEADER_BYTES);
 const _: () = assert!(MAX_CHAIN_RANGES * 16 + MAX_AUDIT_LOGS * 600 < MAX_CATALOG_BYTES);
 const _: () = assert!(MAX_CATALOG_BYTES as u64 + 12 <= MAX_STATE_FILE_BYTES);
 const _: () = assert!(MAX_MAP_BYTES as u64 > MAX_SEGMENT_BYTES / (16 * 1024) * 64 + 1536);

@@ -474,12 +474,58 @@ def proof(vector):
     need(line == vector["origin_line"], "origin line")
 
 
+def mark(r, kind):
+    if kind == 1:
+        ref = {"id": named("blake3", r.take(32)), "kind": KINDS[r.number(1)], "origin": r.text()}
+        ref |= {"sequence": r.number(8), "size_bytes": r.number(8)}
+        prev = r.optional_hash()
+        return {"segment": ref | {"prev": named("blake3", prev) if prev else None}}
+    return {"receipt": {"segment_id": named("blake3", r.take(32)), "custodian": r.text()}}
+
+
+def volume(vector):
+    r = Reader(bytes.fromhex(vector["hex"]))
+
+    def check():
+        need(blake3.blake3(r.data[: r.at]).digest() == r.take(32), "hash of all before")
+
+    need(r.take(8) == b"TIDEVOL1", "magic")
+    head = Reader(r.take(r.number(4)))
+    check()
+    header = {"domain": head.text(), "exporter": head.text()}
+    header["addressee"] = head.text() if head.number(1) else None
+    header |= {"export_id": list(head.take(16)), "number": head.number(4), "created_unix_ms": head.number(8)}
+    head.end()
+    need(header == vector["header"], "header")
+    entries, places = [], []
+    while True:
+        at, tag, front, body = r.at, r.number(1), r.number(4), r.number(4)
+        front, body = Reader(r.take(front)), r.take(body)
+        check()
+        if tag == 3:
+            break
+        need(tag in (1, 2), "tag")
+        entries.append(mark(front, tag))
+        front.end()
+        places.append((at, entries[-1]))
+        if tag == 1:
+            ref = entries[-1]["segment"]
+            need((named("blake3", blake3.blake3(body).digest()), len(body)) == (ref["id"], ref["size_bytes"]), "id")
+    front.end()
+    r.end()
+    need(entries == vector["entries"], "entries")
+    index = Reader(body)
+    need(bool(index.number(1)) == vector["last"], "last")
+    need([(index.number(8), mark(index, index.number(4) + 1)) for _ in range(index.number(8))] == places, "index")
+    index.end()
+
+
 def read(path):
     vector = json.loads(path.read_text())
     name = path.stem
     if name == "checkpoint":
         checkpoint(vector["note"], bytes.fromhex(vector["log_key_hex"]))
-    elif name in ("receipt", "endorsement", "state"):
+    elif name in ("receipt", "endorsement", "state", "volume"):
         globals()[name](vector)
     elif name.startswith("active"):
         active(vector)
