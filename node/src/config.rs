@@ -21,6 +21,7 @@ use tidelock_segments::{
 };
 
 use self::reader::Section;
+pub(crate) use self::reader::parse_bytes;
 
 /// The smallest ceiling a node starts with, in bytes: one active log file, one segment being
 /// sealed, the reserve and the policy slots have to fit beside each other.

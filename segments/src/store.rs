@@ -941,6 +941,16 @@ impl Store {
         )
     }
 
+    /// Whether a segment fits what is held of its log, as [`Store::put`] judges it.
+    ///
+    /// # Errors
+    /// [`StoreError::Fork`] if it does not.
+    pub fn check_place(&self, new: &SegmentRef) -> Result<(), StoreError> {
+        // Reads the place once, so that a damaged index is built again before it is asked.
+        let _held = self.some(&new.origin, new.sequence, new.sequence, 1);
+        self.check_fork(&mut self.index(), new)
+    }
+
     /// Like [`Store::put`], from bytes reserved earlier.
     pub(crate) fn put_reserved(
         &self,

@@ -1,6 +1,11 @@
 //! Keys that a reader brings: a site key or an age identity, for encrypted records.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::PathBuf, sync::Arc};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use clap::{Args, ValueHint};
 use tidelock_segments::{AgeIdentity, KEY_BYTES, KeyUnwrap, Sha256Hash, SiteKey};
@@ -22,17 +27,7 @@ impl KeyArg {
         let Some(path) = &self.key else {
             return Ok(None);
         };
-        let mode = fs::metadata(path)
-            .map_err(|e| Failure::at(path, &e))?
-            .permissions()
-            .mode();
-        if mode & 0o077 != 0 {
-            return Err(Failure::at(
-                path,
-                &"group or others have rights to this key; run chmod go= on it",
-            ));
-        }
-        let bytes = fs::read(path).map_err(|e| Failure::at(path, &e))?;
+        let bytes = private(path)?;
         let text = std::str::from_utf8(&bytes).ok();
         if let Some(text) = text.filter(|text| text.contains("AGE-SECRET-KEY-")) {
             let identity = AgeIdentity::parse(text).map_err(|e| Failure::at(path, &e))?;
@@ -45,4 +40,26 @@ impl KeyArg {
         let key = key.map_err(|e| Failure::at(path, &e))?;
         Ok(Some(Arc::new(key)))
     }
+}
+
+/// Reads an age identity file.
+pub(super) fn identity(path: &Path) -> Result<AgeIdentity, Failure> {
+    let bytes = private(path)?;
+    let text = std::str::from_utf8(&bytes).unwrap_or_default();
+    AgeIdentity::parse(text).map_err(|e| Failure::at(path, &e))
+}
+
+/// The bytes of a file that only its owner may read.
+fn private(path: &Path) -> Result<Vec<u8>, Failure> {
+    let mode = fs::metadata(path)
+        .map_err(|e| Failure::at(path, &e))?
+        .permissions()
+        .mode();
+    if mode & 0o077 != 0 {
+        return Err(Failure::at(
+            path,
+            &"group or others have rights to this key; run chmod go= on it",
+        ));
+    }
+    fs::read(path).map_err(|e| Failure::at(path, &e))
 }

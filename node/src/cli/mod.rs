@@ -9,6 +9,7 @@ mod ca;
 mod decide;
 mod doctor;
 mod keys;
+mod media;
 mod node;
 mod output;
 mod proof;

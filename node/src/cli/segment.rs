@@ -1,5 +1,5 @@
 //! `tidelock segment …`: reads the files below a root, on a running or a stopped node. Nothing here
-//! takes the lock or changes a file, except `repair --apply`.
+//! takes the lock or changes a file, except `repair --apply`, and what `media.rs` does.
 
 use std::{fs, path::PathBuf, sync::Arc};
 
@@ -19,6 +19,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 use super::{
     ConfigArg, Exit, Failure, Output,
     keys::KeyArg,
+    media,
     output::{Bar, human_bytes, rate, table},
 };
 use crate::{
@@ -107,6 +108,28 @@ pub enum SegmentCommand {
         #[command(flatten)]
         config: ConfigArg,
     },
+    /// Write segments and custody receipts to removable media, in volumes, urgent kinds first. What the
+    /// medium holds already is left out, so that an interrupted export is gone on with by running it again.
+    #[command(
+        after_help = "Exit codes: 0 written (the answer says what is left for want of room), 1 something \
+                      here or on the medium is damaged, the rest is written, 2 could not run.\n\n\
+                      Examples:\n  tidelock segment export --to /media/stick --for b\n  \
+                      tidelock segment export --to /media/stick --for any --since 7d --max-bytes 2GiB\n  \
+                      tidelock segment export --to /media/stick --for b --encrypt-to age1…\n  \
+                      tidelock segment export --to /media/stick --for a --receipts-only"
+    )]
+    Export(media::ExportArgs),
+    /// Print what taking the volumes of a medium would do, segment by segment; do it with --apply. Every
+    /// check of a live session holds, and taking it twice changes nothing. On a stopped node the root is
+    /// opened as the node itself would.
+    #[command(
+        after_help = "Exit codes: 0 nothing was refused, 1 something was, or a volume is damaged or \
+                      missing; the rest is taken, 2 could not run.\n\n\
+                      Examples:\n  tidelock segment import /media/stick              the plan\n  \
+                      tidelock segment import /media/stick --apply      the act\n  \
+                      tidelock segment import /media/stick --key id.txt --apply"
+    )]
+    Import(media::ImportArgs),
 }
 
 /// A config and the root that it names.
@@ -219,6 +242,8 @@ pub(super) fn run(command: SegmentCommand, output: &Output) -> Result<Exit, Fail
             plan,
             config,
         } => mend(&Rooted::of(&config)?, apply, plan, *output),
+        SegmentCommand::Export(args) => media::export(&args, *output),
+        SegmentCommand::Import(args) => media::import(&args, *output),
     }
 }
 

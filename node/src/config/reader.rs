@@ -382,7 +382,8 @@ impl<'a> Section<'a> {
     }
 }
 
-fn parse_bytes(text: &str) -> Option<u64> {
+/// A number of bytes, with or without a binary unit.
+pub(crate) fn parse_bytes(text: &str) -> Option<u64> {
     let split = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -231,21 +231,22 @@ impl Node {
         }
     }
 
+    /// What `admit_policy` judges before anything is installed.
+    fn check_policy(&self, segment: &VerifiedSegment) -> Result<VerifiedBundle, Denied> {
+        let bundle = self.verify_package(segment.body())?;
+        if self.own_policy_segment(&bundle)?.id() != segment.id() {
+            return Err(Denied::bringer(
+                "BUNDLE_FORMAT",
+                "the segment does not fit its bundle",
+            ));
+        }
+        Ok(bundle)
+    }
+
     fn admit_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         let admitted = self
-            .verify_package(segment.body())
-            .and_then(|bundle| self.own_policy_segment(&bundle))
-            .and_then(|own| {
-                if own.id() == segment.id() {
-                    Ok(())
-                } else {
-                    Err(Denied::bringer(
-                        "BUNDLE_FORMAT",
-                        "the segment does not fit its bundle",
-                    ))
-                }
-            })
-            .and_then(|()| self.install_bundle(segment.body()));
+            .check_policy(segment)
+            .and_then(|_| self.install_bundle(segment.body()));
         match admitted {
             Ok(_) => Ok(()),
             Err(denied) => {
@@ -393,14 +394,16 @@ impl Node {
         }
     }
 
-    fn admit_crl(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+    fn check_crl(&self, segment: &VerifiedSegment) -> Result<VerifiedCrl, Denied> {
         let trust = self
             .authorities
             .load_full()
             .ok_or_else(|| Denied::local("NO_AUTHORITIES", "no usable CA file"))?;
-        let crl =
-            VerifiedCrl::from_segment(segment, &trust).map_err(|e| Denied::bringer(e.code(), e))?;
-        self.apply_crl(crl).map(|_| ())
+        VerifiedCrl::from_segment(segment, &trust).map_err(|e| Denied::bringer(e.code(), e))
+    }
+
+    fn admit_crl(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+        self.apply_crl(self.check_crl(segment)?).map(|_| ())
     }
 
     // ---- audit
@@ -459,7 +462,7 @@ impl Node {
 
     /// Ruling 7: another log key or incarnation of a known node is evidence, unless it names the log
     /// that is held here, or the operator has accepted it.
-    fn check_lineage(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+    fn has_lineage(&self, segment: &VerifiedSegment) -> bool {
         let origin = &segment.header().origin;
         let known: Vec<Origin> = self
             .store
@@ -470,18 +473,26 @@ impl Node {
             .collect();
         let named =
             || previous_origin(segment).is_some_and(|p| known.iter().any(|k| k.as_str() == p));
-        if known.is_empty() || known.contains(origin) || self.is_accepted(origin) || named() {
-            return Ok(());
-        }
-        self.note_fork(
-            origin,
-            "a known node began a new log that names none that is held here",
-        );
-        Err(Denied::local(
+        known.is_empty() || known.contains(origin) || self.is_accepted(origin) || named()
+    }
+
+    fn no_lineage() -> Denied {
+        Denied::local(
             "AUDIT_LINEAGE",
             "a known node began a new log without naming its last one; where that is right, \
              tidelock audit accept ORIGIN",
-        ))
+        )
+    }
+
+    fn check_lineage(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+        if self.has_lineage(segment) {
+            return Ok(());
+        }
+        self.note_fork(
+            &segment.header().origin,
+            "a known node began a new log that names none that is held here",
+        );
+        Err(Self::no_lineage())
     }
 
     /// Whether an operator has accepted this log.
@@ -524,7 +535,7 @@ impl Node {
         }
     }
 
-    fn admit_audit(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+    fn check_audit(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         let origin = &segment.header().origin;
         if origin.audit_node() == Some(self.config.load().node.id.as_str()) {
             return Err(Denied::local(
@@ -542,6 +553,12 @@ impl Node {
                 "the endorsement names another node",
             ));
         }
+        Ok(())
+    }
+
+    fn admit_audit(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+        let origin = &segment.header().origin;
+        self.check_audit(segment)?;
         self.check_lineage(segment)?;
         self.store
             .put(segment, Charge::Custody)
@@ -550,8 +567,37 @@ impl Node {
                     self.note_fork(origin, &error.to_string());
                     Denied::local("AUDIT_FORK", &error)
                 }
+                StoreError::Ceiling(_) => Denied::local("CUSTODY_FULL", &error),
                 _ => Denied::local("STORE", &error),
             })
+    }
+
+    /// What [`Node::admit`] would answer now. Takes nothing, and notes nothing.
+    pub(super) fn judge(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+        let reference = segment.reference();
+        if self.store.contains(&reference.id) {
+            return Ok(PutOutcome::AlreadyHeld);
+        }
+        match reference.kind {
+            Kind::Revocation => self.check_crl(segment).map(|_| ()),
+            Kind::Policy => self
+                .check_policy(segment)
+                .and_then(|bundle| self.check_floor(&bundle)),
+            Kind::Audit => self.check_audit(segment).and_then(|()| {
+                if !self.has_lineage(segment) {
+                    return Err(Self::no_lineage());
+                }
+                self.store
+                    .check_place(&reference)
+                    .map_err(|e| Denied::local("AUDIT_FORK", e))
+            }),
+            Kind::Witness => Err(Self::no_witness()),
+        }
+        .map(|()| PutOutcome::Stored)
+    }
+
+    fn no_witness() -> Denied {
+        Denied::local("KIND_NOT_KEPT", "this node keeps no witness segments")
     }
 
     /// Lets a segment from a peer in, or refuses it.
@@ -566,10 +612,7 @@ impl Node {
             Kind::Revocation => self.admit_crl(segment).map(|()| PutOutcome::Stored),
             Kind::Policy => self.admit_policy(segment).map(|()| PutOutcome::Stored),
             Kind::Audit => self.admit_audit(segment),
-            Kind::Witness => Err(Denied::local(
-                "KIND_NOT_KEPT",
-                "this node keeps no witness segments",
-            )),
+            Kind::Witness => Err(Self::no_witness()),
         };
         let fields = |extra: Value| {
             let mut fields = json!({

@@ -61,7 +61,7 @@ fn refused(denied: &Denied) -> OperatorError {
     }
 }
 
-fn unrecorded(why: String) -> OperatorError {
+pub(super) fn unrecorded(why: String) -> OperatorError {
     OperatorError {
         status: 503,
         code: "AUDIT_UNAVAILABLE".to_owned(),
@@ -69,7 +69,7 @@ fn unrecorded(why: String) -> OperatorError {
     }
 }
 
-fn bad(message: impl Into<String>) -> OperatorError {
+pub(super) fn bad(message: impl Into<String>) -> OperatorError {
     OperatorError {
         status: 400,
         code: "INVALID_REQUEST".to_owned(),
@@ -112,7 +112,12 @@ impl Operator for Doors {
 }
 
 impl Node {
-    fn operate(&self, op: &str, body: &Value, apply: bool) -> Result<Value, OperatorError> {
+    pub(super) fn operate(
+        &self,
+        op: &str,
+        body: &Value,
+        apply: bool,
+    ) -> Result<Value, OperatorError> {
         match op {
             "bundle.install" => self.operate_bundle(body, apply),
             "crl.import" => self.operate_crl(body, apply),
@@ -122,6 +127,9 @@ impl Node {
             "audit.tail" => self.operate_tail(body),
             "audit.accept" => self.operate_accept(body, apply),
             "peers.why" => self.operate_why(body),
+            "media.import" => self.operate_media_import(body, apply),
+            "media.part" => self.operate_media_part(body),
+            "media.receipts" => self.operate_media_receipts(body),
             "journal" => {
                 let since = body
                     .get("since")
@@ -133,7 +141,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.why, journal"
+                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.why, media.import, media.part, media.receipts, journal"
                 ),
             }),
         }

@@ -27,6 +27,9 @@ use crate::{
     config::{Config, MeshSection},
 };
 
+/// Why a receipt for a segment that is not held, any more or at all, is not kept.
+pub(super) const RECEIPT_OF_NOTHING: &str = "RECEIPT_OF_NOTHING";
+
 /// The node, as the mesh sees it.
 pub(super) struct Hooks(pub(super) Arc<Node>);
 
@@ -73,10 +76,7 @@ impl MeshHooks for Hooks {
     fn wants_origin(&self, origin: &Origin) -> bool {
         match origin.kind() {
             Kind::Revocation | Kind::Policy => true,
-            Kind::Audit => {
-                origin.audit_node() != Some(self.0.config.load().node.id.as_str())
-                    && !self.0.is_forked(origin)
-            }
+            Kind::Audit => !self.0.is_own(origin) && !self.0.is_forked(origin),
             Kind::Witness => false,
         }
     }
@@ -154,7 +154,12 @@ impl MeshHooks for Hooks {
 }
 
 impl Node {
-    fn wants(&self, reference: &SegmentRef) -> bool {
+    /// Whether it is a log of this very node.
+    pub(super) fn is_own(&self, origin: &Origin) -> bool {
+        origin.audit_node() == Some(self.config.load().node.id.as_str())
+    }
+
+    pub(super) fn wants(&self, reference: &SegmentRef) -> bool {
         match reference.kind {
             Kind::Revocation => self
                 .revocation
@@ -191,6 +196,16 @@ impl Node {
                 "the receipt is not the peer's own",
             ));
         }
+        self.check_receipt(&receipt)?;
+        match self.keep_receipt(&receipt) {
+            // Evicted on the receipts of others: one more is no fault and of no use.
+            Err(denied) if denied.code == RECEIPT_OF_NOTHING => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Judges who gave a receipt; whether it fits a segment is judged when it is kept.
+    pub(super) fn check_receipt(&self, receipt: &CustodyReceipt) -> Result<(), Denied> {
         let custodian = self.check_endorsement(&receipt.endorsement, receipt.issued_unix_ms)?;
         if custodian != receipt.custodian {
             return Err(Denied::bringer(
@@ -198,15 +213,19 @@ impl Node {
                 "the endorsement names another node",
             ));
         }
-        match self.log.take_receipt(&receipt) {
-            // Evicted on the receipts of others: one more is no fault and of no use.
-            Ok(()) | Err(LogError::Store(StoreError::NotHeld(_))) => Ok(()),
-            Err(
-                e @ (LogError::Receipt(_)
-                | LogError::Store(StoreError::Receipt(_) | StoreError::ReceiptMismatch(_))),
-            ) => Err(Denied::bringer("RECEIPT_REFUSED", e)),
-            Err(e) => Err(Denied::local("RECEIPT_NOT_KEPT", e)),
-        }
+        Ok(())
+    }
+
+    /// Keeps a receipt that [`Node::check_receipt`] found good.
+    pub(super) fn keep_receipt(&self, receipt: &CustodyReceipt) -> Result<(), Denied> {
+        self.log.take_receipt(receipt).map_err(|error| match error {
+            e @ LogError::Store(StoreError::NotHeld(_)) => Denied::local(RECEIPT_OF_NOTHING, e),
+            e @ (LogError::Receipt(_)
+            | LogError::Store(StoreError::Receipt(_) | StoreError::ReceiptMismatch(_))) => {
+                Denied::bringer("RECEIPT_REFUSED", e)
+            }
+            e => Denied::local("RECEIPT_NOT_KEPT", e),
+        })
     }
 
     /// Keeps the newest endorsement that a node has shown in an authenticated Hello (decision 0016).

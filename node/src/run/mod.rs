@@ -8,6 +8,7 @@ mod disk;
 mod doors;
 mod hooks;
 mod journal;
+pub(crate) mod media;
 mod node;
 mod papers;
 mod policy;

@@ -33,6 +33,7 @@ use super::{
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
     papers::{PaperLooks, Papers},
+    media::Parts,
     policy::RootSlots,
     seen::Seen,
 };
@@ -127,6 +128,8 @@ pub(super) struct Node {
     pub(super) papers: Mutex<Papers>,
     /// Held by whoever takes config or papers into use.
     pub(super) reloading: Mutex<()>,
+    /// A long segment on its way in from media.
+    pub(super) parts: Mutex<Option<Parts>>,
 }
 
 /// The node's clocks, as the interceptor reads them.
@@ -323,6 +326,7 @@ impl Node {
             activating: Mutex::default(),
             papers: Mutex::default(),
             reloading: Mutex::default(),
+            parts: Mutex::default(),
             config: ArcSwap::from_pointee(config),
         });
         for (path, why) in damaged {
@@ -719,6 +723,7 @@ impl Node {
     /// Once a minute, and at the end: the time floor, and counted refusals as one record.
     pub(super) fn minute_tick(&self) {
         self.warn_of_endings();
+        self.drop_stale_parts();
         let floor = self.clock.kept();
         let mut kept = self
             .kept_floor

@@ -1,0 +1,1207 @@
+//! `tidelock segment export` and `import`: segments and receipts by removable media. Files are read and
+//! written here; what is taken in is judged and taken by the node, running or stopped (`run/media.rs`).
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    fs::{self, File},
+    io::{self, BufReader, BufWriter, Read as _, Write},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use clap::{Args, ValueHint};
+use serde_json::{Value, json};
+use tidelock_segments::{
+    AgeIdentity, AgeRecipients, DomainId, Kind, NodeId, Origin, SegmentId,
+    limits::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES},
+    offline::{Offline, Progress},
+    volume::{
+        AgeReader, AgeWriter, ENCRYPTED_MAGIC, EntryMark, MAX_VOLUME_LIST_BYTES, ReceiptMark,
+        VolumeEntry, VolumeError, VolumeHeader, VolumeList, VolumeReader, VolumeWriter,
+    },
+};
+
+use super::{
+    ConfigArg, Exit, Failure, Output, keys,
+    node::{Door, problem},
+    output::{Bar, human_bytes},
+    segment::Rooted,
+};
+use crate::{
+    clock::wall_unix_ms,
+    config::{Config, parse_bytes},
+    run::media::{ENTRIES_MAX, Stopped},
+};
+
+/// How the files of a medium end.
+const VOLUME: &str = ".tvol";
+const ENCRYPTED: &str = ".tvol.age";
+const LIST: &str = ".ids";
+const UNFINISHED: &str = ".part";
+/// Content of one request to a running node; base64 makes it a third more, and it takes 8 MiB.
+const REQUEST_BYTES: usize = 4 * 1024 * 1024;
+/// Entries of one request: each is synced to the disk, and a request has 30 seconds.
+const ENTRIES_AT_ONCE: usize = 64;
+const _: () = assert!(ENTRIES_AT_ONCE <= ENTRIES_MAX && RECEIPTS_AT_ONCE <= ENTRIES_MAX);
+/// Segments that one request asks receipts for: 16 MiB of answer hold several for each.
+const RECEIPTS_AT_ONCE: usize = 32;
+
+/// Whom an export is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum For {
+    Any,
+    Peer(NodeId),
+}
+
+impl For {
+    fn peer(&self) -> Option<&NodeId> {
+        match self {
+            Self::Any => None,
+            Self::Peer(peer) => Some(peer),
+        }
+    }
+}
+
+impl FromStr for For {
+    type Err = tidelock_segments::IdError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "any" => Ok(Self::Any),
+            peer => NodeId::new(peer).map(Self::Peer),
+        }
+    }
+}
+
+/// The earliest time of sealing that is still exported.
+#[derive(Debug, Clone, Copy)]
+enum Since {
+    Ago { ms: u64 },
+    At { unix_ms: u64 },
+}
+
+impl Since {
+    fn unix_ms(self, now_unix_ms: u64) -> u64 {
+        match self {
+            Self::Ago { ms } => now_unix_ms.saturating_sub(ms),
+            Self::At { unix_ms } => unix_ms,
+        }
+    }
+}
+
+fn since(text: &str) -> Result<Since, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit_ms = match text.strip_prefix(digits) {
+        Some("s") => Some(1_000),
+        Some("m") => Some(60_000),
+        Some("h") => Some(3_600_000),
+        Some("d") => Some(86_400_000),
+        Some("w") => Some(604_800_000),
+        _ => None,
+    };
+    if let (Some(unit_ms), Ok(count)) = (unit_ms, digits.parse::<u64>()) {
+        let ms = count.saturating_mul(unit_ms);
+        return Ok(Since::Ago { ms });
+    }
+    let day = format!("{text}T00:00:00Z");
+    let at: Option<jiff::Timestamp> = text.parse().or_else(|_| day.parse()).ok();
+    at.and_then(|at| u64::try_from(at.as_millisecond()).ok())
+        .map(|unix_ms| Since::At { unix_ms })
+        .ok_or_else(|| "not a time as in 7d, 36h, 2026-05-01 or 2026-05-01T12:00:00Z".to_owned())
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    parse_bytes(text).ok_or_else(|| "not a number of bytes, as in 256MiB".to_owned())
+}
+
+fn volume_size(text: &str) -> Result<u64, String> {
+    let bytes = size(text)?;
+    if (MIN_VOLUME_BYTES..=MAX_VOLUME_BYTES).contains(&bytes) {
+        return Ok(bytes);
+    }
+    Err(format!(
+        "must be from {MIN_VOLUME_BYTES} to {MAX_VOLUME_BYTES} bytes, which is what FAT keeps in one file"
+    ))
+}
+
+/// What to write to a medium.
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// A directory on the medium; it must be there.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    to: PathBuf,
+    /// The node that it is for, or `any`. What that node is known to hold is left out: its own log, and
+    /// what it has given receipts for.
+    #[arg(long = "for", value_name = "PEER|any")]
+    addressee: For,
+    /// Only audit sealed since then: 7d, 36h, 90m, a date, or a time as in RFC 3339. CRLs and policy
+    /// always go along.
+    #[arg(long, value_parser = since)]
+    since: Option<Since>,
+    /// At most so many bytes on the medium in this run; run it again for the rest.
+    #[arg(long, value_name = "BYTES", value_parser = size, default_value = "4GiB")]
+    max_bytes: u64,
+    /// At most so many bytes in one file, unless a single segment is longer.
+    #[arg(long, value_name = "BYTES", value_parser = volume_size, default_value = "256MiB")]
+    volume_bytes: u64,
+    /// Encrypt the volumes to this age recipient (age1…); may stand several times.
+    #[arg(long, value_name = "RECIPIENT")]
+    encrypt_to: Vec<String>,
+    /// Only custody receipts: the way home of a medium that brought segments.
+    #[arg(long)]
+    receipts_only: bool,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+/// What to read from a medium.
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// A directory with volumes, or one volume.
+    #[arg(value_hint = ValueHint::AnyPath)]
+    path: PathBuf,
+    /// For encrypted volumes: an age identity file, readable by its owner only.
+    #[arg(long = "key", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    key: Option<PathBuf>,
+    /// Act on the printed plan.
+    #[arg(long)]
+    apply: bool,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+/// The node that a command works on.
+enum Backend {
+    Running(Box<Door>),
+    Stopped(Stopped),
+}
+
+impl Backend {
+    fn of(args: &ConfigArg, rooted: &Rooted) -> Result<Self, Failure> {
+        if rooted.in_use() {
+            return Ok(Self::Running(Box::new(Door::of(args)?)));
+        }
+        let config = Config::load(&args.config)?;
+        Ok(Self::Stopped(Stopped::open(&args.config, config)?))
+    }
+
+    fn operate(&self, op: &str, body: &Value, apply: bool) -> Result<Value, Failure> {
+        match self {
+            Self::Stopped(node) => node.operate(op, body, apply),
+            Self::Running(door) => {
+                let act = if apply { "?apply=true" } else { "" };
+                let path = format!("/v1/admin/{op}{act}");
+                match door.post(&path, serde_json::to_vec(body)?)? {
+                    (200, answer) => Ok(answer),
+                    (status, answer) => Err(Failure::failed(problem(status, &answer))),
+                }
+            }
+        }
+    }
+}
+
+// ---- export -------------------------------------------------------------------------------------
+
+/// A segment that is to go along, in the order of INV-11: its class, then its age.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    kind: Kind,
+    created_unix_ms: u64,
+    /// Place of its origin in [`Found::origins`], which are in order.
+    origin: usize,
+    sequence: u64,
+    id: SegmentId,
+    size_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Found {
+    candidates: Vec<Candidate>,
+    /// Segments that receipts are carried home for.
+    foreign: Vec<SegmentId>,
+    damaged: Vec<String>,
+    /// Left out because the addressee holds it, or the medium does.
+    known: u64,
+}
+
+pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure> {
+    let rooted = Rooted::of(&args.config)?;
+    let offline = rooted.offline()?;
+    let dir = target(&args.to, &rooted.config.node.root)?;
+    let recipients = match args.encrypt_to.as_slice() {
+        [] => None,
+        texts => Some(AgeRecipients::new(texts)?),
+    };
+    let node = &rooted.config.node;
+    let now_unix_ms = wall_unix_ms();
+    let medium = Medium::look(&dir, &node.domain, &args.encrypt_to, output)?;
+    let mut found = find(&offline, args, &node.id, &medium, now_unix_ms, output)?;
+    let receipts = receipts(args, &rooted, &medium, &found.foreign)?;
+    let mut export = Export {
+        dir: &dir,
+        recipients: recipients.as_ref(),
+        mark: VolumeList::recipients(&args.encrypt_to),
+        header: VolumeHeader {
+            domain: node.domain.clone(),
+            exporter: node.id.clone(),
+            addressee: args.addressee.peer().cloned(),
+            export_id: export_id(&node.id, now_unix_ms),
+            number: 0,
+            created_unix_ms: now_unix_ms,
+        },
+        max_bytes: args.max_bytes,
+        volume_bytes: args.volume_bytes,
+        written_bytes: 0,
+        open: None,
+        volumes: Vec::new(),
+    };
+    let total = found.candidates.len() as u64 + receipts.len() as u64;
+    let mut bar = output.bar("exporting");
+    let mut progress = Progress {
+        files_total: total,
+        ..Progress::default()
+    };
+    let (urgent, audit): (Vec<_>, Vec<_>) = std::mem::take(&mut found.candidates)
+        .into_iter()
+        .partition(|candidate| candidate.kind != Kind::Audit);
+    let (mut segments, mut segment_bytes, mut carried) = (0_u64, 0_u64, 0_u64);
+    let mut room = true;
+    let steps = urgent
+        .into_iter()
+        .map(Step::Segment)
+        .chain(receipts.into_iter().map(Step::Receipt))
+        .chain(audit.into_iter().map(Step::Segment));
+    let mut left = 0_u64;
+    for step in steps {
+        if !room {
+            left += 1;
+            continue;
+        }
+        let entry = match step {
+            Step::Receipt(entry) => Some(entry),
+            Step::Segment(candidate) if !export.fits(candidate.size_bytes)? => {
+                (room, left) = (false, left + 1);
+                continue;
+            }
+            Step::Segment(candidate) => match offline.read(candidate.kind, &candidate.id) {
+                Ok(Some(segment)) => Some(VolumeEntry {
+                    mark: EntryMark::Segment(segment.reference()),
+                    bytes: segment.into_bytes(),
+                }),
+                // Evicted under licence since it was listed.
+                Ok(None) => None,
+                Err(error) => {
+                    found.damaged.push(format!("{}: {error}", candidate.id));
+                    None
+                }
+            },
+        };
+        let Some(entry) = entry else { continue };
+        let bytes = entry.bytes.len() as u64;
+        if !export.fits(bytes)? {
+            (room, left) = (false, left + 1);
+            continue;
+        }
+        export.push(&entry)?;
+        match entry.mark {
+            EntryMark::Segment(_) => {
+                (segments, segment_bytes) = (segments + 1, segment_bytes + bytes)
+            }
+            EntryMark::Receipt(_) => carried += 1,
+        }
+        progress.files += 1;
+        progress.bytes += bytes;
+        bar.show(progress);
+    }
+    export.finish(true)?;
+    drop(bar);
+    let answer = json!({
+        "to": dir,
+        "for": args.addressee.peer().map_or("any", NodeId::as_str),
+        "export": export.header.export(),
+        "volumes": export.volumes,
+        "segments": segments,
+        "segment_bytes": segment_bytes,
+        "receipts": carried,
+        "bytes": export.written_bytes,
+        "known": found.known,
+        "left": left,
+        "encrypted": recipients.is_some(),
+        "damaged": found.damaged,
+        "damaged_volumes": medium.damaged,
+    });
+    output.say(&answer, || {
+        let mut lines = vec![format!(
+            "{segments} segments ({}) and {carried} receipts in {} volumes, {} in all, to {}",
+            human_bytes(segment_bytes),
+            export.volumes.len(),
+            human_bytes(export.written_bytes),
+            dir.display()
+        )];
+        lines.extend(export.volumes.iter().map(|name| format!("  {name}")));
+        lines.push(format!("{} known to be there already", found.known));
+        if left > 0 {
+            lines.push(format!(
+                "{left} left for want of room; run it again, with another medium or a larger --max-bytes"
+            ));
+        }
+        let damaged = found.damaged.iter().chain(&medium.damaged);
+        lines.extend(damaged.map(|what| format!("DAMAGED {what}")));
+        lines.join("\n")
+    });
+    Ok(
+        match found.damaged.is_empty() && medium.damaged.is_empty() {
+            true => Exit::Done,
+            false => Exit::Failed,
+        },
+    )
+}
+
+enum Step {
+    Segment(Candidate),
+    Receipt(VolumeEntry),
+}
+
+/// The directory to write to. One that is not there is not made: behind a mount point without its medium
+/// lies the system's own disk.
+fn target(to: &Path, root: &Path) -> Result<PathBuf, Failure> {
+    let dir = fs::canonicalize(to).map_err(|e| {
+        Failure::cannot_run(format!(
+            "{}: {e}; mount the medium and make the directory first",
+            to.display()
+        ))
+    })?;
+    if !dir.is_dir() {
+        return Err(Failure::at(to, &"not a directory"));
+    }
+    // INV-01: what lies below the root is the node's own.
+    if fs::canonicalize(root).is_ok_and(|root| dir.starts_with(root)) {
+        return Err(Failure::at(to, &"lies below the node's root"));
+    }
+    Ok(dir)
+}
+
+fn export_id(node: &NodeId, now_unix_ms: u64) -> [u8; 16] {
+    let text = format!("{node} {now_unix_ms} {}", std::process::id());
+    let hash = SegmentId::of(text.as_bytes());
+    let mut id = [0; 16];
+    for (slot, byte) in id.iter_mut().zip(hash.as_bytes()) {
+        *slot = *byte;
+    }
+    id
+}
+
+/// What a medium holds already.
+#[derive(Debug, Default)]
+struct Medium {
+    held: HashSet<[u8; 32]>,
+    damaged: Vec<String>,
+}
+
+impl Medium {
+    /// Reads all volumes of the domain, so that a medium that lost something is found before it travels.
+    /// What an interrupted export left unfinished goes.
+    fn look(
+        dir: &Path,
+        domain: &DomainId,
+        encrypt_to: &[String],
+        output: Output,
+    ) -> Result<Self, Failure> {
+        let mut medium = Self::default();
+        let names = names(dir)?;
+        let mut bar = output.bar("reading the medium");
+        let mut progress = Progress {
+            files_total: names.len() as u64,
+            ..Progress::default()
+        };
+        for name in names {
+            let path = dir.join(&name);
+            progress.files += 1;
+            bar.show(progress);
+            if name.ends_with(UNFINISHED) {
+                fs::remove_file(&path).map_err(|e| Failure::at(&path, &e))?;
+            } else if name.ends_with(LIST) {
+                let mut bytes = Vec::new();
+                File::open(&path)
+                    .and_then(|file| {
+                        file.take(MAX_VOLUME_LIST_BYTES as u64 + 1)
+                            .read_to_end(&mut bytes)
+                    })
+                    .map_err(|e| Failure::at(&path, &e))?;
+                let volume = dir.join(name.replace(LIST, ENCRYPTED));
+                match VolumeList::decode(&bytes) {
+                    Some(list) if list.recipients == VolumeList::recipients(encrypt_to) => {
+                        if !encrypt_to.is_empty() && volume.exists() {
+                            medium.held.extend(list.keys);
+                        }
+                    }
+                    Some(_) => {}
+                    None => medium.damaged.push(format!("{name}: damaged")),
+                }
+            } else if name.ends_with(VOLUME) {
+                let read = open(&path, None).and_then(|mut volume| {
+                    if volume.header().domain != *domain {
+                        return Ok(());
+                    }
+                    while let Some(entry) = volume.next_entry()? {
+                        progress.bytes += entry.bytes.len() as u64;
+                        bar.show(progress);
+                        medium.held.insert(entry.mark.key());
+                    }
+                    Ok(())
+                });
+                if let Err(error) = read {
+                    medium.damaged.push(format!("{name}: {error}"));
+                }
+            }
+        }
+        Ok(medium)
+    }
+}
+
+/// The files of a medium that are ours, by their names, in order.
+fn names(dir: &Path) -> Result<Vec<String>, Failure> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|e| Failure::at(dir, &e))? {
+        let name = entry.map_err(|e| Failure::at(dir, &e))?.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let ours = [VOLUME, ENCRYPTED, LIST, UNFINISHED]
+            .iter()
+            .any(|end| name.ends_with(end));
+        if name.starts_with("tide-") && ours {
+            all.push(name.to_owned());
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+fn find(
+    offline: &Offline<'_>,
+    args: &ExportArgs,
+    own: &NodeId,
+    medium: &Medium,
+    now_unix_ms: u64,
+    output: Output,
+) -> Result<Found, Failure> {
+    let addressee = args.addressee.peer();
+    let since_unix_ms = args.since.map_or(0, |since| since.unix_ms(now_unix_ms));
+    let custodians = offline.custodians()?;
+    let mut found = Found::default();
+    let mut origins: BTreeMap<Origin, usize> = BTreeMap::new();
+    for kind in Kind::ALL {
+        let ids = offline.segment_ids(kind)?;
+        let mut bar = output.bar("reading headers");
+        let mut progress = Progress {
+            files_total: ids.len() as u64,
+            ..Progress::default()
+        };
+        for id in ids {
+            progress.files += 1;
+            bar.show(progress);
+            let info = match offline.describe(kind, &id) {
+                Ok(Some(info)) => info,
+                Ok(None) => continue,
+                Err(error) => {
+                    found.damaged.push(format!("{id}: {error}"));
+                    continue;
+                }
+            };
+            let reference = info.reference;
+            let log_of = reference.origin.audit_node();
+            if kind == Kind::Audit && info.created_unix_ms < since_unix_ms {
+                continue;
+            }
+            let receipt_goes = addressee.is_none_or(|peer| log_of == Some(peer.as_str()));
+            if kind == Kind::Audit && log_of != Some(own.as_str()) && receipt_goes {
+                found.foreign.push(id);
+            }
+            if args.receipts_only {
+                continue;
+            }
+            let known = addressee.is_some_and(|peer| {
+                log_of == Some(peer.as_str())
+                    || custodians.get(&id).is_some_and(|all| all.contains(peer))
+            });
+            if known || medium.held.contains(id.as_bytes()) {
+                found.known += 1;
+                continue;
+            }
+            let next = origins.len();
+            let origin = *origins.entry(reference.origin).or_insert(next);
+            found.candidates.push(Candidate {
+                kind,
+                created_unix_ms: info.created_unix_ms,
+                origin,
+                sequence: reference.sequence,
+                id,
+                size_bytes: reference.size_bytes,
+            });
+        }
+    }
+    // By name, whatever the order in which they were found.
+    let mut rank = vec![0; origins.len()];
+    for (place, found_at) in origins.values().enumerate() {
+        if let Some(slot) = rank.get_mut(*found_at) {
+            *slot = place;
+        }
+    }
+    for candidate in &mut found.candidates {
+        candidate.origin = rank.get(candidate.origin).copied().unwrap_or_default();
+    }
+    // INV-11: urgency first, then age; then by origin, so that the order never depends on file names.
+    found.candidates.sort_unstable();
+    found.foreign.sort_unstable();
+    Ok(found)
+}
+
+/// The receipts to carry home, as entries.
+fn receipts(
+    args: &ExportArgs,
+    rooted: &Rooted,
+    medium: &Medium,
+    foreign: &[SegmentId],
+) -> Result<Vec<VolumeEntry>, Failure> {
+    let own = &rooted.config.node.id;
+    let mark = |segment_id: SegmentId, custodian: NodeId| {
+        EntryMark::Receipt(ReceiptMark {
+            segment_id,
+            custodian,
+        })
+    };
+    let wanted: Vec<&SegmentId> = foreign
+        .iter()
+        .filter(|id| !medium.held.contains(&mark(**id, own.clone()).key()))
+        .collect();
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let backend = Backend::of(&args.config, rooted)?;
+    let mut entries = Vec::new();
+    for some in wanted.chunks(RECEIPTS_AT_ONCE) {
+        let answer = backend.operate("media.receipts", &json!({"ids": some}), false)?;
+        for receipt in list(&answer, "receipts") {
+            let mark = EntryMark::Receipt(ReceiptMark {
+                segment_id: text(receipt, "segment_id").parse()?,
+                custodian: NodeId::new(text(receipt, "custodian"))?,
+            });
+            if !medium.held.contains(&mark.key()) {
+                entries.push(VolumeEntry {
+                    mark,
+                    bytes: BASE64_STANDARD.decode(text(receipt, "bytes"))?,
+                });
+            }
+        }
+    }
+    Ok(entries)
+}
+
+fn list<'v>(answer: &'v Value, name: &str) -> &'v [Value] {
+    answer
+        .get(name)
+        .and_then(Value::as_array)
+        .map_or(&[], Vec::as_slice)
+}
+
+fn text<'v>(value: &'v Value, name: &str) -> &'v str {
+    value.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// Where a volume is written to.
+enum Sink {
+    Plain(BufWriter<File>),
+    Age(Box<AgeWriter<BufWriter<File>>>),
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(file) => file.write(bytes),
+            Self::Age(file) => file.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(file) => file.flush(),
+            Self::Age(file) => file.flush(),
+        }
+    }
+}
+
+impl Sink {
+    /// Brings all of it to the device.
+    fn sync(self) -> io::Result<u64> {
+        let buffered = match self {
+            Self::Plain(file) => file,
+            Self::Age(file) => file.finish()?,
+        };
+        let file = buffered.into_inner().map_err(|e| e.into_error())?;
+        file.sync_all()?;
+        Ok(file.metadata()?.len())
+    }
+}
+
+struct OpenVolume {
+    stem: String,
+    writer: VolumeWriter<Sink>,
+    keys: Vec<[u8; 32]>,
+}
+
+/// An export under way.
+struct Export<'a> {
+    dir: &'a Path,
+    recipients: Option<&'a AgeRecipients>,
+    mark: [u8; 32],
+    header: VolumeHeader,
+    max_bytes: u64,
+    volume_bytes: u64,
+    written_bytes: u64,
+    open: Option<OpenVolume>,
+    volumes: Vec<String>,
+}
+
+impl Export<'_> {
+    /// Whether an entry of this length still goes along in this run; ends a full volume.
+    fn fits(&mut self, body_bytes: u64) -> Result<bool, Failure> {
+        // What an entry and a volume cost beside the body, at most.
+        const AROUND: u64 = 2_048;
+        let open = self.open.as_ref();
+        let now = self
+            .written_bytes
+            .saturating_add(open.map_or(0, |volume| volume.writer.bytes()));
+        if now.saturating_add(body_bytes).saturating_add(AROUND) > self.max_bytes {
+            return Ok(false);
+        }
+        if open.is_some_and(|volume| !volume.writer.has_room(body_bytes, self.volume_bytes)) {
+            self.finish(false)?;
+        }
+        Ok(true)
+    }
+
+    fn part(&self, stem: &str) -> PathBuf {
+        self.dir.join(format!("{stem}{UNFINISHED}"))
+    }
+
+    fn push(&mut self, entry: &VolumeEntry) -> Result<(), Failure> {
+        if self.open.is_none() {
+            self.header.number += 1;
+            let export = self.header.export();
+            let stem = format!(
+                "tide-{}-{:04}",
+                export.get(..16).unwrap_or(&export),
+                self.header.number
+            );
+            let path = self.part(&stem);
+            let file = File::create_new(&path).map_err(|e| Failure::at(&path, &e))?;
+            let file = BufWriter::new(file);
+            let sink = match self.recipients {
+                None => Sink::Plain(file),
+                Some(to) => Sink::Age(Box::new(
+                    AgeWriter::new(file, to).map_err(|e| self.gave_up(&stem, &e))?,
+                )),
+            };
+            let writer =
+                VolumeWriter::new(sink, &self.header).map_err(|e| self.gave_up(&stem, &e))?;
+            self.open = Some(OpenVolume {
+                stem,
+                writer,
+                keys: Vec::new(),
+            });
+        }
+        let Some(volume) = &mut self.open else {
+            return Ok(());
+        };
+        volume.keys.push(entry.mark.key());
+        let pushed = volume.writer.push(entry);
+        let stem = volume.stem.clone();
+        pushed.map_err(|e| self.gave_up(&stem, &e))
+    }
+
+    /// What is unfinished goes; the volumes before it are whole.
+    fn gave_up(&self, stem: &str, why: &dyn std::fmt::Display) -> Failure {
+        let path = self.part(stem);
+        // Where even that fails, the next export onto this medium removes it.
+        let _ = fs::remove_file(&path);
+        Failure::cannot_run(format!(
+            "{}: {why}; {} volumes of this export are whole, run it again for the rest",
+            path.display(),
+            self.volumes.len()
+        ))
+    }
+
+    /// Ends the open volume: synced, then named.
+    fn finish(&mut self, last: bool) -> Result<(), Failure> {
+        let Some(OpenVolume { stem, writer, keys }) = self.open.take() else {
+            return Ok(());
+        };
+        let named = || -> Result<(String, u64), VolumeError> {
+            let bytes = writer.finish(last)?.sync()?;
+            let end = match self.recipients {
+                Some(_) => ENCRYPTED,
+                None => VOLUME,
+            };
+            let name = format!("{stem}{end}");
+            fs::rename(self.part(&stem), self.dir.join(&name))?;
+            if self.recipients.is_some() {
+                let list = VolumeList {
+                    recipients: self.mark,
+                    keys,
+                };
+                let mut file = File::create_new(self.dir.join(format!("{stem}{LIST}")))?;
+                file.write_all(&list.encode())?;
+                file.sync_all()?;
+            }
+            File::open(self.dir)?.sync_all()?;
+            Ok((name, bytes))
+        };
+        let (name, bytes) = named().map_err(|e| self.gave_up(&stem, &e))?;
+        self.volumes.push(name);
+        self.written_bytes = self.written_bytes.saturating_add(bytes);
+        Ok(())
+    }
+}
+
+// ---- import -------------------------------------------------------------------------------------
+
+/// A volume file, decrypted where it must be.
+type Reader = VolumeReader<Box<dyn io::Read>>;
+
+fn open(path: &Path, key: Option<&AgeIdentity>) -> Result<Reader, VolumeError> {
+    use io::BufRead as _;
+    let mut file = BufReader::with_capacity(256 * 1024, File::open(path)?);
+    if !file.fill_buf()?.starts_with(ENCRYPTED_MAGIC) {
+        return VolumeReader::open(Box::new(file));
+    }
+    let nobody = || VolumeError::Crypt(tidelock_segments::CryptError::NoKey);
+    VolumeReader::open(Box::new(AgeReader::new(file, key.ok_or_else(nobody)?)?))
+}
+
+/// The order in which entries take effect: what revokes before what could be revoked (INV-11). Receipts
+/// give room back before audit takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Class {
+    Revocation,
+    Policy,
+    Witness,
+    Receipt,
+    Audit,
+}
+
+impl Class {
+    const ALL: [Self; 5] = [
+        Self::Revocation,
+        Self::Policy,
+        Self::Witness,
+        Self::Receipt,
+        Self::Audit,
+    ];
+
+    fn of(mark: &EntryMark) -> Self {
+        match mark {
+            EntryMark::Receipt(_) => Self::Receipt,
+            EntryMark::Segment(reference) => match reference.kind {
+                Kind::Revocation => Self::Revocation,
+                Kind::Policy => Self::Policy,
+                Kind::Witness => Self::Witness,
+                Kind::Audit => Self::Audit,
+            },
+        }
+    }
+}
+
+/// A volume that was read to its end, or as far as it is sound.
+struct Volume {
+    name: String,
+    path: PathBuf,
+    header: VolumeHeader,
+    counts: BTreeMap<Class, u64>,
+    bytes: u64,
+    last: Option<bool>,
+    fault: Option<String>,
+}
+
+fn look(path: &Path, key: Option<&AgeIdentity>, domain: &DomainId) -> Result<Volume, String> {
+    let mut reader = open(path, key).map_err(|e| match e {
+        VolumeError::Crypt(e) => format!("NO_KEY: {e}; see --key"),
+        e => format!("VOLUME: {e}"),
+    })?;
+    let header = reader.header().clone();
+    if header.domain != *domain {
+        return Err(format!(
+            "WRONG_DOMAIN: a volume of domain {}; this node belongs to {domain}",
+            header.domain
+        ));
+    }
+    let mut volume = Volume {
+        name: file_name(path),
+        path: path.to_owned(),
+        header,
+        counts: BTreeMap::new(),
+        bytes: 0,
+        last: None,
+        fault: None,
+    };
+    loop {
+        match reader.next_entry() {
+            Ok(Some(entry)) => {
+                *volume.counts.entry(Class::of(&entry.mark)).or_default() += 1;
+                volume.bytes = volume.bytes.saturating_add(entry.bytes.len() as u64);
+            }
+            Ok(None) => break,
+            Err(error) => {
+                volume.fault = Some(error.to_string());
+                break;
+            }
+        }
+    }
+    volume.last = reader.is_last();
+    Ok(volume)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+/// What is wrong with the files as a whole: damage, and volumes that are not there.
+fn faults(volumes: &[Volume]) -> Vec<String> {
+    let mut all: Vec<String> = volumes
+        .iter()
+        .filter_map(|v| Some(format!("{}: VOLUME: {}", v.name, v.fault.as_ref()?)))
+        .collect();
+    let mut exports: BTreeMap<String, (BTreeMap<u32, bool>, bool)> = BTreeMap::new();
+    for volume in volumes {
+        let (numbers, torn) = exports.entry(volume.header.export()).or_default();
+        numbers.insert(volume.header.number, volume.last == Some(true));
+        *torn |= volume.fault.is_some();
+    }
+    for (export, (numbers, torn)) in exports {
+        let highest = numbers.keys().next_back().copied().unwrap_or_default();
+        let missing = (1..=highest)
+            .filter(|number| !numbers.contains_key(number))
+            .count();
+        if missing > 0 {
+            all.push(format!(
+                "MISSING_VOLUME: {missing} of the first {highest} volumes of export {export} are not here"
+            ));
+        }
+        if !torn && !numbers.values().any(|last| *last) {
+            all.push(format!(
+                "MISSING_VOLUME: the last volume of export {export} is not here"
+            ));
+        }
+    }
+    all
+}
+
+pub(super) fn import(args: &ImportArgs, output: Output) -> Result<Exit, Failure> {
+    let rooted = Rooted::of(&args.config)?;
+    // Says so where there is no root; opening a node would make one.
+    drop(rooted.offline()?);
+    let key = args.key.as_deref().map(keys::identity).transpose()?;
+    let paths: Vec<PathBuf> = match args.path.is_dir() {
+        false => vec![args.path.clone()],
+        true => names(&args.path)?
+            .into_iter()
+            .filter(|name| name.ends_with(VOLUME) || name.ends_with(ENCRYPTED))
+            .map(|name| args.path.join(name))
+            .collect(),
+    };
+    if paths.is_empty() {
+        return Err(Failure::at(&args.path, &"no volumes are here"));
+    }
+    let mut bar = output.bar("reading volumes");
+    let mut progress = Progress {
+        files_total: paths.len() as u64,
+        ..Progress::default()
+    };
+    let (mut volumes, mut faulty) = (Vec::new(), Vec::new());
+    for path in &paths {
+        bar.show(progress);
+        match look(path, key.as_ref(), &rooted.config.node.domain) {
+            Ok(volume) => {
+                progress.bytes = progress.bytes.saturating_add(volume.bytes);
+                volumes.push(volume);
+            }
+            Err(why) => faulty.push(format!("{}: {why}", file_name(path))),
+        }
+        progress.files += 1;
+    }
+    drop(bar);
+    // The names mean nothing: the oldest export first, each in its own order.
+    volumes.sort_by_key(|v| {
+        (
+            v.header.created_unix_ms,
+            v.header.export_id,
+            v.header.number,
+        )
+    });
+    faulty.extend(faults(&volumes));
+    let mut work = Import {
+        backend: Backend::of(&args.config, &rooted)?,
+        apply: args.apply,
+        output,
+        planned_bytes: 0,
+        shown: 0,
+        counts: BTreeMap::new(),
+        bar: output.bar(if args.apply { "importing" } else { "judging" }),
+        progress: Progress {
+            files_total: volumes.iter().flat_map(|v| v.counts.values()).sum(),
+            ..Progress::default()
+        },
+    };
+    work.begin(&volumes, &rooted.config.node.id);
+    let ended = Class::ALL.into_iter().try_for_each(|class| {
+        volumes
+            .iter()
+            .try_for_each(|volume| work.class(class, volume, key.as_ref()))
+    });
+    let refused = work.count("refused");
+    work.end(&faulty, ended.as_ref().err());
+    match ended {
+        Err(failure) if !output.is_json() => Err(failure),
+        Err(failure) => Ok(failure.exit),
+        Ok(()) if refused > 0 || !faulty.is_empty() => Ok(Exit::Failed),
+        Ok(()) => Ok(Exit::Done),
+    }
+}
+
+/// An import under way, or its plan.
+struct Import {
+    backend: Backend,
+    apply: bool,
+    output: Output,
+    planned_bytes: u64,
+    shown: u64,
+    counts: BTreeMap<(String, Class), u64>,
+    bar: Bar,
+    progress: Progress,
+}
+
+impl Import {
+    fn count(&self, fate: &str) -> u64 {
+        let of = self.counts.iter().filter(|((name, _), _)| name == fate);
+        of.map(|(_, count)| count).sum()
+    }
+
+    fn begin(&self, volumes: &[Volume], own: &NodeId) {
+        if self.output.is_json() {
+            let list: Vec<Value> = volumes
+                .iter()
+                .map(|v| {
+                    json!({
+                        "file": v.name, "exporter": v.header.exporter, "for": v.header.addressee,
+                        "export": v.header.export(), "number": v.header.number,
+                        "created_unix_ms": v.header.created_unix_ms, "bytes": v.bytes,
+                        "entries": v.counts.values().sum::<u64>(), "last": v.last,
+                        "fault": v.fault,
+                    })
+                })
+                .collect();
+            self.output.part(&format!(
+                "{{\"applied\":{},\"volumes\":{},\"entries\":[",
+                self.apply,
+                json!(list)
+            ));
+            return;
+        }
+        let head = match self.apply {
+            true => "importing\n",
+            false => "plan (act with --apply)\n",
+        };
+        self.output.part(head);
+        for volume in volumes {
+            let meant = match &volume.header.addressee {
+                Some(peer) if peer != own => format!(", meant for {peer}"),
+                _ => String::new(),
+            };
+            self.output.part(&format!(
+                "  {}: volume {} from {}{meant}, {} entries, {}\n",
+                volume.name,
+                volume.header.number,
+                volume.header.exporter,
+                volume.counts.values().sum::<u64>(),
+                human_bytes(volume.bytes)
+            ));
+        }
+    }
+
+    /// Gives the entries of one class of one volume to the node.
+    fn class(
+        &mut self,
+        class: Class,
+        volume: &Volume,
+        key: Option<&AgeIdentity>,
+    ) -> Result<(), Failure> {
+        let mut left = volume.counts.get(&class).copied().unwrap_or_default();
+        if left == 0 {
+            return Ok(());
+        }
+        let changed = |e: &dyn std::fmt::Display| {
+            Failure::failed(format!("{}: changed while it was read: {e}", volume.name))
+        };
+        let mut reader = open(&volume.path, key).map_err(|e| changed(&e))?;
+        let mut batch: Vec<VolumeEntry> = Vec::new();
+        let mut batch_bytes = 0;
+        while left > 0 {
+            let entry = reader
+                .next_entry()
+                .map_err(|e| changed(&e))?
+                .ok_or_else(|| changed(&"it is shorter now"))?;
+            if Class::of(&entry.mark) != class {
+                continue;
+            }
+            left -= 1;
+            if batch_bytes + entry.bytes.len() > REQUEST_BYTES || batch.len() >= ENTRIES_AT_ONCE {
+                self.send(class, volume, std::mem::take(&mut batch))?;
+                batch_bytes = 0;
+            }
+            batch_bytes += entry.bytes.len();
+            batch.push(entry);
+        }
+        self.send(class, volume, batch)
+    }
+
+    fn send(
+        &mut self,
+        class: Class,
+        volume: &Volume,
+        batch: Vec<VolumeEntry>,
+    ) -> Result<(), Failure> {
+        let mut entries = Vec::new();
+        for VolumeEntry { mark, bytes } in &batch {
+            let content = match mark {
+                EntryMark::Segment(reference) if bytes.len() > REQUEST_BYTES => {
+                    let mut offset = 0;
+                    for part in bytes.chunks(REQUEST_BYTES) {
+                        let body = json!({
+                            "id": reference.id, "offset": offset,
+                            "bytes": BASE64_STANDARD.encode(part),
+                        });
+                        self.backend.operate("media.part", &body, false)?;
+                        offset += part.len();
+                    }
+                    None
+                }
+                _ => Some(BASE64_STANDARD.encode(bytes)),
+            };
+            entries.push(json!({"mark": mark, "bytes": content}));
+            self.progress.bytes += bytes.len() as u64;
+        }
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let body = json!({
+            "exporter": volume.header.exporter,
+            "export": volume.header.export(),
+            "number": volume.header.number,
+            "planned_bytes": self.planned_bytes,
+            "entries": entries,
+        });
+        let answer = self.backend.operate("media.import", &body, self.apply)?;
+        self.planned_bytes = answer
+            .get("planned_bytes")
+            .and_then(Value::as_u64)
+            .unwrap_or_default();
+        let results = list(&answer, "results");
+        if results.len() != batch.len() {
+            return Err(Failure::cannot_run("the node left entries unanswered"));
+        }
+        for (entry, result) in batch.iter().zip(results) {
+            self.entry(class, volume, &entry.mark, result);
+        }
+        self.bar.show(self.progress);
+        Ok(())
+    }
+
+    fn entry(&mut self, class: Class, volume: &Volume, mark: &EntryMark, result: &Value) {
+        self.progress.files += 1;
+        let fate = text(result, "fate");
+        *self.counts.entry((fate.to_owned(), class)).or_default() += 1;
+        if self.output.is_json() {
+            let mut line = json!({"file": volume.name});
+            let more = [Some(result.clone()), serde_json::to_value(mark).ok()];
+            if let Some(line) = line.as_object_mut() {
+                for part in more.into_iter().flatten() {
+                    if let Value::Object(part) = part {
+                        line.extend(part);
+                    }
+                }
+            }
+            let comma = if self.shown > 0 { "," } else { "" };
+            self.output.part(&format!("{comma}{line}"));
+            self.shown += 1;
+        } else if fate == "refused" {
+            let what = match mark {
+                EntryMark::Segment(r) => format!("{} {} of {}", r.id, r.sequence, r.origin),
+                EntryMark::Receipt(m) => format!("receipt of {} for {}", m.custodian, m.segment_id),
+            };
+            self.output.part(&format!(
+                "REFUSED {what}: {}: {}\n",
+                text(result, "code"),
+                text(result, "message")
+            ));
+        }
+    }
+
+    fn end(self, faults: &[String], failure: Option<&Failure>) {
+        let mut counts: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
+        for ((fate, class), count) in &self.counts {
+            let class = format!("{class:?}").to_lowercase();
+            *counts
+                .entry(fate.clone())
+                .or_default()
+                .entry(class)
+                .or_default() += count;
+        }
+        let Self { output, apply, .. } = self;
+        if output.is_json() {
+            output.part(&format!(
+                "],\"fates\":{},\"faults\":{},\"error\":{}}}\n",
+                json!(counts),
+                json!(faults),
+                json!(failure.map(|f| &f.message))
+            ));
+            return;
+        }
+        for fault in faults {
+            output.part(&format!("FAULT {fault}\n"));
+        }
+        for (fate, classes) in counts {
+            let word = match (fate.as_str(), apply) {
+                ("new", true) => "taken",
+                ("new", false) => "would be taken",
+                ("held", _) => "held already",
+                ("not_wanted", _) => "of no use here",
+                (other, _) => other,
+            };
+            let of: Vec<String> = classes.iter().map(|(c, n)| format!("{n} {c}")).collect();
+            output.part(&format!("  {word}: {}\n", of.join(", ")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_sizes_are_read_or_refused() {
+        let at = |text: &str| since(text).map(|s| s.unix_ms(1_000_000_000_000));
+        assert_eq!(at("7d"), Ok(1_000_000_000_000 - 7 * 86_400_000));
+        assert_eq!(at("90m"), Ok(1_000_000_000_000 - 90 * 60_000));
+        assert_eq!(at("2001-09-09T01:46:40Z"), Ok(1_000_000_000_000));
+        assert_eq!(at("1970-01-02"), Ok(86_400_000));
+        for bad in ["", "d", "7", "7y", "-1d", "yesterday", "1960-01-01", "7d "] {
+            assert!(at(bad).is_err(), "{bad}");
+        }
+        assert_eq!(volume_size("4KiB"), Ok(4_096));
+        for bad in ["3KiB", "4GiB", "x", ""] {
+            assert!(volume_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!("any".parse(), Ok(For::Any));
+        assert!("no such node".parse::<For>().is_err());
+    }
+}

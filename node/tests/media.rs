@@ -1,0 +1,608 @@
+//! Removable media: what one node exports another takes in, without a wire between them, and nothing that a
+//! session would refuse comes in by hand.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use common::{DOMAIN, Site, free_udp, until};
+use serde_json::{Value, json};
+use tidelock_segments::{
+    DomainId, SegmentId,
+    volume::{EntryMark, VolumeEntry, VolumeHeader, VolumeReader, VolumeWriter},
+};
+
+const RECIPIENT: &str = "age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj";
+const IDENTITY: &str = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";
+/// Of nobody: nothing here is encrypted to it.
+const OTHER_IDENTITY: &str =
+    "AGE-SECRET-KEY-1UN4U694TUU4GW7LUEQW7PLFXN9LFY78JSGFE9R4XRQ45HG8XQP9QD95XA0";
+
+/// Two nodes that never meet: one config is in force at a time, so one of them can run.
+struct Pair {
+    site: Site,
+}
+
+impl Pair {
+    /// `a` has a bundle and `segments` sealed pieces of audit; `b` was started once. Neither runs.
+    fn new(segments: usize) -> Self {
+        let site = Site::new();
+        site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+        let a = site.config().replace("custody = 0", "custody = 1");
+        let peer = |id: &str| {
+            format!(
+                "\n[[mesh.peers]]\nid = \"{id}\"\naddress = \"{}\"\n",
+                free_udp()
+            )
+        };
+        let b = a
+            .replace("id = \"a\"", "id = \"b\"")
+            .replace("\"root\"", "\"root-b\"")
+            .replace("\"a.crt", "\"b.crt")
+            .replace("\"a.key", "\"b.key")
+            .replace("custody = 1", "custody = 0");
+        site.write("a.toml", &(a + &peer("b")));
+        site.write("b.toml", &(b + &peer("a")));
+        for medium in ["m", "back"] {
+            fs::create_dir(site.path(medium)).unwrap();
+        }
+        let pair = Self { site };
+        let node = pair.be("b").start();
+        assert!(node.stop().success());
+        let node = pair.be("a").start_deciding();
+        for n in 0..segments {
+            pair.site.may_read(&format!("/srv/{n}.txt"));
+            pair.site.operate("audit.seal");
+        }
+        assert!(node.stop().success());
+        pair
+    }
+
+    fn be(&self, node: &str) -> &Site {
+        let config = self.site.read(&format!("{node}.toml"));
+        self.site.write("tidelock.toml", &config);
+        &self.site
+    }
+
+    /// `a` writes everything to `m` for `b`, in several volumes; their names.
+    fn export(&self, more: &[&str]) -> Vec<String> {
+        self.export_of("8KiB", more)
+    }
+
+    /// As [`Pair::export`], in volumes of this size.
+    fn export_of(&self, volume: &str, more: &[&str]) -> Vec<String> {
+        let args = [
+            "segment",
+            "export",
+            "--to",
+            "m",
+            "--for",
+            "b",
+            "--volume-bytes",
+            volume,
+        ];
+        let answer = self.be("a").json(&[&args, more].concat());
+        assert_eq!(
+            (&answer["left"], &answer["damaged"]),
+            (&json!(0), &json!([]))
+        );
+        let names = answer["volumes"].as_array().unwrap();
+        names
+            .iter()
+            .map(|n| n.as_str().unwrap().to_owned())
+            .collect()
+    }
+
+    /// What an import at `b` answers, and how it ended.
+    fn import(&self, more: &[&str]) -> (i32, Value) {
+        let args = [&["segment", "import", "m", "--json"], more].concat();
+        let ran = self.be("b").tidelock(&args);
+        (ran.code, ran.json())
+    }
+
+    /// The audit of `a` that `b` holds, by sequence.
+    fn held(&self) -> BTreeSet<u64> {
+        let held = self.be("b").json(&["segment", "ls", "--kind", "audit"]);
+        let segments = held["segments"].as_array().unwrap().iter();
+        segments
+            .filter(|s| s["origin"].as_str().unwrap().starts_with("audit/a/"))
+            .map(|s| s["sequence"].as_u64().unwrap())
+            .collect()
+    }
+}
+
+/// How many entries had this fate, of any class.
+fn fate(answer: &Value, fate: &str) -> u64 {
+    let of = answer["fates"][fate].as_object();
+    of.map_or(0, |of| of.values().map(|n| n.as_u64().unwrap()).sum())
+}
+
+/// The codes of what was refused.
+fn codes(answer: &Value) -> BTreeSet<String> {
+    let entries = answer["entries"].as_array().unwrap().iter();
+    entries
+        .filter(|e| e["fate"] == "refused")
+        .map(|e| e["code"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+/// The codes of what is wrong with the files.
+fn faults(answer: &Value) -> String {
+    answer["faults"].to_string()
+}
+
+fn entries(path: &Path) -> (VolumeHeader, Vec<VolumeEntry>, bool) {
+    let bytes = fs::read(path).unwrap();
+    let mut reader = VolumeReader::open(bytes.as_slice()).unwrap();
+    let mut all = Vec::new();
+    while let Some(entry) = reader.next_entry().unwrap() {
+        all.push(entry);
+    }
+    (reader.header().clone(), all, reader.is_last().unwrap())
+}
+
+fn write(path: &Path, header: &VolumeHeader, entries: &[VolumeEntry], last: bool) {
+    let mut writer = VolumeWriter::new(Vec::new(), header).unwrap();
+    for entry in entries {
+        writer.push(entry).unwrap();
+    }
+    fs::write(path, writer.finish(last).unwrap()).unwrap();
+}
+
+fn names(dir: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn what_one_node_exports_another_takes_in_and_its_receipts_come_home() {
+    let pair = Pair::new(6);
+    // Exported while `a` runs.
+    let node = pair.be("a").start();
+    assert_eq!(pair.site.status()["audit"]["unlicensed_segments"], 6);
+    let volumes = pair.export(&[]);
+    assert!(volumes.len() > 2, "{volumes:?}");
+    assert!(node.stop().success());
+
+    // Taken in by a stopped `b`: first the plan, which takes nothing.
+    let (code, plan) = pair.import(&[]);
+    assert_eq!((code, &plan["applied"]), (0, &json!(false)), "{plan}");
+    assert_eq!(
+        fate(&plan, "new"),
+        7,
+        "a bundle and six pieces of audit: {plan}"
+    );
+    assert_eq!(pair.held(), BTreeSet::new());
+    let (code, taken) = pair.import(&["--apply"]);
+    assert_eq!(code, 0, "{taken}");
+    assert_eq!(
+        (fate(&taken, "new"), fate(&taken, "held")),
+        (7, fate(&plan, "held"))
+    );
+    assert_eq!(pair.held(), (0..6).collect());
+    // INV-08: again, and nothing is new.
+    let (code, again) = pair.import(&["--apply"]);
+    assert_eq!(
+        (code, fate(&again, "new"), fate(&again, "refused")),
+        (0, 0, 0),
+        "{again}"
+    );
+
+    // The bundle decides, though `b` met nobody. The acts are in its own log, before what they did.
+    let node = pair.be("b").start();
+    pair.site.decides();
+    assert!(pair.site.events("media_import").len() >= volumes.len());
+    let told = pair.site.events("media_imported");
+    assert!(
+        told.iter().any(|e| e["fates"]["new"].as_u64() > Some(0)),
+        "{told:?}"
+    );
+
+    // The way home, from a running node, with receipts only.
+    let export = [
+        "segment",
+        "export",
+        "--to",
+        "back",
+        "--for",
+        "a",
+        "--receipts-only",
+    ];
+    let home = pair.site.json(&export);
+    assert_eq!(
+        (&home["segments"], &home["receipts"]),
+        (&json!(0), &json!(6)),
+        "{home}"
+    );
+    let again = pair.site.json(&export);
+    assert_eq!(
+        (&again["receipts"], &again["volumes"]),
+        (&json!(0), &json!([]))
+    );
+    assert!(node.stop().success());
+
+    // Into a running `a`: the receipts are those that a session would have brought.
+    let _node = pair.be("a").start();
+    assert_eq!(pair.site.status()["audit"]["unlicensed_segments"], 6);
+    let import = ["segment", "import", "back", "--json"];
+    let plan = pair.site.ok(&import).json();
+    assert_eq!(plan["fates"]["new"]["receipt"], 6, "{plan}");
+    assert_eq!(pair.site.status()["audit"]["unlicensed_segments"], 6);
+    let taken = pair.site.ok(&[&import[..], &["--apply"]].concat()).json();
+    assert_eq!(taken["fates"]["new"]["receipt"], 6, "{taken}");
+    assert_eq!(pair.site.status()["audit"]["unlicensed_segments"], 0);
+    // What `b` holds now is not carried to it again.
+    fs::remove_dir_all(pair.site.path("m")).unwrap();
+    fs::create_dir(pair.site.path("m")).unwrap();
+    let next = pair
+        .site
+        .json(&["segment", "export", "--to", "m", "--for", "b"]);
+    assert!(next["known"].as_u64() >= Some(6), "{next}");
+    assert!(next["segments"].as_u64() < Some(4), "{next}");
+}
+
+#[test]
+fn damaged_missing_and_swapped_volumes_are_told_and_the_rest_is_taken() {
+    let pair = Pair::new(6);
+    let volumes = pair.export(&[]);
+    let path = |n: usize| pair.site.path("m").join(&volumes[n]);
+    let middle = volumes.len() / 2;
+    let whole = fs::read(path(middle)).unwrap();
+
+    fs::write(path(middle), &whole[..whole.len() - 40]).unwrap();
+    let (code, torn) = pair.import(&[]);
+    assert_eq!(code, 1);
+    assert!(faults(&torn).contains("cut off"), "{torn}");
+    let mut flipped = whole.clone();
+    let at = flipped.len() / 3;
+    flipped[at] ^= 4;
+    fs::write(path(middle), flipped).unwrap();
+    let (code, flipped) = pair.import(&[]);
+    assert!(
+        code == 1 && faults(&flipped).contains("damaged after"),
+        "{flipped}"
+    );
+
+    // Missing, and the names of two others swapped: all that is there is taken.
+    fs::remove_file(path(middle)).unwrap();
+    let other = pair.site.path("other");
+    fs::rename(path(0), &other).unwrap();
+    fs::rename(path(volumes.len() - 1), path(0)).unwrap();
+    fs::rename(&other, path(volumes.len() - 1)).unwrap();
+    let (code, missing) = pair.import(&["--apply"]);
+    assert!(
+        code == 1 && faults(&missing).contains("MISSING_VOLUME"),
+        "{missing}"
+    );
+    assert_eq!(
+        (fate(&missing, "refused"), pair.held().len() < 6),
+        (0, true),
+        "{missing}"
+    );
+
+    // It comes with the next trip, and the hole closes.
+    fs::write(path(middle), whole).unwrap();
+    let (code, all) = pair.import(&["--apply"]);
+    assert_eq!((code, faults(&all)), (0, "[]".to_owned()), "{all}");
+    assert_eq!(pair.held(), (0..6).collect());
+    // Without its last volume an export is not whole either.
+    fs::remove_file(path(0)).unwrap();
+    let (code, cut) = pair.import(&[]);
+    assert!(
+        code == 1 && faults(&cut).contains("the last volume"),
+        "{cut}"
+    );
+    assert_eq!(
+        pair.site.tidelock(&["segment", "import", "nowhere"]).code,
+        1
+    );
+}
+
+#[test]
+fn what_is_forged_foreign_or_of_another_domain_is_refused_and_the_rest_is_taken() {
+    let pair = Pair::new(3);
+    let volumes = pair.export_of("1MiB", &[]);
+    let path = pair.site.path("m").join(&volumes[0]);
+    let (header, good, _) = entries(&path);
+    let is_audit = |entry: &&VolumeEntry| matches!(&entry.mark, EntryMark::Segment(r) if r.origin.audit_node().is_some());
+    let original = good.iter().find(is_audit).unwrap();
+    // A changed segment under its right id, and one under the name of another.
+    let mut forged = original.clone();
+    let at = forged.bytes.len() / 2;
+    forged.bytes[at] ^= 1;
+    let EntryMark::Segment(reference) = &mut forged.mark else {
+        panic!("no segment");
+    };
+    reference.id = SegmentId::of(&forged.bytes);
+    let mut misnamed = good.iter().rfind(is_audit).unwrap().clone();
+    misnamed.mark = original.mark.clone();
+    let mut relisted = original.clone();
+    if let EntryMark::Segment(reference) = &mut relisted.mark {
+        reference.sequence += 9;
+    }
+    let bad = [&good[..], &[forged, misnamed, relisted]].concat();
+    write(&path, &header, &bad, true);
+    let (code, taken) = pair.import(&["--apply"]);
+    assert_eq!(code, 1, "{taken}");
+    assert_eq!(
+        codes(&taken),
+        ["format", "listed_otherwise"].map(str::to_owned).into(),
+        "{taken}"
+    );
+    assert_eq!(
+        (fate(&taken, "refused"), pair.held()),
+        (3, (0..3).collect())
+    );
+
+    let mut foreign = header.clone();
+    foreign.domain = DomainId::new("quarry").unwrap();
+    write(&path, &foreign, &good, true);
+    let (code, refused) = pair.import(&["--apply"]);
+    assert!(
+        code == 1 && faults(&refused).contains("WRONG_DOMAIN"),
+        "{refused}"
+    );
+    assert_eq!(refused["entries"], json!([]));
+    // The control, and its own log comes home as nothing new.
+    write(&path, &header, &good, true);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    let home = pair
+        .be("a")
+        .ok(&["segment", "import", "m", "--json"])
+        .json();
+    assert_eq!(
+        (fate(&home, "new"), fate(&home, "refused")),
+        (0, 0),
+        "{home}"
+    );
+}
+
+#[test]
+fn inv_11_a_revocation_on_the_medium_acts_before_the_audit_beside_it() {
+    let pair = Pair::new(3);
+    pair.export(&[]);
+    // The control: the same audit without the revocation is good.
+    let (code, plan) = pair.import(&[]);
+    assert_eq!((code, fate(&plan, "new")), (0, 4), "{plan}");
+
+    // `a` is revoked; another volume brings the news, in a later export.
+    let node = pair.be("a").start();
+    pair.site
+        .ok(&["ca", "revoke", "--dir", "ca", "a", "--apply"]);
+    pair.site.ok(&["ca", "crl", "--dir", "ca"]);
+    pair.site.ok(&["crl", "import", "ca/crl.pem", "--apply"]);
+    assert!(node.stop().success());
+    let later = pair.export(&[]);
+    assert_eq!(later.len(), 1);
+    let (code, taken) = pair.import(&["--apply"]);
+    assert_eq!(code, 1);
+    assert_eq!(taken["fates"]["new"]["revocation"], 1, "{taken}");
+    assert_eq!(codes(&taken), ["CERT_REVOKED".to_owned()].into(), "{taken}");
+    assert_eq!(pair.held(), BTreeSet::new());
+    let classes: Vec<&str> = taken["entries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["segment"]["kind"].as_str().unwrap())
+        .collect();
+    let mut sorted = classes.clone();
+    sorted.sort_by_key(|kind| {
+        ["revocation", "policy", "audit"]
+            .iter()
+            .position(|k| k == kind)
+    });
+    assert_eq!(classes, sorted);
+    // The refusals are on record, with their codes.
+    let _node = pair.be("b").start();
+    let told = pair.site.events("media_imported");
+    let refused = told
+        .iter()
+        .find(|e| !e["refused_by_code"]["CERT_REVOKED"].is_null());
+    assert_eq!(refused.unwrap()["refused"][0]["code"], "CERT_REVOKED");
+}
+
+#[test]
+fn a_full_custody_share_refuses_and_room_lets_it_in() {
+    let pair = Pair::new(3);
+    pair.export(&[]);
+    let config = pair.site.read("b.toml");
+    // No room at all is seen by the plan; room for a file and not for its place in the index, by the act.
+    for (bytes, apply) in [(0, &[][..]), (0, &["--apply"]), (4_096, &["--apply"])] {
+        let share = format!("custody = 0\ncustody_max_bytes = {bytes}");
+        pair.site
+            .write("b.toml", &config.replace("custody = 0", &share));
+        let (code, refused) = pair.import(apply);
+        assert_eq!(
+            (code, codes(&refused)),
+            (1, ["CUSTODY_FULL".to_owned()].into()),
+            "{refused}"
+        );
+        // What is not audit needs none of it.
+        assert_eq!(
+            fate(&refused, "new") + fate(&refused, "held"),
+            2,
+            "{refused}"
+        );
+        assert_eq!(pair.held(), BTreeSet::new());
+    }
+    pair.site.write("b.toml", &config);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    assert_eq!(pair.held(), (0..3).collect());
+}
+
+#[test]
+fn an_export_that_was_killed_or_had_no_room_is_gone_on_with() {
+    let pair = Pair::new(8);
+    // Room for some of it only; urgent kinds first.
+    let first = pair.be("a").json(&[
+        "segment",
+        "export",
+        "--to",
+        "m",
+        "--for",
+        "any",
+        "--volume-bytes",
+        "8KiB",
+        "--max-bytes",
+        "20KiB",
+    ]);
+    assert!(
+        first["left"].as_u64() > Some(0) && first["bytes"].as_u64() <= Some(20 << 10),
+        "{first}"
+    );
+    assert!(first["segments"].as_u64() > Some(2), "{first}");
+    let written: u64 = names(&pair.site.path("m"))
+        .iter()
+        .map(|p| p.metadata().unwrap().len())
+        .sum();
+    assert_eq!(first["bytes"].as_u64(), Some(written));
+
+    // Killed at some moment; whatever it left, the next run goes on.
+    let export = [
+        "segment",
+        "export",
+        "--to",
+        "m",
+        "--for",
+        "b",
+        "--volume-bytes",
+        "4KiB",
+    ];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tidelock"))
+        .current_dir(pair.site.path(""))
+        .args(export)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let before = names(&pair.site.path("m")).len();
+    until("the export to begin or to end", || {
+        let begun = names(&pair.site.path("m")).len() > before;
+        (begun || child.try_wait().unwrap().is_some()).then_some(())
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // And what a kill in the middle of a volume leaves, for certain.
+    fs::write(
+        pair.site.path("m/tide-00112233-0001.part"),
+        b"TIDEVOL1 and then the power went",
+    )
+    .unwrap();
+    let rest = pair.be("a").json(&export);
+    assert_eq!(
+        (&rest["left"], &rest["damaged_volumes"]),
+        (&json!(0), &json!([])),
+        "{rest}"
+    );
+    let left: Vec<PathBuf> = names(&pair.site.path("m"));
+    assert!(
+        left.iter().all(|p| p.extension().unwrap() == "tvol"),
+        "{left:?}"
+    );
+    let done = pair.be("a").json(&export);
+    assert_eq!(
+        (&done["segments"], &done["volumes"]),
+        (&json!(0), &json!([])),
+        "{done}"
+    );
+    // Each segment went once.
+    let mut seen = BTreeSet::new();
+    for path in left {
+        for entry in entries(&path).1 {
+            assert!(
+                seen.insert(entry.mark.key()),
+                "twice on the medium: {:?}",
+                entry.mark
+            );
+        }
+    }
+    let (_, taken) = pair.import(&["--apply"]);
+    assert_eq!(
+        (fate(&taken, "refused"), pair.held()),
+        (0, (0..8).collect()),
+        "{taken}"
+    );
+}
+
+#[test]
+fn an_encrypted_medium_is_read_with_its_key_only() {
+    let pair = Pair::new(2);
+    let volumes = pair.export(&["--encrypt-to", RECIPIENT]);
+    assert!(
+        volumes.iter().all(|name| name.ends_with(".tvol.age")),
+        "{volumes:?}"
+    );
+    let bytes = fs::read(pair.site.path("m").join(&volumes[0])).unwrap();
+    let shows = |text: &str| bytes.windows(text.len()).any(|w| w == text.as_bytes());
+    assert!(!shows(DOMAIN) && !shows("TIDEVOL1"));
+    // What is there is known without its key, to the same recipients only.
+    assert_eq!(pair.export(&["--encrypt-to", RECIPIENT]), [""; 0]);
+
+    let none = |(code, answer): (i32, Value)| {
+        assert!(code == 1 && faults(&answer).contains("NO_KEY"), "{answer}");
+        assert_eq!(answer["entries"], json!([]));
+    };
+    none(pair.import(&["--apply"]));
+    for (name, key) in [
+        ("other.key", OTHER_IDENTITY.to_owned()),
+        ("b.agekey", IDENTITY.to_owned()),
+    ] {
+        pair.site.write(name, &key);
+        pair.site
+            .tidelock(&["segment", "import", "m", "--key", name])
+            .ended(2)
+            .says(&["chmod"]);
+        common::chmod(&pair.site.path(name), 0o600);
+    }
+    none(pair.import(&["--key", "other.key", "--apply"]));
+    let (code, taken) = pair.import(&["--key", "b.agekey", "--apply"]);
+    assert_eq!((code, pair.held()), (0, (0..2).collect()), "{taken}");
+}
+
+#[test]
+fn a_medium_that_is_not_there_and_a_place_in_the_root_are_refused() {
+    let pair = Pair::new(1);
+    let export = |to: &str| {
+        pair.be("a")
+            .tidelock(&["segment", "export", "--to", to, "--for", "any"])
+    };
+    export("not-mounted").ended(2).says(&["mount the medium"]);
+    export("root").ended(2).says(&["below the node's root"]);
+    export("site-1.tar").ended(2).says(&["not a directory"]);
+    export("m").ended(0).says(&["segments", "receipts"]);
+    let site = pair.be("a");
+    for bad in [
+        ["--for", "no such node"],
+        ["--since", "soon"],
+        ["--volume-bytes", "5GiB"],
+        ["--encrypt-to", "age1x"],
+    ] {
+        let args = ["segment", "export", "--to", "m", "--for", "any"];
+        let args: Vec<&str> = match bad[0] {
+            "--for" => [&args[..4], &bad].concat(),
+            _ => [&args[..], &bad].concat(),
+        };
+        site.tidelock(&args).ended(2);
+    }
+    site.ok(&["segment", "import", "m"])
+        .says(&["plan (act with --apply)", "held already"]);
+    fs::create_dir(site.path("empty")).unwrap();
+    site.tidelock(&["segment", "import", "empty"])
+        .ended(2)
+        .says(&["no volumes"]);
+}
