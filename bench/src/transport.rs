@@ -3,6 +3,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    ops::Range,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -11,8 +12,8 @@ use std::{
 use tidelock::{ca::Ca, clock::wall_unix_ms};
 use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
-    AuditLog, Charge, Compression, DomainId, Head, LogConfig, NodeId, Origin, PutOutcome, RealDisk, RecordClass,
-    Root, RootOptions, SealOptions, SegmentId, SegmentRef, Store, VerifiedSegment,
+    AuditLog, Charge, Compression, DomainId, Head, LogConfig, NodeId, Origin, Partial, PartialError, PutOutcome,
+    RealDisk, RecordClass, Root, RootOptions, SealOptions, SegmentId, SegmentRef, Store, VerifiedSegment,
 };
 use tidelock_transport::{
     dial::PeerConfig,
@@ -64,6 +65,22 @@ impl MeshHooks for Hooks {
             Ok(PutOutcome::Stored) => Ok(Admitted::Stored),
             Ok(PutOutcome::AlreadyHeld) => Ok(Admitted::AlreadyHeld),
             Err(e) => Err(Refusal { code: "STORE", message: e.to_string(), fault: Fault::Local }),
+        }
+    }
+    fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {
+        self.0.read_range_encoded(id, range).ok()
+    }
+    fn partial(&self, reference: &SegmentRef) -> Result<Partial, PartialError> {
+        self.0.partial(reference, Charge::Normal)
+    }
+    fn admit_partial(
+        &self,
+        _: &NodeId,
+        partial: &Partial,
+    ) -> Result<(SegmentRef, Admitted), Refusal> {
+        match partial.finish()? {
+            (segment, PutOutcome::Stored) => Ok((segment.reference(), Admitted::Stored)),
+            (segment, PutOutcome::AlreadyHeld) => Ok((segment.reference(), Admitted::AlreadyHeld)),
         }
     }
     fn receipt_for(&self, _: &SegmentId) -> Option<Vec<u8>> {

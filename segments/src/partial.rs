@@ -753,9 +753,35 @@ impl Partial {
     /// no bytes of this id can ever be taken. The store's refusal otherwise leaves it for another
     /// holder.
     pub fn finish(&self) -> Result<(VerifiedSegment, PutOutcome), PartialError> {
+        self.finish_with(|_| Ok(()))
+    }
+
+    /// As [`Partial::finish`], with a judgement of the verified segment before it is stored.
+    ///
+    /// # Errors
+    /// As [`Partial::finish`], and what `judge` answers: nothing is stored then, and the partial stays
+    /// as it is.
+    pub fn finish_with<E: From<PartialError>>(
+        &self,
+        judge: impl FnOnce(&VerifiedSegment) -> Result<(), E>,
+    ) -> Result<(VerifiedSegment, PutOutcome), E> {
         let mut guard = self.body();
-        let body = guard.as_mut().map_err(|ended| ended.clone())?;
-        let result = self.finish_body(body);
+        let body = guard
+            .as_mut()
+            .map_err(|ended| ended.clone())
+            .map_err(E::from)?;
+        let mut refused = None;
+        let result = self.verify_body(body).and_then(|segment| {
+            if let Err(refusal) = judge(&segment) {
+                refused = Some(refusal);
+                return Ok(None);
+            }
+            let outcome = self.store_body(body, &segment)?;
+            Ok(Some((segment, outcome)))
+        });
+        if let Some(refusal) = refused {
+            return Err(refusal);
+        }
         let gone = match &result {
             Ok(_) | Err(PartialError::Format(_) | PartialError::Claim { .. }) => true,
             Err(PartialError::Store(error)) => {
@@ -772,10 +798,11 @@ impl Partial {
         } else if let Err(error @ PartialError::Store(_)) = &result {
             *guard = Err(PartialError::Broken(error.to_string()));
         }
-        result
+        // None stands for the refusal above only.
+        result?.ok_or_else(|| PartialError::Ended.into())
     }
 
-    fn finish_body(&self, body: &mut Body) -> Result<(VerifiedSegment, PutOutcome), PartialError> {
+    fn verify_body(&self, body: &mut Body) -> Result<VerifiedSegment, PartialError> {
         let (id, size_bytes) = (self.reference.id, self.reference.size_bytes);
         let missing_bytes = size_bytes.saturating_sub(received_bytes(size_bytes, &body.have));
         if missing_bytes > 0 {
@@ -799,9 +826,18 @@ impl Partial {
             let why = "its header says something else";
             return Err(PartialError::Claim { id, why });
         }
+        Ok(segment)
+    }
+
+    fn store_body(
+        &self,
+        body: &Body,
+        segment: &VerifiedSegment,
+    ) -> Result<PutOutcome, PartialError> {
+        let id = self.reference.id;
         let (root, own, bytes) = (self.store.root(), self.account, body.part_allocated);
         let outcome = self.store.put_with(
-            &segment,
+            segment,
             self.charge,
             |path, account| Ok(((path.to_owned(), account), bytes)),
             |(path, account)| {
@@ -813,7 +849,7 @@ impl Partial {
                 Ok(bytes)
             },
         )?;
-        Ok((segment, outcome))
+        Ok(outcome)
     }
 
     fn drop_damaged<T>(&self, body: &mut Body) -> Result<T, PartialError> {

@@ -9,11 +9,12 @@
 //! same bytes is refused, so one frame has one encoding. Start at [`FrameDecoder`].
 
 use bincode::{Decode, Encode};
+use tidelock_segments::bao::GROUP_BYTES;
 
 use crate::limits::{
     FRAME_HEADER_BYTES, MAX_DECODED_FRAME_BYTES, MAX_ENDORSEMENT_BYTES, MAX_FRAME_BODY_BYTES,
-    MAX_HEADS_PER_FRAME, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_ORIGIN_BYTES, MAX_RANGES,
-    MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME, MAX_REFS_PER_FRAME,
+    MAX_HEADS_PER_FRAME, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_ORIGIN_BYTES, MAX_RANGE_BYTES,
+    MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME, MAX_REFS_PER_FRAME,
 };
 
 /// A segment id as it stands on the wire.
@@ -89,10 +90,10 @@ frame_types! {
     ListRefs = 6, Control, 32;
     /// References of one origin.
     Refs = 7, Control, MAX_FRAME_BODY_BYTES;
-    /// Asks for one segment.
-    Fetch = 8, Control, 32;
-    /// A segment that was asked for will not come.
-    FetchRefused = 9, Control, 40;
+    /// Asks for one segment, or for a range of it.
+    Fetch = 8, Control, 56;
+    /// A segment or range that was asked for will not come.
+    FetchRefused = 9, Control, 48;
     /// Asks for custody receipts.
     ReceiptWant = 10, Control, MAX_FRAME_BODY_BYTES;
     /// A custody receipt, or the word that there is none.
@@ -105,6 +106,8 @@ frame_types! {
     DataStream = 32, Data, 1;
     /// Announces one segment, whose bytes follow raw.
     Segment = 33, Data, 48;
+    /// Announces a range of one segment, whose slice follows raw.
+    Slice = 34, Data, 64;
 }
 
 /// What a node takes, as it announces it: nothing is sent only to be refused.
@@ -230,11 +233,31 @@ pub struct Refs {
     pub done: bool,
 }
 
+/// A range of a segment's bytes: whole groups of 16 KiB, except that the last one of a segment may be
+/// shorter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct ByteRange {
+    /// First byte.
+    pub from: u64,
+    /// The byte after the last.
+    pub to: u64,
+}
+
+impl ByteRange {
+    fn is_valid(self) -> bool {
+        self.from < self.to
+            && self.from.is_multiple_of(GROUP_BYTES)
+            && self.to - self.from <= MAX_RANGE_BYTES
+    }
+}
+
 /// Asks for one segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
 pub struct Fetch {
     /// Its id.
     pub id: WireId,
+    /// Which of its bytes; none for all of them in one piece.
+    pub range: Option<ByteRange>,
 }
 
 /// A segment will not come.
@@ -242,6 +265,8 @@ pub struct Fetch {
 pub struct FetchRefused {
     /// Its id.
     pub id: WireId,
+    /// Where the range began that was asked for; none for a whole segment.
+    pub from: Option<u64>,
     /// A [`FetchRefusal`].
     pub code: u16,
 }
@@ -322,6 +347,17 @@ pub struct Segment {
     pub size_bytes: u64,
 }
 
+/// Announces the raw bytes of a slice: a range of a segment with the hashes that prove it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Slice {
+    /// The segment's id.
+    pub id: WireId,
+    /// Which of its bytes.
+    pub range: ByteRange,
+    /// Number of bytes that follow.
+    pub slice_bytes: u64,
+}
+
 macro_rules! close_codes {
     ($($(#[$doc:meta])* $name:ident = $code:literal, $text:literal;)*) => {
         /// Why a session ended: the code of a QUIC close and of a Bye, and a stable word in records.
@@ -396,7 +432,7 @@ close_codes! {
     Untrusted = 18, "untrusted";
 }
 
-/// Every frame of version 1.
+/// Every frame of version 2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "each variant is documented at its body")]
 pub enum Frame {
@@ -415,6 +451,7 @@ pub enum Frame {
     AskHeads,
     DataStream(DataStream),
     Segment(Segment),
+    Slice(Slice),
 }
 
 /// Why bytes are not a frame. Always the peer's fault.
@@ -521,6 +558,7 @@ impl Frame {
             Self::AskHeads => FrameType::AskHeads,
             Self::DataStream(_) => FrameType::DataStream,
             Self::Segment(_) => FrameType::Segment,
+            Self::Slice(_) => FrameType::Slice,
         }
     }
 
@@ -546,6 +584,7 @@ impl Frame {
             Self::Bye(body) => bincode::encode_to_vec(body, config()),
             Self::DataStream(body) => bincode::encode_to_vec(body, config()),
             Self::Segment(body) => bincode::encode_to_vec(body, config()),
+            Self::Slice(body) => bincode::encode_to_vec(body, config()),
         };
         let body = encoded.map_err(|_| FrameError::Malformed {
             frame,
@@ -595,6 +634,7 @@ impl Frame {
             FrameType::AskHeads => Self::AskHeads,
             FrameType::DataStream => Self::DataStream(body(frame, bytes)?),
             FrameType::Segment => Self::Segment(body(frame, bytes)?),
+            FrameType::Slice => Self::Slice(body(frame, bytes)?),
         };
         decoded.check()?;
         Ok(decoded)
@@ -648,9 +688,17 @@ impl Frame {
             Self::Refs(refs) => {
                 require(refs.refs.len() <= MAX_REFS_PER_FRAME, "too many references")
             }
+            Self::Fetch(fetch) => require(
+                fetch.range.is_none_or(ByteRange::is_valid),
+                "range is empty, too long or not of whole groups",
+            ),
             Self::FetchRefused(refused) => require(
                 FetchRefusal::from_wire(refused.code).is_some(),
                 "refusal code is unknown",
+            ),
+            Self::Slice(slice) => require(
+                slice.range.is_valid(),
+                "range is empty, too long or not of whole groups",
             ),
             Self::ReceiptWant(want) => require(
                 !want.ids.is_empty() && want.ids.len() <= MAX_RECEIPTS_PER_FRAME,
@@ -664,7 +712,6 @@ impl Frame {
             Self::HelloAck
             | Self::AskHeads
             | Self::GetHead(_)
-            | Self::Fetch(_)
             | Self::DataStream(_)
             | Self::Segment(_) => Ok(()),
         }

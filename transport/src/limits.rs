@@ -8,7 +8,7 @@ use std::time::Duration;
 use tidelock_segments::limits as segments;
 
 /// Version of the wire protocol. A change of any byte of a frame bumps it.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Bytes before the body of every frame: length and type.
 pub const FRAME_HEADER_BYTES: usize = 5;
@@ -88,6 +88,33 @@ pub const MAX_URGENT_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Biggest segment of a bulk kind.
 pub const MAX_BULK_SEGMENT_BYTES: u64 = segments::MAX_SEGMENT_BYTES;
+
+/// Bulk segments up to this size go in one piece and are verified whole; bigger ones are asked for in
+/// ranges, each verified before it is written, so that a cut transfer goes on where it broke off.
+pub const MAX_WHOLE_BYTES: u64 = 256 * 1024;
+
+/// Longest range that one Fetch may ask for: what a slice of the store may carry.
+pub const MAX_RANGE_BYTES: u64 = segments::MAX_SLICE_BYTES;
+
+/// Bytes of the ranges that this node asks for, counted from the start of the segment. The slice of
+/// one is at most 1.5 KiB longer, and so much is held in memory for each range in flight.
+pub const RANGE_BYTES: u64 = 256 * 1024;
+
+/// Ranges of one segment that one session may have in flight: 2 MiB, so that the others that hold the
+/// segment find work too.
+pub const MAX_LEASES_PER_SEGMENT: usize = 8;
+
+/// Time after which a range that has not come may be asked of another peer as well. It equals the
+/// time in which a silent peer is let go; this one holds for a peer that sends a byte now and then.
+pub const LEASE_TIMEOUT: Duration = STALL_TIMEOUT;
+
+/// Segments that one session may be receiving in ranges: a quarter of the partials that the store
+/// keeps, so that a peer that sends nothing leaves the others room (INV-13).
+pub const MAX_PARTIALS_PER_SESSION: usize = segments::MAX_PARTIALS / 4;
+
+/// Bytes of the segments that one session may be receiving in ranges, unless it is a single one: a
+/// quarter of what the store keeps of partials.
+pub const MAX_PARTIAL_BYTES_PER_SESSION: u64 = segments::MAX_PARTIAL_BYTES / 4;
 
 /// Segments set aside in a session (refused, failed): 33 bytes each. One more ends the session.
 pub const MAX_SET_ASIDE: usize = 1_024;
@@ -176,3 +203,6 @@ const _: () = assert!(MAX_HANDSHAKES <= MAX_SESSIONS);
 const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_BULK_BYTES_IN_FLIGHT);
 const _: () = assert!(MAX_URGENT_SEGMENT_BYTES <= segments::MAX_SEGMENT_BYTES);
 const _: () = assert!(MAX_REFS_PER_FRAME <= segments::MAX_REFS);
+const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_PARTIAL_BYTES_PER_SESSION);
+const _: () = assert!(RANGE_BYTES.is_multiple_of(tidelock_segments::bao::GROUP_BYTES));
+const _: () = assert!(RANGE_BYTES <= MAX_RANGE_BYTES && MAX_WHOLE_BYTES >= RANGE_BYTES);

@@ -3,13 +3,20 @@
 //! each behind a mutex.
 //!
 //! [`Registry`] names exactly the sessions whose papers no longer pass, and settles which of two
-//! sessions with one peer stays. [`Claims`] is why no segment is fetched from two peers at once.
+//! sessions with one peer stays. [`Claims`] is why no byte is fetched from two peers at once: a
+//! segment, or a range of a big one, belongs to one session at a time.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+    time::Duration,
+};
 
 use tidelock_segments::{Kind, NodeId, SegmentId, SegmentRef};
 
-use crate::limits::{MAX_BULK_BYTES_NODE, MAX_SESSIONS};
+use crate::limits::{
+    LEASE_TIMEOUT, MAX_BULK_BYTES_NODE, MAX_LEASES_PER_SEGMENT, MAX_SESSIONS, RANGE_BYTES,
+};
 
 /// Number of a session, never used twice in a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -168,10 +175,21 @@ pub enum Busy {
     NoRoom,
 }
 
-/// Segments in flight over all sessions of a node.
+/// A range of a segment that one session has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Lease {
+    session: SessionId,
+    to: u64,
+    since: Duration,
+}
+
+/// Segments in flight over all sessions of a node, and ranges of those that come in parts.
 #[derive(Debug)]
 pub struct Claims {
     by_id: BTreeMap<SegmentId, (SessionId, u64)>,
+    /// By segment and first byte. A session may hold several ranges of one segment; a range that is
+    /// overdue may be leased a second time, to one other session.
+    leases: BTreeMap<(SegmentId, u64, SessionId), Lease>,
     by_session: BTreeMap<SessionId, u64>,
     bulk_bytes: u64,
     bulk_bytes_max: u64,
@@ -189,28 +207,17 @@ impl Claims {
     pub fn new(bulk_bytes_max: u64) -> Self {
         Self {
             by_id: BTreeMap::new(),
+            leases: BTreeMap::new(),
             by_session: BTreeMap::new(),
             bulk_bytes: 0,
             bulk_bytes_max,
         }
     }
 
-    /// Claims a segment for a session.
-    ///
-    /// # Errors
-    /// It has to wait. Urgent kinds never wait for room (ruling 10).
-    pub fn claim(&mut self, session: SessionId, reference: &SegmentRef) -> Result<(), Busy> {
-        if self.by_id.contains_key(&reference.id) {
-            return Err(Busy::Elsewhere);
-        }
-        let bulk = if reference.kind <= Kind::Policy {
-            0
-        } else {
-            reference.size_bytes
-        };
+    /// Takes receive memory. INV-07 and INV-13: the node's buffers are bounded, and no session takes
+    /// more than a quarter of them, unless it is a single segment.
+    fn take_room(&mut self, session: SessionId, bulk: u64) -> Result<(), Busy> {
         if bulk > 0 {
-            // INV-07 and INV-13: the node's buffers are bounded, and no session takes more than a
-            // quarter of them, unless it is a single segment.
             let held = self.by_session.get(&session).copied().unwrap_or(0);
             let share = self.bulk_bytes_max / 4;
             let alone = held == 0 && (self.bulk_bytes == 0 || bulk <= share);
@@ -222,11 +229,39 @@ impl Claims {
             self.bulk_bytes = self.bulk_bytes.saturating_add(bulk);
             *self.by_session.entry(session).or_default() += bulk;
         }
+        Ok(())
+    }
+
+    fn give_room(&mut self, session: SessionId, bulk: u64) {
+        self.bulk_bytes = self.bulk_bytes.saturating_sub(bulk);
+        if let Some(held) = self.by_session.get_mut(&session) {
+            *held = held.saturating_sub(bulk);
+            if *held == 0 {
+                self.by_session.remove(&session);
+            }
+        }
+    }
+
+    /// Claims a segment for a session.
+    ///
+    /// # Errors
+    /// It has to wait. Urgent kinds never wait for room (ruling 10).
+    pub fn claim(&mut self, session: SessionId, reference: &SegmentRef) -> Result<(), Busy> {
+        if self.by_id.contains_key(&reference.id) || self.leases_of(&reference.id).next().is_some()
+        {
+            return Err(Busy::Elsewhere);
+        }
+        let bulk = if reference.kind <= Kind::Policy {
+            0
+        } else {
+            reference.size_bytes
+        };
+        self.take_room(session, bulk)?;
         self.by_id.insert(reference.id, (session, bulk));
         Ok(())
     }
 
-    /// Gives a claim up, stored or not.
+    /// Gives a claim up, stored or not, with all ranges of the segment that the session holds.
     pub fn release(&mut self, session: SessionId, id: &SegmentId) {
         if self
             .by_id
@@ -234,23 +269,115 @@ impl Claims {
             .is_some_and(|(owner, _)| *owner == session)
             && let Some((_, bulk)) = self.by_id.remove(id)
         {
-            self.bulk_bytes = self.bulk_bytes.saturating_sub(bulk);
-            if let Some(held) = self.by_session.get_mut(&session) {
-                *held = held.saturating_sub(bulk);
-                if *held == 0 {
-                    self.by_session.remove(&session);
-                }
-            }
+            self.give_room(session, bulk);
         }
+        let held: Vec<u64> = self
+            .leases_of(id)
+            .filter(|(_, lease)| lease.session == session)
+            .map(|(from, _)| from)
+            .collect();
+        for from in held {
+            self.release_range(session, id, from);
+        }
+    }
+
+    fn leases_of(&self, id: &SegmentId) -> impl Iterator<Item = (u64, Lease)> {
+        self.leases
+            .range((*id, 0, SessionId(0))..=(*id, u64::MAX, SessionId(u64::MAX)))
+            .map(|((_, from, _), lease)| (*from, *lease))
+    }
+
+    /// Leases the next range of a segment to a session. The last one goes first: a last group that
+    /// fits proves the size that was claimed of the segment. `missing` are the ranges that have not
+    /// arrived, ascending.
+    ///
+    /// # Errors
+    /// [`Busy::Elsewhere`]: everything that is missing is on its way, or this session has its share of
+    /// it. [`Busy::NoRoom`] as for whole segments.
+    pub fn lease(
+        &mut self,
+        session: SessionId,
+        reference: &SegmentRef,
+        missing: &[Range<u64>],
+        now: Duration,
+    ) -> Result<Range<u64>, Busy> {
+        let id = &reference.id;
+        let held: Vec<(u64, Lease)> = self.leases_of(id).collect();
+        let own = held.iter().filter(|(_, lease)| lease.session == session);
+        if self.by_id.contains_key(id) || own.count() >= MAX_LEASES_PER_SEGMENT {
+            return Err(Busy::Elsewhere);
+        }
+        // A range that this session holds is never free to it, one that is overdue is to another.
+        let taken = |from: u64| {
+            let mut of_range = held
+                .iter()
+                .filter(|(at, _)| at / RANGE_BYTES * RANGE_BYTES == from);
+            let overdue = |lease: &Lease| now.saturating_sub(lease.since) >= LEASE_TIMEOUT;
+            of_range.clone().count() > 1
+                || of_range.any(|(_, lease)| lease.session == session || !overdue(lease))
+        };
+        let last = reference.size_bytes.saturating_sub(1) / RANGE_BYTES * RANGE_BYTES;
+        let ends_missing = missing
+            .last()
+            .is_some_and(|m| m.end == reference.size_bytes);
+        let all = missing.iter().flat_map(|m| {
+            let first = m.start / RANGE_BYTES;
+            (first..m.end.div_ceil(RANGE_BYTES)).map(|at| at * RANGE_BYTES)
+        });
+        let range = std::iter::once(last)
+            .filter(|_| ends_missing)
+            .chain(all)
+            .find(|from| !taken(*from))
+            .and_then(|from| {
+                // Of what is cut by an earlier end, the part that is missing.
+                let part = from..(from + RANGE_BYTES).min(reference.size_bytes);
+                let start = missing.iter().find(|m| m.end > part.start)?;
+                let end = missing.iter().rev().find(|m| m.start < part.end)?;
+                Some(start.start.max(part.start)..end.end.min(part.end))
+            })
+            .ok_or(Busy::Elsewhere)?;
+        self.take_room(session, range.end.saturating_sub(range.start))?;
+        let lease = Lease {
+            session,
+            to: range.end,
+            since: now,
+        };
+        self.leases.insert((*id, range.start, session), lease);
+        Ok(range)
+    }
+
+    /// Gives one range back, taken or not.
+    pub fn release_range(&mut self, session: SessionId, id: &SegmentId, from: u64) {
+        if let Some(lease) = self.leases.remove(&(*id, from, session)) {
+            self.give_room(session, lease.to.saturating_sub(from));
+        }
+    }
+
+    /// Segments of which a session has a range.
+    #[must_use]
+    pub fn leased_by(&self, session: SessionId) -> BTreeSet<SegmentId> {
+        let owned = self.leases.keys().filter(|(.., owner)| *owner == session);
+        owned.map(|(id, ..)| *id).collect()
+    }
+
+    /// Segments of which a range is overdue.
+    #[must_use]
+    pub fn overdue(&self, now: Duration) -> BTreeSet<SegmentId> {
+        self.leases
+            .iter()
+            .filter(|(_, lease)| now.saturating_sub(lease.since) >= LEASE_TIMEOUT)
+            .map(|((id, ..), _)| *id)
+            .collect()
     }
 
     /// Gives up all claims of a session that ended.
     pub fn release_session(&mut self, session: SessionId) -> Vec<SegmentId> {
-        let ids: BTreeSet<SegmentId> = self
-            .by_id
-            .iter()
-            .filter(|(_, (owner, _))| *owner == session)
-            .map(|(id, _)| *id)
+        let whole = self.by_id.iter().map(|(id, (owner, _))| (*id, *owner));
+        let parts = self.leases.keys().map(|(id, _, owner)| (*id, *owner));
+        let ids: BTreeSet<SegmentId> = whole
+            .chain(parts)
+            .filter(|(_, owner)| *owner == session)
+            .map(|(id, _)| id)
             .collect();
         for id in &ids {
             self.release(session, id);
@@ -258,16 +385,16 @@ impl Claims {
         ids.into_iter().collect()
     }
 
-    /// Segments in flight.
+    /// Segments and ranges in flight.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.by_id.len()
+        self.by_id.len() + self.leases.len()
     }
 
     /// Whether nothing is in flight.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.by_id.is_empty()
+        self.by_id.is_empty() && self.leases.is_empty()
     }
 }
 
@@ -460,5 +587,79 @@ mod tests {
             claims.claim(two, &segment(2, Kind::Audit, 1)),
             Err(Busy::NoRoom)
         );
+    }
+
+    fn one_range(range: Range<u64>) -> Vec<Range<u64>> {
+        std::iter::once(range).collect()
+    }
+
+    #[test]
+    fn inv_08_a_range_is_leased_to_one_session_until_it_is_overdue() {
+        let (one, two, three) = (SessionId(1), SessionId(2), SessionId(3));
+        let mut claims = Claims::default();
+        let size = 4 * RANGE_BYTES - 5;
+        let wanted = segment(1, Kind::Audit, size);
+        let all = one_range(0..size);
+        let at = |at: u64| at * RANGE_BYTES..((at + 1) * RANGE_BYTES).min(size);
+        let now = Duration::from_secs(1);
+        // The last one proves the size, so it goes first; then from the start.
+        assert_eq!(claims.lease(one, &wanted, &all, now), Ok(at(3)));
+        assert_eq!(claims.lease(two, &wanted, &all, now), Ok(at(0)));
+        assert_eq!(claims.lease(one, &wanted, &all, now), Ok(at(1)));
+        assert_eq!(claims.lease(two, &wanted, &all, now), Ok(at(2)));
+        assert_eq!(claims.lease(one, &wanted, &all, now), Err(Busy::Elsewhere));
+        assert_eq!(claims.claim(three, &wanted), Err(Busy::Elsewhere));
+        // What one gives back, another gets; what has arrived, nobody.
+        claims.release_range(one, &wanted.id, at(1).start);
+        claims.release_range(two, &wanted.id, at(2).start);
+        let rest = vec![0..2 * RANGE_BYTES, 3 * RANGE_BYTES..size];
+        assert_eq!(claims.lease(two, &wanted, &rest, now), Ok(at(1)));
+        assert_eq!(claims.lease(one, &wanted, &rest, now), Err(Busy::Elsewhere));
+        // An overdue one goes to one other session as well, and never twice to its own.
+        let later = now + LEASE_TIMEOUT;
+        assert_eq!(claims.overdue(later), BTreeSet::from([wanted.id]));
+        assert!(claims.overdue(now).is_empty(), "the control");
+        let last = one_range(3 * RANGE_BYTES..size);
+        assert_eq!(
+            claims.lease(one, &wanted, &last, later),
+            Err(Busy::Elsewhere)
+        );
+        assert_eq!(claims.lease(two, &wanted, &last, later), Ok(at(3)));
+        assert_eq!(
+            claims.lease(three, &wanted, &last, later),
+            Err(Busy::Elsewhere)
+        );
+        assert_eq!(claims.leased_by(one), BTreeSet::from([wanted.id]));
+        assert_eq!(claims.release_session(two), [wanted.id]);
+        assert_eq!(claims.release_session(one), [wanted.id]);
+        assert!(claims.is_empty() && claims.bulk_bytes == 0 && claims.by_session.is_empty());
+    }
+
+    #[test]
+    fn inv_13_one_session_has_its_share_of_a_segment_and_of_the_memory() {
+        let mut claims = Claims::default();
+        let size = 32 * RANGE_BYTES;
+        let wanted = segment(1, Kind::Audit, size);
+        let all = one_range(0..size);
+        let lease = |claims: &mut Claims, session| {
+            claims.lease(SessionId(session), &wanted, &all, Duration::ZERO)
+        };
+        for _ in 0..MAX_LEASES_PER_SEGMENT {
+            assert!(lease(&mut claims, 1).is_ok());
+        }
+        assert_eq!(lease(&mut claims, 1), Err(Busy::Elsewhere));
+        assert!(lease(&mut claims, 2).is_ok(), "the control");
+        let mut claims = Claims::new(8 * RANGE_BYTES);
+        assert!(lease(&mut claims, 1).is_ok() && lease(&mut claims, 1).is_ok());
+        assert_eq!(lease(&mut claims, 1), Err(Busy::NoRoom), "a quarter is two");
+        assert!(lease(&mut claims, 2).is_ok(), "the control");
+        // A hole that an earlier contact left is asked for as it is.
+        let group = tidelock_segments::bao::GROUP_BYTES;
+        let mut claims = Claims::default();
+        let hole = one_range(RANGE_BYTES + group..RANGE_BYTES + 3 * group);
+        let leased = claims.lease(SessionId(1), &wanted, &hole, Duration::ZERO);
+        assert_eq!(leased.as_ref(), Ok(&hole[0]));
+        let again = claims.lease(SessionId(2), &wanted, &hole, Duration::ZERO);
+        assert_eq!(again, Err(Busy::Elsewhere));
     }
 }

@@ -15,23 +15,25 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Range,
     time::Duration,
 };
 
-use tidelock_segments::{DomainId, Head, Kind, NodeId, Origin, SegmentId, SegmentRef};
+use tidelock_segments::{DomainId, Head, Kind, NodeId, Origin, SegmentId, SegmentRef, bao};
 
 use crate::{
     frame::{
-        Bye, CloseCode, Fetch, FetchRefusal, FetchRefused, Frame, FullHead, GetHead, HeadBody,
-        HeadEntry, HeadTag, Heads, Hello, ListRefs, OriginRef, Receipt, ReceiptWant, RefEntry,
-        Refs, WireLimits, bounded_reason,
+        Bye, ByteRange, CloseCode, Fetch, FetchRefusal, FetchRefused, Frame, FullHead, GetHead,
+        HeadBody, HeadEntry, HeadTag, Heads, Hello, ListRefs, OriginRef, Receipt, ReceiptWant,
+        RefEntry, Refs, WireLimits, bounded_reason,
     },
     limits::{
         HEADS_DELAY, HELLO_TIMEOUT, MAX_BULK_BYTES_IN_FLIGHT, MAX_BULK_SEGMENT_BYTES,
         MAX_EVENTS_QUEUED, MAX_FAULTS, MAX_FRAMES_QUEUED, MAX_HEADS_FRAMES_QUEUED,
         MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD, MAX_LISTS_OUTSTANDING, MAX_ORIGINS,
         MAX_RECEIPTS_PER_FRAME, MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME, MAX_SET_ASIDE,
-        MAX_URGENT_SEGMENT_BYTES, PROTOCOL_VERSION, STALL_TIMEOUT, URGENT_IN_FLIGHT,
+        MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, STALL_TIMEOUT,
+        URGENT_IN_FLIGHT,
     },
 };
 
@@ -285,11 +287,52 @@ pub enum SessionEvent {
     },
 }
 
-/// A segment that the peer asked for.
+/// A segment, or a range of one, that the peer asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Serve {
     /// The segment.
     pub reference: SegmentRef,
+    /// Which of its bytes; none for all of them in one piece.
+    pub range: Option<Range<u64>>,
+}
+
+impl Serve {
+    /// What tells it from others of the same segment.
+    #[must_use]
+    pub fn key(&self) -> ServeKey {
+        let from = self.range.as_ref().map(|range| range.start);
+        (self.reference.id, from)
+    }
+}
+
+/// A segment and where the range of it begins that was asked for, if it was a range.
+pub type ServeKey = (SegmentId, Option<u64>);
+
+/// What became of asking for a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// It was asked for and is the only one of its segment in flight here.
+    First,
+    /// It was asked for, beside others.
+    More,
+    /// It cannot be asked for yet.
+    NotNow,
+}
+
+/// What to do with a slice that a peer announces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TakeSlice {
+    /// Verify and write it.
+    Write,
+    /// Read over it: the segment was given up after the range had been asked for.
+    Discard,
+}
+
+/// Whether a segment is fetched in ranges: a bulk one above [`MAX_WHOLE_BYTES`]. Revocation and policy
+/// go in one piece, because they never wait for room (ruling 10).
+#[must_use]
+pub fn is_ranged(reference: &SegmentRef) -> bool {
+    !is_urgent(reference.kind) && reference.size_bytes > MAX_WHOLE_BYTES
 }
 
 /// INV-11: urgency, then age, then the name of the log.
@@ -322,10 +365,23 @@ impl Stage {
     }
 }
 
+/// A segment that comes in ranges is `Queued` while there is a range to ask for and `Deferred` while
+/// there is none; its ranges in flight are [`Part`]s.
 #[derive(Debug)]
 struct Known {
     reference: SegmentRef,
     stage: Stage,
+}
+
+/// A range in flight.
+#[derive(Debug)]
+struct Part {
+    to: u64,
+    kind: Kind,
+    slice_bytes: u64,
+    stage: Stage,
+    /// The segment was given up meanwhile: what arrives is read over.
+    is_abandoned: bool,
 }
 
 /// What the peer said of one origin.
@@ -388,6 +444,8 @@ pub struct SessionMachine {
 
     // What we want.
     known: BTreeMap<SegmentId, Known>,
+    /// By segment and first byte.
+    parts: BTreeMap<(SegmentId, u64), Part>,
     queue: BTreeSet<WantKey>,
     in_flight: u16,
     owed: usize,
@@ -399,7 +457,7 @@ pub struct SessionMachine {
     last_progress: Duration,
 
     // What they want.
-    serving: BTreeSet<SegmentId>,
+    serving: BTreeSet<ServeKey>,
     to_serve: VecDeque<Serve>,
 
     // Receipts.
@@ -504,6 +562,7 @@ impl SessionMachine {
             lists_asked: 0,
             heads_asked: BTreeSet::new(),
             known: BTreeMap::new(),
+            parts: BTreeMap::new(),
             queue: BTreeSet::new(),
             in_flight: 0,
             owed: 0,
@@ -545,6 +604,12 @@ impl SessionMachine {
     #[must_use]
     pub fn backlog(&self) -> usize {
         self.known.len()
+    }
+
+    /// Whether a segment is lacking here and held there.
+    #[must_use]
+    pub fn is_wanted(&self, id: &SegmentId) -> bool {
+        self.known.contains_key(id)
     }
 
     /// Takes one frame of the control stream.
@@ -590,6 +655,7 @@ impl SessionMachine {
             .is_some_and(|known| !known.stage.is_in_flight());
         if waiting {
             self.forget(&reference.id);
+            self.abandon_parts(&reference.id);
         }
         self.mark_dirty(reference.kind, reference.origin.clone(), now);
         self.pump(now, view);
@@ -606,6 +672,7 @@ impl SessionMachine {
         }
         if view.reference(id).is_some() {
             self.forget(id);
+            self.abandon_parts(id);
         } else {
             self.set_stage(id, Stage::Queued);
         }
@@ -631,6 +698,7 @@ impl SessionMachine {
             .collect();
         for id in held {
             self.forget(&id);
+            self.abandon_parts(&id);
         }
         // INV-12: a segment that the peer spoilt stays aside; one without room is asked again.
         self.set_aside.retain(|_, fault| *fault == Fault::Peer);
@@ -722,23 +790,26 @@ impl SessionMachine {
         self.to_serve.pop_front()
     }
 
-    /// A segment was sent, or its sending was given up together with its stream.
-    pub fn handle_served(&mut self, id: &SegmentId) {
-        self.serving.remove(id);
+    /// A segment or range was sent, or its sending was given up together with its stream.
+    pub fn handle_served(&mut self, key: &ServeKey) {
+        self.serving.remove(key);
     }
 
-    /// A segment cannot be sent.
-    pub fn handle_unservable(&mut self, id: &SegmentId, code: FetchRefusal) {
-        if self.serving.remove(id) {
+    /// A segment or range cannot be sent.
+    pub fn handle_unservable(&mut self, key: &ServeKey, code: FetchRefusal) {
+        if self.serving.remove(key) {
+            let (id, from) = key;
             self.push(Frame::FetchRefused(FetchRefused {
                 id: *id.as_bytes(),
+                from: *from,
                 code: code as u16,
             }));
         }
     }
 
     /// The segment whose turn it is (INV-11), if one may be asked for now. The caller answers with
-    /// [`fetch`](Self::fetch), [`defer`](Self::defer), [`hold_until`](Self::hold_until) or
+    /// [`fetch`](Self::fetch), for one that [`is_ranged`] with [`fetch_range`](Self::fetch_range), with
+    /// [`defer`](Self::defer), [`hold_until`](Self::hold_until) or
     /// [`handle_failed`](Self::handle_failed), and asks again.
     #[must_use]
     pub fn poll_want(&self, now: Duration) -> Option<&SegmentRef> {
@@ -763,6 +834,11 @@ impl SessionMachine {
             return None;
         }
         let reference = &self.known.get(id)?.reference;
+        let next_bytes = if is_ranged(reference) {
+            RANGE_BYTES
+        } else {
+            reference.size_bytes
+        };
         let limit = self
             .config
             .max_in_flight
@@ -774,7 +850,7 @@ impl SessionMachine {
             // Ruling 10: a pipe full of audit never stands before a CRL.
             self.in_flight < limit.saturating_sub(URGENT_IN_FLIGHT).max(1)
                 && (self.bulk_bytes == 0
-                    || self.bulk_bytes.saturating_add(reference.size_bytes)
+                    || self.bulk_bytes.saturating_add(next_bytes)
                         <= self.config.bulk_bytes_in_flight)
         };
         free.then_some(reference)
@@ -789,8 +865,85 @@ impl SessionMachine {
         if queued {
             self.start_waiting(now);
             self.set_stage(id, Stage::Requested);
-            self.push(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+            self.push(Frame::Fetch(Fetch {
+                id: *id.as_bytes(),
+                range: None,
+            }));
             self.ask_lists(now);
+        }
+    }
+
+    /// Asks the peer for a range of a wanted segment, which stays wanted.
+    pub fn fetch_range(&mut self, id: &SegmentId, range: &Range<u64>, now: Duration) -> Asked {
+        let Some(known) = self.known.get(id) else {
+            return Asked::NotNow;
+        };
+        let (kind, size_bytes) = (known.reference.kind, known.reference.size_bytes);
+        let key = (*id, range.start);
+        let Ok(slice_bytes) = bao::slice_len(size_bytes, range) else {
+            return Asked::NotNow;
+        };
+        // An abandoned range has to come and be read over before it can be asked for again.
+        if known.stage != Stage::Queued || self.parts.contains_key(&key) {
+            return Asked::NotNow;
+        }
+        let asked = if self.parts_of(id).next().is_some() {
+            Asked::More
+        } else {
+            Asked::First
+        };
+        self.start_waiting(now);
+        self.in_flight += 1;
+        self.owed += 1;
+        self.bulk_bytes = self.bulk_bytes.saturating_add(range.end - range.start);
+        self.parts.insert(
+            key,
+            Part {
+                to: range.end,
+                kind,
+                slice_bytes,
+                stage: Stage::Requested,
+                is_abandoned: false,
+            },
+        );
+        self.push(Frame::Fetch(Fetch {
+            id: *id.as_bytes(),
+            range: Some(ByteRange {
+                from: range.start,
+                to: range.end,
+            }),
+        }));
+        asked
+    }
+
+    fn parts_of(&self, id: &SegmentId) -> impl Iterator<Item = u64> {
+        self.parts
+            .range((*id, 0)..=(*id, u64::MAX))
+            .map(|((_, from), _)| *from)
+    }
+
+    /// Takes a range out of the counts.
+    fn end_part(&mut self, id: &SegmentId, from: u64) -> Option<Part> {
+        let part = self.parts.remove(&(*id, from))?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.bulk_bytes = self.bulk_bytes.saturating_sub(part.to.saturating_sub(from));
+        if part.stage.is_owed() {
+            self.owed = self.owed.saturating_sub(1);
+        }
+        Some(part)
+    }
+
+    /// The ranges of a segment that nobody wants any more: what is here ends now, what is still to come
+    /// is read over.
+    fn abandon_parts(&mut self, id: &SegmentId) {
+        let parts: Vec<u64> = self.parts_of(id).collect();
+        for from in parts {
+            match self.parts.get_mut(&(*id, from)) {
+                Some(part) if part.stage.is_owed() => part.is_abandoned = true,
+                _ => {
+                    self.end_part(id, from);
+                }
+            }
         }
     }
 
@@ -863,6 +1016,84 @@ impl SessionMachine {
         Err(refused)
     }
 
+    /// The peer announces the slice for a range on the stream of this kind.
+    ///
+    /// # Errors
+    /// The range was not asked for, or is announced with another length. The stream ends; the fault
+    /// counts.
+    pub fn handle_slice(
+        &mut self,
+        kind: Kind,
+        id: &SegmentId,
+        range: &Range<u64>,
+        slice_bytes: u64,
+        now: Duration,
+    ) -> Result<TakeSlice, Refusal> {
+        self.last_progress = now;
+        let refusal = |message: String| Refusal {
+            code: "unexpected_slice",
+            message,
+            fault: Fault::Peer,
+        };
+        let Range { start, end } = *range;
+        match self.parts.get_mut(&(*id, start)) {
+            // INV-09, as for whole segments: bytes are taken only for a fetch.
+            Some(part) if part.stage == Stage::Requested => {
+                if (part.to, part.kind, part.slice_bytes) == (end, kind, slice_bytes) {
+                    part.stage = Stage::Receiving;
+                    return Ok(if part.is_abandoned {
+                        TakeSlice::Discard
+                    } else {
+                        TakeSlice::Write
+                    });
+                }
+                let refused = refusal(format!(
+                    "bytes {start} to {end} of segment {id} came in {slice_bytes} bytes on the {kind} stream, \
+                     asked for were {} in {}",
+                    part.to, part.slice_bytes
+                ));
+                self.end_part(id, start);
+                self.handle_failed(id, refused.clone(), now);
+                Err(refused)
+            }
+            _ => {
+                let refused = refusal(format!(
+                    "bytes {start} to {end} of segment {id} were not asked for"
+                ));
+                self.strike(&refused);
+                Err(refused)
+            }
+        }
+    }
+
+    /// All bytes of a slice are here. One that is read over ends with this.
+    pub fn handle_slice_received(&mut self, id: &SegmentId, from: u64) {
+        let Some(part) = self.parts.get_mut(&(*id, from)) else {
+            return;
+        };
+        if part.is_abandoned {
+            self.end_part(id, from);
+        } else if part.stage == Stage::Receiving {
+            part.stage = Stage::Admitting;
+            self.owed = self.owed.saturating_sub(1);
+        }
+    }
+
+    /// A range is not in flight any more: kept, refused, or its stream ended within it. In the last two
+    /// cases [`handle_failed`](Self::handle_failed) says what becomes of the segment. If there is more
+    /// to ask for, the segment has its turn again.
+    pub fn handle_slice_over(&mut self, id: &SegmentId, from: u64, now: Duration) {
+        self.end_part(id, from);
+        let deferred = self
+            .known
+            .get(id)
+            .is_some_and(|known| known.stage == Stage::Deferred);
+        if deferred {
+            self.set_stage(id, Stage::Queued);
+        }
+        self.ask_lists(now);
+    }
+
     /// Bytes of some segment arrived.
     pub fn handle_progress(&mut self, now: Duration) {
         self.last_progress = now;
@@ -883,6 +1114,7 @@ impl SessionMachine {
     /// [`handle_stored`](Self::handle_stored) like all others.
     pub fn handle_admitted(&mut self, id: &SegmentId, now: Duration) {
         self.forget(id);
+        self.abandon_parts(id);
         self.ask_lists(now);
     }
 
@@ -890,6 +1122,7 @@ impl SessionMachine {
     /// after [`refresh`](Self::refresh) when the fault was local.
     pub fn handle_failed(&mut self, id: &SegmentId, refusal: Refusal, now: Duration) {
         let Some(known) = self.forget(id) else { return };
+        self.abandon_parts(id);
         self.set_aside(*id, refusal.fault);
         self.strike(&refusal);
         self.event(SessionEvent::TransferFailed {
@@ -919,6 +1152,7 @@ impl SessionMachine {
     fn end(&mut self, close: SessionClose) {
         self.phase = Phase::Closed(close);
         self.known.clear();
+        self.parts.clear();
         self.queue.clear();
         self.to_serve.clear();
         self.serving.clear();
@@ -1534,36 +1768,50 @@ impl SessionMachine {
         if self.serving.len() >= 2 * usize::from(self.local.limits.max_in_flight.max(1)) {
             return self.close(CloseCode::Limit, "more fetches at once than were announced");
         }
+        let range = fetch.range.map(|ByteRange { from, to }| from..to);
         let refused = match view.reference(&id) {
             None => FetchRefusal::NotHeld,
             Some(held) if held.size_bytes > self.peer_limits.max_segment_bytes => {
                 FetchRefusal::TooLarge
             }
             Some(reference) => {
-                if !self.serving.insert(id) {
+                let aligned = range.as_ref().is_none_or(|range| {
+                    bao::aligned(reference.size_bytes, range).as_ref() == Ok(range)
+                });
+                if !aligned {
+                    return self.close(CloseCode::Protocol, "range of a segment that it has not");
+                }
+                let serve = Serve { reference, range };
+                if !self.serving.insert(serve.key()) {
                     return self.close(CloseCode::Protocol, "segment was asked for twice");
                 }
-                self.to_serve.push_back(Serve { reference });
+                self.to_serve.push_back(serve);
                 return;
             }
         };
         self.push(Frame::FetchRefused(FetchRefused {
             id: fetch.id,
+            from: fetch.range.map(|range| range.from),
             code: refused as u16,
         }));
     }
 
     fn on_fetch_refused(&mut self, refused: FetchRefused) {
         let id = SegmentId::from_bytes(refused.id);
-        let asked = self
-            .known
-            .get(&id)
-            .is_some_and(|known| known.stage == Stage::Requested);
+        let stage = match refused.from {
+            None => self.known.get(&id).map(|known| known.stage),
+            Some(from) => self.parts.get(&(id, from)).map(|part| part.stage),
+        };
+        let asked = stage == Some(Stage::Requested);
         let code = FetchRefusal::from_wire(refused.code);
         let (true, Some(code)) = (asked, code) else {
             return self.close(CloseCode::Protocol, "refusal of a fetch that was not made");
         };
+        if let Some(from) = refused.from {
+            self.end_part(&id, from);
+        }
         if let Some(known) = self.forget(&id) {
+            self.abandon_parts(&id);
             self.set_aside(id, Fault::Local);
             self.event(SessionEvent::FetchRefused {
                 reference: known.reference,

@@ -10,12 +10,13 @@
 //! Only then does a segment byte move (INV-09).
 //!
 //! Where to start: [`MeshHooks`] for what the node gives, `driver.rs` for the life of a session,
-//! `data.rs` for segments on their streams, `quic.rs` for how quinn is configured.
+//! `data.rs` for segments on their streams, `parts.rs` for big ones in ranges, `quic.rs` for how quinn is configured.
 
 use std::{
     collections::BTreeMap,
     io,
     net::SocketAddr,
+    ops::Range,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -26,7 +27,9 @@ use std::{
 
 use quinn::{Endpoint, TokioRuntime, VarInt};
 use tidelock_quota::{MonotonicClock, RateError};
-use tidelock_segments::{DomainId, Head, NodeId, Origin, SegmentId, SegmentRef, VerifiedSegment};
+use tidelock_segments::{
+    DomainId, Head, NodeId, Origin, Partial, PartialError, SegmentId, SegmentRef, VerifiedSegment,
+};
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::{
@@ -43,12 +46,14 @@ use crate::{
 mod data;
 mod driver;
 mod outlook;
+mod parts;
 mod quic;
 mod quotas;
 
 use driver::{Ended, SessionHandle};
 use outlook::Apart;
 pub use outlook::{Answer, SegmentStanding};
+use parts::Assemblies;
 pub use quic::QuicConfig;
 use quotas::Quotas;
 pub use quotas::{QuotaConfig, QuotaDebt};
@@ -102,6 +107,8 @@ pub trait MeshHooks: Send + Sync + 'static {
     fn reference(&self, id: &SegmentId) -> Option<SegmentRef>;
     /// The bytes of a segment that is held. They are sent as they are; the receiver verifies.
     fn read(&self, id: &SegmentId) -> Option<Vec<u8>>;
+    /// The slice for a range of a segment that is held ([`tidelock_segments::bao`]).
+    fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>>;
     /// Whether anything of this origin is taken from a peer. False for the node's own running log
     /// and for an origin that was found forked.
     fn wants_origin(&self, origin: &Origin) -> bool;
@@ -115,6 +122,22 @@ pub trait MeshHooks: Send + Sync + 'static {
     /// # Errors
     /// Why it was not taken, and whose fault that is.
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal>;
+    /// Begins to receive a segment in ranges, or goes on where an earlier contact ended. What is
+    /// claimed of it was told by a peer and proves itself later.
+    ///
+    /// # Errors
+    /// As [`tidelock_segments::Store::partial`].
+    fn partial(&self, reference: &SegmentRef) -> Result<Partial, PartialError>;
+    /// Stores a segment of which every range has arrived, judged as by [`admit`](Self::admit), with
+    /// [`Partial::finish_with`].
+    ///
+    /// # Errors
+    /// Why it was not taken, and whose fault that is.
+    fn admit_partial(
+        &self,
+        peer: &NodeId,
+        partial: &Partial,
+    ) -> Result<(SegmentRef, Admitted), Refusal>;
     /// A custody receipt for a segment that is held for its origin.
     fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>>;
     /// Own segments for which a receipt of this peer is still of use.
@@ -484,6 +507,7 @@ struct Shared {
     quotas: Quotas,
     registry: Mutex<Registry<VerifiedPeer, SessionHandle>>,
     claims: Mutex<Claims>,
+    assemblies: Assemblies,
     dialer: Mutex<Dialer>,
     dial_wake: Notify,
     jitter: Mutex<u64>,
@@ -595,6 +619,12 @@ impl Shared {
         }
     }
 
+    fn released_to_all(&self, ids: &[SegmentId]) {
+        for (_, entry) in lock(&self.registry).iter() {
+            entry.handle.mailbox.released(ids);
+        }
+    }
+
     fn close(&self, session: SessionId, code: CloseCode, reason: &str) {
         if let Some(entry) = lock(&self.registry).get(session) {
             entry.handle.close(code, reason);
@@ -676,7 +706,7 @@ impl Shared {
 
     /// The end of a session, in the registry, the claims and the dialler.
     fn session_over(
-        &self,
+        self: &Arc<Self>,
         session: SessionId,
         peer: &NodeId,
         address: SocketAddr,
@@ -691,6 +721,9 @@ impl Shared {
         let connected = registry.established(peer).is_some();
         drop(registry);
         let released = lock(&self.claims).release_session(session);
+        for id in self.assemblies.of(session) {
+            self.leave_assembly(session, &id);
+        }
         self.released(session, &released);
         let now = self.now();
         let jitter = self.jitter();
@@ -772,6 +805,7 @@ impl Mesh {
         let (events, taken) = std_mpsc::sync_channel(EVENTS);
         let shared = Arc::new(Shared {
             claims: Mutex::new(Claims::new(config.receive_memory_bytes)),
+            assemblies: Assemblies::default(),
             config,
             tls,
             hooks: Arc::clone(&hooks),
@@ -969,6 +1003,11 @@ async fn keep_house(shared: Arc<Shared>) {
         }
         // notAfter and nextUpdate pass by themselves.
         shared.close_revoked();
+        // Ranges that a peer sits on are asked of others that hold the segment.
+        let overdue = lock(&shared.claims).overdue(shared.now());
+        if !overdue.is_empty() {
+            shared.released_to_all(&overdue.into_iter().collect::<Vec<_>>());
+        }
         let papers = Arc::clone(&shared);
         // A path is verified here, with signatures: not on a network thread.
         let _ = tokio::task::spawn_blocking(move || papers.check_own_papers()).await;

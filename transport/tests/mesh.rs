@@ -13,6 +13,7 @@
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, UdpSocket},
+    ops::Range,
     path::Path,
     sync::{
         Arc, Mutex, OnceLock,
@@ -29,9 +30,9 @@ use rcgen::{
 };
 use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
-    AuditLog, Charge, CustodyReceipt, DomainId, Head, Kind, LogConfig, NodeId, Origin, PutOutcome,
-    RecordClass, Root, RootOptions, SealOptions, SegmentHeader, SegmentId, SegmentRef, Store,
-    VerifiedSegment, seal_unsigned, testing::SimDisk, verify_segment,
+    AuditLog, Charge, CustodyReceipt, DomainId, Head, Kind, LogConfig, NodeId, Origin, Partial,
+    PartialError, PutOutcome, RecordClass, Root, RootOptions, SealOptions, SegmentHeader,
+    SegmentId, SegmentRef, Store, VerifiedSegment, seal_unsigned, testing::SimDisk, verify_segment,
 };
 use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
@@ -136,6 +137,7 @@ struct Node {
     id: NodeId,
     serial: u64,
     tls: Arc<MeshTls>,
+    root: Arc<Root>,
     store: Arc<Store>,
     log: Arc<AuditLog>,
     events: Mutex<Vec<MeshEvent>>,
@@ -145,11 +147,22 @@ struct Node {
     lies: AtomicBool,
     /// Held by a test that wants the node to be slow in taking a segment.
     slow: Mutex<()>,
+    /// Ranges that were read for peers.
+    ranges_out: Mutex<Vec<(SegmentId, Range<u64>)>>,
+    /// Ranges that are read for peers before they have to wait for more to be allowed, and those that
+    /// wait.
+    ranges_allowed: AtomicU64,
+    ranges_waiting: AtomicU64,
     mesh: OnceLock<MeshHandle>,
 }
 
 impl Node {
     fn new(ca: &Ca, name: &str) -> Arc<Self> {
+        Self::on(ca, name, &SimDisk::new())
+    }
+
+    /// A node on a disk that may hold an earlier life of it.
+    fn on(ca: &Ca, name: &str, disk: &SimDisk) -> Arc<Self> {
         let id = node_id(name);
         let (credentials, serial) = ca.issue(name);
         let revocation = Arc::new(Revocation::new(RevocationState::new(
@@ -173,7 +186,7 @@ impl Node {
             ceiling_bytes: 1 << 30,
             reserve_bytes: 64 << 20,
         };
-        let root = Root::open(SimDisk::new().disk(), Path::new("/sim/root"), options).unwrap();
+        let root = Root::open(disk.disk(), Path::new("/sim/root"), options).unwrap();
         let store = Store::open(Arc::clone(&root), domain()).unwrap();
         let config = LogConfig {
             domain: domain(),
@@ -187,14 +200,18 @@ impl Node {
             clock: Arc::new(|| NOW_UNIX_MS),
             seal: SealOptions::default(),
         };
-        let (log, _) = AuditLog::open(root, Arc::clone(&store), config, &|key, incarnation| {
-            endorse(&credentials, &id, key, incarnation).map_err(Into::into)
-        })
+        let (log, _) = AuditLog::open(
+            Arc::clone(&root),
+            Arc::clone(&store),
+            config,
+            &|key, incarnation| endorse(&credentials, &id, key, incarnation).map_err(Into::into),
+        )
         .unwrap();
         Arc::new(Self {
             id: node_id(name),
             serial,
             tls: Arc::new(tls),
+            root,
             store,
             log,
             events: Mutex::default(),
@@ -202,6 +219,9 @@ impl Node {
             duplicates: AtomicU64::new(0),
             lies: AtomicBool::new(false),
             slow: Mutex::new(()),
+            ranges_out: Mutex::default(),
+            ranges_allowed: AtomicU64::new(u64::MAX),
+            ranges_waiting: AtomicU64::new(0),
             mesh: OnceLock::new(),
         })
     }
@@ -230,6 +250,54 @@ impl Node {
             mesh.notify_stored(&sealed);
         }
         sealed
+    }
+
+    /// Seals a segment of so many records of 60,000 bytes that do not compress.
+    fn seal_big(&self, records: u64) -> SegmentRef {
+        for at in 0..records {
+            let mut bytes = vec![0; 60_000];
+            blake3::Hasher::new()
+                .update(self.id.as_str().as_bytes())
+                .update(&at.to_le_bytes())
+                .finalize_xof()
+                .fill(&mut bytes);
+            self.log
+                .append_wait(RecordClass::Decision, bytes, PATIENCE)
+                .unwrap();
+        }
+        let sealed = self.log.seal_now().unwrap().unwrap();
+        if let Some(mesh) = self.mesh.get() {
+            mesh.notify_stored(&sealed);
+        }
+        sealed
+    }
+
+    /// Bytes of ranges of this segment that were sent to peers.
+    fn range_bytes_out(&self, id: &SegmentId) -> u64 {
+        let ranges = self.ranges_out.lock().unwrap();
+        let of_it = ranges.iter().filter(|(of, _)| of == id);
+        of_it.map(|(_, range)| range.end - range.start).sum()
+    }
+
+    /// Bytes of a segment that have arrived in its partial.
+    fn received_bytes(&self, id: &SegmentId) -> u64 {
+        let partials = self.store.partials();
+        let of_it = partials
+            .iter()
+            .filter(|partial| partial.reference.id == *id);
+        of_it.map(|partial| partial.received_bytes).sum()
+    }
+
+    /// INV-04: what the ledger says is what the disk holds. The log prepares files beside.
+    async fn ledger_is_exact(&self) {
+        until("the ledger is exact", || {
+            let before = self.root.ledger().usage();
+            let measured = self.root.measure().unwrap();
+            before == self.root.ledger().usage()
+                && before.allocated_bytes == measured
+                && before.overrun_bytes == 0
+        })
+        .await;
     }
 
     fn import(&self, bytes: Vec<u8>) -> SegmentRef {
@@ -279,7 +347,7 @@ impl Node {
 }
 
 fn limits_of_log() -> u64 {
-    tidelock_segments::limits::MIN_LOG_FILE_BYTES * 8
+    tidelock_segments::limits::MIN_LOG_FILE_BYTES * 64
 }
 
 struct Hooks(Arc<Node>);
@@ -303,6 +371,49 @@ impl MeshHooks for Hooks {
             bytes[40] ^= 1;
         }
         Some(bytes)
+    }
+
+    fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {
+        let node = &self.0;
+        let at = node.ranges_out.lock().unwrap().len() as u64;
+        let started = Instant::now();
+        node.ranges_waiting.fetch_add(1, Ordering::SeqCst);
+        while node.ranges_allowed.load(Ordering::SeqCst) <= at && started.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        node.ranges_waiting.fetch_sub(1, Ordering::SeqCst);
+        let mut slice = node.store.read_range_encoded(id, range).ok()?;
+        if node.lies.load(Ordering::Relaxed) {
+            *slice.last_mut().unwrap() ^= 1;
+        }
+        node.ranges_out.lock().unwrap().push((*id, range.clone()));
+        Some(slice)
+    }
+
+    fn partial(&self, reference: &SegmentRef) -> Result<Partial, PartialError> {
+        self.0.store.partial(reference, Charge::Custody)
+    }
+
+    fn admit_partial(
+        &self,
+        _peer: &NodeId,
+        partial: &Partial,
+    ) -> Result<(SegmentRef, Admitted), Refusal> {
+        let node = &self.0;
+        let reference = partial.reference().clone();
+        *node
+            .admissions
+            .lock()
+            .unwrap()
+            .entry(reference.id)
+            .or_default() += 1;
+        match partial.finish()? {
+            (_, PutOutcome::Stored) => Ok((reference, Admitted::Stored)),
+            (_, PutOutcome::AlreadyHeld) => {
+                node.duplicates.fetch_add(1, Ordering::Relaxed);
+                Ok((reference, Admitted::AlreadyHeld))
+            }
+        }
     }
 
     fn wants_origin(&self, origin: &Origin) -> bool {
@@ -973,6 +1084,7 @@ async fn inv_09_no_segment_byte_moves_before_hello_and_hello_ack_on_both_sides()
     let peer = Node::new(&ca, "p");
     let fetch = Frame::Fetch(Fetch {
         id: *secret.id.as_bytes(),
+        range: None,
     });
 
     // Asked for without a Hello, and with a Hello but without the acknowledgement.
@@ -1168,4 +1280,220 @@ async fn a_peer_that_goes_dark_is_met_again_when_it_returns() {
     })
     .await;
     a.mesh().shutdown(PATIENCE).await;
+}
+
+// ---- Big segments in ranges ----
+
+/// What a map of a partial may not have told yet.
+const MAP_BYTES: u64 = tidelock_segments::limits::MAP_INTERVAL_BYTES;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_12_after_a_kill_at_half_of_a_big_segment_only_the_rest_is_sent() {
+    let ca = Ca::new();
+    let disk = SimDisk::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::on(&ca, "b", &disk));
+    let (to_a, to_b) = (address(1), address(2));
+    let sealed = a.seal_big(120);
+    let half = sealed.size_bytes / limits::RANGE_BYTES / 2;
+    a.ranges_allowed.store(half, Ordering::SeqCst);
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    until("half of it is there", || {
+        b.received_bytes(&sealed.id) >= (half - 1) * limits::RANGE_BYTES
+    })
+    .await;
+    assert!(b.held().is_empty(), "nothing unfinished is visible");
+    b.ledger_is_exact().await;
+
+    // The process dies: what was written is there, what the map does not claim is not believed.
+    let image = disk.fork();
+    let before = a.range_bytes_out(&sealed.id);
+    b.mesh().shutdown(PATIENCE).await;
+    let b = Node::on(&ca, "b", &image);
+    let kept = b.received_bytes(&sealed.id);
+    assert!(
+        kept + 2 * MAP_BYTES > before,
+        "{kept} of {before} bytes are kept"
+    );
+    a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    // Elsewhere: the dead process still holds its port here.
+    b.start(config(address(2), &[("a", to_a)]));
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    let sent = a.range_bytes_out(&sealed.id);
+    let again = sent - sealed.size_bytes;
+    println!(
+        "{} bytes, {before} sent at the kill, {kept} kept, {again} sent again",
+        sealed.size_bytes
+    );
+    // One map interval, and what was on the way.
+    assert!(again <= MAP_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64) * limits::RANGE_BYTES);
+    assert_eq!(b.store.partials(), Vec::new());
+    b.store.get(&sealed.id).unwrap();
+    b.ledger_is_exact().await;
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_link_costs_only_what_was_on_the_way() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    let sealed = a.seal_big(60);
+    let half = sealed.size_bytes / limits::RANGE_BYTES / 2;
+    a.ranges_allowed.store(half, Ordering::SeqCst);
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    let arrived = half * limits::RANGE_BYTES;
+    until("half of it is there", || {
+        b.received_bytes(&sealed.id) + limits::RANGE_BYTES > arrived
+            && a.ranges_waiting.load(Ordering::SeqCst) > 0
+    })
+    .await;
+    b.mesh().set_enabled(false, "OPERATOR: the link is down");
+    until("the session is over", || !a.is_connected("b")).await;
+    until("the partial is closed", || {
+        b.store.partials().iter().all(|partial| !partial.in_use)
+    })
+    .await;
+    let kept = b.received_bytes(&sealed.id);
+    a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    b.mesh().set_enabled(true, "");
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    let again = a.range_bytes_out(&sealed.id) - sealed.size_bytes;
+    println!("{kept} bytes were kept, {again} sent again");
+    // The range whose read was waiting when the link went down, and one that was on its way.
+    assert!(again <= 2 * limits::RANGE_BYTES, "{again}");
+    b.ledger_is_exact().await;
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+/// Two nodes that hold one big segment, and a third that has just met both and waits for both.
+async fn two_sources(ca: &Ca) -> ([Arc<Node>; 3], SegmentRef) {
+    let names = ["a", "b", "c"];
+    let addresses = [address(1), address(2), address(3)];
+    let nodes = names.map(|name| Node::new(ca, name));
+    let [a, b, c] = &nodes;
+    let sealed = a.seal_big(100);
+    a.start(config(addresses[0], &[]));
+    c.start(config(addresses[2], &[("a", addresses[0])]));
+    until("c has it too", || c.store.contains(&sealed.id)).await;
+    a.ranges_out.lock().unwrap().clear();
+    for source in [a, c] {
+        source.ranges_allowed.store(0, Ordering::SeqCst);
+    }
+    b.start(config(
+        addresses[1],
+        &[("a", addresses[0]), ("c", addresses[2])],
+    ));
+    until("both are asked", || {
+        [a, c]
+            .iter()
+            .all(|source| source.ranges_waiting.load(Ordering::SeqCst) > 0)
+    })
+    .await;
+    (nodes, sealed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_peers_that_hold_a_big_segment_share_the_work() {
+    let ca = Ca::new();
+    let (nodes, sealed) = two_sources(&ca).await;
+    let [a, b, c] = &nodes;
+    for source in [a, c] {
+        source.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    }
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    let shares = [a, c].map(|source| source.range_bytes_out(&sealed.id));
+    println!("shares of {} bytes: {shares:?}", sealed.size_bytes);
+    let least = limits::RANGE_BYTES;
+    assert!(shares.iter().all(|share| *share >= least), "{shares:?}");
+    assert_eq!(shares.iter().sum::<u64>(), sealed.size_bytes, "none twice");
+    assert_eq!(b.admissions.lock().unwrap()[&sealed.id], 1);
+    b.ledger_is_exact().await;
+    for node in &nodes {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_one_of_two_sources_lies_and_the_segment_arrives_from_the_other() {
+    let ca = Ca::new();
+    let (nodes, sealed) = two_sources(&ca).await;
+    let [a, b, c] = &nodes;
+    c.lies.store(true, Ordering::SeqCst);
+    c.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    until("c is struck", || b.status("c").faults == 1).await;
+    assert!(b.saw(|event| {
+        matches!(event, MeshEvent::TransferFailed { peer, refusal, .. }
+            if *peer == c.id && refusal.code == "slice" && refusal.fault == Fault::Peer)
+    }));
+    assert!(!b.store.contains(&sealed.id));
+    a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    // Its lies were read over, and it lied in whole slices but for their last group, which was
+    // asked of a again.
+    assert_eq!(b.status("c").faults, 1, "one segment, one strike");
+    assert!(b.is_connected("c") && b.status("a").faults == 0);
+    b.store.get(&sealed.id).unwrap();
+    b.ledger_is_exact().await;
+    for node in &nodes {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_big_segment_without_room_is_offered_again_when_there_is_room() {
+    let ca = Ca::new();
+    let disk = SimDisk::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::on(&ca, "b", &disk));
+    let (to_a, to_b) = (address(1), address(2));
+    let sealed = a.seal_big(60);
+    // No room from the start: nothing is asked for.
+    let room = b.root.ledger().room(Charge::Custody);
+    let taken = b.root.ledger().reserve(room - (1 << 20), Charge::Custody);
+    let taken = taken.unwrap();
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    let refused = |times: usize| {
+        let events = b.events.lock().unwrap();
+        let of_room = events.iter().filter(|event| {
+            matches!(event, MeshEvent::TransferFailed { refusal, .. }
+                if refusal.code == "store" && refusal.fault == Fault::Local)
+        });
+        of_room.count() == times
+    };
+    until("it is refused for want of room", || refused(1)).await;
+    assert_eq!(a.range_bytes_out(&sealed.id), 0);
+    assert_eq!(b.store.partials(), Vec::new());
+
+    // Others fill the disk while it is on its way.
+    let half = sealed.size_bytes / limits::RANGE_BYTES / 2;
+    a.ranges_allowed.store(half, Ordering::SeqCst);
+    drop(taken);
+    b.mesh().refresh();
+    until("half of it is there", || {
+        b.received_bytes(&sealed.id) + limits::RANGE_BYTES > half * limits::RANGE_BYTES
+    })
+    .await;
+    disk.set_capacity(disk.allocated());
+    a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    until("the disk is full", || refused(2)).await;
+    assert!(
+        b.is_connected("a") && b.status("a").faults == 0,
+        "nobody's fault"
+    );
+    disk.set_capacity(u64::MAX);
+    b.mesh().refresh();
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    let again = a.range_bytes_out(&sealed.id) - sealed.size_bytes;
+    println!("{again} bytes were sent again after the disk had been full");
+    assert!(again <= MAP_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64 + 1) * limits::RANGE_BYTES);
+    b.ledger_is_exact().await;
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
 }

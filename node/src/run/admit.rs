@@ -8,8 +8,8 @@ use std::{fs, sync::PoisonError};
 use serde_json::{Value, json};
 use tidelock_policy::{Activation, ActivationKind, BundleError, Package, VerifiedBundle};
 use tidelock_segments::{
-    Charge, CustodyReceipt, Endorsement, Kind, NodeId, Origin, PutOutcome, SegmentRef, StoreError,
-    VerifiedSegment, parse_body, verify_segment,
+    Charge, CustodyReceipt, Endorsement, Kind, NodeId, Origin, Partial, PartialError, PutOutcome,
+    SegmentRef, StoreError, VerifiedSegment, parse_body, verify_segment,
 };
 use tidelock_transport::{
     endorse::verify_endorsement,
@@ -50,6 +50,18 @@ impl Denied {
             bringer: false,
             ..Self::bringer(code, message)
         }
+    }
+}
+
+/// Why a segment in ranges was not let in.
+enum PartialDenied {
+    Denied(Denied),
+    Partial(PartialError),
+}
+
+impl From<PartialError> for PartialDenied {
+    fn from(error: PartialError) -> Self {
+        Self::Partial(error)
     }
 }
 
@@ -556,20 +568,58 @@ impl Node {
         Ok(())
     }
 
-    fn admit_audit(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
-        let origin = &segment.header().origin;
+    /// All that an audit segment must pass before it is stored.
+    fn judge_audit(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         self.check_audit(segment)?;
-        self.check_lineage(segment)?;
+        self.check_lineage(segment)
+    }
+
+    fn audit_not_stored(&self, origin: &Origin, error: &StoreError) -> Denied {
+        match error {
+            StoreError::Fork { .. } => {
+                self.note_fork(origin, &error.to_string());
+                Denied::local("AUDIT_FORK", error)
+            }
+            StoreError::Ceiling(_) => Denied::local("CUSTODY_FULL", error),
+            _ => Denied::local("STORE", error),
+        }
+    }
+
+    fn admit_audit(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+        self.judge_audit(segment)?;
         self.store
             .put(segment, Charge::Custody)
-            .map_err(|error| match &error {
-                StoreError::Fork { .. } => {
-                    self.note_fork(origin, &error.to_string());
-                    Denied::local("AUDIT_FORK", &error)
-                }
-                StoreError::Ceiling(_) => Denied::local("CUSTODY_FULL", &error),
-                _ => Denied::local("STORE", &error),
+            .map_err(|error| self.audit_not_stored(&segment.header().origin, &error))
+    }
+
+    /// Lets a segment in that a peer, or several, sent in ranges: audit only, all else comes whole.
+    pub(super) fn admit_partial(
+        &self,
+        peer: &NodeId,
+        partial: &Partial,
+    ) -> Result<PutOutcome, Denied> {
+        let reference = partial.reference();
+        let admitted = partial
+            .finish_with(|segment| match segment.header().kind {
+                Kind::Audit => self.judge_audit(segment).map_err(PartialDenied::Denied),
+                _ => Err(PartialDenied::Denied(Denied::local(
+                    "KIND_NOT_IN_RANGES",
+                    "only audit is taken in ranges",
+                ))),
             })
+            .map(|(_, outcome)| outcome)
+            .map_err(|denied| match denied {
+                PartialDenied::Denied(denied) => denied,
+                PartialDenied::Partial(PartialError::Store(error)) => {
+                    self.audit_not_stored(&reference.origin, &error)
+                }
+                PartialDenied::Partial(
+                    error @ (PartialError::Format(_) | PartialError::Claim { .. }),
+                ) => Denied::bringer("SEGMENT_FORMAT", error),
+                PartialDenied::Partial(error) => Denied::local("STORE", error),
+            });
+        self.note_admitted(peer, reference, &admitted);
+        admitted
     }
 
     /// What [`Node::admit`] would answer now. Takes nothing, and notes nothing.
@@ -614,6 +664,16 @@ impl Node {
             Kind::Audit => self.admit_audit(segment),
             Kind::Witness => Err(Self::no_witness()),
         };
+        self.note_admitted(peer, &reference, &admitted);
+        admitted
+    }
+
+    fn note_admitted(
+        &self,
+        peer: &NodeId,
+        reference: &SegmentRef,
+        admitted: &Result<PutOutcome, Denied>,
+    ) {
         let fields = |extra: Value| {
             let mut fields = json!({
                 "segment": reference.id, "kind": reference.kind, "origin": reference.origin,
@@ -624,7 +684,7 @@ impl Node {
             }
             fields
         };
-        match &admitted {
+        match admitted {
             Ok(PutOutcome::Stored) => {
                 self.journal
                     .note(self.clock.unix_ms(), "segment_stored", fields(json!({})));
@@ -639,6 +699,5 @@ impl Node {
                 fields(json!({"code": denied.code, "message": denied.message})),
             ),
         }
-        admitted
     }
 }

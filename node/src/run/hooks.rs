@@ -1,6 +1,7 @@
 //! What the mesh asks of the node, and what it tells it.
 
 use std::{
+    ops::Range,
     sync::{Arc, PoisonError},
     time::Duration,
 };
@@ -9,8 +10,8 @@ use serde_json::{Value, json};
 use tidelock_policy::Posture;
 use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
-    CustodyReceipt, Endorsement, Head, Kind, LogError, NodeId, Origin, PutOutcome, SegmentId,
-    SegmentRef, StoreError, VerifiedSegment,
+    Charge, CustodyReceipt, Endorsement, Head, Kind, LogError, NodeId, Origin, Partial,
+    PartialError, PutOutcome, SegmentId, SegmentRef, StoreError, VerifiedSegment,
 };
 use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
@@ -89,6 +90,35 @@ impl MeshHooks for Hooks {
         match self.0.admit(peer, &segment)? {
             PutOutcome::Stored => Ok(Admitted::Stored),
             PutOutcome::AlreadyHeld => Ok(Admitted::AlreadyHeld),
+        }
+    }
+
+    fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {
+        match self.0.store.read_range_encoded(id, range) {
+            Ok(slice) => Some(slice),
+            Err(error) => {
+                self.0.event(
+                    "segment_unreadable",
+                    json!({"segment": id, "why": error.to_string()}),
+                );
+                None
+            }
+        }
+    }
+
+    fn partial(&self, reference: &SegmentRef) -> Result<Partial, PartialError> {
+        self.0.store.partial(reference, Charge::Custody)
+    }
+
+    fn admit_partial(
+        &self,
+        peer: &NodeId,
+        partial: &Partial,
+    ) -> Result<(SegmentRef, Admitted), Refusal> {
+        let reference = partial.reference().clone();
+        match self.0.admit_partial(peer, partial)? {
+            PutOutcome::Stored => Ok((reference, Admitted::Stored)),
+            PutOutcome::AlreadyHeld => Ok((reference, Admitted::AlreadyHeld)),
         }
     }
 
@@ -181,7 +211,13 @@ impl Node {
             }),
             Kind::Audit => {
                 let usage = self.root.ledger().usage();
+                // The room of one that is half here is taken already.
                 usage.custody_bytes.saturating_add(reference.size_bytes) <= usage.custody_max_bytes
+                    || self
+                        .store
+                        .partials()
+                        .iter()
+                        .any(|partial| partial.reference.id == reference.id)
             }
             Kind::Witness => false,
         }

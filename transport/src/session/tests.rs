@@ -64,6 +64,8 @@ struct Store {
     duplicates: u32,
     receipts: BTreeMap<SegmentId, BTreeSet<String>>,
     no_room_above: Option<u64>,
+    /// What has arrived of segments in ranges, by group; outlives sessions and restarts.
+    partials: BTreeMap<SegmentId, (Content, Vec<bool>)>,
 }
 
 impl Store {
@@ -91,6 +93,47 @@ impl Store {
         };
         self.put(&reference, &content);
         reference
+    }
+
+    fn missing(&mut self, reference: &SegmentRef) -> Vec<Range<u64>> {
+        let size = reference.size_bytes;
+        let groups = usize::try_from(size.div_ceil(bao::GROUP_BYTES)).unwrap();
+        let length = usize::try_from(size).unwrap();
+        let (_, have) = self
+            .partials
+            .entry(reference.id)
+            .or_insert_with(|| (vec![0; length], vec![false; groups]));
+        let mut missing: Vec<Range<u64>> = Vec::new();
+        for at in (0..groups).filter(|at| !have[*at]) {
+            let start = at as u64 * bao::GROUP_BYTES;
+            let end = (start + bao::GROUP_BYTES).min(size);
+            match missing.last_mut() {
+                Some(last) if last.end == start => last.end = end,
+                _ => missing.push(start..end),
+            }
+        }
+        missing
+    }
+
+    /// Verifies and keeps a slice. Gives the whole content once it is all here.
+    fn accept(
+        &mut self,
+        reference: &SegmentRef,
+        range: &Range<u64>,
+        slice: &[u8],
+    ) -> Result<Option<Content>, bao::BaoError> {
+        self.missing(reference);
+        let (content, have) = self.partials.get_mut(&reference.id).unwrap();
+        bao::decode_range(&reference.id, reference.size_bytes, range, slice, |item| {
+            if let bao::Item::Group { offset, bytes } = item {
+                let at = usize::try_from(offset).unwrap();
+                content[at..at + bytes.len()].copy_from_slice(bytes);
+                have[usize::try_from(offset / bao::GROUP_BYTES).unwrap()] = true;
+            }
+            Ok::<(), bao::BaoError>(())
+        })?;
+        let whole = !have.contains(&false);
+        Ok(whole.then(|| self.partials.remove(&reference.id).unwrap().0))
     }
 
     fn ids(&self) -> BTreeSet<SegmentId> {
@@ -195,7 +238,7 @@ fn local(name: &str) -> LocalHello {
         node_id: node_id(name),
         limits: PeerLimits {
             kinds: KindSet::ALL,
-            max_segment_bytes: 1_000_000,
+            max_segment_bytes: 4_000_000,
             custody_free_bytes: 0,
             max_in_flight: 8,
         },
@@ -217,6 +260,7 @@ struct Side {
 enum Message {
     Control(Vec<u8>),
     Segment(SegmentRef, Content),
+    Slice(SegmentRef, Range<u64>, Content),
 }
 
 struct Link {
@@ -243,6 +287,10 @@ struct World {
     trace: Vec<String>,
     /// Fetches: link, asking node, segment.
     fetches: Vec<(usize, SegmentRef)>,
+    /// Slices that were sent: by whom, and how many bytes of the segment.
+    slices: Vec<(usize, Range<u64>)>,
+    /// Never answers a fetch.
+    mute: Option<usize>,
     /// Spoils the content of every segment that this node sends.
     liar: Option<usize>,
     events: Vec<(usize, SessionEvent)>,
@@ -270,6 +318,8 @@ impl World {
             sent: 0,
             trace: Vec::new(),
             fetches: Vec::new(),
+            slices: Vec::new(),
+            mute: None,
             liar: None,
             events: Vec::new(),
         }
@@ -386,7 +436,12 @@ impl World {
                         store: &self.nodes[node].store,
                         peer: &peer,
                     };
-                    link.sides[at].machine.handle_stored(reference, now, &view);
+                    let side = &mut link.sides[at];
+                    side.machine.handle_stored(reference, now, &view);
+                    if !side.machine.is_wanted(&reference.id) {
+                        let claims = &self.nodes[node].claims;
+                        claims.borrow_mut().release(side.session, &reference.id);
+                    }
                 }
             }
         }
@@ -477,6 +532,47 @@ impl World {
                         .borrow_mut()
                         .release(side.session, &id);
                 }
+                Message::Slice(reference, range, slice) => {
+                    let (id, kind) = (reference.id, reference.kind);
+                    let length = slice.len() as u64;
+                    let claims = &self.nodes[node].claims;
+                    let take = side.machine.handle_slice(kind, &id, &range, length, now);
+                    side.machine.handle_slice_received(&id, range.start);
+                    let taken = match take {
+                        Ok(TakeSlice::Write) => {
+                            node_store.borrow_mut().accept(&reference, &range, &slice)
+                        }
+                        Ok(TakeSlice::Discard) => continue,
+                        Err(_) => {
+                            claims.borrow_mut().release(side.session, &id);
+                            released.push(id);
+                            continue;
+                        }
+                    };
+                    claims
+                        .borrow_mut()
+                        .release_range(side.session, &id, range.start);
+                    side.machine.handle_slice_over(&id, range.start, now);
+                    match taken {
+                        Ok(None) => {}
+                        Ok(Some(content)) => {
+                            node_store.borrow_mut().put(&reference, &content);
+                            side.machine.handle_admitted(&id, now);
+                            claims.borrow_mut().release(side.session, &id);
+                            stored.push(reference);
+                        }
+                        Err(error) => {
+                            let refusal = Refusal {
+                                code: "slice",
+                                message: error.to_string(),
+                                fault: Fault::Peer,
+                            };
+                            side.machine.handle_failed(&id, refusal, now);
+                            claims.borrow_mut().release(side.session, &id);
+                            released.push(id);
+                        }
+                    }
+                }
             }
         }
 
@@ -488,11 +584,23 @@ impl World {
         // Wants.
         while let Some(reference) = side.machine.poll_want(now).cloned() {
             moved = true;
-            match self.nodes[node]
-                .claims
-                .borrow_mut()
-                .claim(side.session, &reference)
-            {
+            let mut claims = self.nodes[node].claims.borrow_mut();
+            if is_ranged(&reference) {
+                let missing = node_store.borrow_mut().missing(&reference);
+                match claims.lease(side.session, &reference, &missing, now) {
+                    Ok(range) => {
+                        let asked = side.machine.fetch_range(&reference.id, &range, now);
+                        if asked == Asked::NotNow {
+                            claims.release_range(side.session, &reference.id, range.start);
+                            side.machine.hold_until(reference.kind, now + MS);
+                        }
+                    }
+                    Err(Busy::Elsewhere) => side.machine.defer(&reference.id),
+                    Err(Busy::NoRoom) => side.machine.hold_until(reference.kind, now + MS),
+                }
+                continue;
+            }
+            match claims.claim(side.session, &reference) {
                 Ok(()) => {
                     side.machine.fetch(&reference.id, now);
                     self.fetches.push((node, reference));
@@ -505,8 +613,18 @@ impl World {
         while let Some(serve) = side.machine.poll_serve() {
             moved = true;
             assert!(side.machine.is_established(), "INV-09");
+            if self.mute == Some(node) {
+                continue;
+            }
             let id = serve.reference.id;
+            let key = serve.key();
             let mut content = node_store.borrow().by_id[&id].1.clone();
+            if let Some(range) = &serve.range {
+                let outboard = bao::Outboard::of(&content).unwrap();
+                let read = |offset, buffer: &mut [u8]| bao::copy_from(&content, offset, buffer);
+                content = bao::encode_range::<bao::BaoError>(&outboard, range, read).unwrap();
+                self.slices.push((node, range.clone()));
+            }
             if self.liar == Some(node) {
                 content[0] ^= 1;
             }
@@ -517,9 +635,12 @@ impl World {
             self.sent += 1;
             link.wires[1 - at].insert(
                 (arrival, self.sent),
-                Message::Segment(serve.reference, content),
+                match serve.range {
+                    None => Message::Segment(serve.reference, content),
+                    Some(range) => Message::Slice(serve.reference, range, content),
+                },
             );
-            side.machine.handle_served(&id);
+            side.machine.handle_served(&key);
         }
         while let Some(frame) = side.machine.poll_frame() {
             moved = true;
@@ -1123,7 +1244,7 @@ fn a_fork_of_an_audit_log_is_seen_and_a_second_signature_on_a_policy_is_none() {
 #[test]
 fn a_want_waits_for_the_other_session_and_is_taken_over_when_that_one_dies() {
     let mut world = World::new(&["a", "b", "c"]);
-    let big = world.store(0).make(&audit_origin("x"), 0, "", 900_000);
+    let big = world.store(0).make(&audit_origin("x"), 0, "", 200_000);
     let (reference, content) = world.store(0).by_id[&big.id].clone();
     world.store(1).put(&reference, &content);
     world.connect(0, 2);
@@ -1210,7 +1331,7 @@ fn hello(change: impl FnOnce(&mut Hello)) -> Frame {
         node_id: "b".into(),
         limits: WireLimits {
             kinds: 0b1_1110,
-            max_segment_bytes: 1_000_000,
+            max_segment_bytes: 4_000_000,
             custody_free_bytes: 0,
             max_in_flight: 8,
         },
@@ -1258,7 +1379,10 @@ fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
         .unwrap();
     let early: Vec<Frame> = vec![
         heads(vec![new_head(0, &crl_origin(), &[(1, 1)])]),
-        Frame::Fetch(Fetch { id: *id.as_bytes() }),
+        Frame::Fetch(Fetch {
+            id: *id.as_bytes(),
+            range: None,
+        }),
         Frame::ListRefs(ListRefs {
             origin: 0,
             from: 0,
@@ -1295,7 +1419,10 @@ fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
     assert_eq!(bench.machine.poll_want(MS), None);
     // The control: after it the same fetch is served.
     let mut bench = Bench::established();
-    bench.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    bench.give(Frame::Fetch(Fetch {
+        id: *id.as_bytes(),
+        range: None,
+    }));
     assert_eq!(
         bench.machine.poll_serve().map(|serve| serve.reference.id),
         Some(id)
@@ -1306,7 +1433,7 @@ fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
 #[test]
 fn each_wrong_hello_has_its_code() {
     let cases: Vec<(Frame, CloseCode)> = vec![
-        (hello(|hello| hello.version = 2), CloseCode::Version),
+        (hello(|hello| hello.version = 3), CloseCode::Version),
         (
             hello(|hello| hello.domain = "other".into()),
             CloseCode::Domain,
@@ -1367,6 +1494,12 @@ fn each_answer_that_was_not_asked_for_ends_the_session() {
         }),
         Frame::FetchRefused(FetchRefused {
             id: [1; 32],
+            from: None,
+            code: 1,
+        }),
+        Frame::FetchRefused(FetchRefused {
+            id: [1; 32],
+            from: Some(0),
             code: 1,
         }),
         Frame::Receipt(Receipt {
@@ -1441,6 +1574,232 @@ fn a_list_that_differs_from_the_question_ends_the_session() {
     assert_eq!(bench.code(), Some(CloseCode::Protocol));
 }
 
+/// Bytes of a segment that comes in four ranges, fewer than one session may have in flight.
+const BIG: usize = 900_000;
+
+/// Bytes of a segment that comes in thirteen.
+const HUGE: usize = 3_200_000;
+
+fn bytes_of(world: &World, node: usize) -> u64 {
+    let sent = world.slices.iter().filter(|(by, _)| *by == node);
+    sent.map(|(_, range)| range.end - range.start).sum()
+}
+
+#[test]
+fn a_big_segment_comes_in_ranges_last_one_first_and_a_small_one_whole() {
+    let mut world = World::new(&["a", "b"]);
+    let whole = usize::try_from(MAX_WHOLE_BYTES).unwrap();
+    world.store(0).make(&audit_origin("a"), 0, "", whole);
+    world.store(0).make(&audit_origin("a"), 1, "", BIG);
+    // Urgent kinds go whole, however big: they never wait for room.
+    world.store(0).make(&policy_origin(), 1, "", BIG);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(20));
+    assert_converged(&world);
+    assert_eq!(world.fetches.len(), 2);
+    let ranges: Vec<_> = world
+        .slices
+        .iter()
+        .map(|(_, range)| range.clone())
+        .collect();
+    let at = |at: u64| at * RANGE_BYTES..((at + 1) * RANGE_BYTES).min(BIG as u64);
+    assert_eq!(ranges, [at(3), at(0), at(1), at(2)]);
+    let machine = world.machine(0, 1, 1);
+    assert_eq!(
+        (machine.in_flight, machine.owed, machine.bulk_bytes),
+        (0, 0, 0)
+    );
+    assert!(world.nodes[1].claims.borrow().is_empty());
+}
+
+#[test]
+fn inv_12_a_cut_transfer_goes_on_where_it_broke_off() {
+    let mut world = World::new(&["a", "b"]);
+    world.store(0).make(&audit_origin("a"), 0, "", BIG);
+    world.connect(0, 1);
+    // A byte takes a microsecond: two ranges and a half have arrived.
+    world.run_for(Duration::from_micros(620_000));
+    world.restart(1);
+    assert!(
+        world.store(1).by_id.is_empty(),
+        "nothing unfinished is visible"
+    );
+    let before = bytes_of(&world, 0);
+    let missing: u64 = {
+        let reference = world.store(0).by_id.values().next().unwrap().0.clone();
+        let missing = world.store(1).missing(&reference);
+        missing.iter().map(|range| range.end - range.start).sum()
+    };
+    assert!(
+        missing > 0 && missing < BIG as u64,
+        "{missing} bytes are missing"
+    );
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(20));
+    assert_converged(&world);
+    assert_eq!(
+        bytes_of(&world, 0) - before,
+        missing,
+        "only the rest was sent"
+    );
+}
+
+#[test]
+fn two_that_hold_a_segment_share_its_ranges_and_none_is_sent_twice() {
+    let mut world = World::new(&["a", "b", "c"]);
+    world.store(0).make(&audit_origin("x"), 0, "", HUGE);
+    world.store(1).make(&audit_origin("x"), 0, "", HUGE);
+    world.connect(0, 2);
+    world.connect(1, 2);
+    world.run_for(Duration::from_secs(20));
+    assert_converged(&world);
+    let (a, b) = (bytes_of(&world, 0), bytes_of(&world, 1));
+    assert!(a > 0 && b > 0, "both send: {a} and {b}");
+    assert_eq!(a + b, HUGE as u64);
+    assert_eq!(world.store(2).puts.values().sum::<u32>(), 1);
+    assert!(world.nodes[2].claims.borrow().is_empty());
+}
+
+#[test]
+fn inv_12_a_liar_spoils_only_its_own_ranges_and_is_struck_once_for_the_segment() {
+    let mut world = World::new(&["a", "b", "c"]);
+    let reference = world.store(0).make(&audit_origin("x"), 0, "", HUGE);
+    world.store(1).make(&audit_origin("x"), 0, "", HUGE);
+    world.liar = Some(1);
+    world.connect(0, 2);
+    world.connect(1, 2);
+    world.run_for(Duration::from_secs(20));
+    assert!(
+        world.store(2).by_id.contains_key(&reference.id),
+        "it arrives"
+    );
+    let lies = bytes_of(&world, 1);
+    assert!(lies > 0, "the liar was asked");
+    assert_eq!(
+        bytes_of(&world, 0),
+        HUGE as u64,
+        "the honest one sent all of it"
+    );
+    // Its other ranges on the way are read over: one segment is one strike.
+    assert_eq!(world.machine(1, 2, 2).faults(), 1);
+    assert_eq!(world.machine(0, 2, 2).faults(), 0);
+    let failed = world
+        .events
+        .iter()
+        .filter(|(node, event)| *node == 2 && matches!(event, SessionEvent::TransferFailed { .. }));
+    assert_eq!(failed.count(), 1);
+    let machine = world.machine(1, 2, 2);
+    assert_eq!(
+        (machine.in_flight, machine.owed, machine.bulk_bytes),
+        (0, 0, 0)
+    );
+}
+
+#[test]
+fn ranges_of_a_session_that_dies_go_to_the_other() {
+    let mut world = World::new(&["a", "b", "c"]);
+    let reference = world.store(0).make(&audit_origin("x"), 0, "", BIG);
+    world.store(1).make(&audit_origin("x"), 0, "", BIG);
+    world.mute = Some(0);
+    world.connect(0, 2);
+    world.run_for(Duration::from_secs(1));
+    world.connect(1, 2);
+    world.run_for(Duration::from_secs(10));
+    assert!(
+        !world.store(2).by_id.contains_key(&reference.id),
+        "a sits on all of it"
+    );
+    world.cut(0, 2);
+    world.run_for(Duration::from_secs(10));
+    assert!(world.store(2).by_id.contains_key(&reference.id));
+    assert_eq!(bytes_of(&world, 1), BIG as u64);
+}
+
+#[test]
+fn a_refused_range_gives_the_segment_up_and_costs_no_strike() {
+    let mut bench = Bench::established();
+    let origin = audit_origin("b");
+    bench.give(heads(vec![new_head(0, &origin, &[(1, 1)])]));
+    let mut entry = reference_entry(1);
+    entry.size_bytes = BIG as u64;
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs: vec![entry],
+        done: true,
+    }));
+    let want = bench.machine.poll_want(MS).cloned().unwrap();
+    let (one, two) = (0..RANGE_BYTES, RANGE_BYTES..2 * RANGE_BYTES);
+    assert_eq!(bench.machine.fetch_range(&want.id, &one, MS), Asked::First);
+    assert_eq!(bench.machine.fetch_range(&want.id, &two, MS), Asked::More);
+    assert_eq!(bench.machine.fetch_range(&want.id, &two, MS), Asked::NotNow);
+    bench.give(Frame::FetchRefused(FetchRefused {
+        id: *want.id.as_bytes(),
+        from: Some(0),
+        code: FetchRefusal::Unreadable as u16,
+    }));
+    assert!(!bench.machine.is_wanted(&want.id));
+    assert_eq!((bench.machine.in_flight, bench.machine.faults()), (1, 0));
+    // The other one was on its way: it is read over, and only then over.
+    let length = bao::slice_len(want.size_bytes, &two).unwrap();
+    let take = bench
+        .machine
+        .handle_slice(Kind::Audit, &want.id, &two, length, MS);
+    assert_eq!(take, Ok(TakeSlice::Discard));
+    bench.machine.handle_slice_received(&want.id, two.start);
+    assert_eq!((bench.machine.in_flight, bench.machine.owed), (0, 0));
+    assert_eq!(bench.code(), None);
+    // One that was never asked for is a strike.
+    let unasked = bench
+        .machine
+        .handle_slice(Kind::Audit, &want.id, &two, length, MS);
+    assert_eq!(unasked.unwrap_err().fault, Fault::Peer);
+    assert_eq!(bench.machine.faults(), 1);
+}
+
+#[test]
+fn a_range_outside_of_a_segment_ends_the_session() {
+    let range = |from, to| Some(ByteRange { from, to });
+    let big = |bench: &Bench| {
+        bench
+            .store
+            .borrow_mut()
+            .make(&audit_origin("a"), 0, "", BIG)
+    };
+    for (asked, code) in [
+        (range(0, RANGE_BYTES), None),
+        (range(3 * RANGE_BYTES, BIG as u64), None),
+        (
+            range(3 * RANGE_BYTES, BIG as u64 + 1),
+            Some(CloseCode::Protocol),
+        ),
+        (
+            range(4 * RANGE_BYTES, 5 * RANGE_BYTES),
+            Some(CloseCode::Protocol),
+        ),
+        (range(0, RANGE_BYTES + 1), Some(CloseCode::Protocol)),
+    ] {
+        let mut bench = Bench::established();
+        let held = big(&bench);
+        bench.give(Frame::Fetch(Fetch {
+            id: *held.id.as_bytes(),
+            range: asked,
+        }));
+        assert_eq!(bench.code(), code, "{asked:?}");
+        assert_eq!(bench.machine.poll_serve().is_some(), code.is_none());
+    }
+}
+
+#[test]
+fn a_node_of_version_1_is_told_so() {
+    let mut bench = Bench::new();
+    bench.give(hello(|hello| hello.version = 1));
+    assert_eq!(bench.code(), Some(CloseCode::Version));
+    let Some(Frame::Bye(bye)) = bench.frames().pop() else {
+        panic!("no Bye");
+    };
+    assert_eq!(bye.reason, "peer speaks version 1, this node 2");
+}
+
 #[test]
 fn unexpected_segments_count_and_the_third_ends_the_session() {
     let origin = audit_origin("x");
@@ -1500,17 +1859,27 @@ fn fetches_beyond_what_was_announced_end_the_session() {
     let ids: Vec<SegmentId> = bench.store.borrow().by_id.keys().copied().collect();
     let allowed = 2 * usize::from(local("a").limits.max_in_flight);
     for id in &ids[..allowed] {
-        bench.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+        bench.give(Frame::Fetch(Fetch {
+            id: *id.as_bytes(),
+            range: None,
+        }));
     }
     assert_eq!(bench.code(), None, "the control");
     bench.give(Frame::Fetch(Fetch {
         id: *ids[allowed].as_bytes(),
+        range: None,
     }));
     assert_eq!(bench.code(), Some(CloseCode::Limit));
     let mut twice = Bench::established();
     let id = twice.store.borrow().by_id.keys().next().copied().unwrap();
-    twice.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
-    twice.give(Frame::Fetch(Fetch { id: *id.as_bytes() }));
+    twice.give(Frame::Fetch(Fetch {
+        id: *id.as_bytes(),
+        range: None,
+    }));
+    twice.give(Frame::Fetch(Fetch {
+        id: *id.as_bytes(),
+        range: None,
+    }));
     assert_eq!(twice.code(), Some(CloseCode::Protocol));
 }
 
@@ -1780,6 +2149,11 @@ mod random {
 
     use super::*;
 
+    /// Mostly small; one in three comes in ranges.
+    fn any_size() -> impl Strategy<Value = u64> {
+        prop_oneof![Just(9u64), Just(9), Just(700_000)]
+    }
+
     fn any_frame() -> impl Strategy<Value = Frame> {
         let id = prop_oneof![Just([1u8; 32]), Just([2u8; 32]), any::<[u8; 32]>()];
         let small = 0u32..4;
@@ -1829,25 +2203,39 @@ mod random {
             }),
             (
                 small,
-                proptest::collection::vec((id.clone(), sequence), 0..4),
+                proptest::collection::vec((id.clone(), sequence, any_size()), 0..4),
                 any::<bool>()
             )
                 .prop_map(|(origin, refs, done)| Frame::Refs(Refs {
                     origin,
                     refs: refs
                         .into_iter()
-                        .map(|(id, sequence)| RefEntry {
+                        .map(|(id, sequence, size_bytes)| RefEntry {
                             id,
                             sequence,
-                            size_bytes: 9,
+                            size_bytes,
                             prev: None
                         })
                         .collect(),
                     done,
                 })),
-            id.clone().prop_map(|id| Frame::Fetch(Fetch { id })),
-            id.clone()
-                .prop_map(|id| Frame::FetchRefused(FetchRefused { id, code: 1 })),
+            (id.clone(), any::<bool>()).prop_map(|(id, part)| Frame::Fetch(Fetch {
+                id,
+                range: part.then_some(ByteRange {
+                    from: 0,
+                    to: bao::GROUP_BYTES
+                }),
+            })),
+            (id.clone(), 0u64..3).prop_map(|(id, at)| Frame::FetchRefused(FetchRefused {
+                id,
+                from: Some(at * RANGE_BYTES),
+                code: 2
+            })),
+            id.clone().prop_map(|id| Frame::FetchRefused(FetchRefused {
+                id,
+                from: None,
+                code: 1
+            })),
             id.clone()
                 .prop_map(|id| Frame::ReceiptWant(ReceiptWant { ids: vec![id] })),
             id.prop_map(|id| Frame::Receipt(Receipt {
@@ -1868,7 +2256,25 @@ mod random {
             for (at, frame) in frames.into_iter().enumerate() {
                 bench.give(frame);
                 let now = MS * u32::try_from(at).unwrap();
-                if fetch && let Some(want) = bench.machine.poll_want(now).cloned() {
+                if fetch
+                    && let Some(want) = bench.machine.poll_want(now).cloned()
+                    && is_ranged(&want)
+                {
+                    let part = u64::try_from(at % 3).unwrap() * RANGE_BYTES;
+                    let range = part..(part + RANGE_BYTES).min(want.size_bytes);
+                    bench.machine.fetch_range(&want.id, &range, now);
+                    let length = bao::slice_len(want.size_bytes, &range).unwrap();
+                    if at % 2 == 0 {
+                        let _ = bench.machine.handle_slice(want.kind, &want.id, &range, length, now);
+                        bench.machine.handle_slice_received(&want.id, part);
+                    }
+                    if at % 4 == 0 {
+                        bench.machine.handle_slice_over(&want.id, part, now);
+                    }
+                    if at % 7 == 0 {
+                        bench.machine.handle_admitted(&want.id, now);
+                    }
+                } else if fetch && let Some(want) = bench.machine.poll_want(now).cloned() {
                     bench.machine.fetch(&want.id, now);
                     if at % 2 == 0 {
                         let _ = bench.machine.handle_segment(want.kind, &want.id, 9, now);
@@ -1877,7 +2283,7 @@ mod random {
                 }
                 let machine = &bench.machine;
                 let flying = machine.known.values().filter(|known| known.stage.is_in_flight());
-                prop_assert_eq!(flying.count(), usize::from(machine.in_flight) * usize::from(machine.closed().is_none()));
+                prop_assert_eq!(flying.count() + machine.parts.len(), usize::from(machine.in_flight) * usize::from(machine.closed().is_none()));
                 prop_assert!(machine.out.len() <= MAX_FRAMES_QUEUED);
                 prop_assert!(machine.events.len() <= MAX_EVENTS_QUEUED);
                 let queued: usize = machine.origins.values().map(|origin| origin.queued).sum();

@@ -1,29 +1,32 @@
-//! Segments on their streams: one sender for each kind, one reader for each stream, and the way of
-//! what was read into the node.
+//! Segments and slices on their streams: one sender for each kind, one reader for each stream, and the
+//! way of what was read into the node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use bytes::Bytes;
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
-use tidelock_segments::{Kind, SegmentId, SegmentRef, verify_segment};
+use tidelock_segments::{Kind, SegmentId, SegmentRef, bao, verify_segment};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
     Admitted, MeshEvent,
     driver::{Input, Link},
     lock,
+    parts::{admit_slice, alive},
     quotas::Wait,
 };
 use crate::{
     frame::{
-        Channel, CloseCode, DataStream, FetchRefusal, Frame, FrameError, FrameHeader, Segment,
+        ByteRange, Channel, CloseCode, DataStream, FetchRefusal, Frame, FrameError, FrameHeader,
+        Segment, Slice,
     },
     limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT},
-    session::{Fault, Refusal, Serve},
+    session::{Fault, Refusal, Serve, ServeKey, TakeSlice},
 };
 
 /// Between two words of progress from a reader to its session.
@@ -65,15 +68,15 @@ impl Senders {
             sender
         });
         if let Err(error) = sender.try_send(serve) {
-            let id = error.into_inner().reference.id;
-            link.tell_later(Input::Unservable(id, FetchRefusal::Unreadable));
+            let key = error.into_inner().key();
+            link.tell_later(Input::Unservable(key, FetchRefusal::Unreadable));
         }
     }
 }
 
-/// A segment that is ready to be written, with its place in the memory for sending.
+/// A segment or slice that is ready to be written, with its place in the memory for sending.
 struct Prepared {
-    reference: SegmentRef,
+    serve: Serve,
     content: Option<Vec<u8>>,
     _room: Option<OwnedSemaphorePermit>,
 }
@@ -88,7 +91,7 @@ async fn send_kind(
     let (ahead, ready) = mpsc::channel(1);
     link.spawn(write_kind(link.clone(), connection, kind, ready));
     while let Some(serve) = queue.recv().await {
-        let Some(prepared) = prepare(&link, serve.reference).await else {
+        let Some(prepared) = prepare(&link, serve).await else {
             break;
         };
         if ahead.send(prepared).await.is_err() {
@@ -98,42 +101,56 @@ async fn send_kind(
 }
 
 /// Waits for quota and memory, then reads. None: the session is over.
-async fn prepare(link: &Link, reference: SegmentRef) -> Option<Prepared> {
+async fn prepare(link: &Link, serve: Serve) -> Option<Prepared> {
     let shared = &link.shared;
-    let unreadable = |reference| {
+    let unreadable = |serve| {
         Some(Prepared {
-            reference,
+            serve,
             content: None,
             _room: None,
         })
     };
     // INV-13: the peer's own share of this node's uplink.
+    let size_bytes = match &serve.range {
+        None => serve.reference.size_bytes,
+        Some(range) => match bao::slice_len(serve.reference.size_bytes, range) {
+            Ok(slice_bytes) => slice_bytes,
+            Err(_) => return unreadable(serve),
+        },
+    };
     loop {
-        match shared.quotas.send(&link.peer, reference.size_bytes) {
+        match shared.quotas.send(&link.peer, size_bytes) {
             Ok(()) => break,
             Err(Wait::For(time)) => tokio::time::sleep(time).await,
-            Err(Wait::Never) => return unreadable(reference),
+            Err(Wait::Never) => return unreadable(serve),
         }
     }
     // INV-07: bulk segments that wait in memory to be written are bounded over all sessions.
-    let room = if reference.kind <= Kind::Policy {
+    let room = if serve.reference.kind <= Kind::Policy {
         None
     } else {
-        let kib = u32::try_from(reference.size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        let kib = u32::try_from(size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
         let room = Arc::clone(&shared.send_memory)
             .acquire_many_owned(kib)
             .await;
         Some(room.ok()?)
     };
-    let (hooks, id) = (Arc::clone(&shared.hooks), reference.id);
-    let read = tokio::task::spawn_blocking(move || hooks.read(&id)).await;
-    match read {
-        Ok(Some(content)) if content.len() as u64 == reference.size_bytes => Some(Prepared {
-            reference,
+    let (hooks, id, range) = (
+        Arc::clone(&shared.hooks),
+        serve.reference.id,
+        serve.range.clone(),
+    );
+    let read = tokio::task::spawn_blocking(move || match range {
+        None => hooks.read(&id),
+        Some(range) => hooks.read_range(&id, &range),
+    });
+    match read.await {
+        Ok(Some(content)) if content.len() as u64 == size_bytes => Some(Prepared {
+            serve,
             content: Some(content),
             _room: room,
         }),
-        _ => unreadable(reference),
+        _ => unreadable(serve),
     }
 }
 
@@ -145,24 +162,24 @@ async fn write_kind(
 ) {
     let mut stream: Option<SendStream> = None;
     while let Some(Prepared {
-        reference,
+        serve,
         content,
         _room,
     }) = ready.recv().await
     {
-        let id = reference.id;
+        let key: ServeKey = serve.key();
         let told = match content {
-            None => Input::Unservable(id, FetchRefusal::Unreadable),
+            None => Input::Unservable(key, FetchRefusal::Unreadable),
             Some(content) => {
                 let written =
-                    write_one(&link, &connection, kind, &mut stream, &reference, content).await;
+                    write_one(&link, &connection, kind, &mut stream, &serve, content).await;
                 // The peer stopped this stream: the transfer is over, the next one has its own.
                 if written.is_err()
                     && let Some(mut abandoned) = stream.take()
                 {
                     let _ = abandoned.reset(VarInt::from_u32(CloseCode::Normal as u32));
                 }
-                Input::Served(id)
+                Input::Served(key)
             }
         };
         if link.tell(told).await.is_err() {
@@ -174,13 +191,13 @@ async fn write_kind(
     }
 }
 
-/// Writes one segment. An error: the stream is gone.
+/// Writes one segment or slice. An error: the stream is gone.
 async fn write_one(
     link: &Link,
     connection: &Connection,
     kind: Kind,
     stream: &mut Option<SendStream>,
-    reference: &SegmentRef,
+    serve: &Serve,
     content: Vec<u8>,
 ) -> Result<(), ()> {
     let open = match stream {
@@ -199,10 +216,18 @@ async fn write_one(
             stream.insert(fresh)
         }
     };
-    let announced = Frame::Segment(Segment {
-        id: *reference.id.as_bytes(),
-        size_bytes: reference.size_bytes,
-    })
+    let (id, size_bytes) = (*serve.reference.id.as_bytes(), content.len() as u64);
+    let announced = match &serve.range {
+        None => Frame::Segment(Segment { id, size_bytes }),
+        Some(range) => Frame::Slice(Slice {
+            id,
+            range: ByteRange {
+                from: range.start,
+                to: range.end,
+            },
+            slice_bytes: size_bytes,
+        }),
+    }
     .encode();
     // The content as one `Bytes`: quinn cuts slices off it and copies nothing.
     let mut parts = [
@@ -223,19 +248,24 @@ async fn write_one(
         };
         rest = rest.get_mut(written.chunks..).unwrap_or_default();
     }
+    // A segment in ranges counts with its last one, wherever else the others were sent.
+    let ends = serve
+        .range
+        .as_ref()
+        .is_none_or(|range| range.end == serve.reference.size_bytes);
     link.counted(|stats| {
-        stats.segments_out += 1;
-        stats.bytes_out += reference.size_bytes;
+        stats.segments_out += u64::from(ends);
+        stats.bytes_out += size_bytes;
     });
     Ok(())
 }
 
 // ---- Receiving ----
 
-/// A segment whose bytes are all here.
-pub(super) struct Arrived {
-    pub(super) reference: SegmentRef,
-    pub(super) content: Vec<u8>,
+/// A segment or slice whose bytes are all here.
+pub(super) enum Arrived {
+    Whole(SegmentRef, Vec<u8>),
+    Slice(SegmentId, Range<u64>, Vec<u8>),
 }
 
 /// Where readers hand over what they read: urgent kinds do not queue behind bulk ones.
@@ -260,10 +290,9 @@ impl Admission {
     }
 
     async fn hand_over(&self, arrived: Arrived) -> Result<(), ()> {
-        let queue = if arrived.reference.kind <= Kind::Policy {
-            &self.urgent
-        } else {
-            &self.bulk
+        let queue = match &arrived {
+            Arrived::Whole(reference, _) if reference.kind <= Kind::Policy => &self.urgent,
+            Arrived::Whole(..) | Arrived::Slice(..) => &self.bulk,
         };
         queue.send(arrived).await.map_err(|_| ())
     }
@@ -271,19 +300,37 @@ impl Admission {
 
 async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
     while let Some(next) = arrived.recv().await {
-        let id = next.reference.id;
         let worker = link.clone();
-        let told = match tokio::task::spawn_blocking(move || admit(&worker, next)).await {
-            Ok(Ok(())) => Input::Admitted(id),
-            Ok(Err(refusal)) => Input::Failed(id, refusal),
-            Err(_) => Input::Failed(
-                id,
-                Refusal {
-                    code: "internal",
-                    message: "admission was cut short by a fault of this node".to_owned(),
-                    fault: Fault::Local,
-                },
-            ),
+        let broken = || Refusal {
+            code: "internal",
+            message: "admission was cut short by a fault of this node".to_owned(),
+            fault: Fault::Local,
+        };
+        let told = match next {
+            Arrived::Whole(reference, content) => {
+                let id = reference.id;
+                let admitted =
+                    tokio::task::spawn_blocking(move || admit(&worker, &reference, content)).await;
+                match admitted.unwrap_or_else(|_| Err(broken())) {
+                    Ok(()) => Input::Admitted(id),
+                    Err(refusal) => Input::Failed(id, refusal),
+                }
+            }
+            Arrived::Slice(id, range, slice) => {
+                let from = range.start;
+                let admitted =
+                    tokio::task::spawn_blocking(move || admit_slice(&worker, &id, &range, &slice));
+                let admitted = admitted.await.unwrap_or_else(|_| Err(broken()));
+                let stored = admitted == Ok(true);
+                let over = Input::SliceOver(id, from, admitted.err());
+                if !stored {
+                    over
+                } else if link.tell(over).await.is_ok() {
+                    Input::Admitted(id)
+                } else {
+                    break;
+                }
+            }
         };
         if link.tell(told).await.is_err() {
             break;
@@ -292,17 +339,9 @@ async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
 }
 
 /// Checks and stores one segment. Runs where blocking is allowed.
-fn admit(link: &Link, arrived: Arrived) -> Result<(), Refusal> {
-    let Arrived { reference, content } = arrived;
+fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
     let shared = &link.shared;
-    // INV-09: a session that was closed meanwhile, by a revocation above all, stores nothing.
-    if !link.is_alive() {
-        return Err(Refusal {
-            code: "session_closed",
-            message: "session was closed before the segment was stored".to_owned(),
-            fault: Fault::Local,
-        });
-    }
+    alive(link)?;
     // The one hash over the content is made here, in a single pass and off the network's threads.
     let segment =
         verify_segment(content, Some(reference.id), &shared.domain).map_err(|error| Refusal {
@@ -388,7 +427,7 @@ async fn read_stream(
         let _ = link.tell(Input::Broken(CloseCode::Protocol, reason)).await;
         return;
     };
-    let mut reading = None;
+    let mut reading: Option<ServeKey> = None;
     let ended = loop {
         match read_segment(&link, &mut stream, kind, &admission, &mut reading).await {
             Ok(true) => {}
@@ -406,13 +445,17 @@ async fn read_stream(
                 .await;
         }
         Some(Broken::Gone) => {
-            if let Some(id) = reading {
+            if let Some((id, from)) = reading {
                 let refusal = Refusal {
                     code: "cut_short",
                     message: format!("stream ended within segment {id}"),
                     fault: Fault::Peer,
                 };
-                let _ = link.tell(Input::Failed(id, refusal)).await;
+                let failed = match from {
+                    None => Input::Failed(id, refusal),
+                    Some(from) => Input::SliceOver(id, from, Some(refusal)),
+                };
+                let _ = link.tell(failed).await;
             }
         }
         Some(Broken::Refused | Broken::Lost) | None => {}
@@ -425,10 +468,13 @@ async fn read_segment(
     stream: &mut RecvStream,
     kind: Kind,
     admission: &Admission,
-    reading: &mut Option<SegmentId>,
+    reading: &mut Option<ServeKey>,
 ) -> Result<bool, Broken> {
     let Segment { id, size_bytes } = match read_frame(stream).await? {
         Some(Frame::Segment(segment)) => segment,
+        Some(Frame::Slice(slice)) => {
+            return read_slice(link, stream, kind, admission, reading, slice).await;
+        }
         Some(_) => return Err(Broken::Refused),
         None => return Ok(false),
     };
@@ -448,8 +494,62 @@ async fn read_segment(
         .await
         .map_err(|_| Broken::Lost)?
         .map_err(|_| Broken::Refused)?;
-    let size = usize::try_from(reference.size_bytes).map_err(|_| Broken::Refused)?;
-    *reading = Some(id);
+    *reading = Some((id, None));
+    let content = read_bytes(link, stream, reference.size_bytes).await?;
+    *reading = None;
+    link.tell(Input::Received(id))
+        .await
+        .map_err(|_| Broken::Lost)?;
+    let handed = admission.hand_over(Arrived::Whole(reference, content));
+    handed.await.map(|()| true).map_err(|()| Broken::Lost)
+}
+
+/// Reads one slice and hands it over, or over it.
+async fn read_slice(
+    link: &Link,
+    stream: &mut RecvStream,
+    kind: Kind,
+    admission: &Admission,
+    reading: &mut Option<ServeKey>,
+    slice: Slice,
+) -> Result<bool, Broken> {
+    let id = SegmentId::from_bytes(slice.id);
+    let range = slice.range.from..slice.range.to;
+    let (reply, answer) = oneshot::channel();
+    link.tell(Input::AnnouncedSlice {
+        kind,
+        id,
+        range: range.clone(),
+        slice_bytes: slice.slice_bytes,
+        reply,
+    })
+    .await
+    .map_err(|_| Broken::Lost)?;
+    // INV-07: of the length that the range of a listed segment demands, and asked for.
+    let take = answer
+        .await
+        .map_err(|_| Broken::Lost)?
+        .map_err(|_| Broken::Refused)?;
+    *reading = Some((id, Some(range.start)));
+    let content = read_bytes(link, stream, slice.slice_bytes).await?;
+    *reading = None;
+    link.tell(Input::SliceReceived(id, range.start))
+        .await
+        .map_err(|_| Broken::Lost)?;
+    if take == TakeSlice::Discard {
+        return Ok(true);
+    }
+    let handed = admission.hand_over(Arrived::Slice(id, range, content));
+    handed.await.map(|()| true).map_err(|()| Broken::Lost)
+}
+
+/// Reads so many bytes, which the session has allowed.
+async fn read_bytes(
+    link: &Link,
+    stream: &mut RecvStream,
+    size_bytes: u64,
+) -> Result<Vec<u8>, Broken> {
+    let size = usize::try_from(size_bytes).map_err(|_| Broken::Refused)?;
     let mut content = Vec::with_capacity(size);
     let mut told = tokio::time::Instant::now();
     while content.len() < size {
@@ -460,12 +560,7 @@ async fn read_segment(
             link.tell_later(Input::Progress);
         }
     }
-    *reading = None;
-    link.tell(Input::Received(id))
-        .await
-        .map_err(|_| Broken::Lost)?;
-    let handed = admission.hand_over(Arrived { reference, content }).await;
-    handed.map(|()| true).map_err(|()| Broken::Lost)
+    Ok(content)
 }
 
 /// Reads one small frame of a data stream. None: the stream ended before its first byte.

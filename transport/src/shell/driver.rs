@@ -5,6 +5,7 @@
 use std::{
     future::Future,
     net::SocketAddr,
+    ops::Range,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -22,6 +23,7 @@ use super::{
     data::{Admission, CONTROL_PRIORITY, Senders, accept_streams},
     lock,
     outlook::Question,
+    parts::{Attached, Opened, finish},
     quotas::Wait,
 };
 use crate::{
@@ -29,8 +31,8 @@ use crate::{
     limits::{MAX_FRAME_BODY_BYTES, MAX_MAILBOX, MAX_QUESTIONS},
     registry::{Busy, Entry, SessionId, Verdict},
     session::{
-        Fault, LocalHello, PeerHello, Refusal, Serve, SessionClose, SessionEvent, SessionMachine,
-        View,
+        Asked, Fault, LocalHello, PeerHello, Refusal, Serve, ServeKey, SessionClose, SessionEvent,
+        SessionMachine, TakeSlice, View, is_ranged,
     },
     verifier::{PeerRole, VerifiedPeer},
 };
@@ -56,6 +58,18 @@ const EXPORTER: &[u8] = b"EXPORTER-tidelock-1 heads";
 /// What reaches a session.
 pub(super) enum Input {
     Frame(Frame),
+    /// A data stream announces a slice; the answer says what to do with it.
+    AnnouncedSlice {
+        kind: Kind,
+        id: SegmentId,
+        range: Range<u64>,
+        slice_bytes: u64,
+        reply: oneshot::Sender<Result<TakeSlice, Refusal>>,
+    },
+    /// All bytes of the slice that begins here have arrived.
+    SliceReceived(SegmentId, u64),
+    /// The slice that begins here was written, or refused for this reason.
+    SliceOver(SegmentId, u64, Option<Refusal>),
     /// A data stream announces a segment; the answer says whether it is taken.
     Announced {
         kind: Kind,
@@ -67,8 +81,8 @@ pub(super) enum Input {
     Received(SegmentId),
     Admitted(SegmentId),
     Failed(SegmentId, Refusal),
-    Served(SegmentId),
-    Unservable(SegmentId, FetchRefusal),
+    Served(ServeKey),
+    Unservable(ServeKey, FetchRefusal),
     /// A stream is broken beyond repair.
     Broken(CloseCode, String),
 }
@@ -206,6 +220,10 @@ impl Link {
         self.alive.load(Ordering::Acquire)
     }
 
+    pub(super) fn session(&self) -> SessionId {
+        self.session
+    }
+
     pub(super) fn counted(&self, change: impl FnOnce(&mut PeerStats)) {
         self.shared.counted(&self.peer, change);
     }
@@ -311,6 +329,8 @@ struct Core {
 struct Stepped {
     serves: Vec<Serve>,
     events: Vec<SessionEvent>,
+    /// A range is wanted, and asking for it may block: the step goes on where that is allowed.
+    must_block: bool,
 }
 
 impl Core {
@@ -319,7 +339,7 @@ impl Core {
     }
 
     /// Takes everything in, then asks for what is wanted now.
-    fn step(&mut self, inputs: Vec<Input>, mail: Mail) -> Stepped {
+    fn step(&mut self, inputs: Vec<Input>, mail: Mail, may_block: bool) -> Stepped {
         let shared = Arc::clone(&self.link.shared);
         let peer = self.link.peer.clone();
         let view = HooksView {
@@ -343,7 +363,17 @@ impl Core {
         if self.machine.poll_timeout().is_some_and(|due| due <= now) {
             self.machine.handle_timeout(now, &view);
         }
-        self.ask(now);
+        if mail.refresh || !mail.stored.is_empty() || !mail.released.is_empty() {
+            // What came on another way needs no ranges any more.
+            let mut held = lock(&shared.claims).leased_by(self.link.session);
+            held.extend(shared.assemblies.of(self.link.session));
+            for id in held {
+                if !self.machine.is_wanted(&id) {
+                    self.let_go(&id);
+                }
+            }
+        }
+        let must_block = !self.ask(now, may_block);
         for question in mail.questions {
             question.answer(&self.machine, now);
         }
@@ -352,7 +382,10 @@ impl Core {
             self.lag_stale = false;
             shared.lag_sampled(&peer, lag);
         }
-        let mut stepped = Stepped::default();
+        let mut stepped = Stepped {
+            must_block,
+            ..Stepped::default()
+        };
         stepped
             .serves
             .extend(std::iter::from_fn(|| self.machine.poll_serve()));
@@ -360,7 +393,7 @@ impl Core {
             if let SessionEvent::TransferFailed { reference, .. }
             | SessionEvent::FetchRefused { reference, .. } = &event
             {
-                shared.release(self.link.session, &reference.id);
+                self.let_go(&reference.id);
             }
             stepped.events.push(event);
         }
@@ -379,11 +412,33 @@ impl Core {
                 // A reader that is gone has no use for the answer.
                 let _ = reply.send(self.machine.handle_segment(kind, &id, size_bytes, now));
             }
+            Input::AnnouncedSlice {
+                kind,
+                id,
+                range,
+                slice_bytes,
+                reply,
+            } => {
+                let taken = self
+                    .machine
+                    .handle_slice(kind, &id, &range, slice_bytes, now);
+                let _ = reply.send(taken);
+            }
+            Input::SliceReceived(id, from) => self.machine.handle_slice_received(&id, from),
+            Input::SliceOver(id, from, refusal) => {
+                let shared = &self.link.shared;
+                lock(&shared.claims).release_range(self.link.session, &id, from);
+                self.machine.handle_slice_over(&id, from, now);
+                if let Some(refusal) = refusal {
+                    // Its event gives the segment back.
+                    self.machine.handle_failed(&id, refusal, now);
+                }
+            }
             Input::Progress => self.machine.handle_progress(now),
             Input::Received(id) => self.machine.handle_received(&id),
             Input::Admitted(id) => {
                 self.machine.handle_admitted(&id, now);
-                self.link.shared.release(self.link.session, &id);
+                self.let_go(&id);
             }
             Input::Failed(id, refusal) => self.machine.handle_failed(&id, refusal, now),
             Input::Served(id) => self.machine.handle_served(&id),
@@ -392,8 +447,80 @@ impl Core {
         }
     }
 
-    /// Turns wants into fetches as far as claims and quotas allow.
-    fn ask(&mut self, now: Duration) {
+    /// Gives up what the session holds of a segment.
+    fn let_go(&self, id: &SegmentId) {
+        let Link {
+            shared, session, ..
+        } = &self.link;
+        shared.release(*session, id);
+        shared.leave_assembly(*session, id);
+    }
+
+    /// Asks for the next range of a big segment. May block.
+    fn ask_range(&mut self, wanted: &SegmentRef, now: Duration) {
+        let Link {
+            shared,
+            session,
+            peer,
+            ..
+        } = self.link.clone();
+        let id = &wanted.id;
+        let opened = match shared.assemblies.attach(session, wanted) {
+            Attached::Open(assembly) => Opened::Open(assembly),
+            Attached::New => shared.open_assembly(session, wanted),
+            Attached::Busy(Busy::Elsewhere) => return self.machine.defer(id),
+            Attached::Busy(Busy::NoRoom) => Opened::Busy,
+        };
+        let assembly = match opened {
+            Opened::Open(assembly) => assembly,
+            Opened::Held => return self.machine.handle_admitted(id, now),
+            Opened::Busy => return self.machine.hold_until(wanted.kind, now + ROOM_RETRY),
+            Opened::Refused(refusal) => return self.machine.handle_failed(id, refusal, now),
+        };
+        let missing = assembly.missing();
+        if missing.is_empty() {
+            // All of it came at an earlier contact, or its last range is being looked at.
+            return match finish(&self.link, id, &assembly) {
+                Ok(true) => {
+                    self.machine.handle_admitted(id, now);
+                    self.let_go(id);
+                }
+                Ok(false) => self.machine.defer(id),
+                Err(refusal) => self.machine.handle_failed(id, refusal, now),
+            };
+        }
+        let leased = lock(&shared.claims).lease(session, wanted, &missing, now);
+        let range = match leased {
+            Ok(range) => range,
+            Err(Busy::Elsewhere) => return self.machine.defer(id),
+            Err(Busy::NoRoom) => return self.machine.hold_until(wanted.kind, now + ROOM_RETRY),
+        };
+        // INV-13: the quota counts what is asked for.
+        let part = SegmentRef {
+            size_bytes: range.end - range.start,
+            ..wanted.clone()
+        };
+        let wait = match shared.quotas.take_in(&peer, &part, now) {
+            Ok(()) => match self.machine.fetch_range(id, &range, now) {
+                Asked::First => {
+                    return shared.event(MeshEvent::Requested {
+                        peer,
+                        reference: wanted.clone(),
+                    });
+                }
+                Asked::More => return,
+                Asked::NotNow => ROOM_RETRY,
+            },
+            Err(Wait::For(time)) => time.max(Duration::from_millis(1)),
+            // Its event releases the claim.
+            Err(Wait::Never) => return self.machine.handle_failed(id, too_big(), now),
+        };
+        lock(&shared.claims).release_range(session, id, range.start);
+        self.machine.hold_until(wanted.kind, now + wait);
+    }
+
+    /// Turns wants into fetches as far as claims and quotas allow. False: the next one may block.
+    fn ask(&mut self, now: Duration, may_block: bool) -> bool {
         let Link {
             shared,
             session,
@@ -401,6 +528,13 @@ impl Core {
             ..
         } = self.link.clone();
         while let Some(wanted) = self.machine.poll_want(now).cloned() {
+            if is_ranged(&wanted) {
+                if !may_block {
+                    return false;
+                }
+                self.ask_range(&wanted, now);
+                continue;
+            }
             let claimed = lock(&shared.claims).claim(session, &wanted);
             match claimed {
                 Ok(()) => {}
@@ -428,16 +562,20 @@ impl Core {
                         .hold_until(wanted.kind, now + time.max(Duration::from_millis(1)));
                 }
                 Err(Wait::Never) => {
-                    let refusal = Refusal {
-                        code: "quota",
-                        message: "segment is bigger than this peer's quota".to_owned(),
-                        fault: Fault::Local,
-                    };
                     // Its event releases the claim.
-                    self.machine.handle_failed(&wanted.id, refusal, now);
+                    self.machine.handle_failed(&wanted.id, too_big(), now);
                 }
             }
         }
+        true
+    }
+}
+
+fn too_big() -> Refusal {
+    Refusal {
+        code: "quota",
+        message: "segment is bigger than this peer's quota".to_owned(),
+        fault: Fault::Local,
     }
 }
 
@@ -714,12 +852,18 @@ async fn step(
             .machine
             .poll_timeout()
             .is_none_or(|due| due > core.now());
+    let mut before = Stepped::default();
+    let (mut batch, mut mail) = (batch, mail);
     if quiet {
-        let stepped = core.step(batch, mail);
-        return Ok((core, stepped));
+        before = core.step(std::mem::take(&mut batch), std::mem::take(&mut mail), false);
+        if !before.must_block {
+            return Ok((core, before));
+        }
     }
     let done = tokio::task::spawn_blocking(move || {
-        let stepped = core.step(batch, mail);
+        let mut stepped = core.step(batch, mail, true);
+        stepped.serves.splice(0..0, before.serves);
+        stepped.events.splice(0..0, before.events);
         (core, stepped)
     });
     done.await.map_err(|_| "a fault inside this node")
