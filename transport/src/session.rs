@@ -341,7 +341,8 @@ type WantKey = (Kind, u64, Origin, SegmentId);
 /// Where a list stands in the same order.
 type ListKey = (Kind, u64, Origin);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// In the order of a segment's way here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Stage {
     /// Waits for its turn.
     Queued,

@@ -32,8 +32,8 @@ use tidelock_transport::{
 use super::{
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
-    papers::{PaperLooks, Papers},
     media::Parts,
+    papers::{PaperLooks, Papers},
     policy::RootSlots,
     seen::Seen,
 };

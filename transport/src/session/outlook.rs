@@ -153,7 +153,12 @@ impl SessionMachine {
             Standing::KindNotKept
         } else if held.size_bytes > self.peer_limits.max_segment_bytes {
             Standing::TooLarge
-        } else if self.serving.contains(&held.id) {
+        } else if self
+            .serving
+            .range((held.id, None)..=(held.id, Some(u64::MAX)))
+            .next()
+            .is_some()
+        {
             Standing::Serving
         } else if theirs
             .and_then(Ranges::last)
@@ -188,7 +193,13 @@ impl SessionMachine {
         let Some(known) = self.known.get(id) else {
             return Standing::NotListed;
         };
-        match known.stage {
+        // Of a segment in ranges the range that has come furthest tells.
+        let parts = self.parts.range((*id, 0)..=(*id, u64::MAX));
+        let flying = parts.filter(|(_, part)| !part.is_abandoned);
+        let stage = flying
+            .map(|(_, part)| part.stage)
+            .fold(known.stage, Stage::max);
+        match stage {
             Stage::Queued => Standing::Queued {
                 held_until: self.hold(known.reference.kind),
             },

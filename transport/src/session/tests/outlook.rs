@@ -102,9 +102,10 @@ fn a_segment_that_was_asked_for_is_being_sent() {
         .make(&audit_origin("a"), 0, "", 100);
     assert_ne!(bench.machine.standing_there(&held), Standing::Serving);
     bench.give(Frame::Fetch(Fetch {
+        range: None,
         id: *held.id.as_bytes(),
     }));
     assert_eq!(bench.machine.standing_there(&held), Standing::Serving);
-    bench.machine.handle_served(&held.id);
+    bench.machine.handle_served(&(held.id, None));
     assert_ne!(bench.machine.standing_there(&held), Standing::Serving);
 }
