@@ -1,8 +1,7 @@
 //! `just bench [AREA]`: Tidelock beside its peers, interleaved in one run, as ratios.
 //!
 //! Prints a table and writes `target/bench/AREA.json`. Nothing here is asserted and nothing is
-//! fetched; what cannot run says `not run` with its reason. `just bench segments --long` adds the
-//! rows that fill 10 GiB and a million segments, `--only TEXT` runs the groups whose name has it.
+//! fetched; what cannot run says `not run` with its reason. `tidelock-bench --help` tells the rest.
 
 mod decide;
 mod peers;
@@ -10,33 +9,156 @@ mod report;
 mod segments;
 mod transport;
 
+use std::process::ExitCode;
+
 pub use report::{Row, cpu, median};
 
-fn main() {
-    let mut args: Vec<String> = std::env::args().skip(1).collect();
-    if args.first().is_some_and(|first| first == "child") {
-        // A process of its own, to be killed or weighed.
-        return segments::child(&args[1..]);
+const AREAS: [&str; 3] = ["decide", "segments", "transport"];
+
+const USAGE: &str = "usage: tidelock-bench [AREA] [--long] [--only TEXT]";
+
+fn help() -> String {
+    let groups: Vec<&str> = segments::groups().collect();
+    format!(
+        "Tidelock beside its peers, interleaved in one run, as ratios. Prints a table and writes\n\
+         target/bench/AREA.json. Nothing is asserted, nothing is fetched.\n\n\
+         {USAGE}\n\n\
+         Areas (all of them if none is named): {}\n\n\
+         \x20 --long       segments: also the rows that fill 10 GiB and a million segments\n\
+         \x20 --only TEXT  segments: only the groups whose name has TEXT:\n\
+         \x20              {}\n\
+         \x20 -h, --help   this text\n\n\
+         Examples:\n\
+         \x20 tidelock-bench                            everything but what --long adds\n\
+         \x20 tidelock-bench decide                     one area\n\
+         \x20 tidelock-bench segments --only append     one group of it\n\
+         \x20 just bench segments --long                built first, then the great stores too\n",
+        AREAS.join(", "),
+        groups.join(", "),
+    )
+}
+
+/// What the command line asks for.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    help: bool,
+    area: Option<&'static str>,
+    long: bool,
+    only: Option<String>,
+}
+
+impl Wanted {
+    fn parse(args: impl IntoIterator<Item = String>) -> Result<Self, String> {
+        let mut wanted = Self::default();
+        let mut args = args.into_iter();
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "-h" | "--help" => wanted.help = true,
+                "--long" => wanted.long = true,
+                "--only" => {
+                    let only = args.next().ok_or("--only needs a part of a group's name")?;
+                    let known: Vec<&str> = segments::groups().collect();
+                    if only.is_empty() || !known.iter().any(|name| name.contains(&only)) {
+                        return Err(format!(
+                            "no group has `{only}` in its name; there are {}",
+                            known.join(", ")
+                        ));
+                    }
+                    wanted.only = Some(only);
+                }
+                option if option.starts_with('-') => {
+                    return Err(format!("there is no option {option}"));
+                }
+                name => {
+                    let area = AREAS.into_iter().find(|area| *area == name);
+                    let area = area.ok_or_else(|| {
+                        format!("there is no area {name}; there are {}", AREAS.join(", "))
+                    })?;
+                    if wanted.area.replace(area).is_some() {
+                        return Err("name one area, or none for all of them".to_owned());
+                    }
+                }
+            }
+        }
+        let elsewhere = wanted.area.is_some_and(|area| area != "segments");
+        if wanted.only.is_some() && wanted.area != Some("segments") {
+            return Err("--only chooses among the groups of `segments`: name that area".to_owned());
+        }
+        if wanted.long && elsewhere {
+            return Err("--long adds rows to `segments` only".to_owned());
+        }
+        Ok(wanted)
     }
-    let long = args.iter().any(|arg| arg == "--long");
-    let only = args.iter().position(|arg| arg == "--only").map(|at| {
-        let only = args.get(at + 1).cloned().unwrap_or_default();
-        args.drain(at..(at + 2).min(args.len()));
-        only
-    });
-    let wanted = args.iter().find(|arg| !arg.starts_with('-'));
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(("child", rest)) = args
+        .split_first()
+        .map(|(first, rest)| (first.as_str(), rest))
+    {
+        // A process of its own, to be killed or weighed.
+        segments::child(rest);
+        return ExitCode::SUCCESS;
+    }
+    let wanted = match Wanted::parse(args) {
+        Ok(wanted) => wanted,
+        Err(why) => {
+            eprintln!("tidelock-bench: {why}\n{USAGE}; --help says more");
+            return ExitCode::from(2);
+        }
+    };
+    if wanted.help {
+        print!("{}", help());
+        return ExitCode::SUCCESS;
+    }
     std::fs::create_dir_all("target").expect("target");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    for area in ["decide", "segments", "transport"] {
-        if wanted.is_some_and(|w| w != area) {
+    for area in AREAS {
+        if wanted.area.is_some_and(|only| only != area) {
             continue;
         }
         let machine = report::machine();
         let rows = match area {
             "decide" => runtime.block_on(decide::rows()),
-            "segments" => segments::rows(long, only.as_deref()),
+            "segments" => segments::rows(wanted.long, wanted.only.as_deref()),
             _ => runtime.block_on(transport::rows()),
         };
         report::publish(area, machine, &rows);
+    }
+    ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Wanted, String> {
+        Wanted::parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        let segments = Wanted {
+            area: Some("segments"),
+            long: true,
+            only: Some("memo".to_owned()),
+            help: false,
+        };
+        assert_eq!(parse("segments --only memo --long"), Ok(segments));
+        assert_eq!(parse(""), Ok(Wanted::default()));
+        assert!(parse("--help").is_ok_and(|wanted| wanted.help));
+        for line in [
+            "segment",
+            "--fast",
+            "segments decide",
+            "segments --only",
+            "segments --only nothing",
+            "--only memory",
+            "decide --long",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+        assert!(help().contains("device-bytes"));
     }
 }

@@ -30,6 +30,11 @@ const GROUPS: [(&str, fn(&Path, bool) -> Vec<Row>); 8] = [
     ("memory", great::memory),
 ];
 
+/// The names of the groups.
+pub fn groups() -> impl Iterator<Item = &'static str> {
+    GROUPS.iter().map(|(name, _)| *name)
+}
+
 pub fn rows(long: bool, only: Option<&str>) -> Vec<Row> {
     let mut rows = Vec::new();
     for (name, group) in GROUPS {
