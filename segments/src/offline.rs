@@ -1,7 +1,8 @@
-//! Reading a root from outside, of a stopped or of a running node: no lock, no change, no index.
+//! Reading a root from outside, of a stopped or of a running node: no lock, no change.
 //!
 //! Everything here comes from the files as `docs/src/format.md` describes them, so that the tools
-//! see what is on the disk and not what a node believes of it. A running node seals, evicts and
+//! see what is on the disk and not what a node believes of it. The index says where to look and is
+//! believed in nothing else. A running node seals, evicts and
 //! writes meanwhile: a file that vanished between listing and reading is no fault, and what looks
 //! wrong is looked at again before it is reported.
 //!
@@ -32,10 +33,12 @@ use crate::store::receipts::{self, MAX_RECEIPTS_FILE_BYTES};
 use crate::verify::VerifyProgress;
 
 mod fsck;
+mod held;
 mod prove;
 mod repair;
 
 pub use fsck::{Finding, FsckOptions, FsckReport, Remedy, Severity, Usages};
+pub use held::{Held, Source};
 pub use prove::{LogProof, LogProofError};
 pub use repair::{
     Applied, PlannedStep, REPAIRS_PATH, RepairAction, RepairError, RepairNote, RepairPlan, repair,
@@ -571,7 +574,7 @@ impl<'d> Offline<'d> {
         match ends.max() {
             Some(end) => Ok(end),
             None => Ok(self
-                .chain_before(&own.origin, u64::MAX, None)?
+                .chain_before(&own.origin, u64::MAX, None, Source::Index)?
                 .last()
                 .map_or(0, |(_, span)| span.last.saturating_add(1))),
         }
@@ -584,6 +587,7 @@ impl<'d> Offline<'d> {
         of: &Origin,
         end: u64,
         newest: Option<(SegmentId, u64)>,
+        source: Source,
     ) -> Result<Vec<(SegmentId, AuditSpan)>, OfflineError> {
         let mut chain = Vec::new();
         if let Some((id, from)) = newest {
@@ -605,18 +609,12 @@ impl<'d> Offline<'d> {
             }
             chain.clear();
         }
-        for id in self.segment_ids(Kind::Audit)? {
-            // What cannot be described shows as a record that is missing.
-            let Ok(Some(info)) = self.describe(Kind::Audit, &id) else {
-                continue;
-            };
-            if let Some(span) = info.span
-                && info.reference.origin == *of
-                && span.last < end
-            {
-                chain.push((id, span));
+        // What cannot be described shows as a record that is missing.
+        self.audit_segments(source, &mut |held, _| {
+            if held.reference.origin == *of && held.span.last < end {
+                chain.push((held.reference.id, held.span));
             }
-        }
+        })?;
         chain.sort_by_key(|(_, span)| span.first);
         Ok(chain)
     }
@@ -661,7 +659,12 @@ impl<'d> Offline<'d> {
             .map_or(u64::MAX, |(_, header, _)| header.first_index);
         if reading.next < end {
             let newest = own.last_sealed.map(|id| (id, reading.next));
-            for (id, span) in self.chain_before(&own.origin, end, newest)? {
+            // That a record is missing is said by the files alone.
+            let source = match reading.last_attempt {
+                true => Source::Headers,
+                false => Source::Index,
+            };
+            for (id, span) in self.chain_before(&own.origin, end, newest, source)? {
                 if span.last < reading.next {
                     continue;
                 }

@@ -36,7 +36,7 @@ pub(crate) const QUARANTINE: &str = "quarantine";
 /// Room kept on file systems where nothing can be allocated ahead.
 const BALLAST: &str = "ballast";
 /// The directories that grow with the store.
-const BULK_DIRS: [&str; 3] = ["segments/audit", RECEIPTS_DIR, CHAIN_DIR];
+pub(crate) const BULK_DIRS: [&str; 3] = ["segments/audit", RECEIPTS_DIR, CHAIN_DIR];
 /// Directories in which every plain file is the node's own.
 const PLAIN_DIRS: [&str; 6] = ["keys", "policy", "quarantine", "revocation", "state", TMP];
 

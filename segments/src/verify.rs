@@ -205,21 +205,56 @@ pub fn verify_log_with(
     disk: &dyn Disk,
     root: &Path,
     domain: &DomainId,
-    mut options: VerifyOptions<'_>,
+    options: VerifyOptions<'_>,
 ) -> Result<AuditReport, DiskError> {
+    Ok(verify_and_list(disk, root, domain, options)?.0)
+}
+
+/// Like [`verify_log_with`], and tells which segments it read.
+pub(crate) fn verify_and_list(
+    disk: &dyn Disk,
+    root: &Path,
+    domain: &DomainId,
+    mut options: VerifyOptions<'_>,
+) -> Result<(AuditReport, Held), DiskError> {
     let root = disk.canonical(root)?;
     disk.stat(&root)?;
     let mut attempt = 1;
     loop {
         let before = listing(disk, &root)?;
-        let report = verify_once(disk, &root, domain, &mut options, attempt)?;
+        let (report, held) = verify_once(disk, &root, domain, &mut options, attempt)?;
         // A node may seal, evict or write meanwhile; a fault that stays is a fault.
         if report.ok || attempt >= ATTEMPTS || (attempt > 1 && before == listing(disk, &root)?) {
-            return Ok(report);
+            return Ok((report, held));
         }
         attempt += 1;
     }
 }
+
+/// The sealed segments of one log that were read and verified.
+#[derive(Debug, Default)]
+pub(crate) struct HeldLog {
+    /// Inclusive ranges, ascending.
+    pub(crate) sequences: Vec<(u64, u64)>,
+    pub(crate) ids: Vec<SegmentId>,
+}
+
+impl HeldLog {
+    fn of(segments: &BTreeMap<u64, Vec<Link>>) -> Self {
+        let mut held = Self::default();
+        for (sequence, links) in segments {
+            held.ids.extend(links.iter().map(|link| link.id));
+            match held.sequences.last_mut() {
+                Some((_, end)) if end.checked_add(1) == Some(*sequence) => *end = *sequence,
+                _ => held.sequences.push((*sequence, *sequence)),
+            }
+        }
+        held
+    }
+}
+
+/// What is held of every log; `None` where a file is damaged, so that nobody can say of which log it is.
+pub(crate) type Held = Option<BTreeMap<Origin, HeldLog>>;
 
 fn listing(disk: &dyn Disk, root: &Path) -> Result<Vec<String>, DiskError> {
     let mut names = list_dir(disk, &root.join("segments/audit"))?;
@@ -239,7 +274,7 @@ fn read(disk: &dyn Disk, path: &Path, max: u64) -> Result<Option<Vec<u8>>, DiskE
     }
 }
 
-/// One segment, reduced to what the chain needs.
+/// One segment, reduced to what the chain needs: there is one of these in memory for every file.
 struct Link {
     id: SegmentId,
     prev: Option<SegmentId>,
@@ -247,9 +282,17 @@ struct Link {
     before: (u64, Sha256Hash),
     /// Size and root after the last one.
     after: (u64, Sha256Hash),
-    note: String,
     /// Whether its records were read.
     read: bool,
+}
+
+/// One segment that verifies.
+struct Verified {
+    origin: Origin,
+    sequence: u64,
+    link: Link,
+    bytes: u64,
+    note: String,
     key: LogPublicKey,
     /// Roots at sizes of checkpoints seen earlier.
     roots: Vec<(u64, Sha256Hash)>,
@@ -270,6 +313,8 @@ struct Known {
     roots: BTreeMap<u64, Sha256Hash>,
     /// Size and root before the first record, of the sealed segments by sequence.
     sealed: BTreeMap<u64, (u64, Sha256Hash)>,
+    /// The checkpoint of the sealed segment with the highest sequence, and that sequence.
+    newest: Option<(u64, String)>,
 }
 
 impl Known {
@@ -321,7 +366,7 @@ fn verify_once(
     domain: &DomainId,
     options: &mut VerifyOptions<'_>,
     attempt: usize,
-) -> Result<AuditReport, DiskError> {
+) -> Result<(AuditReport, Held), DiskError> {
     let mut faults = Vec::new();
     let mut seen = Vec::new();
     for note in options.seen {
@@ -358,8 +403,9 @@ fn verify_once(
         }
         let read = read_segment(disk, &root.join(&file), id, domain, options.keys, &seen)?;
         done.files += 1;
-        if let Some(Ok((_, _, link, bytes))) = &read {
-            done.bytes += bytes;
+        if let Some(Ok(segment)) = &read {
+            done.bytes += segment.bytes;
+            let link = &segment.link;
             done.records += link.after.0.saturating_sub(link.before.0);
         }
         if let Some(progress) = &mut options.progress {
@@ -367,17 +413,28 @@ fn verify_once(
         }
         match read {
             None => {}
-            Some(Ok((origin, sequence, link, _))) => {
+            Some(Ok(segment)) => {
+                let Verified {
+                    origin,
+                    sequence,
+                    link,
+                    ..
+                } = segment;
                 let known = known.entry(origin.clone()).or_default();
-                known.key = Some(link.key);
+                known.key = Some(segment.key);
                 known.sealed.insert(sequence, link.before);
+                let ends = [link.before, link.after];
+                let asked = |(size, _): &(u64, _)| seen.iter().any(|(c, _)| c.size == *size);
                 known
                     .roots
-                    .extend(link.roots.iter().copied().chain([link.before, link.after]));
+                    .extend(segment.roots.into_iter().chain(ends).filter(asked));
+                if known.newest.as_ref().is_none_or(|(of, _)| *of < sequence) {
+                    known.newest = Some((sequence, segment.note));
+                }
                 logs.entry(origin)
                     .or_default()
                     .entry(sequence)
-                    .or_default()
+                    .or_insert_with(|| Vec::with_capacity(1))
                     .push(link);
             }
             Some(Err(reason)) => faults.push(AuditFault::Segment { file, reason }),
@@ -401,6 +458,14 @@ fn verify_once(
     {
         logs.entry(state.origin.clone()).or_default();
     }
+    // All faults so far but that of the state file are of segments.
+    let readable = !(faults.iter()).any(|fault| matches!(fault, AuditFault::Segment { .. }));
+    let held = readable.then(|| {
+        logs.iter()
+            .filter(|(_, segments)| !segments.is_empty())
+            .map(|(origin, segments)| (origin.clone(), HeldLog::of(segments)))
+            .collect()
+    });
     let mut origins: Vec<OriginReport> = logs
         .into_iter()
         .map(|(origin, segments)| {
@@ -409,7 +474,12 @@ fn verify_once(
                 .filter(|state| origin.audit_node() == Some(state.node_id.as_str()));
             let cursor = own_node.map(|state| state.cursor(&origin).0);
             let own = own_node.is_some_and(|state| state.origin == origin);
-            chain(origin, segments, own, cursor)
+            let mut report = chain(origin, segments, own, cursor);
+            let newest = known
+                .get_mut(&report.origin)
+                .and_then(|of| of.newest.take());
+            report.checkpoint = newest.map(|(_, note)| note);
+            report
         })
         .collect();
     // In the order of their sequence: several may wait to be sealed.
@@ -471,15 +541,16 @@ fn verify_once(
     }
     let ok = faults.is_empty() && origins.iter().all(|report| report.faults.is_empty());
     let quarantined = list_dir(disk, &root.join(QUARANTINE))?;
-    Ok(AuditReport {
+    let report = AuditReport {
         ok,
         origins,
         faults,
         quarantined,
-    })
+    };
+    Ok((report, held))
 }
 
-type Read = Result<(Origin, u64, Link, u64), String>;
+type Read = Result<Verified, String>;
 
 fn read_segment(
     disk: &dyn Disk,
@@ -496,21 +567,18 @@ fn read_segment(
         Err(error) => return Ok(Some(Err(error.to_string()))),
     };
     let length = bytes.len() as u64;
-    let link = verify_segment(bytes, Some(id), domain)
+    let verified = verify_segment(bytes, Some(id), domain)
         .map_err(|e| e.to_string())
-        .and_then(|segment| {
-            let (origin, sequence, link) =
-                to_link(&segment, keys, seen).map_err(|e| e.to_string())?;
-            Ok((origin, sequence, link, length))
-        });
-    Ok(Some(link))
+        .and_then(|segment| reduce(&segment, length, keys, seen).map_err(|e| e.to_string()));
+    Ok(Some(verified))
 }
 
-fn to_link(
+fn reduce(
     segment: &VerifiedSegment,
+    bytes: u64,
     keys: Option<&dyn KeyUnwrap>,
     seen: &[(Checkpoint, &str)],
-) -> Result<(Origin, u64, Link), BodyError> {
+) -> Result<Verified, BodyError> {
     let header = segment.header();
     let body = body::parse_body(segment.body(), &header.domain, &header.origin)?;
     let key = segment
@@ -532,12 +600,17 @@ fn to_link(
         prev: header.prev,
         before: (before.size(), before.root()),
         after: (span.last.saturating_add(1), span.root),
-        note: body.checkpoint_note().to_owned(),
         read,
+    };
+    Ok(Verified {
+        origin: header.origin.clone(),
+        sequence: header.sequence,
+        link,
+        bytes,
+        note: body.checkpoint_note().to_owned(),
         key,
         roots,
-    };
-    Ok((header.origin.clone(), header.sequence, link))
+    })
 }
 
 /// Walks the segments of one log in order. `cursor` is the eviction cursor, of own logs.
@@ -594,7 +667,6 @@ fn chain(
             report.unread_records += count;
         }
         (report.size, report.root) = link.after;
-        report.checkpoint = Some(link.note);
         last = Some((sequence, link.id, link.after));
     }
     report

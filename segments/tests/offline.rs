@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 use common::{MIB, Node, ROOT, Settings, domain, foreign_segments, node};
 use tidelock_segments::offline::{
-    FsckOptions, FsckReport, LogEntry, LogProofError, Offline, OfflineError, REPAIRS_PATH,
-    RepairError, RepairNote, RepairPlan, Severity, repair, segment_path,
+    FsckOptions, FsckReport, Held, LogEntry, LogProofError, Offline, OfflineError, REPAIRS_PATH,
+    RepairError, RepairNote, RepairPlan, Severity, Source, repair, segment_path,
 };
 use tidelock_segments::testing::{SimDisk, Survival};
 use tidelock_segments::{Charge, Kind, SealOptions, SegmentId, SegmentRef, SiteKey, verify_log};
@@ -216,6 +216,97 @@ fn every_record_is_proven_from_one_segment_or_from_the_open_file() {
             .is_ok()
     );
     assert_eq!(proof.verify(&key), Err(LogProofError::Key));
+}
+
+/// Everything that is held, by id, without what only headers say.
+fn held(offline: &Offline<'_>, source: Source) -> Vec<Held> {
+    let mut all = Vec::new();
+    offline
+        .audit_segments(source, &mut |held, _| {
+            assert!(held.raw_bytes.is_some() || source == Source::Index);
+            all.push(Held {
+                raw_bytes: None,
+                ..held
+            });
+        })
+        .unwrap();
+    all.sort_by_key(|held| held.reference.id);
+    all
+}
+
+#[test]
+fn the_index_says_where_to_look_and_the_files_have_the_last_word() {
+    let disk = SimDisk::new();
+    let n = Settings::default().sim(&disk);
+    fill(&n);
+    for segment in &foreign_segments("n2", 300) {
+        n.store.put(segment, Charge::Custody).unwrap();
+    }
+    let (own, origin) = (n.records(), n.log.origin());
+    let io = disk.disk();
+    let offline = Offline::open(io.as_ref(), Path::new(ROOT), &domain()).unwrap();
+    let cost = |source| {
+        let before = disk.readings();
+        let found = held(&offline, source);
+        (found, disk.readings() - before)
+    };
+    // Of a running and of a stopped node. What the journal names is looked at, at most 128 files; no other header is.
+    for _ in 0..2 {
+        let ((by_headers, dear), (by_index, cheap)) = (cost(Source::Headers), cost(Source::Index));
+        assert_eq!((by_index.len(), &by_index), (303, &by_headers));
+        assert!(2 * cheap < dear, "{cheap} readings, and {dear} by headers");
+        n.log.close();
+    }
+    let figures = offline.usage_of(&options()).unwrap().0;
+    assert_eq!(figures.allocated_bytes, disk.allocated());
+    let all_is_found = |disk: &SimDisk| {
+        let io = disk.disk();
+        let offline = Offline::open(io.as_ref(), Path::new(ROOT), &domain()).unwrap();
+        assert_eq!(read_from(&offline, 0).unwrap(), own);
+        for (index, record) in &own {
+            let proof = offline.prove(&origin, *index, true).unwrap();
+            assert_eq!(&proof.proof.record, record);
+            let leaf = tidelock_segments::merkle::leaf_hash(record);
+            assert_eq!(offline.find_leaf(&origin, &leaf).unwrap(), Some(*index));
+        }
+        held(&offline, Source::Index)
+    };
+    let truth = all_is_found(&disk);
+
+    let name = &blake3::hash(origin.as_str().as_bytes()).to_hex()[..32];
+    let page = Path::new(ROOT).join(format!("index/chain/{name}-0.idx"));
+    let good = disk.content(&page).unwrap();
+    // An entry that is damaged, an entry of no spelling, a page that is gone, an index that is gone.
+    for at in [256 + 40, 256 + 144 + 140] {
+        disk.flip(&page, at, 1);
+        assert_eq!(all_is_found(&disk), truth);
+        disk.replace(&page, &good);
+    }
+    let without = disk.fork();
+    without.unlink(&page);
+    assert_eq!(all_is_found(&without), truth);
+    let without = disk.fork();
+    without.unlink(&Path::new(ROOT).join("index/catalog"));
+    assert_eq!(all_is_found(&without), truth);
+
+    // Entries with good checksums that lie about every span: no record is missed, none called missing.
+    let mut lies = good.clone();
+    for sequence in 0..3_u64 {
+        let at = 256 + 144 * usize::try_from(sequence).unwrap();
+        lies[at + 104..at + 112].copy_from_slice(&(900 + sequence).to_le_bytes());
+        lies[at + 112..at + 120].copy_from_slice(&(900 + sequence).to_le_bytes());
+        let hash = blake3::hash(origin.as_str().as_bytes());
+        let sum = crc32c::crc32c(&hash.as_bytes()[..16]);
+        let sum = crc32c::crc32c_append(sum, &sequence.to_le_bytes());
+        let sum = crc32c::crc32c_append(sum, &lies[at..at + 136]);
+        lies[at + 136..at + 140].copy_from_slice(&sum.to_le_bytes());
+    }
+    disk.replace(&page, &lies);
+    assert_ne!(
+        all_is_found(&disk),
+        truth,
+        "the control: these lies are read"
+    );
 }
 
 /// A stopped node's disk with a damaged segment, a receipt for nothing and a half-written file; the

@@ -71,7 +71,14 @@ pub enum AuditCommand {
     },
     /// What is held of each log: records, bytes, gaps, custodians, what nobody else holds yet, and
     /// when the disk will be full.
-    Stat(ConfigArg),
+    Stat {
+        /// Read the header of every segment instead of the index: slower, and tells what the records
+        /// were before they were compressed.
+        #[arg(long)]
+        headers: bool,
+        #[command(flatten)]
+        config: ConfigArg,
+    },
     /// Seal what the running node has recorded so far into a segment, for its peers to take.
     Seal {
         #[command(flatten)]
@@ -147,7 +154,7 @@ pub(super) fn run(command: AuditCommand, output: &Output) -> Result<Exit, Failur
             let rooted = Rooted::of(&config)?.with(&key)?;
             proof::prove(&rooted.offline()?, &args, *output)
         }
-        AuditCommand::Stat(args) => stat::run(&Rooted::of(&args)?, output),
+        AuditCommand::Stat { headers, config } => stat::run(&Rooted::of(&config)?, headers, output),
         AuditCommand::Seal { config, apply } => {
             let answer = node::operate(&config, "audit.seal", &json!({}), apply)?;
             output.say(&answer, || node::describe(&answer, apply));

@@ -1,11 +1,11 @@
-//! `tidelock audit stat`: what is held of each log, from headers and names alone.
+//! `tidelock audit stat`: what is held of each log, from the index of the store, or from headers.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use tidelock_segments::{
-    Kind, Ladder, NodeId, Origin, Usage,
-    offline::{Offline, OwnLog, Progress},
+    Ladder, NodeId, Origin, Usage,
+    offline::{Offline, OwnLog, Progress, Source},
 };
 
 use super::{
@@ -32,7 +32,8 @@ struct LogStat {
     /// Records below it were evicted under licence.
     min_index: u64,
     stored_bytes: u64,
-    raw_bytes: u64,
+    /// Bytes before compression, where headers were read.
+    raw_bytes: Option<u64>,
     /// Stored bytes of a sealed record, index and proofs included.
     bytes_per_record: Option<u64>,
     /// Of own logs: records that fewer custodians hold than `audit.custody` demands, at least one.
@@ -65,55 +66,59 @@ struct Stat {
 const RATE_WINDOW_MS: u64 = 24 * 60 * 60 * 1_000;
 const HOUR_MS: u64 = 60 * 60 * 1_000;
 
-pub(super) fn run(rooted: &Rooted, output: &Output) -> Result<Exit, Failure> {
+pub(super) fn run(rooted: &Rooted, headers: bool, output: &Output) -> Result<Exit, Failure> {
     let offline = rooted.offline()?;
-    let stat = collect(&offline, rooted, *output)?;
+    let source = match headers {
+        true => Source::Headers,
+        false => Source::Index,
+    };
+    let stat = collect(&offline, rooted, source, *output)?;
     output.say(&stat, || text(&stat));
     Ok(Exit::Done)
 }
 
-fn collect(offline: &Offline<'_>, rooted: &Rooted, output: Output) -> Result<Stat, Failure> {
+fn collect(
+    offline: &Offline<'_>,
+    rooted: &Rooted,
+    source: Source,
+    output: Output,
+) -> Result<Stat, Failure> {
     let config = &rooted.config;
     let now = wall_unix_ms();
     let own = offline.own_log()?;
     let custodians = offline.custodians()?;
-    let ids = offline.segment_ids(Kind::Audit)?;
-    let mut bar = output.bar("reading headers");
-    let mut progress = Progress {
-        files_total: ids.len() as u64,
-        ..Progress::default()
-    };
+    let mut bar = output.bar("reading");
+    let mut progress = Progress::default();
     let mut logs: BTreeMap<Origin, LogStat> = BTreeMap::new();
     let mut grown: BTreeMap<u64, u64> = BTreeMap::new();
-    for id in ids {
+    // What cannot be described is for `segment fsck` to say.
+    offline.audit_segments(source, &mut |held, total| {
         progress.files += 1;
+        progress.files_total = total;
         bar.show(progress);
-        // What cannot be described is for `segment fsck` to say.
-        let Ok(Some(info)) = offline.describe(Kind::Audit, &id) else {
-            continue;
-        };
-        let origin = &info.reference.origin;
+        let (id, origin) = (&held.reference.id, &held.reference.origin);
         let log = entry(&mut logs, origin, config, own.as_ref());
         log.segments += 1;
-        log.sealed_records += info.records();
-        log.stored_bytes += info.reference.size_bytes;
-        log.raw_bytes += info.raw_bytes;
-        if let Some(span) = info.span {
-            log.hold(span.first, span.last);
-        }
-        let by: BTreeSet<&NodeId> = custodians.get(&id).into_iter().flatten().collect();
+        log.sealed_records += held.records();
+        log.stored_bytes += held.reference.size_bytes;
+        log.raw_bytes = match log.segments {
+            1 => held.raw_bytes,
+            _ => log.raw_bytes.zip(held.raw_bytes).map(|(a, b)| a + b),
+        };
+        log.hold(held.span.first, held.span.last);
+        let by: BTreeSet<&NodeId> = custodians.get(id).into_iter().flatten().collect();
         for custodian in &by {
             *log.custodians.entry((*custodian).clone()).or_default() += 1;
         }
         if log.own {
             if by.len() < usize::try_from(config.audit.custody.max(1)).unwrap_or(usize::MAX) {
-                log.lacks(info.records(), info.created_unix_ms, now);
+                log.lacks(held.records(), held.created_unix_ms, now);
             }
-            if now.saturating_sub(info.created_unix_ms) <= RATE_WINDOW_MS {
-                *grown.entry(info.created_unix_ms).or_default() += info.allocated_bytes;
+            if now.saturating_sub(held.created_unix_ms) <= RATE_WINDOW_MS {
+                *grown.entry(held.created_unix_ms).or_default() += held.allocated_bytes;
             }
         }
-    }
+    })?;
     drop(bar);
     if let Some(own) = &own {
         let log = entry(&mut logs, &own.origin, config, Some(own));
@@ -208,7 +213,7 @@ fn text(stat: &Stat) -> String {
                 format!("{}-{}", number(log.first_index), number(log.last_index)),
                 log.min_index.to_string(),
                 human_bytes(log.stored_bytes),
-                human_bytes(log.raw_bytes),
+                log.raw_bytes.map_or_else(|| "-".to_owned(), human_bytes),
                 number(log.bytes_per_record),
                 if log.own {
                     log.unreplicated_records.to_string()

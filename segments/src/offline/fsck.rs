@@ -1,20 +1,23 @@
 //! The check of a whole root: every file is either known and good, or a finding.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde::{Serialize, Serializer};
 
-use super::{ATTEMPTS, Offline, OwnLog, Progress, kind_dir, receipts_name, segment_id};
+use super::{ATTEMPTS, Offline, OwnLog, Progress, Source, kind_dir, receipts_name, segment_id};
 use crate::disk::{DiskError, FileKind, FileStat};
 use crate::id::{Kind, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::Endorsement;
 use crate::ledger::{Charge, Ladder, Ledger, Usage};
 use crate::limits::{MAX_ENDORSEMENT_BYTES, MAX_STATE_FILE_BYTES};
 use crate::receipt::CustodyReceipt;
-use crate::root::{QUARANTINE, is_ours};
+use crate::root::{BULK_DIRS, QUARANTINE, is_ours};
 use crate::store::receipts::{self, MAX_RECEIPTS_FILE_BYTES};
 use crate::store::{RECEIPTS_DIR, Unusable, load_index};
-use crate::verify::{AuditFault, AuditReport, VerifyOptions, VerifyProgress, verify_log_with};
+use crate::verify::{
+    self, AuditFault, AuditReport, VerifyOptions, VerifyProgress, verify_and_list,
+};
 
 /// State files of the form `{"check", "value"}`.
 const CHECKED_FILES: [&str; 3] = ["clock", "revocation/keys", "state/accepted-logs"];
@@ -224,21 +227,22 @@ impl Offline<'_> {
             progress: Some(&mut progress),
             only: None,
         };
-        let audit = verify_log_with(self.disk, &self.root, &self.domain, verify)?;
+        let (audit, held) = verify_and_list(self.disk, &self.root, &self.domain, verify)?;
         let own = self.own_log().ok().flatten();
-        let entries = self.walk()?;
+        let entries = self.walk(false)?;
         let mut findings = Vec::new();
         self.audit_findings(&audit, own.as_ref(), &entries, &mut findings);
         let others = self.other_segments(&entries, &mut findings)?;
         self.receipt_findings(&entries, &mut findings)?;
         self.state_findings(&entries, options, own.is_some(), &mut findings)?;
-        self.index_findings(&entries, &mut findings)?;
+        self.index_findings(&entries, &held, &mut findings)?;
         place_findings(&entries, options, &mut findings);
         partial_findings(&entries, &mut findings);
         let findings = self.seen_again(findings)?;
         let catalog = entries.iter().find(|entry| entry.rel == CATALOG);
         let catalog_ino = catalog.map(|entry| entry.stat.ino);
-        let usage = self.usage(&entries, options);
+        let custody_bytes = self.custody_bytes(&entries, held, options)?;
+        let usage = ledger(allocated(&entries), custody_bytes, options);
         let ladder = usage.ladder();
         let usage = usage.usage();
         let mut report = FsckReport {
@@ -275,23 +279,79 @@ impl Offline<'_> {
         Ok(report)
     }
 
-    /// The ledger's figures and the state of the ladder, as the node would begin with them.
+    /// The ledger's figures and the state of the ladder, as the node would begin with them: by its
+    /// index, as it does itself, or without one by a look at every file.
     ///
     /// # Errors
     /// [`DiskError`].
     pub fn usage_of(&self, options: &FsckOptions) -> Result<(Usage, Ladder), DiskError> {
-        let ledger = self.usage(&self.walk()?, options);
+        let index = load_index(self.disk, &self.root).ok();
+        let ledger = match index.filter(|index| *index.domain() == self.domain) {
+            Some(index) => {
+                let others = allocated(&self.walk(true)?);
+                let custody_bytes = index.custody_bytes(&options.node_id);
+                ledger(
+                    others.saturating_add(index.bulk_bytes),
+                    custody_bytes,
+                    options,
+                )
+            }
+            None => {
+                let entries = self.walk(false)?;
+                let custody_bytes = self.custody_bytes(&entries, None, options)?;
+                ledger(allocated(&entries), custody_bytes, options)
+            }
+        };
         Ok((ledger.usage(), ledger.ladder()))
     }
 
-    /// Everything below the root, directories before what is in them.
-    fn walk(&self) -> Result<Vec<Entry>, DiskError> {
+    /// What is allocated to audit of other nodes. Without a list of what is held, by the headers.
+    fn custody_bytes(
+        &self,
+        entries: &[Entry],
+        held: verify::Held,
+        options: &FsckOptions,
+    ) -> Result<u64, DiskError> {
+        let own = options.node_id.as_str();
+        let mut sum = 0u64;
+        let Some(held) = held else {
+            self.audit_segments(Source::Headers, &mut |held, _| {
+                if held.reference.origin.audit_node() != Some(own) {
+                    sum = sum.saturating_add(held.allocated_bytes);
+                }
+            })?;
+            return Ok(sum);
+        };
+        let mut ids: Vec<SegmentId> = held
+            .into_iter()
+            .filter(|(origin, _)| origin.audit_node() != Some(own))
+            .flat_map(|(_, log)| log.ids)
+            .collect();
+        ids.sort_unstable();
+        for entry in entries {
+            let id = entry
+                .rel
+                .strip_prefix("segments/audit/")
+                .and_then(segment_id);
+            if id.is_some_and(|id| ids.binary_search(&id).is_ok()) {
+                sum = sum.saturating_add(entry.stat.allocated_bytes);
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Everything below the root, directories before what is in them; without the files of the directories
+    /// that grow with the store if so asked.
+    fn walk(&self, without_bulk: bool) -> Result<Vec<Entry>, DiskError> {
         let mut entries = vec![Entry {
             rel: String::new(),
             stat: self.disk.stat(&self.root)?,
         }];
         let mut todo = vec![String::new()];
         while let Some(dir) = todo.pop() {
+            if without_bulk && BULK_DIRS.contains(&dir.as_str()) {
+                continue;
+            }
             for name in self.list(&dir)? {
                 let rel = if dir.is_empty() {
                     name
@@ -547,17 +607,28 @@ impl Offline<'_> {
     fn index_findings(
         &self,
         entries: &[Entry],
+        held: &verify::Held,
         findings: &mut Vec<Finding>,
     ) -> Result<(), DiskError> {
         let Some(catalog) = entries.iter().find(|entry| entry.rel == CATALOG) else {
             return Ok(());
         };
         let mut last = None;
+        // What was verified a moment ago, to begin with; what does not fit may have changed since.
+        let mut verified = held.as_ref().map(|held| {
+            held.iter()
+                .map(|(origin, log)| (origin.clone(), log.sequences.clone()))
+                .collect()
+        });
         for _ in 0..ATTEMPTS {
             let index = load_index(self.disk, &self.root).map(|loaded| loaded.held());
             // A damaged segment explains why they differ. Building the index anew over it would make
             // the node forget that its place is taken.
-            let Some(files) = self.sequences()? else {
+            let files = match verified.take() {
+                Some(files) => Some(files),
+                None => self.sequences()?,
+            };
+            let Some(files) = files else {
                 return Ok(());
             };
             last = match index {
@@ -696,28 +767,25 @@ impl Offline<'_> {
         }
         Ok(kept)
     }
+}
 
-    /// The ledger as the node would begin with it.
-    fn usage(&self, entries: &[Entry], options: &FsckOptions) -> std::sync::Arc<Ledger> {
-        let ledger = Ledger::new(options.ceiling_bytes, options.reserve_bytes, 0);
-        ledger.set_custody_max(options.custody_max_bytes);
-        let own = options.node_id.as_str();
-        for entry in entries {
-            let foreign_audit = entry
-                .rel
-                .strip_prefix("segments/audit/")
-                .and_then(segment_id)
-                .and_then(|id| self.describe(Kind::Audit, &id).ok().flatten())
-                .is_some_and(|info| info.reference.origin.audit_node() != Some(own));
-            let charge = if foreign_audit {
-                Charge::Custody
-            } else {
-                Charge::Normal
-            };
-            ledger.found(entry.stat.allocated_bytes, charge);
-        }
-        ledger
-    }
+fn allocated(entries: &[Entry]) -> u64 {
+    entries
+        .iter()
+        .map(|entry| entry.stat.allocated_bytes)
+        .fold(0, u64::saturating_add)
+}
+
+/// The ledger as the node would begin with it.
+fn ledger(allocated_bytes: u64, custody_bytes: u64, options: &FsckOptions) -> Arc<Ledger> {
+    let ledger = Ledger::new(options.ceiling_bytes, options.reserve_bytes, 0);
+    ledger.set_custody_max(options.custody_max_bytes);
+    ledger.found(custody_bytes, Charge::Custody);
+    ledger.found(
+        allocated_bytes.saturating_sub(custody_bytes),
+        Charge::Normal,
+    );
+    ledger
 }
 
 pub(super) const MAY_BE_NEWEST: &str =

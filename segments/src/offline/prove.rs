@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{Offline, OfflineError, log_records};
+use super::{Offline, OfflineError, Source, log_records};
 use crate::body::{self, BodyError};
 use crate::checkpoint::{self, Checkpoint};
 use crate::format::FormatError;
@@ -143,7 +143,19 @@ impl Offline<'_> {
         index: u64,
         latest: bool,
     ) -> Result<LogProof, LogProofError> {
-        let chain = self.chain_before(origin, u64::MAX, None)?;
+        // Where the index leads to no proof, it may have led astray.
+        self.prove_by(Source::Index, origin, index, latest)
+            .or_else(|_| self.prove_by(Source::Headers, origin, index, latest))
+    }
+
+    fn prove_by(
+        &self,
+        source: Source,
+        origin: &Origin,
+        index: u64,
+        latest: bool,
+    ) -> Result<LogProof, LogProofError> {
+        let chain = self.chain_before(origin, u64::MAX, None, source)?;
         let unsealed = self.unsealed(origin)?;
         let place = chain
             .iter()
@@ -326,7 +338,20 @@ impl Offline<'_> {
                 return Ok(Some(index));
             }
         }
-        for (id, span) in self.chain_before(origin, u64::MAX, None)?.iter().rev() {
+        match self.find_sealed_leaf(Source::Index, origin, leaf) {
+            Ok(Some(index)) => Ok(Some(index)),
+            _ => self.find_sealed_leaf(Source::Headers, origin, leaf),
+        }
+    }
+
+    fn find_sealed_leaf(
+        &self,
+        source: Source,
+        origin: &Origin,
+        leaf: &Sha256Hash,
+    ) -> Result<Option<u64>, OfflineError> {
+        let chain = self.chain_before(origin, u64::MAX, None, source)?;
+        for (id, _) in chain.iter().rev() {
             let Some(segment) = self.read(Kind::Audit, id)? else {
                 continue;
             };
@@ -338,7 +363,7 @@ impl Offline<'_> {
                 other => other?,
             };
             if let Some(at) = tree.leaves().iter().rposition(|found| found == leaf) {
-                return Ok(Some(span.first.saturating_add(at as u64)));
+                return Ok(Some(body.span().first.saturating_add(at as u64)));
             }
         }
         Ok(None)

@@ -71,14 +71,14 @@ pub(super) fn page_head(id: &PageId) -> Vec<u8> {
 
 /// What the index knows of an audit segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ChainEntry {
-    pub(super) id: SegmentId,
+pub(crate) struct ChainEntry {
+    pub(crate) id: SegmentId,
     pub(super) prev: Option<SegmentId>,
-    pub(super) span: AuditSpan,
-    pub(super) created_unix_ms: u64,
+    pub(crate) span: AuditSpan,
+    pub(crate) created_unix_ms: u64,
     pub(super) size_bytes: u64,
     /// Allocated to the segment's file.
-    pub(super) allocated: u64,
+    pub(crate) allocated: u64,
     /// Allocated to the file of its receipts; 0 if there is none.
     pub(super) receipts: u64,
     /// Receipts that lie in it.
@@ -134,7 +134,7 @@ impl ChainEntry {
         })
     }
 
-    pub(super) fn reference(&self, origin: &Origin, sequence: u64) -> SegmentRef {
+    pub(crate) fn reference(&self, origin: &Origin, sequence: u64) -> SegmentRef {
         SegmentRef {
             id: self.id,
             kind: Kind::Audit,

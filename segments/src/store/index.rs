@@ -809,6 +809,67 @@ pub(crate) fn load(disk: &dyn Disk, root: &Path) -> Result<Loaded, Unusable> {
 }
 
 impl Loaded {
+    /// Whose index it is.
+    pub(crate) fn domain(&self) -> &DomainId {
+        &self.domain
+    }
+
+    /// How many segments it lists.
+    pub(crate) fn count(&self) -> u64 {
+        self.logs
+            .values()
+            .map(|log| log.ranges.count())
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of the segments and pages of logs of other nodes.
+    pub(crate) fn custody_bytes(&self, own_node: &NodeId) -> u64 {
+        self.logs
+            .iter()
+            .filter(|(origin, _)| origin.audit_node() != Some(own_node.as_str()))
+            .map(|(_, log)| log.charged())
+            .fold(0, u64::saturating_add)
+    }
+
+    /// Gives the entry of every segment listed, log by log, in order. Those that a page does not give
+    /// are left out. One page is in memory at a time.
+    pub(crate) fn entries(
+        &self,
+        disk: &dyn Disk,
+        root: &Path,
+        each: &mut dyn FnMut(&Origin, u64, &ChainEntry),
+    ) {
+        let fixed: BTreeMap<(&Origin, u64), &ChainEntry> = self
+            .fixups
+            .iter()
+            .map(|(origin, sequence, entry)| ((origin, *sequence), entry))
+            .collect();
+        let mut bytes = vec![0; PAGE_BYTES];
+        for (origin, log) in &self.logs {
+            let mut in_memory = None;
+            for sequence in log.ranges.from(0) {
+                if let Some(entry) = fixed.get(&(origin, sequence)) {
+                    each(origin, sequence, entry);
+                    continue;
+                }
+                let page = place(sequence).0;
+                if in_memory != Some(page) {
+                    in_memory = Some(page);
+                    let path = root.join(page_path(&(log.name, page)));
+                    let read = disk
+                        .open(&path, OpenMode::Read)
+                        .and_then(|file| file.read_at(0, &mut bytes));
+                    if read.is_err() {
+                        bytes.fill(0);
+                    }
+                }
+                if let Some(entry) = ChainEntry::from_page(&bytes, &log.name, sequence) {
+                    each(origin, sequence, &entry);
+                }
+            }
+        }
+    }
+
     /// The sequences held of every log: inclusive ranges, ascending.
     pub(crate) fn held(&self) -> BTreeMap<Origin, Vec<(u64, u64)>> {
         self.logs
