@@ -63,7 +63,7 @@ fn a_segment_that_is_not_there_has_its_reason_and_counts_as_lag() {
     assert_eq!(there(&world, 0, 1, &own), Standing::OwnLog);
     assert_eq!(lag(&world, 0, 1).to_peer_segments, 1, "neither is a lag");
     let huge = SegmentRef {
-        size_bytes: 2_000_000,
+        size_bytes: 4_000_001,
         sequence: 77,
         ..big
     };
