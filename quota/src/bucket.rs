@@ -13,13 +13,13 @@ use std::{
     fmt,
     hash::Hash,
     num::NonZeroU32,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use governor::{
     Quota, RateLimiter,
-    clock::Clock,
+    clock::{Clock, Reference},
     middleware::NoOpMiddleware,
     nanos::Nanos,
     state::{StateStore, keyed::ShrinkableKeyedStateStore},
@@ -89,7 +89,10 @@ where
     K: Clone + Eq + Hash + Ord,
     C: Clock,
 {
-    limiter: RateLimiter<K, BoundedStore<K>, C, NoOpMiddleware<C::Instant>>,
+    limiter: RateLimiter<K, Shared<K>, C, NoOpMiddleware<C::Instant>>,
+    states: Arc<BoundedStore<K>>,
+    /// Arrival times count from here.
+    start: C::Instant,
     rate: Rate,
     /// Tokens that one cell of the limiter stands for; 1 unless the rate is very high.
     unit: u32,
@@ -129,8 +132,13 @@ where
         // Rounded up, so that a cost equal to the burst still passes.
         let cells_burst = NonZeroU32::new(rate.burst.div_ceil(unit)).ok_or(RateError::ZeroBurst)?;
         let quota = Quota::per_second(cells_per_second).allow_burst(cells_burst);
+        let states = Arc::new(BoundedStore::new(max_keys));
+        // The limiter reads its own start a moment later: debts are off by some microseconds.
+        let start = clock.now();
         Ok(Self {
-            limiter: RateLimiter::new(quota, BoundedStore::new(max_keys), clock),
+            limiter: RateLimiter::new(quota, Shared(Arc::clone(&states)), clock),
+            states,
+            start,
             rate,
             unit,
         })
@@ -163,6 +171,52 @@ where
         }
     }
 
+    /// Every key that is not at rest, with the time until its bucket is full again: what has to be
+    /// kept over a restart, and given to [`TokenBuckets::restore`] less the time that has passed.
+    #[must_use]
+    pub fn debts(&self) -> Vec<(K, Duration)> {
+        let now = self.now();
+        self.states.with(|inner| {
+            let owing = inner.order.iter().rev();
+            owing
+                .map_while(|(arrival, key)| Some((key.clone(), arrival.checked_sub(now)?)))
+                .filter(|(_, debt)| *debt > 0)
+                .map(|(key, debt)| (key, Duration::from_nanos(debt)))
+                .collect()
+        })
+    }
+
+    /// Time until the key's bucket is full.
+    #[must_use]
+    pub fn debt(&self, key: &K) -> Duration {
+        let now = self.now();
+        let arrival = self.states.with(|inner| inner.arrival.get(key).copied());
+        Duration::from_nanos(arrival.unwrap_or_default().saturating_sub(now))
+    }
+
+    /// Makes a key's bucket full only after this time, at most the time that an empty one needs. A
+    /// greater debt that it has already stays.
+    pub fn restore(&self, key: &K, debt: Duration) {
+        let cells = u64::from(self.rate.burst.div_ceil(self.unit));
+        let cells_per_second = u64::from((self.rate.per_second / self.unit).max(1));
+        let most = cells.saturating_mul(1_000_000_000) / cells_per_second;
+        let debt = u64::try_from(debt.as_nanos()).unwrap_or(u64::MAX).min(most);
+        let arrival = self.now().saturating_add(debt);
+        // Never an error: the closure gives none.
+        let _ = self.states.measure_and_replace(key, |held| {
+            let held = held.map_or(0, |held| held.as_u64());
+            Ok::<_, std::convert::Infallible>(((), Nanos::from(held.max(arrival))))
+        });
+    }
+
+    fn now(&self) -> u64 {
+        self.limiter
+            .clock()
+            .now()
+            .duration_since(self.start)
+            .as_u64()
+    }
+
     /// The rate that every key has.
     #[must_use]
     pub fn rate(&self) -> Rate {
@@ -186,6 +240,9 @@ where
         self.limiter.is_empty()
     }
 }
+
+/// The store, as the limiter wants to own it.
+struct Shared<K>(Arc<BoundedStore<K>>);
 
 /// The state of every key, and the keys in order of their theoretical arrival time: the smaller
 /// it is, the fuller the bucket.
@@ -218,13 +275,23 @@ impl<K: Clone + Eq + Hash + Ord> BoundedStore<K> {
     }
 }
 
-impl<K: Clone + Eq + Hash + Ord> StateStore for BoundedStore<K> {
+impl<K: Clone + Eq + Hash + Ord> StateStore for Shared<K> {
     type Key = K;
 
     fn measure_and_replace<T, F, E>(&self, key: &K, f: F) -> Result<T, E>
     where
         F: Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
     {
+        self.0.measure_and_replace(key, f)
+    }
+}
+
+impl<K: Clone + Eq + Hash + Ord> BoundedStore<K> {
+    fn measure_and_replace<T, E>(
+        &self,
+        key: &K,
+        f: impl Fn(Option<Nanos>) -> Result<(T, Nanos), E>,
+    ) -> Result<T, E> {
         self.with(|inner| {
             let held = inner.arrival.get(key).copied();
             let (outcome, next) = f(held.map(Nanos::from))?;
@@ -250,10 +317,10 @@ impl<K: Clone + Eq + Hash + Ord> StateStore for BoundedStore<K> {
     }
 }
 
-impl<K: Clone + Eq + Hash + Ord> ShrinkableKeyedStateStore<K> for BoundedStore<K> {
+impl<K: Clone + Eq + Hash + Ord> ShrinkableKeyedStateStore<K> for Shared<K> {
     fn retain_recent(&self, drop_below: Nanos) {
         let drop_below = drop_below.as_u64();
-        self.with(|inner| {
+        self.0.with(|inner| {
             while inner
                 .order
                 .first()
@@ -267,11 +334,11 @@ impl<K: Clone + Eq + Hash + Ord> ShrinkableKeyedStateStore<K> for BoundedStore<K
     }
 
     fn len(&self) -> usize {
-        self.with(|inner| inner.arrival.len())
+        self.0.with(|inner| inner.arrival.len())
     }
 
     fn is_empty(&self) -> bool {
-        self.with(|inner| inner.arrival.is_empty())
+        self.0.with(|inner| inner.arrival.is_empty())
     }
 }
 
@@ -407,6 +474,44 @@ mod tests {
         // Key 3 spent most, so its state outlived a thousand strangers.
         assert!(buckets.check(&3, 6).is_err());
         assert_eq!(buckets.check(&3, 5), Ok(()));
+    }
+
+    #[test]
+    fn inv_13_a_debt_outlives_a_restart_and_is_paid_by_the_time_that_passes() {
+        let (before, clock) = buckets(10, 20, 8);
+        assert_eq!(before.check(&1, 20), Ok(()));
+        assert_eq!(before.check(&2, 5), Ok(()));
+        assert_eq!(before.check(&3, 5), Ok(()));
+        clock.advance(Duration::from_millis(500));
+        let debts: HashMap<u32, Duration> = before.debts().into_iter().collect();
+        assert_eq!(debts.len(), 1, "2 and 3 are full again: {debts:?}");
+        assert_eq!(debts[&1], Duration::from_millis(1_500));
+        assert_eq!(before.debt(&1), debts[&1]);
+        assert_eq!(before.debt(&2), Duration::ZERO);
+
+        let (after, clock) = buckets(10, 20, 8);
+        assert_eq!(
+            after.check(&9, 20),
+            Ok(()),
+            "the control: without a debt all of it passes"
+        );
+        let downtime = Duration::from_millis(500);
+        after.restore(&1, debts[&1] - downtime);
+        assert_eq!(after.check(&1, 10), Ok(()));
+        assert!(after.check(&1, 1).is_err());
+        after.restore(&1, Duration::ZERO);
+        assert!(
+            after.check(&1, 1).is_err(),
+            "a smaller debt forgives nothing"
+        );
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(after.check(&1, 20), Ok(()));
+
+        // However great a debt is said to be, an empty bucket is the worst.
+        after.restore(&4, Duration::MAX);
+        assert!(after.check(&4, 1).is_err());
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(after.check(&4, 20), Ok(()));
     }
 
     #[test]

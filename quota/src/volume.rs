@@ -60,6 +60,31 @@ impl DailyVolume {
         Ok(())
     }
 
+    /// What was used of the running day, and how long that day has run: what has to be kept over a
+    /// restart. `None` if nothing counts any more.
+    #[must_use]
+    pub fn used(&self, now: Duration) -> Option<(u64, Duration)> {
+        let age = now.saturating_sub(self.window_start);
+        (self.used > 0 && age < DAY).then_some((self.used, age))
+    }
+
+    /// A counter that has used so much of a day that has run so long at `now`.
+    #[must_use]
+    pub fn resumed(limit: u64, used: u64, age: Duration, now: Duration) -> Self {
+        let mut volume = Self::new(limit);
+        match now.checked_sub(age) {
+            _ if age >= DAY => {}
+            Some(window_start) => {
+                volume.used = used.min(limit);
+                volume.window_start = window_start;
+            }
+            // The clock began within that day: it ends a whole day after the clock's start, which
+            // is later than it was and never sooner.
+            None => volume.used = used.min(limit),
+        }
+        volume
+    }
+
     /// What is left of the allowance.
     #[must_use]
     pub fn left(&self, now: Duration) -> u64 {
@@ -102,6 +127,34 @@ mod tests {
         );
         assert_eq!(volume.left(start + DAY), 100);
         assert_eq!(volume.take(100, start + DAY), Ok(()));
+    }
+
+    #[test]
+    fn inv_13_a_day_goes_on_over_a_restart() {
+        let mut before = DailyVolume::new(100);
+        assert_eq!(before.used(Duration::ZERO), None);
+        assert_eq!(before.take(70, DAY), Ok(()));
+        let (used, age) = before.used(DAY + DAY / 4).unwrap();
+        assert_eq!((used, age), (70, DAY / 4));
+        assert_eq!(before.used(DAY * 2), None, "the day is over");
+
+        let now = DAY * 5;
+        let mut after = DailyVolume::resumed(100, used, age, now);
+        assert!(after.take(31, now).is_err());
+        assert_eq!(after.take(30, now), Ok(()));
+        assert_eq!(after.left(now + DAY / 2), 0);
+        assert_eq!(after.left(now + DAY * 3 / 4), 100, "the same day's end");
+
+        // A clock that began a moment ago: the day ends later, never sooner.
+        let young = DailyVolume::resumed(100, used, age, Duration::from_secs(1));
+        assert_eq!(young.left(DAY * 3 / 4), 30);
+        assert_eq!(young.left(DAY), 100);
+        assert_eq!(
+            DailyVolume::resumed(50, used, age, now).left(now),
+            0,
+            "a lower limit"
+        );
+        assert_eq!(DailyVolume::resumed(100, used, DAY, now).left(now), 100);
     }
 
     #[test]
