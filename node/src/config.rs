@@ -11,6 +11,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -143,7 +144,17 @@ pub struct MeshSection {
     pub peer_bytes_per_second: u32,
     /// Frames a second that one peer may send.
     pub peer_requests_per_second: u32,
+    /// Bytes of witness and audit that one peer may give this node in a day; 0 is no bound.
+    pub peer_bytes_per_day: u64,
 }
+
+/// What may stand at `mesh.peer_bytes_per_second`.
+pub const PEER_BYTES_PER_SECOND: RangeInclusive<u32> = 1 << 16..=u32::MAX;
+/// What may stand at `mesh.peer_requests_per_second`.
+pub const PEER_REQUESTS_PER_SECOND: RangeInclusive<u32> = 10..=10_000_000;
+/// What may stand at `mesh.peer_bytes_per_day`, and 0: at least the longest segment.
+pub const PEER_BYTES_PER_DAY: RangeInclusive<u64> =
+    tidelock_segments::limits::MAX_SEGMENT_BYTES..=1 << 60;
 
 /// One peer.
 #[derive(Debug, Clone, PartialEq)]
@@ -377,9 +388,16 @@ impl Config {
             );
         }
         let peer_bytes_per_second =
-            s.number32("peer_bytes_per_second", 1 << 30, 1 << 16..=u32::MAX);
+            s.number32("peer_bytes_per_second", 1 << 30, PEER_BYTES_PER_SECOND);
         let peer_requests_per_second =
-            s.number32("peer_requests_per_second", 20_000, 10..=10_000_000);
+            s.number32("peer_requests_per_second", 20_000, PEER_REQUESTS_PER_SECOND);
+        let peer_bytes_per_day = s.bytes("peer_bytes_per_day", 0, 0..=*PEER_BYTES_PER_DAY.end());
+        if peer_bytes_per_day != 0 && !PEER_BYTES_PER_DAY.contains(&peer_bytes_per_day) {
+            s.mistake(
+                "peer_bytes_per_day",
+                "below the longest segment, which would never pass; at least \"32MiB\", or 0 for no bound",
+            );
+        }
         let mut peers = Vec::new();
         let mut peers_listed = 0;
         for mut peer in s.tables("peers") {
@@ -587,6 +605,7 @@ impl Config {
                     idle_timeout_ms,
                     peer_bytes_per_second,
                     peer_requests_per_second,
+                    peer_bytes_per_day,
                 },
                 audit: AuditSection {
                     segment_bytes,

@@ -212,6 +212,114 @@ async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_
     .await;
 }
 
+async fn quota(site: &Site<'_>, at: &str, arguments: &[&str]) -> Value {
+    let command: Vec<&str> = ["peers", "quota"]
+        .iter()
+        .chain(arguments)
+        .copied()
+        .collect();
+    let asked = site.tidelock(at, &command).await;
+    asked
+        .unwrap_or_else(|failure| panic!("{}", failure.message))
+        .1
+}
+
+/// Ends a node as its operator does, so that it writes what it keeps.
+async fn stop(site: &mut Site<'_>, id: &str) {
+    let node = site.node(id).unwrap();
+    let stat = format!("/proc/{}/stat", node.process_id().unwrap());
+    node.signal(rustix::process::Signal::TERM).unwrap();
+    let begun = Instant::now();
+    // Ended, and not waited for yet: a zombie.
+    while std::fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(begun.elapsed() < LIMIT, "{id} does not end");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    site.kill(id).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
+    let dir = directory();
+    let network = Loopback::new(&["a", "b"]).await.unwrap();
+    let mut site = running(dir.path(), &network, &["a", "b"]).await;
+    install(&site, "a", 1).await;
+    connected(&site, "a", 1).await;
+    let day = 1_u64 << 30;
+    let shown = quota(&site, "a", &["b"]).await;
+    assert_eq!(shown.get("own"), Some(&json!(false)), "{shown}");
+    assert_eq!(
+        shown.pointer("/after/bytes_per_day"),
+        Some(&Value::Null),
+        "{shown}"
+    );
+
+    // The plan changes nothing, the act does, and it is in the log.
+    let plan = ["b", "--bytes-per-day", "1GiB", "--bytes-per-second", "1MiB"];
+    for arguments in [&plan[..], &["b"]] {
+        quota(&site, "a", arguments).await;
+        let status = site.node("a").unwrap().status().await.unwrap();
+        assert_eq!(status.pointer("/mesh/own_quotas"), Some(&json!([])));
+    }
+    let act: Vec<&str> = plan.iter().copied().chain(["--apply"]).collect();
+    let done = quota(&site, "a", &act).await;
+    assert_eq!(done.pointer("/after/bytes_per_day"), Some(&json!(day)));
+    let status = site.node("a").unwrap().status().await.unwrap();
+    assert_eq!(status.pointer("/mesh/own_quotas"), Some(&json!(["b"])));
+    let tail = json!({"lines": 5});
+    let records = site.node("a").unwrap().operate("audit.tail", &tail).await;
+    assert!(records.unwrap().to_string().contains("peer_quota_set"));
+
+    // What b sends counts, and the next session tells b its limits.
+    let segment = sealed(&site, "b").await;
+    why(&site, "b", &segment, "a", "held").await;
+    let used = quota(&site, "a", &["b"]).await;
+    let used = used.get("used_today_bytes").and_then(Value::as_u64);
+    assert!(used.is_some_and(|bytes| bytes > 0), "{used:?}");
+    stop(&mut site, "a").await;
+    site.start("a")
+        .await
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    connected(&site, "b", 1).await;
+    let after = quota(&site, "a", &["b"]).await;
+    assert_eq!(after.get("own"), Some(&json!(true)), "{after}");
+    assert_eq!(
+        after.pointer("/after/bytes_per_second"),
+        Some(&json!(1 << 20))
+    );
+    assert_eq!(after.get("used_today_bytes").and_then(Value::as_u64), used);
+    let seen = site.node("b").unwrap().status().await.unwrap();
+    let announced = seen
+        .pointer("/mesh/peers/0/detail/announced")
+        .unwrap_or(&Value::Null);
+    assert_eq!(announced.get("in_bytes_per_second"), Some(&json!(1 << 20)));
+    let left = announced.get("in_bytes_left_today").and_then(Value::as_u64);
+    assert_eq!(left, used.map(|used| day - used), "{announced}");
+
+    // A damaged file grants nothing: told, and what was set has to be set again.
+    stop(&mut site, "a").await;
+    let file = site.node("a").unwrap().root().join("state/quotas");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replacen("1048576", "9048576", 1)).unwrap();
+    site.start("a")
+        .await
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let journal = site.node("a").unwrap().operate("journal", &json!({})).await;
+    let journal = journal.unwrap().to_string();
+    assert!(
+        journal.contains("state_damaged") && journal.contains("state/quotas"),
+        "{journal}"
+    );
+    connected(&site, "a", 1).await;
+    let next = sealed(&site, "b").await;
+    why(&site, "b", &next, "a", "held").await;
+    let common = quota(&site, "a", &["b", "--common", "--apply"]).await;
+    assert_eq!(common.get("own"), Some(&json!(false)), "{common}");
+    let stranger = json!({"peer": "nobody"});
+    let refused = site.node("a").unwrap().operate("peers.quota", &stranger);
+    assert!(refused.await.unwrap_err().0.contains("UNKNOWN_PEER"));
+}
+
 /// What a node sends, counted in its own namespace by the kernel: to its peers, and to anybody else.
 struct Watch<'n> {
     network: &'n namespaces::Namespaces,

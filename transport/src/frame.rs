@@ -13,8 +13,9 @@ use tidelock_segments::bao::GROUP_BYTES;
 
 use crate::limits::{
     FRAME_HEADER_BYTES, MAX_DECODED_FRAME_BYTES, MAX_ENDORSEMENT_BYTES, MAX_FRAME_BODY_BYTES,
-    MAX_HEADS_PER_FRAME, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_ORIGIN_BYTES, MAX_RANGE_BYTES,
-    MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME, MAX_REFS_PER_FRAME,
+    MAX_HEADS_PER_FRAME, MAX_HELLO_ACK_BYTES, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_ORIGIN_BYTES,
+    MAX_RANGE_BYTES, MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME,
+    MAX_REFS_PER_FRAME,
 };
 
 /// A segment id as it stands on the wire.
@@ -79,7 +80,7 @@ frame_types! {
     /// Who speaks, with which limits, holding what.
     Hello = 1, Control, MAX_HELLO_BYTES;
     /// The other side's Hello was accepted.
-    HelloAck = 2, Control, 0;
+    HelloAck = 2, Control, MAX_HELLO_ACK_BYTES;
     /// Where the sender stands in some origins' logs.
     Heads = 3, Control, MAX_FRAME_BODY_BYTES;
     /// Asks for the full head of one origin.
@@ -140,6 +141,19 @@ pub struct Hello {
     pub endorsement: Option<Vec<u8>>,
     /// Keyed digest of all heads; equal means nothing to exchange.
     pub state_digest: [u8; 32],
+}
+
+/// The other's Hello was accepted; this is what it is granted in this session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct HelloAck {
+    /// Control frames that the sender reads in a second.
+    pub frames_per_second: u32,
+    /// Bytes of witness and audit that it takes in a second.
+    pub in_bytes_per_second: u64,
+    /// Bytes of witness and audit that it still takes in the running day.
+    pub in_bytes_left_today: u64,
+    /// Bytes that it sends in a second.
+    pub out_bytes_per_second: u64,
 }
 
 /// An origin in a session: named once, a number afterwards.
@@ -437,7 +451,7 @@ close_codes! {
 #[expect(missing_docs, reason = "each variant is documented at its body")]
 pub enum Frame {
     Hello(Box<Hello>),
-    HelloAck,
+    HelloAck(HelloAck),
     Heads(Heads),
     GetHead(GetHead),
     FullHead(FullHead),
@@ -544,7 +558,7 @@ impl Frame {
     pub fn frame_type(&self) -> FrameType {
         match self {
             Self::Hello(_) => FrameType::Hello,
-            Self::HelloAck => FrameType::HelloAck,
+            Self::HelloAck(_) => FrameType::HelloAck,
             Self::Heads(_) => FrameType::Heads,
             Self::GetHead(_) => FrameType::GetHead,
             Self::FullHead(_) => FrameType::FullHead,
@@ -571,7 +585,8 @@ impl Frame {
         self.check()?;
         let encoded = match self {
             Self::Hello(body) => bincode::encode_to_vec(body.as_ref(), config()),
-            Self::HelloAck | Self::AskHeads => Ok(Vec::new()),
+            Self::HelloAck(body) => bincode::encode_to_vec(body, config()),
+            Self::AskHeads => Ok(Vec::new()),
             Self::Heads(body) => bincode::encode_to_vec(body, config()),
             Self::GetHead(body) => bincode::encode_to_vec(body, config()),
             Self::FullHead(body) => bincode::encode_to_vec(body, config()),
@@ -620,7 +635,7 @@ impl Frame {
         }
         let decoded = match frame {
             FrameType::Hello => Self::Hello(Box::new(body(frame, bytes)?)),
-            FrameType::HelloAck => Self::HelloAck,
+            FrameType::HelloAck => Self::HelloAck(body(frame, bytes)?),
             FrameType::Heads => Self::Heads(body(frame, bytes)?),
             FrameType::GetHead => Self::GetHead(body(frame, bytes)?),
             FrameType::FullHead => Self::FullHead(body(frame, bytes)?),
@@ -709,7 +724,7 @@ impl Frame {
                 "receipt is too long",
             ),
             Self::Bye(bye) => require(bye.reason.len() <= MAX_REASON_BYTES, "reason is too long"),
-            Self::HelloAck
+            Self::HelloAck(_)
             | Self::AskHeads
             | Self::GetHead(_)
             | Self::DataStream(_)

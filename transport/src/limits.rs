@@ -23,6 +23,9 @@ pub const MAX_DECODED_FRAME_BYTES: usize = 256 * 1024;
 /// Longest Hello: the endorsement with its certificate chain dominates.
 pub const MAX_HELLO_BYTES: usize = 32 * 1024;
 
+/// Body of a HelloAck: four numbers.
+pub const MAX_HELLO_ACK_BYTES: usize = 5 + 3 * 9;
+
 /// Longest endorsement that a Hello may carry.
 pub const MAX_ENDORSEMENT_BYTES: usize = segments::MAX_ENDORSEMENT_BYTES;
 

@@ -24,8 +24,8 @@ use tidelock_segments::{DomainId, Head, Kind, NodeId, Origin, SegmentId, Segment
 use crate::{
     frame::{
         Bye, ByteRange, CloseCode, Fetch, FetchRefusal, FetchRefused, Frame, FullHead, GetHead,
-        HeadBody, HeadEntry, HeadTag, Heads, Hello, ListRefs, OriginRef, Receipt, ReceiptWant,
-        RefEntry, Refs, WireLimits, bounded_reason,
+        HeadBody, HeadEntry, HeadTag, Heads, Hello, HelloAck, ListRefs, OriginRef, Receipt,
+        ReceiptWant, RefEntry, Refs, WireLimits, bounded_reason,
     },
     limits::{
         HEADS_DELAY, HELLO_TIMEOUT, MAX_BULK_BYTES_IN_FLIGHT, MAX_BULK_SEGMENT_BYTES,
@@ -132,6 +132,19 @@ pub struct PeerLimits {
     pub max_in_flight: u16,
 }
 
+/// What a node grants the peer that it speaks to, as of the beginning of the session.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct AnnouncedQuota {
+    /// Control frames that it reads from the peer in a second.
+    pub frames_per_second: u32,
+    /// Bytes of witness and audit that it takes from the peer in a second.
+    pub in_bytes_per_second: u64,
+    /// Bytes of witness and audit that it still takes from the peer in the running day.
+    pub in_bytes_left_today: u64,
+    /// Bytes that it sends to the peer in a second.
+    pub out_bytes_per_second: u64,
+}
+
 /// A node's posture as it tells its peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -180,6 +193,8 @@ pub struct LocalHello {
     pub node_id: NodeId,
     /// What it takes.
     pub limits: PeerLimits,
+    /// What it grants this peer.
+    pub quota: AnnouncedQuota,
     /// Its posture.
     pub posture: PeerPosture,
     /// Encoded endorsement of its log key.
@@ -193,6 +208,8 @@ pub struct PeerHello {
     pub node_id: NodeId,
     /// What it takes.
     pub limits: PeerLimits,
+    /// What it grants this node.
+    pub quota: AnnouncedQuota,
     /// Its posture.
     pub posture: PeerPosture,
     /// Encoded endorsement of its log key. Not judged here.
@@ -622,7 +639,7 @@ impl SessionMachine {
         match (frame, self.is_established()) {
             (Frame::Bye(bye), _) => self.on_bye(&bye),
             (Frame::Hello(hello), false) => self.on_hello(&hello),
-            (Frame::HelloAck, false) => self.on_hello_ack(now, view),
+            (Frame::HelloAck(granted), false) => self.on_hello_ack(granted, now, view),
             (Frame::Heads(heads), true) => self.on_heads(heads, view),
             (Frame::AskHeads, true) => self.offer_all(now, view),
             (Frame::GetHead(get), true) => self.on_get_head(get, view),
@@ -701,6 +718,8 @@ impl SessionMachine {
             self.forget(&id);
             self.abandon_parts(&id);
         }
+        // A quota may have changed; what is still spent holds again.
+        (self.hold_urgent, self.hold_bulk) = (None, None);
         // INV-12: a segment that the peer spoilt stays aside; one without room is asked again.
         self.set_aside.retain(|_, fault| *fault == Fault::Peer);
         let mine: BTreeMap<Origin, Head> = view
@@ -1209,6 +1228,7 @@ impl SessionMachine {
         let said = PeerHello {
             node_id: self.peer.clone(),
             limits: self.peer_limits,
+            quota: AnnouncedQuota::default(),
             posture,
             endorsement: hello.endorsement.clone(),
         };
@@ -1221,10 +1241,16 @@ impl SessionMachine {
             *seen = Some(Box::new(said));
             *their_digest = hello.state_digest;
         }
-        self.push(Frame::HelloAck);
+        let quota = self.local.quota;
+        self.push(Frame::HelloAck(HelloAck {
+            frames_per_second: quota.frames_per_second,
+            in_bytes_per_second: quota.in_bytes_per_second,
+            in_bytes_left_today: quota.in_bytes_left_today,
+            out_bytes_per_second: quota.out_bytes_per_second,
+        }));
     }
 
-    fn on_hello_ack(&mut self, now: Duration, view: &dyn View) {
+    fn on_hello_ack(&mut self, granted: HelloAck, now: Duration, view: &dyn View) {
         let Phase::Greeting {
             heads,
             hello,
@@ -1234,8 +1260,14 @@ impl SessionMachine {
             return;
         };
         // Their Hello comes first on an ordered stream, so an acknowledgement without one is wrong.
-        let Some(said) = hello.take() else {
+        let Some(mut said) = hello.take() else {
             return self.close(CloseCode::Protocol, "hello acknowledged before it was sent");
+        };
+        said.quota = AnnouncedQuota {
+            frames_per_second: granted.frames_per_second,
+            in_bytes_per_second: granted.in_bytes_per_second,
+            in_bytes_left_today: granted.in_bytes_left_today,
+            out_bytes_per_second: granted.out_bytes_per_second,
         };
         let heads = std::mem::take(heads);
         let equal = state_digest(&self.key, &heads) == *their_digest;

@@ -38,7 +38,7 @@ use crate::{
     limits::{MAX_BULK_BYTES_NODE, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
     registry::{Claims, Registry, SessionId},
     revocation::RevocationError,
-    session::{Lag, PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
+    session::{AnnouncedQuota, Lag, PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
     tls::{MeshTls, SERVER_NAME, TlsError},
     verifier::{self, VerifiedPeer},
 };
@@ -56,7 +56,7 @@ pub use outlook::{Answer, SegmentStanding};
 use parts::Assemblies;
 pub use quic::QuicConfig;
 use quotas::Quotas;
-pub use quotas::{QuotaConfig, QuotaDebt};
+pub use quotas::{PeerDebt, PeerQuota, QuotaConfig, QuotaDebt};
 
 /// Events that wait for the node. Past it they are counted, and the count is told.
 const EVENTS: usize = 1_024;
@@ -308,6 +308,10 @@ pub struct MeshConfig {
     pub quic: QuicConfig,
     /// Quotas of each peer.
     pub quotas: QuotaConfig,
+    /// Peers with a quota of their own.
+    pub own_quotas: BTreeMap<NodeId, PeerQuota>,
+    /// What peers owed when the node stopped, less what they have paid by the time since.
+    pub owed: BTreeMap<NodeId, PeerDebt>,
     /// Bytes of bulk segments being received, over all sessions.
     pub receive_memory_bytes: u64,
     /// Between two looks at notAfter and nextUpdate of live sessions and of the own papers.
@@ -328,6 +332,8 @@ impl MeshConfig {
             session: SessionConfig::default(),
             quic: QuicConfig::default(),
             quotas: QuotaConfig::default(),
+            own_quotas: BTreeMap::new(),
+            owed: BTreeMap::new(),
             receive_memory_bytes: MAX_BULK_BYTES_NODE,
             recheck_interval: Duration::from_secs(1),
             jitter_seed: None,
@@ -424,6 +430,8 @@ pub struct PeerStatus {
     pub posture: Option<&'static str>,
     /// Bytes of custody that it offered in its last Hello.
     pub custody_free_bytes: Option<u64>,
+    /// What it granted this node in its last Hello.
+    pub announced: Option<AnnouncedQuota>,
     /// Sessions established since the start.
     pub sessions: u64,
     /// Segments taken from it.
@@ -787,6 +795,12 @@ impl Mesh {
         let domain = tls.rules().domain.clone();
         let dialer = Dialer::new(&local, config.dial, config.peers.clone(), clock.elapsed())?;
         let quotas = Quotas::new(&config.quotas, &clock)?;
+        for (peer, quota) in &config.own_quotas {
+            quotas.set(peer, Some(*quota))?;
+        }
+        for (peer, debt) in &config.owed {
+            quotas.owes(peer, debt);
+        }
         let seed = match config.jitter_seed {
             Some(seed) => seed,
             None => random_seed()?,
@@ -1065,6 +1079,29 @@ impl MeshHandle {
         self.shared.announce(reference);
     }
 
+    /// What a peer may cost.
+    #[must_use]
+    pub fn quota(&self, peer: &NodeId) -> PeerQuota {
+        self.shared.quotas.quota(peer)
+    }
+
+    /// Gives a peer a quota of its own from now on, or the common one again. What it owes goes along;
+    /// what waits for its quota asks again. The peer is told with the next session's Hello.
+    ///
+    /// # Errors
+    /// A quota that makes no sense, or more than [`MAX_PEERS`] of them. Then nothing changes.
+    pub fn set_quota(&self, peer: &NodeId, quota: Option<PeerQuota>) -> Result<(), MeshError> {
+        self.shared.quotas.set(peer, quota)?;
+        self.refresh();
+        Ok(())
+    }
+
+    /// What every peer owes that owes anything, to be kept over a restart.
+    #[must_use]
+    pub fn owed(&self) -> BTreeMap<NodeId, PeerDebt> {
+        self.shared.quotas.owed()
+    }
+
     /// What the node lacks or takes has changed: room came free, segments were quarantined, a limit
     /// was changed. Every session compares again.
     pub fn refresh(&self) {
@@ -1188,6 +1225,7 @@ impl MeshHandle {
                         .hello
                         .as_ref()
                         .map(|hello| hello.limits.custody_free_bytes),
+                    announced: stats.hello.as_ref().map(|hello| hello.quota),
                     sessions: stats.sessions,
                     segments_in: stats.segments_in,
                     bytes_in: stats.bytes_in,

@@ -111,7 +111,7 @@ fn since(text: &str) -> Result<Since, String> {
         .ok_or_else(|| "not a time as in 7d, 36h, 2026-05-01 or 2026-05-01T12:00:00Z".to_owned())
 }
 
-fn size(text: &str) -> Result<u64, String> {
+pub(super) fn size(text: &str) -> Result<u64, String> {
     parse_bytes(text).ok_or_else(|| "not a number of bytes, as in 256MiB".to_owned())
 }
 

@@ -122,7 +122,7 @@ pub enum Command {
     /// behind, what was lost on the way.
     #[command(
         args_conflicts_with_subcommands = true,
-        after_help = "Examples:\n  tidelock peers\n  tidelock peers why blake3:5f… harbour-b"
+        after_help = "Examples:\n  tidelock peers\n  tidelock peers why blake3:5f… harbour-b\n  tidelock peers quota harbour-b --bytes-per-second 2MiB --bytes-per-day 10GiB --apply"
     )]
     Peers {
         /// Without one, the table of all peers.

@@ -11,6 +11,7 @@ use tidelock_gateway::{
 
 use super::{
     ConfigArg, Exit, Failure, Output,
+    media::size,
     output::{human_bytes, table},
 };
 use crate::config::{Config, ConfigError};
@@ -46,6 +47,33 @@ pub enum PeersCommand {
         segment: String,
         /// The peer's node id.
         peer: String,
+        #[command(flatten)]
+        config: ConfigArg,
+    },
+    /// What a peer may cost this node. Without options it is shown; with them the plan, and with
+    /// --apply it holds from now on, over restarts too, and is recorded. What the peer owes already
+    /// it goes on owing. Revocation and policy have a quota of their own that nobody changes.
+    #[command(
+        after_help = "Examples:\n  tidelock peers quota harbour-b\n  tidelock peers quota harbour-b --bytes-per-second 2MiB --bytes-per-day 10GiB --apply\n  tidelock peers quota harbour-b --common --apply"
+    )]
+    Quota {
+        /// The peer's node id.
+        peer: String,
+        /// Bytes of audit a second that are taken from it, and bytes a second that it is sent.
+        #[arg(long, value_name = "BYTES", value_parser = size)]
+        bytes_per_second: Option<u64>,
+        /// Frames a second that are read from it.
+        #[arg(long, value_name = "NUMBER")]
+        requests_per_second: Option<u64>,
+        /// Bytes of audit that are taken from it in a day; 0 is no bound.
+        #[arg(long, value_name = "BYTES", value_parser = size)]
+        bytes_per_day: Option<u64>,
+        /// First drop what was set for this peer: all that is not named is as in the config.
+        #[arg(long)]
+        common: bool,
+        /// Act on the printed plan.
+        #[arg(long)]
+        apply: bool,
         #[command(flatten)]
         config: ConfigArg,
     },
@@ -460,19 +488,76 @@ pub(super) fn peers(
     args: &ConfigArg,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    let Some(PeersCommand::Why {
-        segment,
-        peer,
-        config,
-    }) = command
-    else {
-        let status = Door::of(args)?.get("/v1/status")?;
-        let peers = at(&status, "/mesh/peers").clone();
-        output.say(&peers, || peers_text(&peers));
-        return Ok(Exit::Done);
+    match command {
+        None => {
+            let status = Door::of(args)?.get("/v1/status")?;
+            let peers = at(&status, "/mesh/peers").clone();
+            output.say(&peers, || peers_text(&peers));
+            Ok(Exit::Done)
+        }
+        Some(PeersCommand::Why {
+            segment,
+            peer,
+            config,
+        }) => why(&segment, &peer, &config, output),
+        Some(PeersCommand::Quota {
+            peer,
+            bytes_per_second,
+            requests_per_second,
+            bytes_per_day,
+            common,
+            apply,
+            config,
+        }) => {
+            let body = json!({
+                "peer": peer,
+                "bytes_per_second": bytes_per_second,
+                "requests_per_second": requests_per_second,
+                "bytes_per_day": bytes_per_day,
+                "common": common,
+            });
+            let answer = operate(&config, "peers.quota", &body, apply)?;
+            output.say(&answer, || quota_text(&answer, apply));
+            Ok(Exit::Done)
+        }
+    }
+}
+
+fn quota_text(answer: &Value, applied: bool) -> String {
+    let (before, after) = (at(answer, "/before"), at(answer, "/after"));
+    let bytes = |value: &Value| value.as_u64().map_or("no bound".to_owned(), human_bytes);
+    let row = |name: &str, key: &str, text: &dyn Fn(&Value) -> String| {
+        vec![
+            format!("  {name}"),
+            text(at(before, key)),
+            text(at(after, key)),
+        ]
     };
+    let rows = [
+        row("bytes a second, each way", "/bytes_per_second", &bytes),
+        row("frames a second", "/requests_per_second", &plain),
+        row("bytes of audit a day", "/bytes_per_day", &bytes),
+    ];
+    let head = match (before == after, applied) {
+        (true, _) => "nothing changes",
+        (false, true) => "done",
+        (false, false) => "plan (act with --apply)",
+    };
+    let of = match at(answer, "/own") == &Value::Bool(true) {
+        true => "set for this peer",
+        false => "as in the config",
+    };
+    format!(
+        "{}: {of}; {} of audit taken today\n{}",
+        plain(at(answer, "/peer")),
+        bytes(at(answer, "/used_today_bytes")),
+        table(&[head, "before", "after"], &rows)
+    )
+}
+
+fn why(segment: &str, peer: &str, config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
     let body = json!({"segment": segment, "peer": peer});
-    let answer = operate(&config, "peers.why", &body, false)?;
+    let answer = operate(config, "peers.why", &body, false)?;
     output.say(&answer, || {
         let rows: Vec<Vec<String>> = answer
             .as_object()

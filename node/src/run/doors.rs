@@ -126,6 +126,7 @@ impl Node {
             "audit.reopen" => self.operate_reopen(apply),
             "audit.tail" => self.operate_tail(body),
             "audit.accept" => self.operate_accept(body, apply),
+            "peers.quota" => self.operate_quota(body, apply),
             "peers.why" => self.operate_why(body),
             "media.import" => self.operate_media_import(body, apply),
             "media.part" => self.operate_media_part(body),
@@ -141,7 +142,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.why, media.import, media.part, media.receipts, journal"
+                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
                 ),
             }),
         }
@@ -376,7 +377,7 @@ impl Node {
                 "ladder": self.root.ledger().ladder(),
                 "seconds_to_full": self.seconds_to_full(),
             },
-            "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers},
+            "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers, "own_quotas": self.own_quotas()},
             "crls": crls,
             "papers": self.papers_json(),
             "clock": {"trusted_unix_ms": now.unix_ms, "suspect": now.suspect},

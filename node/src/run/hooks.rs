@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::Posture;
-use tidelock_quota::{MonotonicClock, Rate};
+use tidelock_quota::MonotonicClock;
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Head, Kind, LogError, NodeId, Origin, Partial,
     PartialError, PutOutcome, SegmentId, SegmentRef, StoreError, VerifiedSegment,
@@ -22,7 +22,7 @@ use tidelock_transport::{
     },
 };
 
-use super::{admit::Denied, node::Node};
+use super::{admit::Denied, node::Node, quotas::common_quota};
 use crate::{
     cli::Failure,
     config::{Config, MeshSection},
@@ -410,7 +410,13 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
     if node.mesh.get().is_some() {
         return Ok(());
     }
-    let config = mesh_config(&node.config.load());
+    let mut config = mesh_config(&node.config.load());
+    {
+        let kept = node.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = node.clock.trusted();
+        config.own_quotas = kept.own(&node.config.load().mesh);
+        config.owed = kept.owed(now.unix_ms, now.suspect);
+    }
     let mesh = Mesh::start(
         config,
         tls,
@@ -436,12 +442,7 @@ fn mesh_config(config: &Config) -> MeshConfig {
             addresses: vec![p.address],
         })
         .collect();
-    let kib = (section.peer_bytes_per_second / 1_024).max(1);
-    // Twice the rate at once: a bucket smaller than a segment would never let it through.
-    let bytes = Rate {
-        per_second: kib,
-        burst: kib.saturating_mul(2).max(128 * 1_024),
-    };
+    let common = common_quota(section);
     MeshConfig {
         dial: DialConfig {
             base: Duration::from_millis(section.redial_base_ms),
@@ -454,12 +455,10 @@ fn mesh_config(config: &Config) -> MeshConfig {
             ..QuicConfig::default()
         },
         quotas: QuotaConfig {
-            frames: Rate {
-                per_second: section.peer_requests_per_second,
-                burst: section.peer_requests_per_second.saturating_mul(2),
-            },
-            bulk_in_kib: bytes,
-            out_kib: bytes,
+            frames: common.frames,
+            bulk_in_kib: common.bulk_in_kib,
+            out_kib: common.out_kib,
+            daily_in_bytes: common.daily_in_bytes,
             ..QuotaConfig::default()
         },
         ..MeshConfig::new(section.listen, peers)

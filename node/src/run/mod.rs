@@ -12,6 +12,7 @@ pub(crate) mod media;
 mod node;
 mod papers;
 mod policy;
+mod quotas;
 mod seen;
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -35,6 +35,7 @@ use super::{
     media::Parts,
     papers::{PaperLooks, Papers},
     policy::RootSlots,
+    quotas::{KeptQuotas, QUOTAS_FILE},
     seen::Seen,
 };
 use crate::{
@@ -121,6 +122,8 @@ pub(super) struct Node {
     unsettled: Arc<Unsettled>,
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
+    /// Of peers: what an operator set, and what was owed when it was last written.
+    pub(super) quotas: Mutex<KeptQuotas>,
     pub(super) disk_watch: Mutex<DiskWatch>,
     scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
@@ -265,11 +268,13 @@ impl Node {
         let kept_clock: State<PersistedFloor> = read_state(&root, CLOCK_FILE);
         let kept_keys: State<Vec<[u8; 32]>> = read_state(&root, REVOKED_KEYS_FILE);
         let accepted: State<BTreeSet<Origin>> = read_state(&root, ACCEPTED_LOGS_FILE);
+        let kept_quotas: State<KeptQuotas> = read_state(&root, QUOTAS_FILE);
         let mut damaged = Vec::new();
         for (path, why) in [
             (CLOCK_FILE, damage(&kept_clock)),
             (REVOKED_KEYS_FILE, damage(&kept_keys)),
             (ACCEPTED_LOGS_FILE, damage(&accepted)),
+            (QUOTAS_FILE, damage(&kept_quotas)),
         ] {
             damaged.extend(why.map(|why| (path, why)));
         }
@@ -278,6 +283,11 @@ impl Node {
         if doubt {
             clock.doubt();
         }
+        // A damaged file grants nothing (INV-13).
+        let quotas = match kept_quotas {
+            State::Damaged(_) => KeptQuotas::lost(&config, clock.unix_ms()),
+            kept => kept.value_or_default(),
+        };
         let store = Store::open(root.clone(), config.node.domain.clone())?;
         store.set_own_node(&config.node.id);
         let log = open_log(&config, &root, &store, &clock, &credentials)?;
@@ -321,6 +331,7 @@ impl Node {
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
+            quotas: Mutex::new(quotas),
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
@@ -720,10 +731,11 @@ impl Node {
             .seconds_to_full(limit_bytes)
     }
 
-    /// Once a minute, and at the end: the time floor, and counted refusals as one record.
+    /// Once a minute, and at the end: the time floor, what peers owe, and counted refusals as one record.
     pub(super) fn minute_tick(&self) {
         self.warn_of_endings();
         self.drop_stale_parts();
+        self.keep_quotas();
         let floor = self.clock.kept();
         let mut kept = self
             .kept_floor

@@ -20,7 +20,12 @@ use crate::verify::{
 };
 
 /// State files of the form `{"check", "value"}`.
-const CHECKED_FILES: [&str; 3] = ["clock", "revocation/keys", "state/accepted-logs"];
+const CHECKED_FILES: [&str; 4] = [
+    "clock",
+    "revocation/keys",
+    "state/accepted-logs",
+    "state/quotas",
+];
 const PARTIAL_DIR: &str = "partial/";
 /// Without it the node builds its index again.
 pub(super) const CATALOG: &str = "index/catalog";

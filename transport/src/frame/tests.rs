@@ -22,7 +22,15 @@ fn samples() -> Vec<(&'static str, Frame)> {
                 state_digest: [7; 32],
             })),
         ),
-        ("hello_ack", Frame::HelloAck),
+        (
+            "hello_ack",
+            Frame::HelloAck(HelloAck {
+                frames_per_second: 50_000,
+                in_bytes_per_second: 20_000_000,
+                in_bytes_left_today: 1_000_000_000,
+                out_bytes_per_second: 10_000_000,
+            }),
+        ),
         (
             "heads",
             Frame::Heads(Heads {
@@ -580,7 +588,7 @@ fn a_broken_stream_stays_broken_and_holds_nothing() {
     let mut decoder = FrameDecoder::new(Channel::Control);
     decoder.push(&raw(99, &[]));
     let error = decoder.next_frame().unwrap_err();
-    decoder.push(&Frame::HelloAck.encode().unwrap());
+    decoder.push(&Frame::AskHeads.encode().unwrap());
     assert_eq!(decoder.next_frame(), Err(error));
     assert_eq!(decoder.held_bytes(), 0);
 }

@@ -242,6 +242,10 @@ fn local(name: &str) -> LocalHello {
             custody_free_bytes: 0,
             max_in_flight: 8,
         },
+        quota: AnnouncedQuota {
+            in_bytes_per_second: 7,
+            ..AnnouncedQuota::default()
+        },
         posture: PeerPosture::Normal,
         endorsement: None,
     }
@@ -1186,7 +1190,7 @@ fn segments_of_one_number_are_never_split_by_a_page() {
             made += 1;
         }
     }
-    bench.give(hello(|_| {})).give(Frame::HelloAck);
+    bench.give(hello(|_| {})).give(ack());
     bench.frames();
     for max in [1, 2, 5, 504] {
         let (mut from, mut seen) = (0, BTreeSet::new());
@@ -1310,7 +1314,7 @@ impl Bench {
 
     fn established() -> Self {
         let mut bench = Self::new();
-        bench.give(hello(|_| {})).give(Frame::HelloAck);
+        bench.give(hello(|_| {})).give(ack());
         assert!(bench.machine.is_established());
         bench
     }
@@ -1341,6 +1345,15 @@ fn hello(change: impl FnOnce(&mut Hello)) -> Frame {
     };
     change(&mut hello);
     Frame::Hello(Box::new(hello))
+}
+
+fn ack() -> Frame {
+    Frame::HelloAck(HelloAck {
+        frames_per_second: 1,
+        in_bytes_per_second: 2,
+        in_bytes_left_today: 3,
+        out_bytes_per_second: 4,
+    })
 }
 
 fn new_head(index: u32, origin: &Origin, ranges: &[(u64, u64)]) -> HeadEntry {
@@ -1440,11 +1453,11 @@ fn each_wrong_hello_has_its_code() {
         ),
         (hello(|hello| hello.node_id = "c".into()), CloseCode::NodeId),
         (hello(|hello| hello.node_id = "a".into()), CloseCode::NodeId),
-        (Frame::HelloAck, CloseCode::Protocol),
+        (ack(), CloseCode::Protocol),
     ];
     for (frame, code) in cases {
         let mut bench = Bench::new();
-        bench.give(frame).give(Frame::HelloAck);
+        bench.give(frame).give(ack());
         assert_eq!(bench.code(), Some(code));
         assert!(!bench.machine.is_established());
     }
@@ -2078,7 +2091,7 @@ fn only_kinds_that_the_peer_keeps_are_offered() {
     bench.give(hello(|hello| {
         hello.limits.kinds = KindSet::of(&[Kind::Policy]).0
     }));
-    bench.give(Frame::HelloAck);
+    bench.give(ack());
     let offered: Vec<String> = bench
         .frames()
         .into_iter()
@@ -2160,7 +2173,7 @@ mod random {
         let sequence = prop_oneof![0u64..8, any::<u64>()];
         prop_oneof![
             Just(hello(|_| {})),
-            Just(Frame::HelloAck),
+            Just(ack()),
             Just(Frame::AskHeads),
             (
                 small.clone(),

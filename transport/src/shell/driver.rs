@@ -818,6 +818,7 @@ async fn new_core(link: Link, key: [u8; 32]) -> Option<Core> {
             domain: shared.domain.clone(),
             node_id: shared.local.clone(),
             limits: facts.limits,
+            quota: shared.quotas.announced(&link.peer),
             posture: facts.posture,
             endorsement: facts.endorsement,
         };
