@@ -1,6 +1,9 @@
 //! What stands behind the gateway's doors: the interceptor for callers, the operator's operations.
 
-use std::{fmt::Write as _, sync::Arc};
+use std::{
+    fmt::Write as _,
+    sync::{Arc, atomic::Ordering},
+};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -434,6 +437,11 @@ impl Node {
                 "tidelock_audit_unlicensed_segments",
                 "Own sealed segments without enough custodians.",
                 u64::try_from(self.unlicensed_segments()).unwrap_or(u64::MAX),
+            ),
+            (
+                "tidelock_segments_damaged",
+                "Stored segments found damaged since the start.",
+                self.damaged.load(Ordering::Relaxed),
             ),
             (
                 "tidelock_policy_epoch",

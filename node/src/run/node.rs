@@ -4,7 +4,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, mpsc},
+    sync::{
+        Arc, Condvar, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -124,6 +128,10 @@ pub(super) struct Node {
     kept_floor: Mutex<PersistedFloor>,
     /// Of peers: what an operator set, and what was owed when it was last written.
     pub(super) quotas: Mutex<KeptQuotas>,
+    /// Stored segments that were found damaged since the start.
+    pub(super) damaged: AtomicU64,
+    /// Some of them were not asked for again yet.
+    damage_waits: AtomicBool,
     pub(super) disk_watch: Mutex<DiskWatch>,
     scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
@@ -332,6 +340,8 @@ impl Node {
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
             quotas: Mutex::new(quotas),
+            damaged: AtomicU64::new(0),
+            damage_waits: AtomicBool::new(false),
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
@@ -339,6 +349,13 @@ impl Node {
             reloading: Mutex::default(),
             parts: Mutex::default(),
             config: ArcSwap::from_pointee(config),
+        });
+        // Weak, for the node owns the store, which owns the hook.
+        let watched = Arc::downgrade(&node);
+        node.store.set_on_damage(move |reference| {
+            if let Some(node) = watched.upgrade() {
+                node.note_damage(reference);
+            }
         });
         for (path, why) in damaged {
             node.event("state_damaged", json!({"file": path, "why": why}));
@@ -393,6 +410,29 @@ impl Node {
                 why,
                 "a repair is not recorded yet; tried again at the next start"
             );
+        }
+    }
+
+    /// A stored segment turned out damaged and is out of use: recorded, counted, and asked for again.
+    /// Called by whoever read it, so it only notes; the next tick asks the connected peers.
+    fn note_damage(&self, reference: &SegmentRef) {
+        self.damaged.fetch_add(1, Ordering::Relaxed);
+        self.damage_waits.store(true, Ordering::Release);
+        self.event(
+            "segment_damaged",
+            json!({
+                "segment": reference.id, "kind": reference.kind, "origin": reference.origin,
+                "sequence": reference.sequence,
+            }),
+        );
+    }
+
+    /// Asks the connected peers for what damage took; others are asked when they are met.
+    fn ask_again(&self) {
+        if self.damage_waits.swap(false, Ordering::AcqRel)
+            && let Some(mesh) = self.mesh.get()
+        {
+            mesh.refresh();
         }
     }
 
@@ -663,6 +703,7 @@ impl Node {
     /// Once a second: what may wait.
     pub(super) fn slow_tick(&self) {
         self.log.tick(self.clock.unix_ms());
+        self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();
         self.scrub();
@@ -680,12 +721,8 @@ impl Node {
         }
         let foreign_before = self.root.ledger().usage().foreign_bytes;
         match self.store.scrub(budget) {
-            Ok(report) => {
-                pace.spent(report.bytes);
-                for id in report.damaged {
-                    self.event("segment_damaged", json!({"segment": id}));
-                }
-            }
+            // What it found damaged was told when it was found.
+            Ok(report) => pace.spent(report.bytes),
             Err(error) => tracing::warn!(%error, "the store cannot be scrubbed now"),
         }
         let foreign = self.store.foreign();
