@@ -60,8 +60,8 @@ pub use id::{DomainId, IdError, Kind, NodeId, Origin, SegmentId, Sha256Hash};
 pub use keys::{Endorsement, KeyError, LogKey, LogPublicKey};
 pub use ledger::{CeilingReached, Charge, Ladder, Ledger, Reservation, Usage};
 pub use log::{
-    AppendError, Appended, AuditLog, EndorseError, LogConfig, LogError, LogStat, RecordClass,
-    Recovery,
+    AppendError, Appended, AuditLog, EndorseError, LogConfig, LogError, LogStat, NamedHead,
+    OwnSegment, RecordClass, Recovery, named_heads,
 };
 pub use partial::{Accepted, Partial, PartialError, PartialInfo};
 pub use proof::{

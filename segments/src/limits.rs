@@ -168,6 +168,10 @@ pub const DIRECTORY_SLACK_BLOCKS: u64 = 4;
 /// appends wait, bounded by their timeouts.
 pub const MAX_UNSEALED_FILES: usize = 4;
 
+/// Other earlier logs whose heads the first record of a log names, beside the one before it: at most
+/// 300 bytes each.
+pub const MAX_OTHER_HEADS: usize = 16;
+
 /// Batches whose head may wait for its signature. The next one is signed before it is written: at worst
 /// one signature, about 25 microseconds, on the path of a commit.
 pub const MAX_UNSIGNED_BATCHES: u64 = 64;

@@ -28,9 +28,10 @@ use serde::Serialize;
 
 use crate::body::{BodyError, SealOptions};
 use crate::checkpoint::Checkpoint;
-use crate::format::{FormatError, SegmentRef};
+use crate::format::{FormatError, SegmentRef, VerifiedSegment};
 use crate::id::{DomainId, NodeId, Origin, SegmentId, Sha256Hash};
 use crate::keys::{Endorsement, KeyError, LogPublicKey};
+use crate::ledger::Charge;
 use crate::limits::{MAX_QUEUE_BYTES, MAX_QUEUE_RECORDS, MAX_RECORD_BYTES};
 use crate::merkle::leaf_hash;
 use crate::receipt::{CustodyReceipt, ReceiptError};
@@ -46,7 +47,8 @@ mod seal;
 mod state;
 mod wait;
 
-use self::core::{Core, Next, Signed, View};
+use self::core::{Core, Next, OwnPlace, Signed, View};
+pub use self::event::{NamedHead, named_heads};
 pub(crate) use self::recover::parse_name;
 use self::seal::{Recycled, StateFile};
 pub(crate) use self::state::{LogState, STATE_PATH};
@@ -125,6 +127,23 @@ pub enum LogError {
     /// A value changed in memory between two computations: the machine is not sound.
     #[error("a record changed in memory before it was written; check the machine's memory")]
     Memory,
+    /// A peer holds a later part of this log, so nothing more is sealed in this incarnation.
+    #[error("a peer holds a later head of this log; the next incarnation begins in a moment")]
+    Superseded,
+    /// What was brought as a segment of this node's own is not signed with its log key.
+    #[error("segment {0} is not signed with this node's log key")]
+    NotOwn(SegmentId),
+    /// An own segment was evicted and is not taken back.
+    #[error("segment {0} was evicted")]
+    Evicted(SegmentId),
+    /// Two contents of one place in this node's log are signed, and others hold the one that is here.
+    #[error("two contents of sequence {sequence} of {origin} are signed with this node's log key")]
+    OwnFork {
+        /// The log.
+        origin: Origin,
+        /// The place.
+        sequence: u64,
+    },
     /// The log is latched.
     #[error("the log is latched after: {0}; reopen it when the disk is sound")]
     Latched(String),
@@ -201,6 +220,17 @@ pub struct Recovery {
     pub new_incarnation: Option<String>,
 }
 
+/// What became of a segment of this node's own log that a peer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OwnSegment {
+    /// It was held.
+    AlreadyHeld,
+    /// It was lost to damage and is held again.
+    Restored,
+    /// This root had forgotten it: the incarnation is superseded, see [`AuditLog::succeed`].
+    Later,
+}
+
 /// Facts about the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LogStat {
@@ -233,6 +263,8 @@ pub struct LogStat {
     pub refused_at_capacity: u64,
     /// Why the log is latched, if it is.
     pub latched: Option<String>,
+    /// Whether a peer was seen to hold a later part of it, so that its incarnation is about to end.
+    pub superseded: bool,
 }
 
 /// A record on its way.
@@ -693,6 +725,94 @@ impl Inner {
         Ok(freed)
     }
 
+    /// Takes a segment of an own log from a peer, with the sealing lock held.
+    fn take_own(&self, segment: &VerifiedSegment) -> Result<OwnSegment, LogError> {
+        let reference = segment.reference();
+        if self.store.contains(&reference.id) {
+            return Ok(OwnSegment::AlreadyHeld);
+        }
+        let size = segment
+            .audit_span()
+            .map_or(0, |span| span.last.saturating_add(1));
+        let running = match self.with_core(|core| core.place_of(&reference, size)) {
+            OwnPlace::Evicted => return Err(LogError::Evicted(reference.id)),
+            OwnPlace::Later { running } => running,
+            OwnPlace::Known => match self.store.put(segment, Charge::Normal) {
+                Ok(_) => return Ok(OwnSegment::Restored),
+                // Its neighbours are others than those that it was linked with.
+                Err(StoreError::Fork { .. }) if self.is_running(&reference.origin) => true,
+                Err(error) => return Err(error.into()),
+            },
+        };
+        if !running && self.with_core(|core| core.has_sealed()) {
+            // Others may know this incarnation: what it has recorded is signed while it may be.
+            let sealed = self
+                .with_core(Core::rotate_now)
+                .and_then(|()| self.seal_waiting(false));
+            if let Err(error) = sealed {
+                tracing::warn!(%error, "cannot seal the rest of a superseded log");
+            }
+        }
+        // Durable first: whatever stops this node now, it seals nothing more in these places.
+        if let Some(snapshot) = self.with_core(Core::supersede)
+            && let Err(error) = self.state_file.write(&snapshot)
+        {
+            self.with_core(|core| core.state_failed(error.clone()));
+            return Err(error);
+        }
+        match self.store.put(segment, Charge::Normal) {
+            Err(StoreError::Fork { .. }) if running => {
+                self.set_conflicting_aside(&reference)?;
+                self.store.put(segment, Charge::Normal)?;
+            }
+            other => {
+                other?;
+            }
+        }
+        Ok(OwnSegment::Later)
+    }
+
+    fn is_running(&self, origin: &Origin) -> bool {
+        lock(&self.view).origin == *origin
+    }
+
+    /// Puts the own segments into the quarantine that contradict one which a peer holds, and all that
+    /// follow them: nobody else has them. Where somebody does, both stay where they are.
+    fn set_conflicting_aside(&self, theirs: &SegmentRef) -> Result<(), LogError> {
+        let (origin, sequence) = (&theirs.origin, theirs.sequence);
+        let before = sequence
+            .checked_sub(1)
+            .and_then(|before| self.store.find(origin, before));
+        let from = match before {
+            Some(before) if theirs.prev != Some(before.id) => before.sequence,
+            _ if self.store.find(origin, sequence).is_some() => sequence,
+            _ => sequence.saturating_add(1),
+        };
+        let mut at = from;
+        while let Some(reference) = self.store.refs(origin, at, u64::MAX, 1).pop() {
+            if self.store.custodian_count(&reference.id) > 0 {
+                return Err(LogError::OwnFork {
+                    origin: origin.clone(),
+                    sequence: reference.sequence,
+                });
+            }
+            let Some(next) = reference.sequence.checked_add(1) else {
+                break;
+            };
+            at = next;
+        }
+        // The newest first, so that what stays is linked whenever this is cut off.
+        while let Some(newest) = self.store.last(origin)
+            && newest.sequence >= from
+        {
+            let path = self
+                .store
+                .set_aside(&newest.id, "a peer holds another segment in its place")?;
+            self.with_core(|core| core.put_aside(path));
+        }
+        Ok(())
+    }
+
     fn reclaim(&self) {
         self.beside(|| {
             // A failure is noted in the core, which answers for it.
@@ -726,20 +846,21 @@ impl Inner {
 
     /// Signs the newest head unless that was done. Gives it with its signature.
     fn sign_newest(&self) -> (Checkpoint, [u8; 64]) {
-        let (head, batch) = {
+        let (head, batch, incarnation) = {
             let view = lock(&self.view);
-            (view.head.clone(), view.batches)
+            (view.head.clone(), view.batches, view.incarnation)
         };
         {
             let signed = lock(&self.signed);
-            if signed.size == head.size {
+            if signed.size == head.size && signed.incarnation == incarnation {
                 return (head, signed.signature);
             }
         }
         let signature = self.key.sign(head.text().as_bytes());
         let mut signed = lock(&self.signed);
-        if head.size > signed.size {
+        if head.size > signed.size && signed.incarnation == incarnation {
             *signed = Signed {
+                incarnation,
                 size: head.size,
                 signature,
                 batch,
@@ -999,6 +1120,63 @@ impl AuditLog {
         Ok(())
     }
 
+    /// Takes a segment of one of this node's own logs from a peer. What damage took is simply held
+    /// again. A segment that this root has forgotten, or that stands where it holds another content,
+    /// proves that the root was put back to an older copy (ruling 8): from then on nothing is sealed in
+    /// the running incarnation, the segment is stored, and own segments that contradict it and that
+    /// nobody else holds go into the quarantine. The caller has judged the endorsement's certificate.
+    ///
+    /// # Errors
+    /// [`LogError::NotOwn`] if it is not signed with this node's log key: the bringer's fault.
+    /// [`LogError::Evicted`]; [`LogError::OwnFork`] or [`StoreError::Fork`] where others hold another
+    /// content of the same place; the root's or store's refusal.
+    pub fn take_own(&self, segment: &VerifiedSegment) -> Result<OwnSegment, LogError> {
+        let inner = &self.inner;
+        let header = segment.header();
+        let own = segment.endorsement().is_some_and(|endorsement| {
+            endorsement.log_key == inner.key.public()
+                && endorsement.node_id == inner.config.node_id
+                && header.origin
+                    == Origin::audit(
+                        &endorsement.node_id,
+                        &endorsement.log_key,
+                        endorsement.incarnation,
+                    )
+        });
+        if !own {
+            return Err(LogError::NotOwn(segment.id()));
+        }
+        inner.beside(|| inner.take_own(segment))
+    }
+
+    /// Whether a peer was seen to hold a later part of this log, so that [`AuditLog::succeed`] is due.
+    #[must_use]
+    pub fn is_superseded(&self) -> bool {
+        lock(&self.inner.view).superseded
+    }
+
+    /// Ends a superseded incarnation and begins the next without a restart, naming the highest heads
+    /// that are held now. Records that were acknowledged and not sealed go into the quarantine with
+    /// their file, and the first record names it. Does nothing if the log is not superseded.
+    ///
+    /// # Errors
+    /// [`LogError::Endorse`]: nothing has changed, and it may be tried again. Any other: the log is
+    /// latched, and the next start completes the change.
+    pub fn succeed(
+        &self,
+        endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
+    ) -> Result<Recovery, LogError> {
+        let inner = &self.inner;
+        inner.beside(|| inner.with_core(|core| core.succeed(endorse)))
+    }
+
+    /// Segments of this log below this sequence were evicted.
+    #[must_use]
+    pub fn evicted_below(&self, origin: &Origin) -> u64 {
+        let cursors = Arc::clone(&lock(&self.inner.view).cursors);
+        state::given_up_below(&cursors, origin)
+    }
+
     /// Makes a receipt for an audit segment of another node that the store holds.
     ///
     /// # Errors
@@ -1126,6 +1304,7 @@ impl AuditLog {
             at_capacity: view.starved,
             refused_at_capacity: view.refused_at_capacity,
             latched: view.latched.clone(),
+            superseded: view.superseded,
         }
     }
 

@@ -186,6 +186,8 @@ pub struct OwnLog {
     pub last_sealed: Option<SegmentId>,
     /// For each own log: records below this index were evicted under licence.
     pub min_index: Vec<(Origin, u64)>,
+    /// A peer was seen to hold a later part of it: the next incarnation follows.
+    pub superseded: bool,
 }
 
 impl OwnLog {
@@ -496,6 +498,7 @@ impl<'d> Offline<'d> {
             incarnation: state.incarnation,
             sealed_below: state.sealed.next_sequence,
             last_sealed: state.sealed.prev,
+            superseded: state.superseded,
             min_index: state
                 .cursors
                 .into_iter()

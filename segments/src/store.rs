@@ -1689,6 +1689,18 @@ impl Store {
     /// [`StoreError::NotHeld`] or the disk's refusal; it is out of use all the same.
     pub fn quarantine(&self, id: &SegmentId, reason: &str) -> Result<Option<String>, StoreError> {
         let held = self.locate(id).ok_or(StoreError::NotHeld(*id))?;
+        let done = self.set_aside(id, reason);
+        self.damaged(&held.reference);
+        done
+    }
+
+    /// As [`Store::quarantine`], for a segment that is sound: nobody is asked for it again.
+    pub(crate) fn set_aside(
+        &self,
+        id: &SegmentId,
+        reason: &str,
+    ) -> Result<Option<String>, StoreError> {
+        let held = self.locate(id).ok_or(StoreError::NotHeld(*id))?;
         let to = Mutex::new(None);
         let away = |rel: &str, account: Charge| {
             let name = self.root.move_to_quarantine(rel, account)?;
@@ -1717,7 +1729,6 @@ impl Store {
             Some(to) => tracing::error!(%id, reason, to, "segment moved to quarantine"),
             None => tracing::error!(%id, reason, "the file of a segment is gone or stays"),
         }
-        self.damaged(&held.reference);
         done.map(|()| to)
     }
 

@@ -4,7 +4,7 @@
 //! `docs/src/format.md` alone.
 //!
 //! `TIDELOCK_WRITE_VECTORS=1 cargo test -p tidelock-segments --test vectors` writes the files; a change
-//! of a committed vector is a change of the format. (The `audit-v1-…` ones and `active-1` were written by
+//! of a committed vector is a change of the format. (The `audit-v1-…` ones, `active-1` and `state-2` were written by
 //! the last versions that wrote these formats and are only read. Compressed ones depend on the zstd library,
 //! too: another version of it may write them otherwise, and readers do not care.)
 
@@ -231,19 +231,63 @@ fn evicted_state() -> Value {
     assert!(!store.contains(&oldest.id));
     let sealed = store.own_audit(&node("n1"));
     let span = segment.audit_span().unwrap();
-    let state = disk.content(&Path::new(ROOT).join("log/state")).unwrap();
+    let cursor = json!({
+        "origin": log.origin(), "min_index": span.last + 1, "min_sequence": 1, "root": span.root,
+    });
     json!({
         "node": "n1",
         "origin": log.origin(),
         "incarnation": 1,
-        "cursors": [{ "origin": log.origin(), "min_index": span.last + 1, "min_sequence": 1, "root": span.root }],
+        "cursors": [cursor],
         "sealed_ids": sealed.iter().map(|r| r.id).collect::<Vec<_>>(),
-        "hex": hex(&state),
+        "superseded": false,
+        "named": [],
+        "hex": hex(&state_file(&disk)),
     })
+}
+
+fn state_file(disk: &SimDisk) -> Vec<u8> {
+    disk.content(&Path::new(ROOT).join("log/state")).unwrap()
+}
+
+/// The states of a log of which a peer holds a later part: when it is seen, and of the next incarnation.
+fn superseded_states() -> (Value, Value) {
+    let disk = SimDisk::new();
+    let n = log_node(&disk, seal(Compression::Off, false));
+    n.append(b"{\"n\":1}").unwrap();
+    let known = n.log.seal_now().unwrap().unwrap();
+    drop(n);
+    let copy = disk.fork();
+    let n = log_node(&disk, seal(Compression::Off, false));
+    n.append(b"{\"n\":2}").unwrap();
+    let later = n.store.get(&n.log.seal_now().unwrap().unwrap().id).unwrap();
+    let n = log_node(&copy, seal(Compression::Off, false));
+    let state = |superseded: bool, named: Value, sealed: &[SegmentId]| {
+        json!({
+            "node": "n1",
+            "origin": n.log.origin(),
+            "incarnation": n.log.incarnation(),
+            "cursors": [],
+            "sealed_ids": sealed,
+            "superseded": superseded,
+            "named": named,
+            "hex": hex(&state_file(&copy)),
+        })
+    };
+    n.log.take_own(&later).unwrap();
+    let seen = state(true, json!([]), &[known.id]);
+    let name = node("n1");
+    n.log
+        .succeed(&|key, number| Ok(unchecked_endorsement(&name, key, number)))
+        .unwrap();
+    let size = later.audit_span().unwrap().last + 1;
+    let named = json!([{"origin": known.origin, "size": size}]);
+    (seen, state(false, named, &[]))
 }
 
 /// Every vector that is written, by file name.
 fn vectors() -> Vec<(&'static str, Value)> {
+    let (superseded, next) = superseded_states();
     let disk = SimDisk::new();
     let key = key();
     let n = log_node(&disk, seal(Compression::Off, false));
@@ -329,6 +373,8 @@ fn vectors() -> Vec<(&'static str, Value)> {
         ),
         ("active-closed", closed_file()),
         ("state", evicted_state()),
+        ("state-superseded", superseded),
+        ("state-next", next),
         (
             "proof-record",
             json!({
@@ -450,10 +496,18 @@ fn a_second_reader_in_another_language_agrees() {
         );
     };
     assert!(good, "{text}");
-    let expected = AUDIT.len() + 12;
+    let expected = AUDIT.len() + 15;
     assert!(text.contains(&format!("read {expected} vectors")), "{text}");
     // It is no rubber stamp: one changed digit in any vector is refused.
-    for name in ["audit-zstd", "audit-encrypted", "receipt", "state"] {
+    for name in [
+        "audit-zstd",
+        "audit-encrypted",
+        "receipt",
+        "state",
+        "state-2",
+        "state-superseded",
+        "state-next",
+    ] {
         let vector = committed(name);
         let middle = vector["hex"].as_str().unwrap().len() / 2;
         assert_refused(name, vector, "/hex", middle);

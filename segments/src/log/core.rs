@@ -5,12 +5,12 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::event::Event;
+use super::event::{Event, INCARNATION};
 use super::file::{AlignedBuffer, LiveFile, read_device};
-use super::recover::{self, Recover, Recovered};
+use super::recover::{self, Lineage, Recover, Recovered};
 use super::refusals::{Refusals, Refused};
 use super::seal::{Eviction, Full, Recycled, SealJob, Snapshot, Spare, SparePlan, StateFile};
-use super::state::{LogState, Marker, STATE_PATH, SealedEnd};
+use super::state::{Cursor, LogState, Marker, STATE_PATH, SealedEnd, given_up_below};
 use super::{
     AppendError, Appended, EndorseError, LogConfig, LogError, Pending, RecordClass, Recovery,
     Settled,
@@ -43,6 +43,8 @@ const MAX_CUSTODIANS_NAMED: usize = 8;
 const MAX_EVICTIONS_OWED: usize = 8;
 /// Most lifecycle records that wait for room.
 const MAX_OWED: usize = 64;
+/// Why an incarnation ended that a peer knows more of (ruling 8).
+const SUPERSEDED: &str = "a peer holds a later head of this log";
 
 /// The file that records go to.
 struct Active {
@@ -92,6 +94,8 @@ pub(super) struct Served {
 /// The newest head that was signed.
 #[derive(Debug, Clone)]
 pub(super) struct Signed {
+    /// Of which incarnation.
+    pub(super) incarnation: u64,
     pub(super) size: u64,
     pub(super) signature: [u8; 64],
     /// After which batch.
@@ -114,6 +118,24 @@ pub(super) struct View {
     pub(super) starved: bool,
     pub(super) refused_at_capacity: u64,
     pub(super) latched: Option<String>,
+    pub(super) superseded: bool,
+    /// Where the eviction of each log stands.
+    pub(super) cursors: Arc<Vec<Cursor>>,
+    state_version: u64,
+}
+
+/// Where a sealed segment of this node's own logs belongs that a peer holds and the store does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OwnPlace {
+    /// It was evicted.
+    Evicted,
+    /// It is part of what this node knows that it has signed: damage took it.
+    Known,
+    /// It is of what this root has forgotten.
+    Later {
+        /// Of the log that is being written, and not an older one.
+        running: bool,
+    },
 }
 
 /// What the caller of a commit has to do before it calls again.
@@ -177,6 +199,10 @@ pub(super) struct Core {
     starved: bool,
     batches: u64,
     sealed_events: Vec<SegmentRef>,
+    /// Segments of this incarnation that were set aside for those that a peer holds in their places.
+    aside: Vec<String>,
+    /// The change to the next incarnation broke off half done; only a restart completes it.
+    half_over: bool,
     /// Files of no use that could not be removed.
     leftover: Vec<String>,
     buffer: AlignedBuffer,
@@ -231,18 +257,7 @@ impl Core {
         // Which incarnation. Ruling 8: decided before the first signature.
         let stored = root.read(STATE_PATH)?;
         let known = stored.as_deref().and_then(LogState::decode);
-        let highest = store
-            .own_logs(&config.node_id)
-            .iter()
-            .filter_map(|origin| origin.audit_parts().map(|parts| parts.2))
-            .chain(
-                recover::log_files(&root)?
-                    .iter()
-                    .map(|file| file.incarnation),
-            )
-            .chain(known.iter().map(|state| state.incarnation))
-            .max()
-            .unwrap_or(0);
+        let highest = recover::highest_incarnation(&root, &store, &config, known.as_ref())?;
         let reason = match &known {
             None if stored.is_some() => Some("the state file was damaged"),
             None if highest > 0 => Some("the state file was missing"),
@@ -254,6 +269,7 @@ impl Core {
             {
                 Some("another log key")
             }
+            Some(state) if state.superseded => Some(SUPERSEDED),
             Some(state) if !state.marker.same_place(&here) => {
                 Some("the root was moved, copied or restored")
             }
@@ -270,36 +286,18 @@ impl Core {
         }
         let reason = damage.or_else(|| reason.map(str::to_owned));
         let state_damaged = stored.is_some() && known.is_none();
-        let previous = known
-            .as_ref()
-            .map(|state| state.origin.clone())
-            .or_else(|| store.own_logs(&config.node_id).pop());
-        // Named so that a peer which holds a head of the old log can compare (ruling 7).
-        let previous_head = match (&reason, &previous) {
-            (Some(_), Some(origin)) => {
-                recover::highest_head(&root, &store, origin, known.as_ref())?
-            }
-            _ => None,
-        };
-        let state = match (reason.as_ref(), known) {
+        let superseded = known.as_ref().is_some_and(|state| state.superseded);
+        let mut lineage = None;
+        let mut state = match (reason.as_ref(), known) {
             (None, Some(mut state)) => {
                 state.marker = here;
                 state
             }
             (_, known) => {
-                let incarnation = highest.saturating_add(1);
-                LogState {
-                    node_id: config.node_id.clone(),
-                    origin: Origin::audit(&config.node_id, &key.public(), incarnation),
-                    incarnation,
-                    marker: here,
-                    sealed: SealedEnd::start(),
-                    owed: known
-                        .as_ref()
-                        .map(|state| state.owed.clone())
-                        .unwrap_or_default(),
-                    cursors: known.map(|state| state.cursors).unwrap_or_default(),
-                }
+                let found = recover::lineage(&root, &store, &config, known.as_ref())?;
+                let state = next_state(&config, &key, here, &found, known.as_ref());
+                lineage = Some(found);
+                state
             }
         };
         let endorsement = endorse(&key.public(), state.incarnation)
@@ -311,12 +309,18 @@ impl Core {
         if reason.is_some() {
             // Acknowledged records of the old incarnation that were never sealed cannot be signed any
             // more. They are kept, not deleted.
-            recovery.quarantined = recover::set_aside(&root, &store, &config)?;
+            recovery.quarantined = recover::set_aside(&root, &store, &config, superseded)?;
             if state_damaged {
                 recovery
                     .quarantined
                     .push(root.move_to_quarantine(STATE_PATH, Charge::Normal)?);
             }
+        }
+        if let (Some(reason), Some(lineage)) = (&reason, &lineage) {
+            // Before all else that is owed: it is the first record, also after a crash.
+            let now = (config.clock)();
+            let first = first_record(lineage, &recovery.quarantined, reason, now);
+            state.owed.insert(0, first);
         }
         let (refusals, refused) = Refusals::open(&root)?;
         let head = Checkpoint {
@@ -327,6 +331,7 @@ impl Core {
         let mut core = Self {
             tree: Frontier::new(),
             signed: Arc::new(Mutex::new(Signed {
+                incarnation: state.incarnation,
                 size: 0,
                 signature: key.sign(head.text().as_bytes()),
                 batch: 0,
@@ -348,6 +353,8 @@ impl Core {
             starved: false,
             batches: 0,
             sealed_events: Vec::new(),
+            aside: Vec::new(),
+            half_over: false,
             leftover: Vec::new(),
             buffer: AlignedBuffer::new(),
             spare_records: Vec::new(),
@@ -376,21 +383,10 @@ impl Core {
         }
         core.note_head();
         core.sign_head();
-        if let Some(reason) = reason {
-            if reason != "first start" {
-                recovery.new_incarnation = Some(reason.clone());
-            }
-            let event = Event::Incarnation {
-                incarnation: core.state.incarnation,
-                previous_head: previous_head.as_ref(),
-                previous_origin: previous.as_ref(),
-                quarantined: &recovery.quarantined,
-                reason: &reason,
-                r#type: "incarnation",
-                unix_ms: core.now(),
-            };
-            core.owe(event.bytes());
-        }
+        recovery.new_incarnation = reason.filter(|reason| reason != "first start");
+        core.drop_evicted()?;
+        // First: the first record of the incarnation may be among them.
+        core.owe_again(&unsealed);
         if recovery.truncated_bytes > 0 {
             let event = Event::Recovered {
                 records: core.tree.size(),
@@ -402,8 +398,6 @@ impl Core {
             };
             core.owe(event.bytes());
         }
-        core.drop_evicted()?;
-        core.owe_again(&unsealed);
         core.pay_owed();
         if let Some(reason) = core.latched.clone() {
             return Err(LogError::Latched(reason));
@@ -589,6 +583,9 @@ impl Core {
             starved: false,
             refused_at_capacity: 0,
             latched: None,
+            superseded: false,
+            cursors: Arc::default(),
+            state_version: 0,
         };
         self.refresh(&mut view);
         view
@@ -598,6 +595,16 @@ impl Core {
     pub(super) fn refresh(&self, view: &mut View) {
         if !Arc::ptr_eq(&view.endorsement, &self.endorsement) {
             view.endorsement = Arc::clone(&self.endorsement);
+        }
+        if view.incarnation != self.state.incarnation {
+            view.incarnation = self.state.incarnation;
+            view.origin.clone_from(&self.state.origin);
+            view.head.origin_line.clone_from(&self.head.origin_line);
+        }
+        if view.state_version != self.state_version {
+            view.state_version = self.state_version;
+            view.superseded = self.state.superseded;
+            view.cursors = Arc::new(self.state.cursors.clone());
         }
         view.head.size = self.head.size;
         view.head.root = self.head.root;
@@ -884,7 +891,8 @@ impl Core {
     /// Whether there is something to do beside the commits.
     pub(super) fn has_work(&self) -> bool {
         self.latched.is_none()
-            && ((!self.full.is_empty() && self.stuck.is_none()) || self.wants_spare())
+            && ((!self.full.is_empty() && self.stuck.is_none() && !self.state.superseded)
+                || self.wants_spare())
     }
 
     fn wants_spare(&self) -> bool {
@@ -1202,6 +1210,9 @@ impl Core {
         if let Some(reason) = &self.latched {
             return Err(LogError::Latched(reason.clone()));
         }
+        if self.state.superseded {
+            return Err(LogError::Superseded);
+        }
         if self.active.as_ref().is_some_and(|active| active.count > 0) {
             self.rotate(true);
         }
@@ -1212,7 +1223,8 @@ impl Core {
     /// The oldest file that waits for its seal. While the log is latched only what was acknowledged
     /// before is sealed, on the way out of the latch.
     pub(super) fn next_job(&mut self, latched_too: bool) -> Option<SealJob> {
-        if self.latched.is_some() && !latched_too {
+        // INV-17: what a peer may hold otherwise in this place is never signed here.
+        if self.state.superseded || (self.latched.is_some() && !latched_too) {
             return None;
         }
         let waiting = self.full.front_mut()?;
@@ -1307,7 +1319,9 @@ impl Core {
         if self.latched.is_some() {
             return false;
         }
-        self.stuck = None;
+        if !self.state.superseded {
+            self.stuck = None;
+        }
         self.remove_leftover();
         let Some(active) = &self.active else {
             return false;
@@ -1317,7 +1331,149 @@ impl Core {
             return false;
         }
         let age = now_unix_ms.saturating_sub(active.header.created_unix_ms);
-        active.count > 0 && age >= self.config.segment_max_age_ms
+        active.count > 0 && !self.state.superseded && age >= self.config.segment_max_age_ms
+    }
+
+    // ---- the next incarnation -----------------------------------------------------------------
+
+    /// Where a sealed segment of an own log belongs that the store does not hold. `size` is the size of
+    /// the tree at its end.
+    pub(super) fn place_of(&self, reference: &SegmentRef, size: u64) -> OwnPlace {
+        let SegmentRef {
+            id,
+            origin,
+            sequence,
+            ..
+        } = reference;
+        if *sequence < given_up_below(&self.state.cursors, origin) {
+            return OwnPlace::Evicted;
+        }
+        let running = *origin == self.state.origin;
+        let known = if running {
+            let sealed = &self.state.sealed;
+            let newest = sequence.checked_add(1) == Some(sealed.next_sequence);
+            *sequence < sealed.next_sequence && (!newest || sealed.prev == Some(*id))
+        } else {
+            let named = self.state.named.iter().find(|head| head.origin == *origin);
+            let held = || self.store.audit_span(&self.store.last(origin)?.id);
+            let known_size = named
+                .map(|head| head.size)
+                .or_else(|| Some(held()?.last.saturating_add(1)));
+            known_size.is_some_and(|known| size <= known)
+        };
+        if known {
+            OwnPlace::Known
+        } else {
+            OwnPlace::Later { running }
+        }
+    }
+
+    /// Whether a part of this incarnation is sealed, so that others may know of it.
+    pub(super) fn has_sealed(&self) -> bool {
+        self.state.sealed.next_sequence > 0
+    }
+
+    /// From here on nothing is sealed in this incarnation. Gives the state that has to be durable before
+    /// anything else is done; `None` if it was said before.
+    pub(super) fn supersede(&mut self) -> Option<Snapshot> {
+        if self.state.superseded {
+            return None;
+        }
+        tracing::error!(
+            origin = %self.state.origin,
+            "{SUPERSEDED}; its root was put back to an older copy, and a new incarnation follows"
+        );
+        self.state.superseded = true;
+        self.state_version = self.state_version.saturating_add(1);
+        // Files that are full wait for the next incarnation; records past the last are refused.
+        self.stuck = Some(AppendError::Unavailable(SUPERSEDED.to_owned()));
+        Some(self.snapshot())
+    }
+
+    /// Notes where a superseded segment was put.
+    pub(super) fn put_aside(&mut self, path: Option<String>) {
+        self.aside.extend(path);
+    }
+
+    /// Ends a superseded incarnation and begins the next. What it had acknowledged and not sealed goes
+    /// into the quarantine. If the change breaks off half done the log stays latched until the next
+    /// start, which completes it.
+    pub(super) fn succeed(
+        &mut self,
+        endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,
+    ) -> Result<Recovery, LogError> {
+        if let Some(reason) = &self.latched {
+            return Err(LogError::Latched(reason.clone()));
+        }
+        if !self.state.superseded {
+            return Ok(Recovery::default());
+        }
+        let lineage = recover::lineage(&self.root, &self.store, &self.config, Some(&self.state))?;
+        let marker = self.state.marker.clone();
+        let state = next_state(&self.config, &self.key, marker, &lineage, Some(&self.state));
+        let endorsement = endorse(&self.key.public(), state.incarnation)
+            .map_err(|e| LogError::Endorse(e.to_string()))?;
+        check_endorsement(&endorsement, &state, &self.key.public())?;
+        let changed = self.change_over(&lineage, state, endorsement);
+        if let Err(error) = &changed {
+            self.half_over = true;
+            self.latch(format!("the next incarnation could not begin: {error}"));
+        }
+        changed
+    }
+
+    fn change_over(
+        &mut self,
+        lineage: &Lineage,
+        mut state: LogState,
+        endorsement: Endorsement,
+    ) -> Result<Recovery, LogError> {
+        let origin_line = checkpoint::origin_line(&self.config.domain, &state.origin)
+            .ok_or(LogError::Config("the log's origin is no audit origin"))?;
+        // Nothing is written to the old files any more, and the room that was kept to seal them is free.
+        self.pool = None;
+        self.drop_spare();
+        self.active = None;
+        self.full.clear();
+        self.served.clear();
+        let mut quarantined = std::mem::take(&mut self.aside);
+        quarantined.extend(recover::set_aside(
+            &self.root,
+            &self.store,
+            &self.config,
+            true,
+        )?);
+        let first = first_record(lineage, &quarantined, SUPERSEDED, self.now());
+        state.owed.insert(0, first.clone());
+        self.state = state;
+        self.state_version = self.state_version.saturating_add(1);
+        self.state_file.write(&self.snapshot())?;
+        self.endorsement = Arc::new(endorsement);
+        self.tree = Frontier::new();
+        self.head.origin_line = origin_line;
+        self.note_head();
+        {
+            // Whole at any time.
+            let mut signed = self.signed.lock().unwrap_or_else(PoisonError::into_inner);
+            *signed = Signed {
+                incarnation: self.state.incarnation,
+                size: 0,
+                signature: self.key.sign(self.head.text().as_bytes()),
+                batch: self.batches,
+            };
+        }
+        self.stuck = None;
+        self.owed.push_front(first);
+        self.pay_owed();
+        match &self.latched {
+            Some(reason) => Err(LogError::Latched(reason.clone())),
+            None => Ok(Recovery {
+                records: self.tree.size(),
+                quarantined,
+                new_incarnation: Some(SUPERSEDED.to_owned()),
+                ..Recovery::default()
+            }),
+        }
     }
 
     // ---- eviction -----------------------------------------------------------------------------
@@ -1538,7 +1694,9 @@ impl Core {
         device: &'static str,
     ) -> Result<(), LogError> {
         self.remove_leftover();
-        if !self.leftover.is_empty() {
+        // What a superseded log holds in memory alone may not be sealed: the files are kept as they
+        // are, and the next start goes on from them.
+        if !self.leftover.is_empty() || self.half_over || self.state.superseded {
             return Err(LogError::Latched(reason.to_owned()));
         }
         self.refusals.reopen(&self.refused)?;
@@ -1696,6 +1854,43 @@ fn check_twice(
     } else {
         Err(LogError::Memory)
     }
+}
+
+/// The state that a new incarnation begins with.
+fn next_state(
+    config: &LogConfig,
+    key: &LogKey,
+    marker: Marker,
+    lineage: &Lineage,
+    known: Option<&LogState>,
+) -> LogState {
+    LogState {
+        node_id: config.node_id.clone(),
+        origin: Origin::audit(&config.node_id, &key.public(), lineage.incarnation),
+        incarnation: lineage.incarnation,
+        marker,
+        sealed: SealedEnd::start(),
+        owed: known.map(|state| state.owed.clone()).unwrap_or_default(),
+        cursors: known.map(|state| state.cursors.clone()).unwrap_or_default(),
+        superseded: false,
+        named: lineage.named(),
+    }
+}
+
+/// The record that every incarnation begins with.
+fn first_record(lineage: &Lineage, quarantined: &[String], reason: &str, unix_ms: u64) -> Vec<u8> {
+    Event::Incarnation {
+        incarnation: lineage.incarnation,
+        other_heads: &lineage.others,
+        // Named so that a peer which holds a head of the old log can compare (ruling 7).
+        previous_head: lineage.head.as_ref(),
+        previous_origin: lineage.previous.as_ref(),
+        quarantined,
+        reason,
+        r#type: INCARNATION,
+        unix_ms,
+    }
+    .bytes()
 }
 
 fn check_endorsement(

@@ -1,17 +1,45 @@
 //! Records that the log writes about itself. JSON with sorted keys and no spaces, which is RFC 8785
 //! canonical for these contents.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::id::{NodeId, Origin, SegmentId, Sha256Hash};
 
-/// The highest head of the log before, as far as this node can tell.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(crate) struct PreviousHead {
-    pub(crate) origin: Origin,
-    pub(crate) root: Sha256Hash,
-    pub(crate) size: u64,
+/// The highest head of an earlier log of this node, as far as it can tell.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedHead {
+    /// The log.
+    pub origin: Origin,
+    /// Root of the tree over its records.
+    pub root: Sha256Hash,
+    /// How many they are.
+    pub size: u64,
 }
+
+/// The heads that the first record of a log names: the log before it first, then other earlier logs
+/// of the node, newest first. Empty if it names none, or is no such record. What a peer holds of the
+/// node must be among them, or the new log is evidence (ruling 7).
+#[must_use]
+pub fn named_heads(record: &[u8]) -> Vec<NamedHead> {
+    #[derive(Deserialize)]
+    struct First {
+        r#type: String,
+        previous_head: Option<NamedHead>,
+        #[serde(default)]
+        other_heads: Vec<NamedHead>,
+    }
+    match serde_json::from_slice::<First>(record) {
+        Ok(first) if first.r#type == INCARNATION => first
+            .previous_head
+            .into_iter()
+            .chain(first.other_heads)
+            .collect(),
+        Ok(_) | Err(_) => Vec::new(),
+    }
+}
+
+/// The type of the first record of an incarnation.
+pub(crate) const INCARNATION: &str = "incarnation";
 
 /// One lifecycle record. Fields stand in alphabetical order; `type` is the tag's value.
 #[derive(Debug, Serialize)]
@@ -19,7 +47,9 @@ pub(crate) struct PreviousHead {
 pub(crate) enum Event<'a> {
     Incarnation {
         incarnation: u64,
-        previous_head: Option<&'a PreviousHead>,
+        #[serde(skip_serializing_if = "<[NamedHead]>::is_empty")]
+        other_heads: &'a [NamedHead],
+        previous_head: Option<&'a NamedHead>,
         previous_origin: Option<&'a Origin>,
         quarantined: &'a [String],
         reason: &'a str,
@@ -85,7 +115,29 @@ mod tests {
 
     #[test]
     fn keys_are_sorted() {
+        let head = NamedHead {
+            origin: Origin::parse("audit/n1/0123456789abcdef/2").unwrap(),
+            root: Sha256Hash::of(b"root"),
+            size: 3,
+        };
+        let first = Event::Incarnation {
+            incarnation: 3,
+            other_heads: std::slice::from_ref(&head),
+            previous_head: Some(&head),
+            previous_origin: Some(&head.origin),
+            quarantined: &[],
+            reason: "moved",
+            r#type: INCARNATION,
+            unix_ms: 5,
+        };
+        assert_eq!(named_heads(&first.bytes()), [head.clone(), head.clone()]);
+        assert_eq!(
+            named_heads(br#"{"type":"incarnation","previous_head":null}"#),
+            []
+        );
+        assert_eq!(named_heads(b"{}"), []);
         let events = [
+            first,
             Event::Recovered {
                 records: 3,
                 truncated_at_index: 3,

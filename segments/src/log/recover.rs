@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::LogConfig;
 use super::LogError;
 use super::core::{Served, active_path};
-use super::event::PreviousHead;
-use super::state::{LogState, SealedEnd};
+use super::event::NamedHead;
+use super::state::{LogState, Named, SealedEnd};
 use crate::body;
 use crate::checkpoint;
 use crate::disk::OpenMode;
@@ -15,7 +15,7 @@ use crate::frame::{self, BATCH_ALIGN, Content, LogHeader, MARK_BYTES, Scan, clas
 use crate::id::Origin;
 use crate::keys::{LogKey, LogPublicKey};
 use crate::ledger::Charge;
-use crate::limits::MAX_BATCH_BYTES;
+use crate::limits::{MAX_BATCH_BYTES, MAX_OTHER_HEADS};
 use crate::merkle::Frontier;
 use crate::root::{Root, RootError};
 use crate::store::{Store, StoreError};
@@ -249,12 +249,26 @@ pub(super) fn rewrite(root: &Root, open: &OpenFile) -> Result<(), LogError> {
     Ok(())
 }
 
+/// Whether a file ends with the very head of the stored segment of its place.
+fn is_stored(store: &Store, bytes: &[u8]) -> bool {
+    let Ok(header) = LogHeader::decode(bytes) else {
+        return false;
+    };
+    store
+        .find(&header.origin, header.sequence)
+        .and_then(|stored| store.audit_span(&stored.id))
+        .and_then(|span| Some((span.last.checked_add(1)?, span.root)))
+        .is_some_and(|end| frame::highest_head(bytes, &header) == Some(end))
+}
+
 /// Puts the files of older incarnations into the quarantine, unless nothing in them is missing from the
-/// store. Gives their new paths.
+/// store. Gives their new paths. Of a log that was `superseded` the store may hold what a peer had in
+/// the same places, so there the content counts and not the place.
 pub(super) fn set_aside(
     root: &Arc<Root>,
     store: &Store,
     config: &LogConfig,
+    superseded: bool,
 ) -> Result<Vec<String>, LogError> {
     let own = store.own_logs(&config.node_id);
     let mut quarantined = Vec::new();
@@ -272,9 +286,9 @@ pub(super) fn set_aside(
         });
         let unused = || -> Result<bool, LogError> {
             let bytes = root.read(&path)?.unwrap_or_default();
-            Ok(frame::was_not_begun(&bytes))
+            Ok(frame::was_not_begun(&bytes) || (superseded && is_stored(store, &bytes)))
         };
-        if sealed || unused()? {
+        if (sealed && !superseded) || unused()? {
             root.remove(&path)?;
         } else {
             quarantined.push(root.move_to_quarantine(&path, Charge::Normal)?);
@@ -283,26 +297,116 @@ pub(super) fn set_aside(
     Ok(quarantined)
 }
 
+/// What the first record of a new incarnation says of this node's earlier logs.
+pub(super) struct Lineage {
+    /// The number of the new one: higher than any that is known.
+    pub(super) incarnation: u64,
+    /// The log before it.
+    pub(super) previous: Option<Origin>,
+    /// The highest head of that.
+    pub(super) head: Option<NamedHead>,
+    /// The highest heads of others, newest first: a peer that never had the log before this one finds
+    /// the one that it knows.
+    pub(super) others: Vec<NamedHead>,
+}
+
+impl Lineage {
+    pub(super) fn named(&self) -> Vec<Named> {
+        let heads = self.head.iter().chain(&self.others);
+        heads
+            .map(|head| Named {
+                origin: head.origin.clone(),
+                size: head.size,
+            })
+            .collect()
+    }
+}
+
+/// The highest number of an incarnation that this root knows of; 0 if none.
+pub(super) fn highest_incarnation(
+    root: &Root,
+    store: &Store,
+    config: &LogConfig,
+    known: Option<&LogState>,
+) -> Result<u64, LogError> {
+    Ok(store
+        .own_logs(&config.node_id)
+        .iter()
+        .filter_map(|origin| origin.audit_parts().map(|parts| parts.2))
+        .chain(log_files(root)?.iter().map(|file| file.incarnation))
+        .chain(known.iter().map(|state| state.incarnation))
+        .max()
+        .unwrap_or(0))
+}
+
+/// Finds out what a new incarnation names (ruling 7): the highest head of the newest log, and those of
+/// the others that are held.
+pub(super) fn lineage(
+    root: &Root,
+    store: &Store,
+    config: &LogConfig,
+    known: Option<&LogState>,
+) -> Result<Lineage, LogError> {
+    let highest = highest_incarnation(root, store, config, known)?;
+    let stored = store.own_logs(&config.node_id);
+    let superseded = known.is_some_and(|state| state.superseded);
+    // A superseded log of which nothing is sealed exists for nobody else.
+    let current = known
+        .map(|state| &state.origin)
+        .filter(|origin| !superseded || stored.contains(origin));
+    let number = |origin: &Origin| origin.audit_parts().map(|parts| parts.2);
+    let previous = match (current, stored.last()) {
+        (Some(current), Some(newest)) if number(newest) > number(current) => Some(newest),
+        (Some(current), _) => Some(current),
+        (None, newest) => newest,
+    };
+    let head = match previous {
+        // What a superseded log holds beyond its sealed end is signed by nobody.
+        Some(origin) if superseded => stored_head(store, origin),
+        Some(origin) => Some(highest_head(root, store, origin, known)?),
+        None => None,
+    };
+    let others = stored
+        .iter()
+        .rev()
+        .filter(|origin| Some(*origin) != previous)
+        .filter_map(|origin| stored_head(store, origin))
+        .take(MAX_OTHER_HEADS)
+        .collect();
+    Ok(Lineage {
+        incarnation: highest.saturating_add(1),
+        previous: previous.cloned(),
+        head,
+        others,
+    })
+}
+
+/// The head at the end of the newest segment that is held of a log.
+fn stored_head(store: &Store, origin: &Origin) -> Option<NamedHead> {
+    let span = store.audit_span(&store.last(origin)?.id)?;
+    Some(NamedHead {
+        origin: origin.clone(),
+        root: span.root,
+        size: span.last.saturating_add(1),
+    })
+}
+
 /// The highest head of a log that this root can still tell of: from the state, the last sealed segment,
 /// or what is readable of its files.
-pub(super) fn highest_head(
+fn highest_head(
     root: &Root,
     store: &Store,
     origin: &Origin,
     state: Option<&LogState>,
-) -> Result<Option<PreviousHead>, LogError> {
+) -> Result<NamedHead, LogError> {
     let mut heads = Vec::new();
     if let Some(state) = state
+        && state.origin == *origin
         && let Ok(tree) = state.sealed.tree()
     {
         heads.push((tree.size(), tree.root()));
     }
-    if let Some(span) = store
-        .last(origin)
-        .and_then(|newest| store.audit_span(&newest.id))
-    {
-        heads.push((span.last.saturating_add(1), span.root));
-    }
+    heads.extend(stored_head(store, origin).map(|head| (head.size, head.root)));
     for file in log_files(root)? {
         let bytes = root.read(&file.path)?.unwrap_or_default();
         if let Ok(header) = LogHeader::decode(&bytes)
@@ -314,9 +418,9 @@ pub(super) fn highest_head(
     let highest = heads.into_iter().max_by_key(|(size, _)| *size);
     let none = (0, Frontier::new().root());
     let (size, root) = highest.unwrap_or(none);
-    Ok(Some(PreviousHead {
+    Ok(NamedHead {
         origin: origin.clone(),
         root,
         size,
-    }))
+    })
 }

@@ -9,7 +9,8 @@ use crate::merkle::{Frontier, MerkleError};
 
 /// Path of the state file below the root.
 pub(crate) const STATE_PATH: &str = "log/state";
-const MAGIC: &[u8; 8] = b"TIDESTA2";
+const MAGIC: &[u8; 8] = b"TIDESTA3";
+const MAGIC_2: &[u8; 8] = b"TIDESTA2";
 const MAGIC_1: &[u8; 8] = b"TIDESTA1";
 const MAX: usize = 512 * 1024;
 /// Most origins of older incarnations whose cursor is remembered; the oldest go first.
@@ -87,6 +88,27 @@ pub(crate) struct Cursor {
     pub(crate) root: Option<[u8; 32]>,
 }
 
+/// Segments of a log below this sequence were given up under licence. Where as many cursors are kept as
+/// there may be, logs older than all of theirs count as given up whole: theirs are forgotten.
+pub(crate) fn given_up_below(cursors: &[Cursor], origin: &Origin) -> u64 {
+    let number = |origin: &Origin| origin.audit_parts().map(|parts| parts.2);
+    if let Some(cursor) = cursors.iter().find(|cursor| cursor.origin == *origin) {
+        return cursor.min_sequence;
+    }
+    let oldest = cursors.iter().map(|cursor| number(&cursor.origin)).min();
+    if cursors.len() >= MAX_CURSORS && Some(number(origin)) < oldest {
+        return u64::MAX;
+    }
+    0
+}
+
+/// A head of an earlier own log that the first record of this one names.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct Named {
+    pub(crate) origin: Origin,
+    pub(crate) size: u64,
+}
+
 /// The content of the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct LogState {
@@ -96,8 +118,41 @@ pub(crate) struct LogState {
     pub(crate) marker: Marker,
     pub(crate) sealed: SealedEnd,
     pub(crate) cursors: Vec<Cursor>,
-    /// Records of evictions that may not stand in the log yet.
+    /// Records of evictions, and of the incarnation's begin, that may not stand in the log yet.
     pub(crate) owed: Vec<Vec<u8>>,
+    /// A peer was seen to hold a later part of this node's log: nothing more is sealed in this
+    /// incarnation, and the next one begins at the next start at the latest (ruling 8).
+    pub(crate) superseded: bool,
+    /// What the first record names. Empty in a state of a version before.
+    pub(crate) named: Vec<Named>,
+}
+
+/// The content of the version before this.
+#[derive(Encode, Decode)]
+struct LogState2 {
+    node_id: NodeId,
+    origin: Origin,
+    incarnation: u64,
+    marker: Marker,
+    sealed: SealedEnd,
+    cursors: Vec<Cursor>,
+    owed: Vec<Vec<u8>>,
+}
+
+impl From<LogState2> for LogState {
+    fn from(old: LogState2) -> Self {
+        Self {
+            node_id: old.node_id,
+            origin: old.origin,
+            incarnation: old.incarnation,
+            marker: old.marker,
+            sealed: old.sealed,
+            cursors: old.cursors,
+            owed: old.owed,
+            superseded: false,
+            named: Vec::new(),
+        }
+    }
 }
 
 #[derive(Encode, Decode)]
@@ -107,7 +162,7 @@ struct Cursor1 {
     min_sequence: u64,
 }
 
-/// The content of the version before.
+/// The content of the first version.
 #[derive(Encode, Decode)]
 struct LogState1 {
     node_id: NodeId,
@@ -138,6 +193,8 @@ impl From<LogState1> for LogState {
                 })
                 .collect(),
             owed: old.owed,
+            superseded: false,
+            named: Vec::new(),
         }
     }
 }
@@ -160,6 +217,8 @@ impl LogState {
         }
         if magic == MAGIC {
             codec::decode::<_, MAX>(body).ok()
+        } else if magic == MAGIC_2 {
+            codec::decode::<LogState2, MAX>(body).ok().map(Self::from)
         } else if magic == MAGIC_1 {
             codec::decode::<LogState1, MAX>(body).ok().map(Self::from)
         } else {
@@ -236,6 +295,11 @@ mod tests {
             sealed: SealedEnd::start(),
             cursors: Vec::new(),
             owed: Vec::new(),
+            superseded: true,
+            named: vec![Named {
+                origin: Origin::parse("audit/n1/0123456789abcdef/1").unwrap(),
+                size: 7,
+            }],
         }
     }
 
@@ -288,6 +352,50 @@ mod tests {
 
     #[test]
     fn the_version_before_is_read() {
+        let now = sample();
+        let old = LogState2 {
+            node_id: now.node_id.clone(),
+            origin: now.origin.clone(),
+            incarnation: now.incarnation,
+            marker: now.marker.clone(),
+            sealed: now.sealed.clone(),
+            cursors: Vec::new(),
+            owed: Vec::new(),
+        };
+        let body = codec::encode::<_, MAX>(&old).unwrap();
+        let mut bytes = MAGIC_2.to_vec();
+        bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        bytes.extend_from_slice(&body);
+        let expected = LogState {
+            superseded: false,
+            named: Vec::new(),
+            ..now
+        };
+        assert_eq!(LogState::decode(&bytes), Some(expected));
+    }
+
+    #[test]
+    fn a_log_whose_cursor_was_forgotten_stays_given_up() {
+        let log = |number: u64| {
+            let name = format!("audit/n1/0123456789abcdef/{number}");
+            Origin::parse(&name).unwrap()
+        };
+        let mut state = sample();
+        let root = Frontier::new().root();
+        for number in 2..=MAX_CURSORS as u64 {
+            state.advance(&log(number), 10, 5, root);
+        }
+        assert_eq!(given_up_below(&state.cursors, &log(7)), 5);
+        assert_eq!(given_up_below(&state.cursors, &log(1)), 0, "there is room");
+        state.advance(&log(100), 10, 5, root);
+        assert_eq!(given_up_below(&state.cursors, &log(1)), u64::MAX);
+        state.advance(&log(101), 10, 5, root);
+        assert_eq!(given_up_below(&state.cursors, &log(2)), u64::MAX);
+        assert_eq!(given_up_below(&state.cursors, &log(99)), 0, "never evicted");
+    }
+
+    #[test]
+    fn the_first_version_is_read() {
         let now = sample();
         let old = LogState1 {
             node_id: now.node_id.clone(),

@@ -431,7 +431,8 @@ def active(vector):
 
 def state(vector):
     r = Reader(bytes.fromhex(vector["hex"]))
-    need(r.take(8) == b"TIDESTA2", "magic")
+    magic = r.take(8)
+    need(magic in (b"TIDESTA2", b"TIDESTA3"), "magic")
     crc = r.number(4)
     need(crc32c(r.data[r.at :]) == crc, "checksum")
     need((r.text(), r.text(), r.number(8)) == (vector["node"], vector["origin"], vector["incarnation"]), "log")
@@ -449,6 +450,11 @@ def state(vector):
     need(cursors == vector["cursors"], "cursors")
     for _ in range(r.number(8)):
         json.loads(r.sized())
+    if magic == b"TIDESTA3":
+        superseded = r.number(1)
+        need(superseded in (0, 1) and bool(superseded) == vector["superseded"], "superseded")
+        names = [{"origin": r.text(), "size": r.number(8)} for _ in range(r.number(8))]
+        need(names == vector["named"], "named")
     r.end()
 
 
@@ -525,8 +531,10 @@ def read(path):
     name = path.stem
     if name == "checkpoint":
         checkpoint(vector["note"], bytes.fromhex(vector["log_key_hex"]))
-    elif name in ("receipt", "endorsement", "state", "volume"):
+    elif name in ("receipt", "endorsement", "volume"):
         globals()[name](vector)
+    elif name.startswith("state"):
+        state(vector)
     elif name.startswith("active"):
         active(vector)
     elif name.startswith("proof-"):
