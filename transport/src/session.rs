@@ -58,8 +58,13 @@ pub trait View {
     fn refs(&self, origin: &Origin, from: u64, to: u64, max: usize) -> Vec<SegmentRef>;
     /// The reference of a segment that is held.
     fn reference(&self, id: &SegmentId) -> Option<SegmentRef>;
-    /// Whether anything of this origin is taken from a peer. False for the node's own running log.
+    /// Whether anything of this origin is taken from a peer. Of the node's own logs: those whose
+    /// segments it can tell to be its own, so that it gets back what it has lost.
     fn wants_origin(&self, origin: &Origin) -> bool;
+    /// Numbers of an own log below this one were given up on purpose, and are not taken back.
+    fn settled_below(&self, _origin: &Origin) -> u64 {
+        0
+    }
     /// Whether this segment is taken now: size, room, custody share.
     fn wants(&self, reference: &SegmentRef) -> bool;
     /// Own segments for which a receipt of this peer is still of use.
@@ -407,6 +412,8 @@ struct Part {
 struct PeerOrigin {
     /// The peer's number, unless the origin is known from an equal digest only.
     index: Option<u32>,
+    /// The digest of its last head.
+    tag: Option<HeadTag>,
     /// What it holds.
     ranges: Ranges,
     /// Of that, what was listed in this session.
@@ -449,6 +456,13 @@ pub struct SessionMachine {
     my_names: Vec<Origin>,
     dirty: BTreeSet<(Kind, Origin)>,
     heads_due: Option<Duration>,
+    /// Own logs that are not offered before the peer's heads of them were compared (ruling 8).
+    held_back: BTreeSet<(Kind, Origin)>,
+    /// All heads of the peer were seen once.
+    heads_complete: bool,
+    /// Own logs of which the peer holds a later part, or another one.
+    own_behind: BTreeSet<Origin>,
+    own_open: bool,
     /// Whether the last frame of heads promised another.
     heads_promised: bool,
 
@@ -572,6 +586,10 @@ impl SessionMachine {
             my_names: Vec::new(),
             dirty: BTreeSet::new(),
             heads_due: None,
+            held_back: BTreeSet::new(),
+            heads_complete: false,
+            own_behind: BTreeSet::new(),
+            own_open: false,
             heads_promised: false,
             origins: BTreeMap::new(),
             their_names: Vec::new(),
@@ -676,6 +694,10 @@ impl SessionMachine {
             self.abandon_parts(&reference.id);
         }
         self.mark_dirty(reference.kind, reference.origin.clone(), now);
+        if self.own_behind.contains(&reference.origin) {
+            let ours = view.head(&reference.origin);
+            self.compare(&reference.origin, ours.as_ref(), false, view);
+        }
         self.pump(now, view);
     }
 
@@ -1287,10 +1309,13 @@ impl SessionMachine {
                     },
                 );
             }
+            self.heads_complete = true;
         } else {
             self.offer_all(now, view);
+            // The peer waits for the first heads, be they none.
+            self.heads_promised = true;
+            self.heads_due = Some(now);
         }
-        self.ask_receipts(view);
     }
 
     // ---- Heads ----
@@ -1321,6 +1346,27 @@ impl SessionMachine {
         }
         let kinds = self.peer_limits.kinds;
         self.dirty.retain(|(kind, _)| kinds.contains(*kind));
+        if !self.own_open {
+            let own = |(_, name): &(Kind, Origin)| self.is_own(name);
+            let held: Vec<_> = self
+                .dirty
+                .iter()
+                .filter(|entry| own(entry))
+                .cloned()
+                .collect();
+            for entry in held {
+                self.dirty.remove(&entry);
+                self.held_back.insert(entry);
+            }
+        }
+        if self.dirty.is_empty() && self.heads_promised && self.out.len() < MAX_HEADS_FRAMES_QUEUED
+        {
+            self.heads_promised = false;
+            self.push(Frame::Heads(Heads {
+                entries: Vec::new(),
+                more: false,
+            }));
+        }
         // One call for many heads, single calls for a few.
         let mut all: Option<BTreeMap<Origin, Head>> = (self.dirty.len() > 8).then(|| {
             view.heads()
@@ -1356,8 +1402,60 @@ impl SessionMachine {
                 self.push(Frame::Heads(Heads { entries, more }));
             }
         }
-        if self.dirty.is_empty() {
+        if self.dirty.is_empty() && !self.heads_promised {
             self.heads_due = None;
+        }
+    }
+
+    fn is_own(&self, name: &Origin) -> bool {
+        name.audit_node() == Some(self.local.node_id.as_str())
+    }
+
+    /// Ruling 8: own audit leaves once the peer's heads were seen, and while none of them tells of a
+    /// part of an own log that this node does not know.
+    fn open_own(&mut self, now: Duration, view: &dyn View) {
+        let open = self.heads_complete && self.own_behind.is_empty();
+        if open && !self.own_open {
+            if !self.held_back.is_empty() {
+                self.dirty.append(&mut self.held_back);
+                self.heads_due = Some(now);
+            }
+            self.own_open = true;
+            self.ask_receipts(view);
+        }
+        self.own_open = open;
+    }
+
+    /// Whether the peer's head of an own log is ahead of what is held here, or tells of another content.
+    fn is_behind(&self, name: &Origin, ours: Option<&Head>, view: &dyn View) -> bool {
+        let Some(theirs) = self.origins.get(name) else {
+            return false;
+        };
+        let Some(top) = theirs.ranges.last() else {
+            return false;
+        };
+        if top < view.settled_below(name) {
+            return false;
+        }
+        let held = ours.and_then(|head| head.ranges.last());
+        if held.is_none_or(|(_, newest)| *newest < top) {
+            return true;
+        }
+        let at = |sequence: u64| view.refs(name, sequence, sequence, 1).pop();
+        // What was there is told by the next one too.
+        let ours = at(top)
+            .map(|held| held.id)
+            .or_else(|| at(top.checked_add(1)?)?.prev);
+        match (theirs.tag, ours) {
+            (Some(tag), Some(last_id)) => {
+                let head = Head {
+                    origin: name.clone(),
+                    ranges: theirs.ranges.as_slice().to_vec(),
+                    last_id,
+                };
+                head_tag(&self.key, &head) != tag
+            }
+            _ => false,
         }
     }
 
@@ -1418,6 +1516,7 @@ impl SessionMachine {
             last_kind = Some(name.kind());
             if let Some(origin) = self.origins.get_mut(&name) {
                 origin.ranges = Ranges::from_sorted(&entry.ranges);
+                origin.tag = Some(entry.tag);
             }
             let ours = match &mine {
                 Some(mine) => mine.get(&name).cloned(),
@@ -1435,6 +1534,7 @@ impl SessionMachine {
         if heads.more && last_kind.is_none() {
             return self.close(CloseCode::Protocol, "empty heads with more to come");
         }
+        self.heads_complete |= self.more_heads.is_none();
         self.ask_receipts(view);
     }
 
@@ -1452,11 +1552,31 @@ impl SessionMachine {
         {
             self.push(Frame::GetHead(GetHead { origin: index }));
         }
+        let own = self.is_own(name);
+        let behind = own && wanted && self.is_behind(name, ours, view);
+        if behind {
+            self.own_behind.insert(name.clone());
+        } else {
+            self.own_behind.remove(name);
+        }
         let Some(origin) = self.origins.get(name) else {
             return;
         };
         let mut missing = match origin.ranges.last() {
             _ if !wanted || origin.index.is_none() => Ranges::default(),
+            Some(_) if own => {
+                let mut missing = origin.ranges.clone();
+                if let Some(settled) = view.settled_below(name).checked_sub(1) {
+                    missing.remove(0, settled);
+                }
+                // Where the two part is told by the ids, so then all of them are listed.
+                if !behind {
+                    for (from, to) in ours.map(|head| head.ranges.as_slice()).unwrap_or_default() {
+                        missing.remove(*from, *to);
+                    }
+                }
+                missing
+            }
             None => Ranges::default(),
             // Of a CA's lists only the newest counts; gaps are normal (ruling 5). Two lists of one
             // number are both wanted: the union of their serials holds.
@@ -1856,7 +1976,7 @@ impl SessionMachine {
     // ---- Receipts ----
 
     fn ask_receipts(&mut self, view: &dyn View) {
-        if !self.is_established() || !self.receipts_asked.is_empty() {
+        if !self.is_established() || !self.own_open || !self.receipts_asked.is_empty() {
             return;
         }
         let mut ids = Vec::new();
@@ -1918,6 +2038,7 @@ impl SessionMachine {
         }
         if self.is_established() {
             self.ask_lists(now);
+            self.open_own(now, view);
             self.offer(now, view);
         }
     }

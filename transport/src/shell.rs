@@ -109,9 +109,13 @@ pub trait MeshHooks: Send + Sync + 'static {
     fn read(&self, id: &SegmentId) -> Option<Vec<u8>>;
     /// The slice for a range of a segment that is held ([`tidelock_segments::bao`]).
     fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>>;
-    /// Whether anything of this origin is taken from a peer. False for the node's own running log
-    /// and for an origin that was found forked.
+    /// Whether anything of this origin is taken from a peer. Of the node's own logs those that it can
+    /// tell to be its own. False for an origin that was found forked.
     fn wants_origin(&self, origin: &Origin) -> bool;
+    /// Numbers of an own log below this one were given up on purpose, and are not taken back.
+    fn settled_below(&self, _origin: &Origin) -> u64 {
+        0
+    }
     /// Whether this segment is taken now. True for revocation and policy whatever the room
     /// (ruling 10); custody share and ceiling decide on the rest.
     fn wants(&self, reference: &SegmentRef) -> bool;

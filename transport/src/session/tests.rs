@@ -66,6 +66,8 @@ struct Store {
     no_room_above: Option<u64>,
     /// What has arrived of segments in ranges, by group; outlives sessions and restarts.
     partials: BTreeMap<SegmentId, (Content, Vec<bool>)>,
+    /// Takes its own log back, from this number on.
+    own_from: Option<u64>,
 }
 
 impl Store {
@@ -184,7 +186,12 @@ impl View for StoreView<'_> {
     }
 
     fn wants_origin(&self, origin: &Origin) -> bool {
-        origin.audit_node() != Some(self.store.borrow().name.as_str())
+        let store = self.store.borrow();
+        store.own_from.is_some() || origin.audit_node() != Some(store.name.as_str())
+    }
+
+    fn settled_below(&self, _: &Origin) -> u64 {
+        self.store.borrow().own_from.unwrap_or(0)
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
@@ -1243,6 +1250,156 @@ fn a_fork_of_an_audit_log_is_seen_and_a_second_signature_on_a_policy_is_none() {
     assert!(forks.contains(&(0, expected(&ours, &theirs))));
     assert!(forks.contains(&(1, expected(&theirs, &ours))));
     assert!(world.fetches.is_empty());
+}
+
+/// Node a's root was put back: it holds the begin of its log, and b holds more of it.
+fn put_back(own: u64, theirs: u64) -> World {
+    let world = World::new(&["a", "b"]);
+    for sequence in 0..own {
+        world.store(0).make(&audit_origin("a"), sequence, "", 500);
+    }
+    for sequence in 0..theirs {
+        world.store(1).make(&audit_origin("a"), sequence, "", 500);
+    }
+    world.store(0).own_from = Some(0);
+    world
+}
+
+fn next_log() -> Origin {
+    Origin::parse("audit/a/0123456789abcdef/1").unwrap()
+}
+
+/// What b asked for.
+fn asked_by_b(world: &World) -> Vec<&SegmentRef> {
+    let by_b = world.fetches.iter().filter(|(node, _)| *node == 1);
+    by_b.map(|(_, reference)| reference).collect()
+}
+
+/// The story: a root was put back to an older copy in its very place. The node would have sent what
+/// it sealed since, and its peers would have had proof of a fork.
+#[test]
+fn inv_17_a_later_head_of_the_own_log_is_fetched_before_own_audit_leaves() {
+    let mut world = put_back(3, 6);
+    // Sealed by the old copy, in a place that b knows otherwise, and in a log that b does not know.
+    world.store(0).make(&audit_origin("a"), 3, "stale", 500);
+    world.store(0).make(&next_log(), 0, "", 500);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    for sequence in 3..6 {
+        let id = world
+            .store(1)
+            .make(&audit_origin("a"), sequence, "", 500)
+            .id;
+        assert!(world.store(0).by_id.contains_key(&id), "{sequence}");
+    }
+    let stale = world.store(0).make(&audit_origin("a"), 3, "stale", 500);
+    let asked = asked_by_b(&world);
+    assert!(!asked.contains(&&stale), "{asked:?}");
+    // The node sets its own aside, and begins its next log.
+    world.store(0).by_id.remove(&stale.id);
+    let next = world.seal(0, &next_log(), 1, 500);
+    world.run_for(Duration::from_secs(5));
+    assert!(world.store(1).by_id.contains_key(&next.id));
+    assert!(
+        asked_by_b(&world)
+            .iter()
+            .all(|asked| asked.origin == next_log())
+    );
+}
+
+#[test]
+fn own_audit_leaves_at_once_where_the_peer_knows_less_or_nothing() {
+    for theirs in [0, 2] {
+        let mut world = put_back(4, theirs);
+        world.connect(0, 1);
+        world.run_for(Duration::from_secs(5));
+        assert_converged(&world);
+        assert!(world.fetches.iter().all(|(node, _)| *node == 1));
+    }
+}
+
+#[test]
+fn own_audit_is_not_offered_before_the_heads_of_the_peer() {
+    let mut world = put_back(2, 0);
+    world.store(1).make(&policy_origin(), 1, "", 500);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert_converged(&world);
+    let at = |wanted: &dyn Fn(&String) -> bool| world.trace.iter().position(wanted).unwrap();
+    let theirs = at(&|line| line.contains(" a <- Heads"));
+    let ours = at(&|line| line.contains(" b <- Heads") && line.contains("audit/a"));
+    assert!(theirs < ours, "{:#?}", world.trace);
+}
+
+#[test]
+fn a_hole_in_the_own_log_is_filled_and_holds_nothing_back() {
+    let mut world = put_back(5, 5);
+    let lost = world.store(0).make(&audit_origin("a"), 2, "", 500);
+    world.store(0).by_id.remove(&lost.id);
+    let next = world.store(0).make(&audit_origin("a"), 5, "", 500);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert!(world.store(0).by_id.contains_key(&lost.id));
+    assert!(world.store(1).by_id.contains_key(&next.id));
+    let by_a = world.fetches.iter().filter(|(node, _)| *node == 0);
+    assert_eq!(by_a.count(), 1);
+}
+
+#[test]
+fn what_was_evicted_of_the_own_log_is_not_even_listed() {
+    let mut world = put_back(6, 6);
+    let evicted: Vec<SegmentId> = (0..4)
+        .map(|sequence| {
+            world
+                .store(0)
+                .make(&audit_origin("a"), sequence, "", 500)
+                .id
+        })
+        .collect();
+    for id in evicted {
+        world.store(0).by_id.remove(&id);
+    }
+    world.store(0).own_from = Some(4);
+    let next = world.store(0).make(&audit_origin("a"), 6, "", 500);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert!(world.store(1).by_id.contains_key(&next.id));
+    assert!(world.fetches.iter().all(|(node, _)| *node == 1));
+    assert!(
+        !world
+            .trace
+            .iter()
+            .any(|line| line.contains(" b <- ListRefs"))
+    );
+}
+
+/// A peer that claims a later head and cannot give it is not told of own audit, and is not asked for
+/// ever; the others are told all the same.
+#[test]
+fn inv_12_a_claimed_head_that_is_no_head_costs_three_transfers() {
+    let mut world = World::new(&["a", "b", "c"]);
+    for sequence in 0..3 {
+        world.store(0).make(&audit_origin("a"), sequence, "", 500);
+    }
+    for sequence in 0..9 {
+        world
+            .store(1)
+            .make(&audit_origin("a"), sequence, "forged", 500);
+    }
+    world.store(0).own_from = Some(0);
+    world.liar = Some(1);
+    world.connect(0, 1);
+    world.connect(0, 2);
+    world.run_for(Duration::from_secs(5));
+    let by_a = world.fetches.iter().filter(|(node, _)| *node == 0);
+    assert!(by_a.count() <= 9);
+    assert!(
+        !world.links.contains_key(&(0, 1)),
+        "three faults end the session"
+    );
+    assert!(asked_by_b(&world).is_empty());
+    assert_eq!(world.store(2).by_id.len(), 3);
+    assert_eq!(world.store(0).by_id.len(), 3);
 }
 
 #[test]

@@ -256,6 +256,10 @@ impl View for HooksView<'_> {
         self.hooks.wants_origin(origin)
     }
 
+    fn settled_below(&self, origin: &Origin) -> u64 {
+        self.hooks.settled_below(origin)
+    }
+
     fn wants(&self, reference: &SegmentRef) -> bool {
         self.hooks.wants(reference)
     }
