@@ -351,10 +351,13 @@ pub enum TakeSlice {
 }
 
 /// Whether a segment is fetched in ranges: a bulk one above [`MAX_WHOLE_BYTES`]. Revocation and policy
-/// go in one piece, because they never wait for room (ruling 10).
+/// go in one piece, because they never wait for room (ruling 10), and what comes back of this node's
+/// own log (ruling 8), because it is the log that takes it and not the store.
 #[must_use]
-pub fn is_ranged(reference: &SegmentRef) -> bool {
-    !is_urgent(reference.kind) && reference.size_bytes > MAX_WHOLE_BYTES
+pub fn is_ranged(reference: &SegmentRef, local: &NodeId) -> bool {
+    !is_urgent(reference.kind)
+        && reference.size_bytes > MAX_WHOLE_BYTES
+        && reference.origin.audit_node() != Some(local.as_str())
 }
 
 /// INV-11: urgency, then age, then the name of the log.
@@ -876,7 +879,7 @@ impl SessionMachine {
             return None;
         }
         let reference = &self.known.get(id)?.reference;
-        let next_bytes = if is_ranged(reference) {
+        let next_bytes = if is_ranged(reference, &self.local.node_id) {
             RANGE_BYTES
         } else {
             reference.size_bytes

@@ -316,6 +316,14 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
         Grade::Bad
     };
     findings.add("audit", grade, format!("the log is {audit}"));
+    if status.pointer("/audit/superseded").and_then(Value::as_bool) == Some(true) {
+        findings.add(
+            "audit",
+            Grade::Note,
+            "a peer holds a later part of this node's log: the root was put back to an older copy, \
+             and the next incarnation begins as soon as that part is here",
+        );
+    }
     if status.pointer("/clock/suspect").and_then(Value::as_bool) == Some(true) {
         findings.add(
             "clock",

@@ -370,9 +370,14 @@ fn status_text(status: &Value) -> String {
         (
             "audit",
             format!(
-                "{} records, {}, {} segments without enough custodians",
+                "{} records, {}{}, {} segments without enough custodians",
                 get("/audit/records"),
                 get("/audit/state"),
+                if get("/audit/superseded") == "true" {
+                    " and superseded by a later part that a peer holds"
+                } else {
+                    ""
+                },
                 get("/audit/unlicensed_segments")
             ),
         ),

@@ -22,6 +22,8 @@ struct LogStat {
     own: bool,
     /// Whether it is the log that this node writes now.
     current: bool,
+    /// Whether a peer was seen to hold a later part of it, so that the next incarnation follows.
+    superseded: bool,
     incarnation: u64,
     segments: u64,
     sealed_records: u64,
@@ -161,6 +163,7 @@ fn entry<'l>(
     logs.entry(origin.clone()).or_insert_with(|| LogStat {
         own: origin.audit_node() == Some(config.node.id.as_str()),
         current: own.is_some_and(|own| own.origin == *origin),
+        superseded: own.is_some_and(|own| own.superseded && own.origin == *origin),
         incarnation: origin.audit_parts().map_or(0, |parts| parts.2),
         min_index: own.map_or(0, |own| own.min_index(origin)),
         ..LogStat::default()
@@ -206,7 +209,14 @@ fn text(stat: &Stat) -> String {
                 .map(|(custodian, segments)| format!("{custodian}:{segments}"))
                 .collect();
             vec![
-                format!("{origin}{}", if log.current { " (own)" } else { "" }),
+                format!(
+                    "{origin}{}",
+                    match (log.current, log.superseded) {
+                        (_, true) => " (own, superseded)",
+                        (true, false) => " (own)",
+                        (false, false) => "",
+                    }
+                ),
                 log.segments.to_string(),
                 log.sealed_records.to_string(),
                 log.unsealed_records.to_string(),

@@ -3,13 +3,14 @@
 //! Every way in ends here, so that a segment from a peer and a file from the operator pass the same
 //! checks. What is refused leaves nothing behind but an event.
 
-use std::{fs, sync::PoisonError};
+use std::{collections::BTreeMap, fs, sync::PoisonError, time::Duration};
 
 use serde_json::{Value, json};
 use tidelock_policy::{Activation, ActivationKind, BundleError, Package, VerifiedBundle};
 use tidelock_segments::{
-    Charge, CustodyReceipt, Endorsement, Kind, NodeId, Origin, Partial, PartialError, PutOutcome,
-    SegmentRef, StoreError, VerifiedSegment, parse_body, verify_segment,
+    Charge, CustodyReceipt, Endorsement, Kind, LogError, NamedHead, NodeId, Origin, OwnSegment,
+    Partial, PartialError, PutOutcome, SegmentRef, Sha256Hash, StoreError, VerifiedSegment,
+    named_heads, parse_body, verify_segment,
 };
 use tidelock_transport::{
     endorse::verify_endorsement,
@@ -87,13 +88,99 @@ pub(super) fn outcome_word(outcome: Outcome) -> &'static str {
     }
 }
 
-/// The log that the first record of a log says it continues.
-fn previous_origin(segment: &VerifiedSegment) -> Option<String> {
+/// The heads that the first record of a log names.
+fn heads_named_by(segment: &VerifiedSegment) -> Vec<NamedHead> {
     let header = segment.header();
-    let body = parse_body(segment.body(), &header.domain, &header.origin).ok()?;
-    // Never encrypted, so that every peer can read it.
-    let record: Value = serde_json::from_slice(&body.record(0, None).ok()?).ok()?;
-    Some(record.get("previous_origin")?.as_str()?.to_owned())
+    parse_body(segment.body(), &header.domain, &header.origin)
+        // Never encrypted, so that every peer can read it.
+        .and_then(|body| body.record(0, None))
+        .map(|record| named_heads(&record))
+        .unwrap_or_default()
+}
+
+/// The highest head that is held of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct HeldHead {
+    origin: Origin,
+    size: u64,
+    root: Sha256Hash,
+}
+
+/// Ruling 7: what is wrong with a new log of a known node, given the heads that its first record names
+/// and those that are held. It must name the newest log that is held, of the same key if there is one,
+/// at the head that is held or beyond it.
+fn lineage_fault(origin: &Origin, named: &[NamedHead], held: &[HeldHead]) -> Option<String> {
+    let parts = |of: &Origin| {
+        of.audit_parts()
+            .map(|(_, key, number)| (key.to_owned(), number))
+    };
+    let key = parts(origin).map(|(key, _)| key);
+    let same_key = |head: &&HeldHead| parts(&head.origin).map(|(key, _)| key) == key;
+    let number = |head: &&HeldHead| parts(&head.origin).map(|(_, number)| number);
+    let newest = held
+        .iter()
+        .filter(same_key)
+        .max_by_key(number)
+        .or_else(|| held.iter().max_by_key(number))?;
+    let Some(claim) = named.iter().find(|head| head.origin == newest.origin) else {
+        return Some(format!(
+            "it does not name {}, of which a head of {} records is held here",
+            newest.origin, newest.size
+        ));
+    };
+    if claim.size < newest.size {
+        return Some(format!(
+            "it names {} at {} records, and {} are held here",
+            newest.origin, claim.size, newest.size
+        ));
+    }
+    (claim.size == newest.size && claim.root != newest.root).then(|| {
+        format!(
+            "it names another root of {} at {} records than the one that is held here",
+            newest.origin, newest.size
+        )
+    })
+}
+
+/// How long after the last segment of an own log came the next incarnation begins, when all that a peer
+/// listed is here.
+const OWN_SETTLES: Duration = Duration::from_secs(1);
+/// The same when a peer has listed more: it may have gone, or never have had it.
+const OWN_PATIENCE: Duration = Duration::from_secs(10);
+/// Own logs of which a peer's claims are remembered (INV-07).
+const OWN_CLAIMS_MAX: usize = 64;
+
+/// What peers hold of this node's own logs and it does not.
+#[derive(Debug, Default)]
+pub(super) struct OwnAhead {
+    /// Highest number that was listed of each log. Claims, not proofs.
+    listed: BTreeMap<Origin, u64>,
+    /// When the last segment of one of them came, or the change was tried last.
+    last: Duration,
+    /// Why the change failed last; told once (INV-07).
+    failed: Option<String>,
+}
+
+impl OwnAhead {
+    fn note_listed(&mut self, origin: &Origin, sequence: u64) -> bool {
+        if self.listed.len() >= OWN_CLAIMS_MAX && !self.listed.contains_key(origin) {
+            return false;
+        }
+        let first = !self.listed.contains_key(origin);
+        let highest = self.listed.entry(origin.clone()).or_default();
+        *highest = sequence.max(*highest);
+        first
+    }
+
+    /// Whether the next incarnation may begin: everything listed is held, or nothing comes any more.
+    fn is_settled(&self, now: Duration, newest: impl Fn(&Origin) -> Option<u64>) -> bool {
+        let all = self
+            .listed
+            .iter()
+            .all(|(origin, highest)| newest(origin).is_some_and(|newest| newest >= *highest));
+        let quiet = now.saturating_sub(self.last);
+        quiet >= if all { OWN_SETTLES } else { OWN_PATIENCE }
+    }
 }
 
 impl Node {
@@ -472,9 +559,9 @@ impl Node {
         .map_err(|e| Denied::local(e.code(), e))
     }
 
-    /// Ruling 7: another log key or incarnation of a known node is evidence, unless it names the log
-    /// that is held here, or the operator has accepted it.
-    fn has_lineage(&self, segment: &VerifiedSegment) -> bool {
+    /// Ruling 7: another log key or incarnation of a known node is evidence, unless it names the head
+    /// that is held here, or the operator has accepted it. Beside the refusal what to note as a fork.
+    fn lineage(&self, segment: &VerifiedSegment) -> Result<(), (Denied, Option<String>)> {
         let origin = &segment.header().origin;
         let known: Vec<Origin> = self
             .store
@@ -483,28 +570,178 @@ impl Node {
             .map(|head| head.origin)
             .filter(|held| held.kind() == Kind::Audit && held.audit_node() == origin.audit_node())
             .collect();
-        let named =
-            || previous_origin(segment).is_some_and(|p| known.iter().any(|k| k.as_str() == p));
-        known.is_empty() || known.contains(origin) || self.is_accepted(origin) || named()
-    }
-
-    fn no_lineage() -> Denied {
-        Denied::local(
-            "AUDIT_LINEAGE",
-            "a known node began a new log without naming its last one; where that is right, \
-             tidelock audit accept ORIGIN",
-        )
-    }
-
-    fn check_lineage(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
-        if self.has_lineage(segment) {
+        if known.contains(origin) || self.is_accepted(origin) {
             return Ok(());
         }
-        self.note_fork(
-            &segment.header().origin,
-            "a known node began a new log that names none that is held here",
-        );
-        Err(Self::no_lineage())
+        let mut held = Vec::with_capacity(known.len());
+        for log in known {
+            let newest = self.store.last(&log);
+            let Some(span) = newest.and_then(|newest| self.store.audit_span(&newest.id)) else {
+                let why = format!("the newest segment that is held of {log} cannot be read");
+                return Err((Denied::local("STORE", why), None));
+            };
+            held.push(HeldHead {
+                origin: log,
+                size: span.last.saturating_add(1),
+                root: span.root,
+            });
+        }
+        let Some(why) = lineage_fault(origin, &heads_named_by(segment), &held) else {
+            return Ok(());
+        };
+        if segment.header().sequence > 0 {
+            // What a log names stands in its first segment, which another custodian may bring yet.
+            let why = format!(
+                "a known node began a new log, and its first segment is not held, so nobody knows \
+                 what it names; where it is right, tidelock audit accept {origin}"
+            );
+            return Err((Denied::local("AUDIT_LINEAGE", why), None));
+        }
+        let fork = format!("a known node began a new log: {why}");
+        let message = format!("{fork}; where that is right, tidelock audit accept {origin}");
+        Err((Denied::local("AUDIT_LINEAGE", message), Some(fork)))
+    }
+
+    /// The same, and a contradiction is noted as a fork.
+    fn check_lineage(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+        self.lineage(segment).map_err(|(denied, fork)| {
+            if let Some(fork) = fork {
+                self.note_fork(&segment.header().origin, &fork);
+            }
+            denied
+        })
+    }
+
+    // ---- own audit
+
+    /// Whether this is a log of this node under its present log key.
+    pub(super) fn is_own_log(&self, origin: &Origin) -> bool {
+        let Some((node, _, incarnation)) = origin.audit_parts() else {
+            return false;
+        };
+        node == self.config.load().node.id
+            && Origin::audit(&node, &self.log.public_key(), incarnation) == *origin
+    }
+
+    /// Whether a segment of an own log that a peer lists is to be had.
+    pub(super) fn wants_own(&self, reference: &SegmentRef) -> bool {
+        let origin = &reference.origin;
+        if reference.sequence < self.log.evicted_below(origin) {
+            return false;
+        }
+        let newest = self.store.last(origin);
+        let beyond = newest.is_none_or(|newest| reference.sequence > newest.sequence);
+        let mut ahead = self
+            .own_ahead
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if ahead.note_listed(origin, reference.sequence) && beyond {
+            drop(ahead);
+            // A claim: shown, and no record is spent on it before it is proven.
+            self.journal.note(
+                self.clock.unix_ms(),
+                "own_log_ahead",
+                json!({"origin": origin, "sequence": reference.sequence}),
+            );
+        }
+        true
+    }
+
+    /// Takes a segment of this node's own log back from a peer: lost to damage, or to an older copy
+    /// of the root that was put in its place (ruling 8).
+    fn admit_own(&self, peer: &NodeId, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+        let reference = segment.reference();
+        let endorsement = segment.endorsement().ok_or_else(|| {
+            Denied::bringer("ENDORSEMENT_MISSING", "the segment has no endorsement")
+        })?;
+        // The log key itself has signed it, and that is in this node's hands: a certificate that has
+        // expired or was revoked since takes nothing from it.
+        match self.judge_endorsement(endorsement, segment.header().created_unix_ms) {
+            Err(denied) if !STANDS_IN_FOR.contains(&denied.code) => return Err(denied),
+            Ok(_) | Err(_) => {}
+        }
+        let was_superseded = self.log.is_superseded();
+        let taken = self.log.take_own(segment);
+        let fields = json!({
+            "peer": peer, "segment": reference.id, "origin": reference.origin,
+            "sequence": reference.sequence,
+        });
+        match taken {
+            Ok(OwnSegment::AlreadyHeld) => Ok(PutOutcome::AlreadyHeld),
+            Ok(OwnSegment::Restored) => {
+                self.event("own_segment_restored", fields);
+                Ok(PutOutcome::Stored)
+            }
+            Ok(OwnSegment::Later) => {
+                self.own_ahead
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .last = self.clock.monotonic();
+                if !was_superseded {
+                    self.event("own_log_superseded", fields);
+                }
+                Ok(PutOutcome::Stored)
+            }
+            Err(error @ LogError::NotOwn(_)) => Err(Denied::bringer("OWN_FORGED", error)),
+            Err(error @ (LogError::OwnFork { .. } | LogError::Store(StoreError::Fork { .. }))) => {
+                self.note_fork(&reference.origin, &error.to_string());
+                Err(Denied::local("OWN_FORK", error))
+            }
+            Err(error) => Err(Denied::local("STORE", error)),
+        }
+    }
+
+    /// Begins the next incarnation once what peers hold of a superseded log has come, or comes no more.
+    pub(super) fn succeed_log(&self) {
+        if !self.log.is_superseded() || self.log.latched().is_some() {
+            return;
+        }
+        let now = self.clock.monotonic();
+        {
+            let mut ahead = self
+                .own_ahead
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let newest = |origin: &Origin| self.store.last(origin).map(|last| last.sequence);
+            if !ahead.is_settled(now, newest) {
+                return;
+            }
+            // If it fails, it is tried again after the same time.
+            ahead.last = now;
+            ahead.listed.clear();
+        }
+        let before = self.log.origin();
+        match self.begin_incarnation() {
+            Ok(recovery) => {
+                self.own_ahead
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .failed = None;
+                self.event(
+                    "own_log_succeeded",
+                    json!({
+                        "previous": before, "origin": self.log.origin(),
+                        "quarantined": recovery.quarantined,
+                    }),
+                );
+                if let Some(mesh) = self.mesh.get() {
+                    mesh.refresh();
+                }
+            }
+            Err(why) => {
+                let mut ahead = self
+                    .own_ahead
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                if ahead.failed.replace(why.clone()).as_ref() != Some(&why) {
+                    drop(ahead);
+                    self.event(
+                        "own_log_not_succeeded",
+                        json!({"origin": before, "why": why}),
+                    );
+                }
+            }
+        }
     }
 
     /// Whether an operator has accepted this log.
@@ -552,7 +789,7 @@ impl Node {
         if origin.audit_node() == Some(self.config.load().node.id.as_str()) {
             return Err(Denied::local(
                 "OWN_AUDIT",
-                "a segment of this node's own log is only ever written here",
+                "the segment is of this node under another log key, which is not in its hands",
             ));
         }
         let endorsement = segment.endorsement().ok_or_else(|| {
@@ -585,7 +822,10 @@ impl Node {
         }
     }
 
-    fn admit_audit(&self, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+    fn admit_audit(&self, peer: &NodeId, segment: &VerifiedSegment) -> Result<PutOutcome, Denied> {
+        if self.is_own_log(&segment.header().origin) {
+            return self.admit_own(peer, segment);
+        }
         self.judge_audit(segment)?;
         self.store
             .put(segment, Charge::Custody)
@@ -634,9 +874,7 @@ impl Node {
                 .check_policy(segment)
                 .and_then(|bundle| self.check_floor(&bundle)),
             Kind::Audit => self.check_audit(segment).and_then(|()| {
-                if !self.has_lineage(segment) {
-                    return Err(Self::no_lineage());
-                }
+                self.lineage(segment).map_err(|(denied, _)| denied)?;
                 self.store
                     .check_place(&reference)
                     .map_err(|e| Denied::local("AUDIT_FORK", e))
@@ -661,7 +899,7 @@ impl Node {
             _ if self.store.contains(&reference.id) => Ok(PutOutcome::AlreadyHeld),
             Kind::Revocation => self.admit_crl(segment).map(|()| PutOutcome::Stored),
             Kind::Policy => self.admit_policy(segment).map(|()| PutOutcome::Stored),
-            Kind::Audit => self.admit_audit(segment),
+            Kind::Audit => self.admit_audit(peer, segment),
             Kind::Witness => Err(Self::no_witness()),
         };
         self.note_admitted(peer, &reference, &admitted);
@@ -699,5 +937,101 @@ impl Node {
                 fields(json!({"code": denied.code, "message": denied.message})),
             ),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(name: &str) -> Origin {
+        Origin::parse(&format!("audit/n1/{name}")).unwrap()
+    }
+
+    fn root(text: &str) -> Sha256Hash {
+        Sha256Hash::of(text.as_bytes())
+    }
+
+    fn held(name: &str, size: u64, content: &str) -> HeldHead {
+        HeldHead {
+            origin: log(name),
+            size,
+            root: root(content),
+        }
+    }
+
+    fn names(name: &str, size: u64, content: &str) -> NamedHead {
+        NamedHead {
+            origin: log(name),
+            size,
+            root: root(content),
+        }
+    }
+
+    const FIRST: &str = "0123456789abcdef/1";
+    const SECOND: &str = "0123456789abcdef/2";
+    const THIRD: &str = "0123456789abcdef/3";
+    const OTHER_KEY: &str = "fedcba9876543210/1";
+
+    #[test]
+    fn ruling_7_a_new_log_names_the_head_that_is_held_by_its_hash() {
+        let held = [held(FIRST, 9, "nine")];
+        let fault = |named: &[NamedHead]| lineage_fault(&log(SECOND), named, &held);
+        // The controls: that head, and one beyond it.
+        assert_eq!(fault(&[names(FIRST, 9, "nine")]), None);
+        assert_eq!(fault(&[names(FIRST, 12, "twelve")]), None);
+        for (named, why) in [
+            (vec![], "does not name"),
+            (vec![names(OTHER_KEY, 9, "nine")], "does not name"),
+            (vec![names(FIRST, 5, "five")], "at 5 records, and 9"),
+            (vec![names(FIRST, 9, "another nine")], "another root"),
+        ] {
+            let found = fault(&named).unwrap();
+            assert!(found.contains(why), "{found}");
+        }
+    }
+
+    #[test]
+    fn ruling_7_it_names_the_newest_of_the_logs_that_are_held() {
+        let both = [held(FIRST, 9, "nine"), held(SECOND, 4, "four")];
+        let fault = |named: &[NamedHead], held: &[HeldHead]| {
+            lineage_fault(&log(THIRD), named, held).is_some()
+        };
+        assert!(fault(&[names(FIRST, 9, "nine")], &both));
+        assert!(!fault(&[names(SECOND, 4, "four")], &both));
+        // A peer that never had the second finds the one that it knows.
+        let named = [names(SECOND, 4, "four"), names(FIRST, 9, "nine")];
+        assert!(!fault(&named, &both));
+        assert!(!fault(&named, &both[..1]));
+        // Of a node that is not known there is nothing to name.
+        assert!(!fault(&[], &[]));
+        // Of the same key if there is one: the node cannot tell of a key that it never had.
+        let lost = [held(FIRST, 9, "nine"), held(OTHER_KEY, 2, "two")];
+        let again = log("fedcba9876543210/2");
+        assert_eq!(
+            lineage_fault(&again, &[names(OTHER_KEY, 2, "two")], &lost),
+            None
+        );
+        assert!(lineage_fault(&again, &[names(FIRST, 9, "nine")], &lost).is_some());
+    }
+
+    #[test]
+    fn the_next_incarnation_waits_for_what_was_listed_but_not_for_ever() {
+        let mut ahead = OwnAhead::default();
+        assert!(ahead.note_listed(&log(FIRST), 4));
+        assert!(!ahead.note_listed(&log(FIRST), 3), "the highest counts");
+        let at = OWN_SETTLES + Duration::from_secs(1);
+        assert!(!ahead.is_settled(at, |_| None));
+        assert!(!ahead.is_settled(at, |_| Some(3)));
+        assert!(ahead.is_settled(at, |_| Some(4)));
+        assert!(ahead.is_settled(OWN_PATIENCE, |_| Some(3)));
+        // Each that comes begins the wait again.
+        ahead.last = OWN_PATIENCE;
+        assert!(!ahead.is_settled(OWN_PATIENCE, |_| Some(4)));
+        // INV-07: a peer that claims logs without end fills nothing.
+        for number in 0..200 {
+            ahead.note_listed(&log(&format!("0123456789abcdef/{number}")), 1);
+        }
+        assert_eq!(ahead.listed.len(), OWN_CLAIMS_MAX);
     }
 }

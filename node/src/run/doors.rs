@@ -368,6 +368,7 @@ impl Node {
                 "origin": self.log.origin(),
                 "records": self.log.size(),
                 "state": self.log.latched().map_or("open".to_owned(), |why| format!("latched: {why}")),
+                "superseded": self.log.is_superseded(),
                 "unlicensed_segments": self.unlicensed_segments(),
             },
             "store": {"audit": audit, "foreign_audit_bytes": self.store.foreign_audit_bytes()},
@@ -437,6 +438,16 @@ impl Node {
                 "tidelock_audit_unlicensed_segments",
                 "Own sealed segments without enough custodians.",
                 u64::try_from(self.unlicensed_segments()).unwrap_or(u64::MAX),
+            ),
+            (
+                "tidelock_audit_incarnation",
+                "Incarnation of the own log.",
+                self.log.incarnation(),
+            ),
+            (
+                "tidelock_audit_superseded",
+                "1 while a peer holds a later part of the own log and the next incarnation has not begun.",
+                u64::from(self.log.is_superseded()),
             ),
             (
                 "tidelock_segments_damaged",

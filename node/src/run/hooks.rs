@@ -77,9 +77,16 @@ impl MeshHooks for Hooks {
     fn wants_origin(&self, origin: &Origin) -> bool {
         match origin.kind() {
             Kind::Revocation | Kind::Policy => true,
-            Kind::Audit => !self.0.is_own(origin) && !self.0.is_forked(origin),
+            Kind::Audit => {
+                let foreign = !self.0.is_own(origin);
+                (foreign || self.0.is_own_log(origin)) && !self.0.is_forked(origin)
+            }
             Kind::Witness => false,
         }
+    }
+
+    fn settled_below(&self, origin: &Origin) -> u64 {
+        self.0.log.evicted_below(origin)
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
@@ -209,6 +216,7 @@ impl Node {
                     || (reference.sequence == floor.epoch
                         && (self.slots.wanted().is_some() || !held()))
             }),
+            Kind::Audit if self.is_own_log(&reference.origin) => self.wants_own(reference),
             Kind::Audit => {
                 let usage = self.root.ledger().usage();
                 // The room of one that is half here is taken already.

@@ -20,8 +20,8 @@ use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig};
 use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
-    AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk, Root,
-    RootOptions, ScrubPace, SegmentRef, Sha256Hash, Store,
+    AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
+    Recovery, Root, RootOptions, ScrubPace, SegmentRef, Sha256Hash, Store,
     offline::{REPAIRS_PATH, RepairNote},
 };
 use tidelock_transport::{
@@ -34,6 +34,7 @@ use tidelock_transport::{
 };
 
 use super::{
+    admit::OwnAhead,
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
     media::Parts,
@@ -128,6 +129,8 @@ pub(super) struct Node {
     kept_floor: Mutex<PersistedFloor>,
     /// Of peers: what an operator set, and what was owed when it was last written.
     pub(super) quotas: Mutex<KeptQuotas>,
+    /// What peers hold of this node's own logs and it does not.
+    pub(super) own_ahead: Mutex<OwnAhead>,
     /// Stored segments that were found damaged since the start.
     pub(super) damaged: AtomicU64,
     /// Some of them were not asked for again yet.
@@ -340,6 +343,7 @@ impl Node {
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
             quotas: Mutex::new(quotas),
+            own_ahead: Mutex::default(),
             damaged: AtomicU64::new(0),
             damage_waits: AtomicBool::new(false),
             disk_watch: Mutex::default(),
@@ -434,6 +438,20 @@ impl Node {
         {
             mesh.refresh();
         }
+    }
+
+    /// Begins the next incarnation of a superseded log, endorsed with the certificate in use.
+    pub(super) fn begin_incarnation(&self) -> Result<Recovery, String> {
+        let node_id = self.config.load().node.id.clone();
+        let tls = self.tls.load_full().ok_or("no certificate is in use")?;
+        let credentials = tls.credentials();
+        self.log
+            .succeed(&|key, incarnation| {
+                let endorsement = endorse(&credentials, &node_id, key, incarnation)?;
+                keep_endorsement(&self.root, &endorsement);
+                Ok(endorsement)
+            })
+            .map_err(|e| e.to_string())
     }
 
     /// Notes an event in the journal and in the audit log.
@@ -703,6 +721,7 @@ impl Node {
     /// Once a second: what may wait.
     pub(super) fn slow_tick(&self) {
         self.log.tick(self.clock.unix_ms());
+        self.succeed_log();
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();

@@ -596,7 +596,7 @@ impl World {
         while let Some(reference) = side.machine.poll_want(now).cloned() {
             moved = true;
             let mut claims = self.nodes[node].claims.borrow_mut();
-            if is_ranged(&reference) {
+            if is_ranged(&reference, &self.nodes[node].id) {
                 let missing = node_store.borrow_mut().missing(&reference);
                 match claims.lease(side.session, &reference, &missing, now) {
                     Ok(range) => {
@@ -2428,7 +2428,7 @@ mod random {
                 let now = MS * u32::try_from(at).unwrap();
                 if fetch
                     && let Some(want) = bench.machine.poll_want(now).cloned()
-                    && is_ranged(&want)
+                    && is_ranged(&want, &node_id("a"))
                 {
                     let part = u64::try_from(at % 3).unwrap() * RANGE_BYTES;
                     let range = part..(part + RANGE_BYTES).min(want.size_bytes);

@@ -532,7 +532,7 @@ impl Core {
             ..
         } = self.link.clone();
         while let Some(wanted) = self.machine.poll_want(now).cloned() {
-            if is_ranged(&wanted) {
+            if is_ranged(&wanted, &shared.local) {
                 if !may_block {
                     return false;
                 }
