@@ -49,6 +49,10 @@ bench *AREA:
     cargo build --release --locked
     cargo run --release --locked --manifest-path bench/Cargo.toml --target-dir target -- {{AREA}}
 
+# Congestion control on bad links, in virtual time: cubic, bbr and edge on six rungs, two flows on one link, and loopback.
+ladder:
+    cargo test --release --locked -p tidelock-transport --test congestion -- --ignored --nocapture --test-threads=1
+
 # The book, into docs/book (needs mdbook).
 book:
     mdbook build docs

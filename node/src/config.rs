@@ -20,6 +20,7 @@ use tidelock_segments::{
     AgeRecipients, Compression, DomainId, NodeId,
     limits::{MAX_LOG_FILE_BYTES, MIN_LOG_FILE_BYTES},
 };
+use tidelock_transport::{congestion::Congestion, limits::MIN_SEND_BYTES_PER_SECOND};
 
 use self::reader::Section;
 pub(crate) use self::reader::parse_bytes;
@@ -146,6 +147,10 @@ pub struct MeshSection {
     pub peer_requests_per_second: u32,
     /// Bytes of witness and audit that one peer may give this node in a day; 0 is no bound.
     pub peer_bytes_per_day: u64,
+    /// Congestion control of sessions with peers that name no other.
+    pub congestion: Congestion,
+    /// Cap on what this node sends to all peers together, bytes of UDP payload a second; 0: none.
+    pub send_bytes_per_second: u32,
 }
 
 /// What may stand at `mesh.peer_bytes_per_second`.
@@ -163,6 +168,8 @@ pub struct PeerSection {
     pub id: NodeId,
     /// Where it is met.
     pub address: SocketAddr,
+    /// Congestion control of what is sent to it, where it is not `mesh.congestion`.
+    pub congestion: Option<Congestion>,
 }
 
 /// The doors for callers.
@@ -398,12 +405,25 @@ impl Config {
                 "below the longest segment, which would never pass; at least \"32MiB\", or 0 for no bound",
             );
         }
+        let congestion = congestion(&mut s);
+        let send_bytes_per_second = s.bytes("send_bytes_per_second", 0, 0..=u64::from(u32::MAX));
+        let send_bytes_per_second = u32::try_from(send_bytes_per_second).unwrap_or(u32::MAX);
+        if (1..MIN_SEND_BYTES_PER_SECOND).contains(&send_bytes_per_second) {
+            s.mistake(
+                "send_bytes_per_second",
+                format!(
+                    "no handshake gets through in time below {MIN_SEND_BYTES_PER_SECOND} bytes a second; \
+                     give more, or 0 for no cap"
+                ),
+            );
+        }
         let mut peers = Vec::new();
         let mut peers_listed = 0;
         for mut peer in s.tables("peers") {
             peers_listed += 1;
             let peer_id = peer.parsed("id", NodeId::new);
             let address = peer.address("address");
+            let congestion = self::congestion(&mut peer);
             if let (Some(peer_id), Some(address)) = (peer_id, address) {
                 if Some(&peer_id) == id.as_ref() {
                     peer.mistake("id", "is this node itself; list only the others");
@@ -413,6 +433,7 @@ impl Config {
                     peers.push(PeerSection {
                         id: peer_id,
                         address,
+                        congestion,
                     });
                 }
             }
@@ -606,6 +627,8 @@ impl Config {
                     peer_bytes_per_second,
                     peer_requests_per_second,
                     peer_bytes_per_day,
+                    congestion: congestion.unwrap_or_default(),
+                    send_bytes_per_second,
                 },
                 audit: AuditSection {
                     segment_bytes,
@@ -673,6 +696,13 @@ impl Config {
         .filter_map(|(on, name)| on.then_some(name))
         .collect()
     }
+}
+
+/// The congestion control that a section names.
+fn congestion(s: &mut Section<'_>) -> Option<Congestion> {
+    let names = Congestion::ALL.map(Congestion::name);
+    // An unnamed one is no name, which is none of them.
+    Congestion::from_name(&s.one_of("congestion", "", &names))
 }
 
 /// What `audit.segment_bytes` is where the config does not name it.
@@ -885,6 +915,45 @@ custody = 1
             let found = keys(&users(&text));
             assert_eq!(found.len(), 1, "{found:?}");
             assert_eq!(found[0].1, key);
+        }
+    }
+
+    #[test]
+    fn congestion_control_is_named_for_the_node_and_for_single_peers() {
+        let mesh = |lines: &str| {
+            GOOD.replace(
+                "listen = \"127.0.0.1:7411\"",
+                &format!("listen = \"127.0.0.1:7411\"\n{lines}"),
+            )
+        };
+        let peer = |line: &str| {
+            GOOD.replace(
+                "address = \"127.0.0.2:7411\"",
+                &format!("address = \"127.0.0.2:7411\"\n{line}"),
+            )
+        };
+        let parse = |text: &str| Config::parse(text, Path::new("/")).unwrap().mesh;
+        let plain = parse(GOOD);
+        assert_eq!(plain.congestion, Congestion::Cubic);
+        assert_eq!(plain.peers[0].congestion, None);
+        assert_eq!(plain.send_bytes_per_second, 0);
+        for control in Congestion::ALL {
+            let line = format!("congestion = \"{}\"", control.name());
+            assert_eq!(parse(&mesh(&line)).congestion, control);
+            assert_eq!(parse(&peer(&line)).peers[0].congestion, Some(control));
+        }
+        let capped = parse(&mesh("send_bytes_per_second = \"64KiB\""));
+        assert_eq!(capped.send_bytes_per_second, 64 << 10);
+        for (text, key) in [
+            (mesh("congestion = \"reno\""), "mesh.congestion"),
+            (mesh("congestion = 1"), "mesh.congestion"),
+            (peer("congestion = \"Edge\""), "mesh.peers.congestion"),
+            (
+                mesh("send_bytes_per_second = 999"),
+                "mesh.send_bytes_per_second",
+            ),
+        ] {
+            assert_eq!(keys(&text)[0].1, key, "{text}");
         }
     }
 

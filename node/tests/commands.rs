@@ -18,12 +18,15 @@ fn status_peers_doctor_and_segments_speak_to_people_and_machines() {
     let site = Site::new();
     let peer = free_udp();
     let config = site.read("tidelock.toml");
-    let peers = format!("{config}\n[[mesh.peers]]\nid = \"b\"\naddress = \"{peer}\"\n");
+    let peers = format!(
+        "{config}\n[[mesh.peers]]\nid = \"b\"\naddress = \"{peer}\"\ncongestion = \"edge\"\n"
+    );
     site.write("tidelock.toml", &peers);
 
     // Before there is a node, the doctor looks at files and the address.
     site.ok(&["doctor"])
-        .says(&["no node answers", "can be bound", "0 of"]);
+        .says(&["no node answers", "can be bound", "0 of"])
+        .says(&["congestion control cubic (edge to b); no cap"]);
     let node = site.start();
     site.tidelock(&["doctor"])
         .ended(1)

@@ -149,6 +149,10 @@ pub const MAX_INCOMING: usize = 256;
 /// Bytes of early packets that quinn may buffer for them, over all of them.
 pub const MAX_INCOMING_BUFFER_BYTES: u64 = 1024 * 1024;
 
+/// Lowest cap on what a node sends. A handshake with a post-quantum key share is about 6 KiB each
+/// way: below this one it takes longer than it may.
+pub const MIN_SEND_BYTES_PER_SECOND: u32 = 4_096;
+
 /// Peers in the configuration.
 pub const MAX_PEERS: usize = 1_024;
 

@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use quinn::{Endpoint, TokioRuntime, VarInt};
+use quinn::{Endpoint, Incoming, ServerConfig, VarInt};
 use tidelock_quota::{MonotonicClock, RateError};
 use tidelock_segments::{
     DomainId, Head, NodeId, Origin, Partial, PartialError, SegmentId, SegmentRef, VerifiedSegment,
@@ -33,6 +33,7 @@ use tidelock_segments::{
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::{
+    congestion::{Congestion, PathMemory},
     dial::{Dial, DialConfig, DialConfigError, Dialer, PeerConfig},
     frame::CloseCode,
     limits::{MAX_BULK_BYTES_NODE, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
@@ -49,6 +50,7 @@ mod outlook;
 mod parts;
 mod quic;
 mod quotas;
+mod throttle;
 
 use driver::{Ended, SessionHandle};
 use outlook::Apart;
@@ -310,6 +312,8 @@ pub struct MeshConfig {
     pub session: SessionConfig,
     /// QUIC.
     pub quic: QuicConfig,
+    /// Congestion control of sessions with single peers, where it is not that of [`QuicConfig`].
+    pub congestion_of_peers: BTreeMap<NodeId, Congestion>,
     /// Quotas of each peer.
     pub quotas: QuotaConfig,
     /// Peers with a quota of their own.
@@ -335,6 +339,7 @@ impl MeshConfig {
             dial: DialConfig::default(),
             session: SessionConfig::default(),
             quic: QuicConfig::default(),
+            congestion_of_peers: BTreeMap::new(),
             quotas: QuotaConfig::default(),
             own_quotas: BTreeMap::new(),
             owed: BTreeMap::new(),
@@ -430,6 +435,12 @@ pub struct PeerStatus {
     pub outbound: Option<bool>,
     /// Milliseconds since the handshake, while connected.
     pub connected_ms: Option<u64>,
+    /// Congestion control of what is sent to it, while connected.
+    pub congestion: Option<&'static str>,
+    /// Smoothed round trip, microseconds, while connected.
+    pub round_trip_us: Option<u64>,
+    /// Bytes that may be in flight to it, while connected.
+    pub window_bytes: Option<u64>,
     /// Its posture in its last Hello.
     pub posture: Option<&'static str>,
     /// Bytes of custody that it offered in its last Hello.
@@ -521,6 +532,10 @@ struct Shared {
     claims: Mutex<Claims>,
     assemblies: Assemblies,
     dialer: Mutex<Dialer>,
+    // What was learnt of the path to each configured peer, for the next session.
+    paths: BTreeMap<NodeId, PathMemory>,
+    // Whom the configuration has at an address: MAX_PEERS x MAX_ADDRESSES at most.
+    peers_at: BTreeMap<SocketAddr, NodeId>,
     dial_wake: Notify,
     jitter: Mutex<u64>,
     gate: Mutex<Gate>,
@@ -716,6 +731,19 @@ impl Shared {
         self.set_gate(|gate| gate.own_papers = fault);
     }
 
+    /// Settings for a call that comes from where the configuration has a peer: nodes call from the
+    /// port that they listen on. An address only picks a congestion control and its start; who it is
+    /// the certificate says. None: the node's own settings.
+    fn server_config(&self, incoming: &Incoming) -> Option<Arc<ServerConfig>> {
+        let peer = self.peers_at.get(&canonical(incoming.remote_address()))?;
+        let congestion = self.config.congestion_of_peers.get(peer).copied();
+        let config = self
+            .config
+            .quic
+            .server(&self.tls, congestion, self.paths.get(peer));
+        config.ok().map(Arc::new)
+    }
+
     /// The end of a session, in the registry, the claims and the dialler.
     fn session_over(
         self: &Arc<Self>,
@@ -809,19 +837,28 @@ impl Mesh {
             Some(seed) => seed,
             None => random_seed()?,
         };
-        let socket = config.quic.bind(config.listen)?;
-        let endpoint = Endpoint::new(
-            config.quic.endpoint()?,
-            Some(config.quic.server(&tls)?),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(|error| MeshError::Bind {
-            address: config.listen,
-            kind: error.kind(),
-        })?;
+        let endpoint = config.quic.open(
+            config.listen,
+            Some(config.quic.server(&tls, None, None)?),
+            &clock,
+        )?;
         let (events, taken) = std_mpsc::sync_channel(EVENTS);
+        let paths = config
+            .peers
+            .iter()
+            .map(|peer| (peer.node_id.clone(), PathMemory::default()))
+            .collect();
+        let peers_at = config
+            .peers
+            .iter()
+            .flat_map(|peer| {
+                let id = &peer.node_id;
+                peer.addresses.iter().map(|at| (canonical(*at), id.clone()))
+            })
+            .collect();
         let shared = Arc::new(Shared {
+            paths,
+            peers_at,
             claims: Mutex::new(Claims::new(config.receive_memory_bytes)),
             assemblies: Assemblies::default(),
             config,
@@ -875,6 +912,11 @@ async fn stopped(shared: &Shared) {
     let _ = stopping.wait_for(|stopping| *stopping).await;
 }
 
+/// An address in its one form: IPv4 as such, without what only IPv6 routing wants.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 // ---- Whoever knocks ----
 
 async fn accept_all(shared: Arc<Shared>) {
@@ -911,7 +953,11 @@ async fn accept_all(shared: Arc<Shared>) {
         let shared = Arc::clone(&shared);
         tokio::spawn(async move {
             let timeout = shared.config.quic.handshake_timeout;
-            let connected = match incoming.accept() {
+            let accepted = match shared.server_config(&incoming) {
+                Some(config) => incoming.accept_with(config),
+                None => incoming.accept(),
+            };
+            let connected = match accepted {
                 Ok(connecting) => tokio::time::timeout(timeout, connecting).await.ok(),
                 Err(_) => None,
             };
@@ -966,7 +1012,13 @@ async fn dial_all(shared: Arc<Shared>) {
 async fn dial_one(shared: Arc<Shared>, dial: Dial) {
     let Dial { peer, address } = dial;
     let timeout = shared.config.quic.handshake_timeout;
-    let connected = match shared.config.quic.client(&shared.tls, &peer) {
+    let config = shared.config.quic.client(
+        &shared.tls,
+        &peer,
+        shared.config.congestion_of_peers.get(&peer).copied(),
+        shared.paths.get(&peer),
+    );
+    let connected = match config {
         Err(error) => Err(error.to_string()),
         Ok(config) => match shared.endpoint.connect_with(config, address, SERVER_NAME) {
             Err(error) => Err(error.to_string()),
@@ -1191,12 +1243,12 @@ impl MeshHandle {
             .iter()
             .filter(|(_, entry)| entry.established && entry.handle.is_alive())
         {
-            let packets = outlook::Packets::of(&entry.handle.connection);
+            let handle = &entry.handle;
             let facts = (
-                entry.handle.address,
+                handle.address,
                 entry.outbound,
-                entry.handle.since,
-                packets,
+                handle.since,
+                handle.connection.clone(),
             );
             live.insert(entry.peer.clone(), facts);
         }
@@ -1216,14 +1268,23 @@ impl MeshHandle {
                 let live = live.get(peer);
                 let until = |at: Duration| millis(at.saturating_sub(now));
                 let mut packets = stats.packets;
-                packets.add(live.map(|(.., packets)| *packets).unwrap_or_default());
+                packets.add(
+                    live.map(|(.., it)| outlook::Packets::of(it))
+                        .unwrap_or_default(),
+                );
                 PeerStatus {
                     node_id: peer.clone(),
                     configured: dials.contains_key(peer),
                     connected: live.is_some(),
                     address: live.map(|(address, ..)| *address),
                     outbound: live.map(|(_, outbound, ..)| *outbound),
-                    connected_ms: live.map(|(.., since, _)| millis(now.saturating_sub(*since))),
+                    connected_ms: live.map(|(_, _, since, _)| millis(now.saturating_sub(*since))),
+                    congestion: live
+                        .and_then(|(.., it)| Congestion::of(it.congestion_state()))
+                        .map(Congestion::name),
+                    round_trip_us: live
+                        .map(|(.., it)| u64::try_from(it.rtt().as_micros()).unwrap_or(u64::MAX)),
+                    window_bytes: live.map(|(.., it)| it.congestion_state().window()),
                     posture: stats.hello.as_ref().map(|hello| hello.posture.as_str()),
                     custody_free_bytes: stats
                         .hello

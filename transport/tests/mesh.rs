@@ -35,6 +35,7 @@ use tidelock_segments::{
     SegmentId, SegmentRef, Store, VerifiedSegment, seal_unsigned, testing::SimDisk, verify_segment,
 };
 use tidelock_transport::{
+    congestion::Congestion,
     dial::{DialConfig, PeerConfig},
     endorse::endorse,
     frame::{
@@ -680,6 +681,40 @@ async fn three_nodes_spread_what_they_have_and_a_revoked_one_is_closed_and_comes
     .await;
     for node in &nodes {
         assert!(node.mesh().shutdown(PATIENCE).await, "sessions are over");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn congestion_control_is_that_of_the_peer_whoever_dialled() {
+    let ca = Ca::new();
+    let [a, b, c] = ["a", "b", "c"].map(|name| Node::new(&ca, name));
+    let (at_a, at_b) = (address(1), address(2));
+    let mut of_a = config(at_a, &[("b", at_b)]);
+    of_a.congestion_of_peers = [(node_id("b"), Congestion::Bbr)].into();
+    let mut of_b = config(at_b, &[("a", at_a)]);
+    of_b.congestion_of_peers = [(node_id("a"), Congestion::Edge)].into();
+    // b has never heard of c, which has its own choice.
+    let mut of_c = config(address(3), &[("b", at_b)]);
+    of_c.quic.congestion = Congestion::Edge;
+    for (node, config) in [(&a, of_a), (&b, of_b), (&c, of_c)] {
+        node.start(config);
+    }
+    // One of the two is the one that was called.
+    for (node, peer, control) in [
+        (&a, "b", Congestion::Bbr),
+        (&b, "a", Congestion::Edge),
+        (&c, "b", Congestion::Edge),
+        (&b, "c", Congestion::Cubic),
+    ] {
+        until("connected with its own control", || {
+            node.mesh().peers().iter().any(|status| {
+                status.node_id == node_id(peer)
+                    && status.congestion == Some(control.name())
+                    && status.window_bytes.is_some_and(|bytes| bytes > 0)
+                    && status.round_trip_us.is_some()
+            })
+        })
+        .await;
     }
 }
 

@@ -222,7 +222,28 @@ fn mesh(config: &Config, findings: &mut Findings) {
             Grade::Note,
             "without an archive a mesh is finite: when every node's custody share is full, logs fill",
         );
+        findings.add("mesh", Grade::Good, sending(config));
     }
+}
+
+/// How this node sends: congestion control, where single peers differ, and the cap.
+fn sending(config: &Config) -> String {
+    let mesh = &config.mesh;
+    let own: Vec<String> = mesh
+        .peers
+        .iter()
+        .filter_map(|peer| Some(format!("{} to {}", peer.congestion?.name(), peer.id)))
+        .collect();
+    let own = if own.is_empty() {
+        String::new()
+    } else {
+        format!(" ({})", own.join(", "))
+    };
+    let cap = match mesh.send_bytes_per_second {
+        0 => "no cap on what is sent".to_owned(),
+        cap => format!("at most {cap} bytes a second are sent to all peers together"),
+    };
+    format!("congestion control {}{own}; {cap}", mesh.congestion.name())
 }
 
 /// INV-05: what is claimed of the running node is what it answers.

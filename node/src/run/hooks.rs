@@ -460,8 +460,15 @@ fn mesh_config(config: &Config) -> MeshConfig {
         quic: QuicConfig {
             keep_alive: Duration::from_millis(section.keep_alive_ms),
             idle_timeout: Duration::from_millis(section.idle_timeout_ms),
+            congestion: section.congestion,
+            send_bytes_per_second: Some(section.send_bytes_per_second).filter(|cap| *cap > 0),
             ..QuicConfig::default()
         },
+        congestion_of_peers: section
+            .peers
+            .iter()
+            .filter_map(|p| Some((p.id.clone(), p.congestion?)))
+            .collect(),
         quotas: QuotaConfig {
             frames: common.frames,
             bulk_in_kib: common.bulk_in_kib,

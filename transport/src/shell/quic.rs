@@ -4,19 +4,21 @@
 use std::{io, net::SocketAddr, net::UdpSocket, sync::Arc, time::Duration};
 
 use quinn::{
-    ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, ServerConfig, TransportConfig,
-    ValidationTokenConfig, VarInt,
+    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig,
+    TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
 };
+use tidelock_quota::MonotonicClock;
 use tidelock_segments::NodeId;
 
-use super::MeshError;
+use super::{MeshError, throttle::ThrottledSocket};
 use crate::{
-    limits::{MAX_INCOMING, MAX_INCOMING_BUFFER_BYTES},
+    congestion::{Congestion, PathMemory},
+    limits::{MAX_INCOMING, MAX_INCOMING_BUFFER_BYTES, MIN_SEND_BYTES_PER_SECOND},
     tls::MeshTls,
 };
 
 /// Above this a path MTU stalls for ever while segmentation offload is on: seen at 6,552.
-const MTU_MAX: u16 = 6_500;
+pub(super) const MTU_MAX: u16 = 6_500;
 
 /// Data streams that a peer may have open: one of each kind, and one that replaces an abandoned one
 /// of the same kind before it is gone.
@@ -42,6 +44,11 @@ pub struct QuicConfig {
     pub mtu_max: u16,
     /// Kernel buffers, granted as far as the system allows.
     pub socket_buffer_bytes: usize,
+    /// Congestion control, where the peer names no other.
+    pub congestion: Congestion,
+    /// Cap on what this node sends, all sessions and handshakes together, in bytes of UDP payload a
+    /// second; none: as much as the paths carry.
+    pub send_bytes_per_second: Option<u32>,
 }
 
 impl Default for QuicConfig {
@@ -50,11 +57,13 @@ impl Default for QuicConfig {
             keep_alive: Duration::from_secs(5),
             idle_timeout: Duration::from_secs(30),
             handshake_timeout: Duration::from_secs(5),
-            stream_window_bytes: 4 * 1024 * 1024,
+            stream_window_bytes: 6 * 1024 * 1024,
             receive_window_bytes: 8 * 1024 * 1024,
             send_window_bytes: 8 * 1024 * 1024,
             mtu_max: MTU_MAX,
             socket_buffer_bytes: 4 * 1024 * 1024,
+            congestion: Congestion::default(),
+            send_bytes_per_second: None,
         }
     }
 }
@@ -85,10 +94,18 @@ impl QuicConfig {
         {
             return refuse("windows must be between 64 KiB and 256 MiB");
         }
+        let cap = self.send_bytes_per_second;
+        if cap.is_some_and(|cap| cap < MIN_SEND_BYTES_PER_SECOND) {
+            return refuse("the cap on what is sent must be at least 4096 bytes a second");
+        }
         Ok(())
     }
 
-    fn transport(&self) -> Result<Arc<TransportConfig>, MeshError> {
+    fn transport(
+        &self,
+        congestion: Congestion,
+        memory: Option<&PathMemory>,
+    ) -> Result<Arc<TransportConfig>, MeshError> {
         let idle = IdleTimeout::try_from(self.idle_timeout).map_err(|_| MeshError::Config {
             detail: "idle timeout is out of bounds",
         })?;
@@ -107,10 +124,15 @@ impl QuicConfig {
             .crypto_buffer_size(64 * 1024)
             .mtu_discovery_config(Some(mtu))
             .allow_spin(false);
+        congestion.apply(&mut transport, memory);
         Ok(Arc::new(transport))
     }
 
-    pub(super) fn endpoint(&self) -> Result<EndpointConfig, MeshError> {
+    /// quinn's settings of the socket.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`].
+    pub fn endpoint(&self) -> Result<EndpointConfig, MeshError> {
         let mut endpoint = EndpointConfig::default();
         endpoint
             .max_udp_payload_size(self.mtu_max)
@@ -120,13 +142,22 @@ impl QuicConfig {
         Ok(endpoint)
     }
 
-    pub(super) fn server(&self, tls: &MeshTls) -> Result<ServerConfig, MeshError> {
+    /// quinn's settings for those who call; `congestion` is that of the node where it is none.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Tls`].
+    pub fn server(
+        &self,
+        tls: &MeshTls,
+        congestion: Option<Congestion>,
+        memory: Option<&PathMemory>,
+    ) -> Result<ServerConfig, MeshError> {
         let mut tokens = ValidationTokenConfig::default();
         // Every address is validated anew: a token from an earlier session proves little.
         tokens.sent(0);
         let mut server = ServerConfig::with_crypto(tls.quic_server_config()?);
         server
-            .transport_config(self.transport()?)
+            .transport_config(self.transport(congestion.unwrap_or(self.congestion), memory)?)
             .max_incoming(MAX_INCOMING)
             .incoming_buffer_size(MAX_INCOMING_BUFFER_BYTES / 16)
             .incoming_buffer_size_total(MAX_INCOMING_BUFFER_BYTES)
@@ -135,13 +166,51 @@ impl QuicConfig {
         Ok(server)
     }
 
-    pub(super) fn client(&self, tls: &MeshTls, peer: &NodeId) -> Result<ClientConfig, MeshError> {
+    /// quinn's settings for a call to `peer`; `congestion` is that of the node where the peer has none
+    /// of its own.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Tls`].
+    pub fn client(
+        &self,
+        tls: &MeshTls,
+        peer: &NodeId,
+        congestion: Option<Congestion>,
+        memory: Option<&PathMemory>,
+    ) -> Result<ClientConfig, MeshError> {
+        let congestion = congestion.unwrap_or(self.congestion);
         let mut client = ClientConfig::new(tls.quic_client_config(Some(peer))?);
-        client.transport_config(self.transport()?);
+        client.transport_config(self.transport(congestion, memory)?);
         Ok(client)
     }
 
-    pub(super) fn bind(&self, listen: SocketAddr) -> Result<UdpSocket, MeshError> {
+    /// A socket on `listen` with this node's cap on what is sent, and quinn upon it. Must be called
+    /// within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Bind`].
+    pub fn open(
+        &self,
+        listen: SocketAddr,
+        server: Option<ServerConfig>,
+        clock: &MonotonicClock,
+    ) -> Result<Endpoint, MeshError> {
+        let failed = |error: io::Error| MeshError::Bind {
+            address: listen,
+            kind: error.kind(),
+        };
+        let runtime = Arc::new(TokioRuntime);
+        let mut socket = runtime
+            .wrap_udp_socket(self.bind(listen)?)
+            .map_err(failed)?;
+        if let Some(cap) = self.send_bytes_per_second {
+            socket = Arc::new(ThrottledSocket::new(socket, cap, clock)?);
+        }
+        Endpoint::new_with_abstract_socket(self.endpoint()?, server, socket, runtime)
+            .map_err(failed)
+    }
+
+    fn bind(&self, listen: SocketAddr) -> Result<UdpSocket, MeshError> {
         let failed = |error: io::Error| MeshError::Bind {
             address: listen,
             kind: error.kind(),
@@ -196,6 +265,10 @@ mod tests {
             },
             QuicConfig {
                 send_window_bytes: 1,
+                ..good
+            },
+            QuicConfig {
+                send_bytes_per_second: Some(MIN_SEND_BYTES_PER_SECOND - 1),
                 ..good
             },
         ];
