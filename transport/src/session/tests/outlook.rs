@@ -63,7 +63,7 @@ fn a_segment_that_is_not_there_has_its_reason_and_counts_as_lag() {
     assert_eq!(there(&world, 0, 1, &own), Standing::OwnLog);
     assert_eq!(lag(&world, 0, 1).to_peer_segments, 1, "neither is a lag");
     let huge = SegmentRef {
-        size_bytes: 4_000_001,
+        size_bytes: 5_000_000,
         sequence: 77,
         ..big
     };
@@ -107,5 +107,77 @@ fn a_segment_that_was_asked_for_is_being_sent() {
     }));
     assert_eq!(bench.machine.standing_there(&held), Standing::Serving);
     bench.machine.handle_served(&(held.id, None));
+    assert_ne!(bench.machine.standing_there(&held), Standing::Serving);
+}
+
+#[test]
+fn a_segment_in_ranges_stands_where_its_furthest_range_is() {
+    let mut bench = Bench::established();
+    let origin = audit_origin("b");
+    bench.give(heads(vec![new_head(0, &origin, &[(1, 1)])]));
+    let mut entry = reference_entry(1);
+    entry.size_bytes = BIG as u64;
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs: vec![entry],
+        done: true,
+    }));
+    let id = SegmentId::from_bytes(reference_entry(1).id);
+    let (one, two) = (0..RANGE_BYTES, RANGE_BYTES..2 * RANGE_BYTES);
+    let length = |range| bao::slice_len(BIG as u64, range).unwrap();
+    let here = |bench: &Bench| bench.machine.standing_here(&id);
+    let queued = |held_until| Standing::Queued { held_until };
+    assert_eq!(here(&bench), queued(None));
+    bench.machine.hold_until(Kind::Audit, 9 * MS);
+    assert_eq!(here(&bench), queued(Some(9 * MS)), "a quota is spent");
+    bench.machine.defer(&id);
+    assert_eq!(here(&bench), Standing::Deferred, "others have all of it");
+    bench.timeout(10 * MS);
+    {
+        let view = StoreView {
+            store: &bench.store,
+            peer: &bench.peer,
+        };
+        bench.machine.handle_released(&id, 10 * MS, &view);
+    }
+    assert_eq!(bench.machine.fetch_range(&id, &one, 10 * MS), Asked::First);
+    assert_eq!(here(&bench), Standing::Requested);
+    assert_eq!(bench.machine.fetch_range(&id, &two, 10 * MS), Asked::More);
+    // Everything else is asked of another peer meanwhile: that hides nothing.
+    bench.machine.defer(&id);
+    assert_eq!(here(&bench), Standing::Requested);
+    let take = bench
+        .machine
+        .handle_slice(Kind::Audit, &id, &one, length(&one), 10 * MS);
+    assert_eq!(take, Ok(TakeSlice::Write));
+    assert_eq!(here(&bench), Standing::Receiving);
+    bench.machine.handle_slice_received(&id, one.start);
+    assert_eq!(here(&bench), Standing::Admitting);
+    bench.machine.handle_slice_over(&id, one.start, 10 * MS);
+    assert_eq!(here(&bench), Standing::Requested, "the other one");
+    // Given up: what is still on its way is read over, and counts for nothing.
+    let refusal = Refusal {
+        code: "slice",
+        message: "it does not fit".into(),
+        fault: Fault::Peer,
+    };
+    bench.machine.handle_failed(&id, refusal, 10 * MS);
+    assert_eq!(here(&bench), Standing::SetAside);
+
+    // The other side: one range that is being sent is enough.
+    let held = bench
+        .store
+        .borrow_mut()
+        .make(&audit_origin("a"), 0, "", BIG);
+    let last = 3 * RANGE_BYTES;
+    bench.give(Frame::Fetch(Fetch {
+        range: Some(ByteRange {
+            from: last,
+            to: BIG as u64,
+        }),
+        id: *held.id.as_bytes(),
+    }));
+    assert_eq!(bench.machine.standing_there(&held), Standing::Serving);
+    bench.machine.handle_served(&(held.id, Some(last)));
     assert_ne!(bench.machine.standing_there(&held), Standing::Serving);
 }
