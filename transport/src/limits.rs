@@ -111,6 +111,11 @@ pub const MAX_LEASES_PER_SEGMENT: usize = 8;
 /// time in which a silent peer is let go; this one holds for a peer that sends a byte now and then.
 pub const LEASE_TIMEOUT: Duration = STALL_TIMEOUT;
 
+/// Pace below which a segment that was asked for in one piece is overdue: so long after
+/// [`LEASE_TIMEOUT`] as its bytes take at it. 4 s for the biggest bulk segment that goes whole, 4 min
+/// 16 s for the biggest CRL; below every link of the ladder that the transport is measured on.
+pub const LEASE_PACE_BYTES_PER_S: u64 = 64 * 1024;
+
 /// Segments that one session may be receiving in ranges: a quarter of the partials that the store
 /// keeps, so that a peer that sends nothing leaves the others room (INV-13).
 pub const MAX_PARTIALS_PER_SESSION: usize = segments::MAX_PARTIALS / 4;

@@ -15,7 +15,8 @@ use std::{
 use tidelock_segments::{Kind, NodeId, SegmentId, SegmentRef};
 
 use crate::limits::{
-    LEASE_TIMEOUT, MAX_BULK_BYTES_NODE, MAX_LEASES_PER_SEGMENT, MAX_SESSIONS, RANGE_BYTES,
+    LEASE_PACE_BYTES_PER_S, LEASE_TIMEOUT, MAX_BULK_BYTES_NODE, MAX_LEASES_PER_SEGMENT,
+    MAX_SESSIONS, RANGE_BYTES,
 };
 
 /// Number of a session, never used twice in a process.
@@ -180,37 +181,50 @@ pub enum Busy {
 struct Lease {
     session: SessionId,
     to: u64,
-    since: Duration,
+    /// When it may be asked of another session as well.
+    due: Duration,
+}
+
+/// A segment that one session has asked for in one piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Whole {
+    bulk: u64,
+    /// As of a lease.
+    due: Duration,
 }
 
 /// Segments in flight over all sessions of a node, and ranges of those that come in parts.
 #[derive(Debug)]
 pub struct Claims {
-    by_id: BTreeMap<SegmentId, (SessionId, u64)>,
-    /// By segment and first byte. A session may hold several ranges of one segment; a range that is
-    /// overdue may be leased a second time, to one other session.
+    /// What is overdue may be claimed or leased by others too: a peer that sends a byte now and then
+    /// never stalls, and would keep the segment from whoever holds it as well.
+    by_id: BTreeMap<(SegmentId, SessionId), Whole>,
+    /// By segment and first byte. A session may hold several ranges of one segment.
     leases: BTreeMap<(SegmentId, u64, SessionId), Lease>,
     by_session: BTreeMap<SessionId, u64>,
     bulk_bytes: u64,
     bulk_bytes_max: u64,
+    lease_timeout: Duration,
 }
 
 impl Default for Claims {
     fn default() -> Self {
-        Self::new(MAX_BULK_BYTES_NODE)
+        Self::new(MAX_BULK_BYTES_NODE, LEASE_TIMEOUT)
     }
 }
 
 impl Claims {
-    /// No claims yet; bulk segments in flight never exceed this many bytes, or one segment.
+    /// No claims yet; bulk segments in flight never exceed this many bytes, or one segment. After
+    /// `lease_timeout` a range is overdue, a whole segment after what [`LEASE_PACE_BYTES_PER_S`] adds.
     #[must_use]
-    pub fn new(bulk_bytes_max: u64) -> Self {
+    pub fn new(bulk_bytes_max: u64, lease_timeout: Duration) -> Self {
         Self {
             by_id: BTreeMap::new(),
             leases: BTreeMap::new(),
             by_session: BTreeMap::new(),
             bulk_bytes: 0,
             bulk_bytes_max,
+            lease_timeout,
         }
     }
 
@@ -246,9 +260,17 @@ impl Claims {
     ///
     /// # Errors
     /// It has to wait. Urgent kinds never wait for room (ruling 10).
-    pub fn claim(&mut self, session: SessionId, reference: &SegmentRef) -> Result<(), Busy> {
-        if self.by_id.contains_key(&reference.id) || self.leases_of(&reference.id).next().is_some()
-        {
+    pub fn claim(
+        &mut self,
+        session: SessionId,
+        reference: &SegmentRef,
+        now: Duration,
+    ) -> Result<(), Busy> {
+        let id = &reference.id;
+        let leased = self
+            .leases_of(id)
+            .any(|(_, lease)| lease.session == session || now < lease.due);
+        if leased || self.is_claimed(session, id, now) {
             return Err(Busy::Elsewhere);
         }
         let bulk = if reference.kind <= Kind::Policy {
@@ -257,19 +279,23 @@ impl Claims {
             reference.size_bytes
         };
         self.take_room(session, bulk)?;
-        self.by_id.insert(reference.id, (session, bulk));
+        let pace = Duration::from_secs(reference.size_bytes / LEASE_PACE_BYTES_PER_S);
+        let due = now + self.lease_timeout + pace;
+        self.by_id.insert((*id, session), Whole { bulk, due });
         Ok(())
+    }
+
+    /// Whether the whole segment is on its way, here or elsewhere and not overdue.
+    fn is_claimed(&self, session: SessionId, id: &SegmentId, now: Duration) -> bool {
+        self.by_id
+            .range((*id, SessionId(0))..=(*id, SessionId(u64::MAX)))
+            .any(|((_, owner), whole)| *owner == session || now < whole.due)
     }
 
     /// Gives a claim up, stored or not, with all ranges of the segment that the session holds.
     pub fn release(&mut self, session: SessionId, id: &SegmentId) {
-        if self
-            .by_id
-            .get(id)
-            .is_some_and(|(owner, _)| *owner == session)
-            && let Some((_, bulk)) = self.by_id.remove(id)
-        {
-            self.give_room(session, bulk);
+        if let Some(whole) = self.by_id.remove(&(*id, session)) {
+            self.give_room(session, whole.bulk);
         }
         let held: Vec<u64> = self
             .leases_of(id)
@@ -304,7 +330,7 @@ impl Claims {
         let id = &reference.id;
         let held: Vec<(u64, Lease)> = self.leases_of(id).collect();
         let own = held.iter().filter(|(_, lease)| lease.session == session);
-        if self.by_id.contains_key(id) || own.count() >= MAX_LEASES_PER_SEGMENT {
+        if self.is_claimed(session, id, now) || own.count() >= MAX_LEASES_PER_SEGMENT {
             return Err(Busy::Elsewhere);
         }
         // A range that this session holds is never free to it, one that is overdue is to another.
@@ -312,9 +338,7 @@ impl Claims {
             let mut of_range = held
                 .iter()
                 .filter(|(at, _)| at / RANGE_BYTES * RANGE_BYTES == from);
-            let overdue = |lease: &Lease| now.saturating_sub(lease.since) >= LEASE_TIMEOUT;
-            of_range.clone().count() > 1
-                || of_range.any(|(_, lease)| lease.session == session || !overdue(lease))
+            of_range.any(|(_, lease)| lease.session == session || now < lease.due)
         };
         let last = reference.size_bytes.saturating_sub(1) / RANGE_BYTES * RANGE_BYTES;
         let ends_missing = missing
@@ -340,7 +364,7 @@ impl Claims {
         let lease = Lease {
             session,
             to: range.end,
-            since: now,
+            due: now + self.lease_timeout,
         };
         self.leases.insert((*id, range.start, session), lease);
         Ok(range)
@@ -360,19 +384,21 @@ impl Claims {
         owned.map(|(id, ..)| *id).collect()
     }
 
-    /// Segments of which a range is overdue.
+    /// Segments that are overdue, or a range of which is.
     #[must_use]
     pub fn overdue(&self, now: Duration) -> BTreeSet<SegmentId> {
-        self.leases
-            .iter()
-            .filter(|(_, lease)| now.saturating_sub(lease.since) >= LEASE_TIMEOUT)
-            .map(|((id, ..), _)| *id)
+        let whole = self.by_id.iter().map(|((id, _), whole)| (id, whole.due));
+        let parts = self.leases.iter().map(|((id, ..), lease)| (id, lease.due));
+        whole
+            .chain(parts)
+            .filter(|(_, due)| *due <= now)
+            .map(|(id, _)| *id)
             .collect()
     }
 
     /// Gives up all claims of a session that ended.
     pub fn release_session(&mut self, session: SessionId) -> Vec<SegmentId> {
-        let whole = self.by_id.iter().map(|(id, (owner, _))| (*id, *owner));
+        let whole = self.by_id.keys().copied();
         let parts = self.leases.keys().map(|(id, _, owner)| (*id, *owner));
         let ids: BTreeSet<SegmentId> = whole
             .chain(parts)
@@ -538,56 +564,103 @@ mod tests {
         let mut claims = Claims::default();
         let (one, two) = (SessionId(1), SessionId(2));
         let wanted = segment(1, Kind::Audit, 100);
-        assert_eq!(claims.claim(one, &wanted), Ok(()));
-        assert_eq!(claims.claim(two, &wanted), Err(Busy::Elsewhere));
-        assert_eq!(claims.claim(one, &wanted), Err(Busy::Elsewhere));
+        assert_eq!(claims.claim(one, &wanted, NOW), Ok(()));
+        assert_eq!(claims.claim(two, &wanted, NOW), Err(Busy::Elsewhere));
+        assert_eq!(claims.claim(one, &wanted, NOW), Err(Busy::Elsewhere));
         claims.release(two, &wanted.id);
         assert_eq!(claims.len(), 1, "only the owner releases");
         claims.release(one, &wanted.id);
-        assert_eq!(claims.claim(two, &wanted), Ok(()));
+        assert_eq!(claims.claim(two, &wanted, NOW), Ok(()));
         assert_eq!(claims.release_session(two), [wanted.id]);
         assert!(claims.is_empty() && claims.bulk_bytes == 0 && claims.by_session.is_empty());
     }
 
     #[test]
-    fn inv_13_one_session_takes_a_quarter_and_urgent_kinds_need_no_room() {
-        let mut claims = Claims::new(400);
-        let (one, two) = (SessionId(1), SessionId(2));
-        assert_eq!(claims.claim(one, &segment(1, Kind::Audit, 60)), Ok(()));
+    fn inv_13_a_claim_that_is_sat_on_keeps_the_segment_from_nobody() {
+        // A peer that sends a byte now and then never stalls; it kept a segment for itself.
+        let (one, two, three) = (SessionId(1), SessionId(2), SessionId(3));
+        let mut claims = Claims::default();
+        let small = segment(1, Kind::Audit, 100);
+        let large = segment(1, Kind::Audit, 4 * RANGE_BYTES);
+        assert_eq!(claims.claim(one, &small, NOW), Ok(()));
+        let due = NOW + LEASE_TIMEOUT;
+        let before = due - Duration::from_millis(1);
+        let all = one_range(0..large.size_bytes);
+        assert_eq!(claims.claim(two, &small, before), Err(Busy::Elsewhere));
         assert_eq!(
-            claims.claim(one, &segment(2, Kind::Audit, 60)),
+            claims.lease(two, &large, &all, before),
+            Err(Busy::Elsewhere)
+        );
+        assert!(claims.overdue(before).is_empty(), "the control");
+        assert_eq!(claims.overdue(due), BTreeSet::from([small.id]));
+        assert_eq!(claims.claim(one, &small, due), Err(Busy::Elsewhere), "own");
+        assert_eq!(claims.claim(two, &small, due), Ok(()));
+        assert_eq!(claims.claim(three, &small, due), Err(Busy::Elsewhere));
+        let last = due + LEASE_TIMEOUT;
+        assert!(claims.lease(three, &large, &all, last).is_ok());
+        assert_eq!(
+            claims.claim(SessionId(4), &small, last),
+            Err(Busy::Elsewhere)
+        );
+        for session in [one, two, three] {
+            assert_eq!(claims.release_session(session), [small.id]);
+        }
+        assert!(claims.is_empty() && claims.bulk_bytes == 0 && claims.by_session.is_empty());
+        // A big one has time for its bytes.
+        let urgent = segment(2, Kind::Policy, 60 * LEASE_PACE_BYTES_PER_S);
+        assert_eq!(claims.claim(one, &urgent, NOW), Ok(()));
+        assert_eq!(claims.claim(two, &urgent, due), Err(Busy::Elsewhere));
+        let due = due + Duration::from_secs(60);
+        assert_eq!(claims.claim(two, &urgent, due), Ok(()));
+    }
+
+    #[test]
+    fn inv_13_one_session_takes_a_quarter_and_urgent_kinds_need_no_room() {
+        let mut claims = Claims::new(400, LEASE_TIMEOUT);
+        let (one, two) = (SessionId(1), SessionId(2));
+        assert_eq!(claims.claim(one, &segment(1, Kind::Audit, 60), NOW), Ok(()));
+        assert_eq!(
+            claims.claim(one, &segment(2, Kind::Audit, 60), NOW),
             Err(Busy::NoRoom)
         );
         assert_eq!(
-            claims.claim(two, &segment(2, Kind::Audit, 100)),
+            claims.claim(two, &segment(2, Kind::Audit, 100), NOW),
             Ok(()),
             "the other has room"
         );
         for session in 3..6 {
             let name = u8::try_from(session).unwrap();
             assert_eq!(
-                claims.claim(SessionId(session), &segment(name, Kind::Audit, 80)),
+                claims.claim(SessionId(session), &segment(name, Kind::Audit, 80), NOW),
                 Ok(())
             );
         }
         assert_eq!(
-            claims.claim(SessionId(9), &segment(9, Kind::Audit, 80)),
+            claims.claim(SessionId(9), &segment(9, Kind::Audit, 80), NOW),
             Err(Busy::NoRoom)
         );
         assert_eq!(
-            claims.claim(one, &segment(10, Kind::Revocation, 9_999)),
+            claims.claim(one, &segment(10, Kind::Revocation, 9_999), NOW),
             Ok(())
         );
-        assert_eq!(claims.claim(one, &segment(11, Kind::Policy, 9_999)), Ok(()));
+        assert_eq!(
+            claims.claim(one, &segment(11, Kind::Policy, 9_999), NOW),
+            Ok(())
+        );
         assert!(claims.bulk_bytes <= 400);
         // A segment bigger than everything goes alone.
-        let mut claims = Claims::new(400);
-        assert_eq!(claims.claim(one, &segment(1, Kind::Audit, 5_000)), Ok(()));
+        let mut claims = Claims::new(400, LEASE_TIMEOUT);
         assert_eq!(
-            claims.claim(two, &segment(2, Kind::Audit, 1)),
+            claims.claim(one, &segment(1, Kind::Audit, 5_000), NOW),
+            Ok(())
+        );
+        assert_eq!(
+            claims.claim(two, &segment(2, Kind::Audit, 1), NOW),
             Err(Busy::NoRoom)
         );
     }
+
+    const NOW: Duration = Duration::from_secs(1);
 
     fn one_range(range: Range<u64>) -> Vec<Range<u64>> {
         std::iter::once(range).collect()
@@ -601,21 +674,21 @@ mod tests {
         let wanted = segment(1, Kind::Audit, size);
         let all = one_range(0..size);
         let at = |at: u64| at * RANGE_BYTES..((at + 1) * RANGE_BYTES).min(size);
-        let now = Duration::from_secs(1);
+        let now = NOW;
         // The last one proves the size, so it goes first; then from the start.
         assert_eq!(claims.lease(one, &wanted, &all, now), Ok(at(3)));
         assert_eq!(claims.lease(two, &wanted, &all, now), Ok(at(0)));
         assert_eq!(claims.lease(one, &wanted, &all, now), Ok(at(1)));
         assert_eq!(claims.lease(two, &wanted, &all, now), Ok(at(2)));
         assert_eq!(claims.lease(one, &wanted, &all, now), Err(Busy::Elsewhere));
-        assert_eq!(claims.claim(three, &wanted), Err(Busy::Elsewhere));
+        assert_eq!(claims.claim(three, &wanted, NOW), Err(Busy::Elsewhere));
         // What one gives back, another gets; what has arrived, nobody.
         claims.release_range(one, &wanted.id, at(1).start);
         claims.release_range(two, &wanted.id, at(2).start);
         let rest = vec![0..2 * RANGE_BYTES, 3 * RANGE_BYTES..size];
         assert_eq!(claims.lease(two, &wanted, &rest, now), Ok(at(1)));
         assert_eq!(claims.lease(one, &wanted, &rest, now), Err(Busy::Elsewhere));
-        // An overdue one goes to one other session as well, and never twice to its own.
+        // An overdue one goes to another session as well, and never twice to its own.
         let later = now + LEASE_TIMEOUT;
         assert_eq!(claims.overdue(later), BTreeSet::from([wanted.id]));
         assert!(claims.overdue(now).is_empty(), "the control");
@@ -629,6 +702,10 @@ mod tests {
             claims.lease(three, &wanted, &last, later),
             Err(Busy::Elsewhere)
         );
+        // Two that sit on it keep it from nobody for longer than their time.
+        let latest = later + LEASE_TIMEOUT;
+        assert_eq!(claims.lease(three, &wanted, &last, latest), Ok(at(3)));
+        assert_eq!(claims.release_session(three), [wanted.id]);
         assert_eq!(claims.leased_by(one), BTreeSet::from([wanted.id]));
         assert_eq!(claims.release_session(two), [wanted.id]);
         assert_eq!(claims.release_session(one), [wanted.id]);
@@ -649,7 +726,7 @@ mod tests {
         }
         assert_eq!(lease(&mut claims, 1), Err(Busy::Elsewhere));
         assert!(lease(&mut claims, 2).is_ok(), "the control");
-        let mut claims = Claims::new(8 * RANGE_BYTES);
+        let mut claims = Claims::new(8 * RANGE_BYTES, LEASE_TIMEOUT);
         assert!(lease(&mut claims, 1).is_ok() && lease(&mut claims, 1).is_ok());
         assert_eq!(lease(&mut claims, 1), Err(Busy::NoRoom), "a quarter is two");
         assert!(lease(&mut claims, 2).is_ok(), "the control");

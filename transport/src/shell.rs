@@ -859,8 +859,11 @@ impl Mesh {
         let shared = Arc::new(Shared {
             paths,
             peers_at,
-            claims: Mutex::new(Claims::new(config.receive_memory_bytes)),
-            assemblies: Assemblies::default(),
+            claims: Mutex::new(Claims::new(
+                config.receive_memory_bytes,
+                config.session.stall_timeout,
+            )),
+            assemblies: Assemblies::new(config.session.stall_timeout),
             config,
             tls,
             hooks: Arc::clone(&hooks),
@@ -1074,7 +1077,8 @@ async fn keep_house(shared: Arc<Shared>) {
         // notAfter and nextUpdate pass by themselves.
         shared.close_revoked();
         // Ranges that a peer sits on are asked of others that hold the segment.
-        let overdue = lock(&shared.claims).overdue(shared.now());
+        let mut overdue = lock(&shared.claims).overdue(shared.now());
+        overdue.extend(shared.assemblies.contested(shared.now()));
         if !overdue.is_empty() {
             shared.released_to_all(&overdue.into_iter().collect::<Vec<_>>());
         }

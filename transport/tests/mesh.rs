@@ -33,16 +33,16 @@ use tidelock_quota::{MonotonicClock, Rate};
 use tidelock_segments::{
     AuditLog, Charge, CustodyReceipt, Disk, DomainId, Head, Kind, LogConfig, NodeId, Origin,
     Partial, PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions,
-    SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment, seal_unsigned, testing::SimDisk,
-    verify_segment,
+    SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment, bao, seal_unsigned,
+    testing::SimDisk, verify_segment,
 };
 use tidelock_transport::{
     congestion::Congestion,
     dial::{DialConfig, PeerConfig},
     endorse::endorse,
     frame::{
-        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, Hello, HelloAck, Segment,
-        WireLimits,
+        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, HeadEntry, Heads, Hello, HelloAck,
+        OriginRef, RefEntry, Refs, Segment, Slice, WireLimits,
     },
     identity::IdentityRules,
     limits,
@@ -1577,6 +1577,127 @@ async fn a_big_segment_without_room_is_offered_again_when_there_is_room() {
     b.ledger_is_exact().await;
     for node in [&a, &b] {
         node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+// ---- Peers that sit on what they were asked for ----
+
+/// A peer played by hand that lists one segment and drips a byte of it now and then, so that it never
+/// stalls. Ends with its session.
+async fn drip(mut raw: Raw, listed: SegmentRef, peer: &'static str) {
+    raw.say(&Raw::hello(peer)).await;
+    raw.say(&Frame::HelloAck).await;
+    raw.say(&Frame::Heads(Heads {
+        entries: vec![HeadEntry {
+            origin: OriginRef::New(0, listed.origin.as_str().to_owned()),
+            ranges: vec![(listed.sequence, listed.sequence)],
+            tag: [7; 12],
+        }],
+        more: false,
+    }))
+    .await;
+    let mut dripping = false;
+    while let Some(frame) = raw.hear().await {
+        match frame {
+            Frame::ListRefs(_) => {
+                raw.say(&Frame::Refs(Refs {
+                    origin: 0,
+                    refs: vec![RefEntry {
+                        id: *listed.id.as_bytes(),
+                        sequence: listed.sequence,
+                        size_bytes: listed.size_bytes,
+                        prev: listed.prev.map(|prev| *prev.as_bytes()),
+                    }],
+                    done: true,
+                }))
+                .await;
+            }
+            Frame::Fetch(fetch) if !dripping => {
+                dripping = true;
+                let announced = match fetch.range {
+                    None => Frame::Segment(Segment {
+                        id: fetch.id,
+                        size_bytes: listed.size_bytes,
+                    }),
+                    Some(range) => Frame::Slice(Slice {
+                        id: fetch.id,
+                        range,
+                        slice_bytes: bao::slice_len(listed.size_bytes, &(range.from..range.to))
+                            .unwrap(),
+                    }),
+                };
+                let mut stream = raw.connection.open_uni().await.unwrap();
+                tokio::spawn(async move {
+                    let kind = Frame::DataStream(DataStream { kind: 4 });
+                    for frame in [kind, announced] {
+                        let _ = stream.write_all(&frame.encode().unwrap()).await;
+                    }
+                    while stream.write_all(&[0]).await.is_ok() {
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                });
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_who_drips_keeps_no_segment_from_who_has_it_whatever_was_claimed_of_it() {
+    // A segment belonged to whoever was asked first, for as long as that peer sent a byte now and then.
+    let ca = Ca::new();
+    for (what, liars) in [
+        ("the truth", 1),
+        ("the truth, by two", 2),
+        ("a smaller size, in ranges", 1),
+        ("a bigger size", 1),
+        ("a size that goes whole", 1),
+        ("another predecessor", 1),
+        ("a size in ranges of a small one", 1),
+    ] {
+        let (h, b) = (Node::new(&ca, "h"), Node::new(&ca, "b"));
+        let small = what == "a size in ranges of a small one";
+        let sealed = h.seal_big(if small { 2 } else { 20 });
+        let mut listed = sealed.clone();
+        match what {
+            "a smaller size, in ranges" | "a size in ranges of a small one" => {
+                listed.size_bytes = limits::MAX_WHOLE_BYTES + 1
+            }
+            "a bigger size" => listed.size_bytes = limits::MAX_BULK_SEGMENT_BYTES,
+            "a size that goes whole" => listed.size_bytes = 10_000,
+            "another predecessor" => listed.prev = Some(SegmentId::of(b"no such")),
+            _ => {}
+        }
+        let (to_h, to_b) = (address(1), address(2));
+        let mut config_b = config(to_b, &[("h", to_h)]);
+        config_b.session.stall_timeout = Duration::from_secs(1);
+        b.start(config_b);
+        let mut played = Vec::new();
+        for peer in ["l", "m"].into_iter().take(liars) {
+            let liar = Node::new(&ca, peer);
+            let raw = Raw::connect(&liar, to_b, "b").await;
+            played.push(tokio::spawn(drip(raw, listed.clone(), peer)));
+            until("the liar is asked", || {
+                played.len() > 1
+                    || b.saw(|event| {
+                        matches!(event, MeshEvent::Requested { peer, .. } if *peer == liar.id)
+                    })
+            })
+            .await;
+        }
+        h.start(config(to_h, &[]));
+        until(what, || b.store.contains(&sealed.id)).await;
+        assert_eq!(b.status("h").faults, 0, "{what}");
+        // What was claimed falsely has taken no room for good.
+        assert_eq!(b.store.get(&sealed.id).unwrap().reference(), sealed);
+        until("no partial is left", || b.store.partials().is_empty()).await;
+        for node in [&h, &b] {
+            node.mesh().shutdown(PATIENCE).await;
+        }
+        for played in played {
+            played.await.unwrap();
+        }
+        b.ledger_is_exact().await;
     }
 }
 

@@ -611,7 +611,7 @@ impl World {
                 }
                 continue;
             }
-            match claims.claim(side.session, &reference) {
+            match claims.claim(side.session, &reference, now) {
                 Ok(()) => {
                     side.machine.fetch(&reference.id, now);
                     self.fetches.push((node, reference));

@@ -469,9 +469,14 @@ impl Core {
             ..
         } = self.link.clone();
         let id = &wanted.id;
-        let opened = match shared.assemblies.attach(session, wanted) {
+        let opened = match shared.assemblies.attach(session, wanted, now) {
             Attached::Open(assembly) => Opened::Open(assembly),
             Attached::New => shared.open_assembly(session, wanted),
+            Attached::InsteadOf(before) => {
+                before.rest();
+                drop(before);
+                shared.open_assembly(session, wanted)
+            }
             Attached::Busy(Busy::Elsewhere) => return self.machine.defer(id),
             Attached::Busy(Busy::NoRoom) => Opened::Busy,
         };
@@ -539,7 +544,7 @@ impl Core {
                 self.ask_range(&wanted, now);
                 continue;
             }
-            let claimed = lock(&shared.claims).claim(session, &wanted);
+            let claimed = lock(&shared.claims).claim(session, &wanted, now);
             match claimed {
                 Ok(()) => {}
                 Err(Busy::Elsewhere) => {

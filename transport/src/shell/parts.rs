@@ -12,6 +12,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use tidelock_segments::{Partial, PartialError, SegmentId, SegmentRef, StoreError};
@@ -51,6 +52,20 @@ impl Assembly {
     pub(super) fn missing(&self) -> Vec<Range<u64>> {
         self.partial.missing()
     }
+
+    /// Makes durable what has arrived, before it is let go. What a failed sync loses is fetched again.
+    pub(super) fn rest(&self) {
+        if let Err(error) = self.partial.sync() {
+            let id = self.partial.reference().id;
+            tracing::debug!(%id, %error, "a partial was closed without its last map");
+        }
+    }
+
+    /// Whether nothing of it has arrived: its room is all that there is of it.
+    fn is_empty(&self) -> bool {
+        let whole = 0..self.partial.reference().size_bytes;
+        self.missing() == [whole]
+    }
 }
 
 #[derive(Debug)]
@@ -69,6 +84,9 @@ struct Entry {
     state: State,
     reference: SegmentRef,
     sessions: BTreeSet<SessionId>,
+    since: Duration,
+    /// Whether somebody waits who was told otherwise of the segment.
+    is_contested: bool,
 }
 
 /// What a session finds that wants a range.
@@ -76,6 +94,8 @@ pub(super) enum Attached {
     Open(Arc<Assembly>),
     /// It has to be opened, by this session.
     New,
+    /// As well, after this has been let go: its claim had its time.
+    InsteadOf(Arc<Assembly>),
     Busy(Busy),
 }
 
@@ -89,13 +109,33 @@ pub(super) enum Opened {
 }
 
 /// The segments that are being put together. At most as many as the store allows partials.
-#[derive(Debug, Default)]
-pub(super) struct Assemblies(Mutex<BTreeMap<SegmentId, Entry>>);
+///
+/// What peers say of a segment besides its id is proven last, so one that says it falsely and sends
+/// next to nothing could keep the segment from those who say it rightly. A claim therefore gives way
+/// after `patience` to whoever waits with another one; what has arrived stays, where the size is the
+/// same or proven.
+#[derive(Debug)]
+pub(super) struct Assemblies {
+    all: Mutex<BTreeMap<SegmentId, Entry>>,
+    patience: Duration,
+}
 
 impl Assemblies {
+    pub(super) fn new(patience: Duration) -> Self {
+        Self {
+            all: Mutex::default(),
+            patience,
+        }
+    }
+
     /// Joins a session to a segment, as far as it may.
-    pub(super) fn attach(&self, session: SessionId, reference: &SegmentRef) -> Attached {
-        let mut all = lock(&self.0);
+    pub(super) fn attach(
+        &self,
+        session: SessionId,
+        reference: &SegmentRef,
+        now: Duration,
+    ) -> Attached {
+        let mut all = lock(&self.all);
         let joined = all
             .get(&reference.id)
             .is_some_and(|entry| entry.sessions.contains(&session));
@@ -110,28 +150,49 @@ impl Assemblies {
                 return Attached::Busy(Busy::NoRoom);
             }
         }
+        let opening = Entry {
+            state: State::Opening,
+            reference: reference.clone(),
+            sessions: BTreeSet::from([session]),
+            since: now,
+            is_contested: false,
+        };
         let Some(entry) = all.get_mut(&reference.id) else {
-            let entry = Entry {
-                state: State::Opening,
-                reference: reference.clone(),
-                sessions: BTreeSet::from([session]),
-            };
-            all.insert(reference.id, entry);
+            all.insert(reference.id, opening);
             return Attached::New;
         };
         match &entry.state {
-            // Whoever claims something else of the same id waits until this claim is through.
             State::Open(assembly) if entry.reference == *reference => {
                 entry.sessions.insert(session);
                 Attached::Open(Arc::clone(assembly))
             }
-            _ => Attached::Busy(Busy::Elsewhere),
+            State::Open(assembly)
+                if now >= entry.since + self.patience
+                    && !assembly.is_finishing.load(Ordering::Acquire) =>
+            {
+                let assembly = Arc::clone(assembly);
+                *entry = opening;
+                Attached::InsteadOf(assembly)
+            }
+            _ => {
+                entry.is_contested = true;
+                Attached::Busy(Busy::Elsewhere)
+            }
         }
+    }
+
+    /// Segments whose claim has had its time while somebody waits with another one.
+    pub(super) fn contested(&self, now: Duration) -> Vec<SegmentId> {
+        let all = lock(&self.all);
+        all.iter()
+            .filter(|(_, entry)| entry.is_contested && now >= entry.since + self.patience)
+            .map(|(id, _)| *id)
+            .collect()
     }
 
     /// The segment that this session helps to put together.
     fn get(&self, session: SessionId, id: &SegmentId) -> Option<Arc<Assembly>> {
-        let all = lock(&self.0);
+        let all = lock(&self.all);
         let entry = all.get(id)?;
         match &entry.state {
             State::Open(assembly) if entry.sessions.contains(&session) => {
@@ -143,7 +204,7 @@ impl Assemblies {
 
     /// The segments that this session is joined to.
     pub(super) fn of(&self, session: SessionId) -> Vec<SegmentId> {
-        let all = lock(&self.0);
+        let all = lock(&self.all);
         all.iter()
             .filter(|(_, entry)| entry.sessions.contains(&session))
             .map(|(id, _)| *id)
@@ -152,7 +213,7 @@ impl Assemblies {
 
     /// Forgets a segment, unless it is another's by now.
     fn remove(&self, id: &SegmentId, is_it: impl FnOnce(&State) -> bool) {
-        let mut all = lock(&self.0);
+        let mut all = lock(&self.all);
         if all.get(id).is_some_and(|entry| is_it(&entry.state)) {
             all.remove(id);
         }
@@ -160,15 +221,20 @@ impl Assemblies {
 
     /// Lets a session go. What nobody holds any more is to be closed.
     fn detach(&self, session: SessionId, id: &SegmentId) -> Option<Arc<Assembly>> {
-        let mut all = lock(&self.0);
+        let mut all = lock(&self.all);
         let entry = all.get_mut(id)?;
         entry.sessions.remove(&session);
-        if !entry.sessions.is_empty() || !matches!(entry.state, State::Open(_)) {
+        if !entry.sessions.is_empty() {
             return None;
         }
         match std::mem::replace(&mut entry.state, State::Closing) {
             State::Open(assembly) => Some(assembly),
-            State::Opening | State::Closing => None,
+            State::Opening => {
+                // A session leaves while it opens only by a fault of this node; nothing was opened.
+                all.remove(id);
+                None
+            }
+            State::Closing => None,
         }
     }
 }
@@ -184,7 +250,7 @@ impl Shared {
                     is_finishing: AtomicBool::new(false),
                 });
                 // The session cannot have left meanwhile: it is the one that is asking.
-                if let Some(entry) = lock(&self.assemblies.0).get_mut(id) {
+                if let Some(entry) = lock(&self.assemblies.all).get_mut(id) {
                     entry.state = State::Open(Arc::clone(&assembly));
                 }
                 Opened::Open(assembly)
@@ -209,9 +275,13 @@ impl Shared {
         if let Some(assembly) = self.assemblies.detach(session, id) {
             let (shared, id) = (Arc::clone(self), *id);
             tokio::task::spawn_blocking(move || {
-                // What a failed sync loses is fetched again.
-                if let Err(error) = assembly.partial.sync() {
-                    tracing::debug!(%id, %error, "a partial was closed without its last map");
+                // Room for what a peer only claimed, or for what came on another way, is given back.
+                if assembly.is_empty() || shared.hooks.reference(&id).is_some() {
+                    if let Err(error) = assembly.partial.abandon() {
+                        tracing::debug!(%id, %error, "an empty partial was not removed");
+                    }
+                } else {
+                    assembly.rest();
                 }
                 drop(assembly);
                 shared
