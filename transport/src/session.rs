@@ -918,6 +918,16 @@ impl SessionMachine {
         }
     }
 
+    /// Whether a range may be asked for now. One that was given up while it was on its way has to come
+    /// and be read over before that.
+    #[must_use]
+    pub fn may_fetch_range(&self, id: &SegmentId, range: &Range<u64>) -> bool {
+        self.known.get(id).is_some_and(|known| {
+            known.stage == Stage::Queued
+                && bao::aligned(known.reference.size_bytes, range).as_ref() == Ok(range)
+        }) && !self.parts.contains_key(&(*id, range.start))
+    }
+
     /// Asks the peer for a range of a wanted segment, which stays wanted.
     pub fn fetch_range(&mut self, id: &SegmentId, range: &Range<u64>, now: Duration) -> Asked {
         let Some(known) = self.known.get(id) else {
@@ -928,8 +938,7 @@ impl SessionMachine {
         let Ok(slice_bytes) = bao::slice_len(size_bytes, range) else {
             return Asked::NotNow;
         };
-        // An abandoned range has to come and be read over before it can be asked for again.
-        if known.stage != Stage::Queued || self.parts.contains_key(&key) {
+        if !self.may_fetch_range(id, range) {
             return Asked::NotNow;
         }
         let asked = if self.parts_of(id).next().is_some() {

@@ -1580,6 +1580,42 @@ async fn a_big_segment_without_room_is_offered_again_when_there_is_room() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_what_cannot_be_asked_for_yet_costs_no_quota() {
+    // A range that was given up and is still on its way was tried again fifty times a second, and each
+    // try took its bytes out of the peer's bucket: a full disk of 2 s spent 25 MiB.
+    let ca = Ca::new();
+    let disk = SimDisk::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::on(&ca, "b", &disk));
+    let (to_a, to_b) = (address(1), address(2));
+    let sealed = a.seal_big(60);
+    a.ranges_allowed.store(4, Ordering::SeqCst);
+    a.start(config(to_a, &[]));
+    let mut config_b = config(to_b, &[("a", to_a)]);
+    // What a day allows: the segment, and once again what a full disk costs.
+    config_b.quotas.daily_in_bytes = 3 * sealed.size_bytes;
+    b.start(config_b);
+    until("some of it is there", || b.received_bytes(&sealed.id) > 0).await;
+    disk.set_capacity(disk.allocated());
+    a.ranges_allowed.store(6, Ordering::SeqCst);
+    let refused = || {
+        b.saw(|event| {
+            matches!(event, MeshEvent::TransferFailed { refusal, .. }
+                if refusal.code == "store" && refusal.fault == Fault::Local)
+        })
+    };
+    until("the disk is full", refused).await;
+    disk.set_capacity(u64::MAX);
+    b.mesh().refresh();
+    // The ranges that were asked for before still wait at a; those asked for meanwhile may, too.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
+    until("all of it is there", || b.store.contains(&sealed.id)).await;
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
 // ---- Peers that sit on what they were asked for ----
 
 /// A peer played by hand that lists one segment and drips a byte of it now and then, so that it never

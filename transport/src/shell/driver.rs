@@ -509,22 +509,29 @@ impl Core {
             size_bytes: range.end - range.start,
             ..wanted.clone()
         };
-        let wait = match shared.quotas.take_in(&peer, &part, now) {
-            Ok(()) => match self.machine.fetch_range(id, &range, now) {
-                Asked::First => {
-                    return shared.event(MeshEvent::Requested {
-                        peer,
-                        reference: wanted.clone(),
-                    });
-                }
-                Asked::More => return,
-                Asked::NotNow => ROOM_RETRY,
-            },
-            Err(Wait::For(time)) => time.max(Duration::from_millis(1)),
-            // Its event releases the claim.
-            Err(Wait::Never) => return self.machine.handle_failed(id, too_big(), now),
+        // INV-13: what cannot be asked for yet must not cost, however often it is tried.
+        let wait = if self.machine.may_fetch_range(id, &range) {
+            match shared.quotas.take_in(&peer, &part, now) {
+                Ok(()) => match self.machine.fetch_range(id, &range, now) {
+                    Asked::First => {
+                        return shared.event(MeshEvent::Requested {
+                            peer,
+                            reference: wanted.clone(),
+                        });
+                    }
+                    Asked::More => return,
+                    Asked::NotNow => ROOM_RETRY,
+                },
+                Err(Wait::For(time)) => time.max(Duration::from_millis(1)),
+                // Its event releases the claim.
+                Err(Wait::Never) => return self.machine.handle_failed(id, too_big(), now),
+            }
+        } else {
+            ROOM_RETRY
         };
         lock(&shared.claims).release_range(session, id, range.start);
+        // Who found everything leased a moment ago would wait for this session's quota otherwise.
+        shared.released(session, &[*id]);
         self.machine.hold_until(wanted.kind, now + wait);
     }
 
