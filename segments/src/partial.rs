@@ -159,6 +159,14 @@ struct Registry {
     last_serial: u64,
 }
 
+impl Registry {
+    fn exceeds(&self, more: usize, more_bytes: u64) -> bool {
+        let sizes = self.known.values().map(|known| known.reference.size_bytes);
+        let bytes = sizes.fold(more_bytes, u64::saturating_add);
+        self.known.len() + more > MAX_PARTIALS || bytes > MAX_PARTIAL_BYTES
+    }
+}
+
 /// What a store keeps of transfers in both directions.
 #[derive(Debug, Default)]
 pub(crate) struct Transfers {
@@ -277,18 +285,9 @@ impl Store {
                 },
             );
         }
-        while self.partials_exceed(0, 0) && self.give_up_oldest(None)?.is_some() {}
+        let exceeds = || self.transfers.registry().exceeds(0, 0);
+        while exceeds() && self.give_up_oldest(None)?.is_some() {}
         Ok(())
-    }
-
-    fn partials_exceed(&self, more: usize, more_bytes: u64) -> bool {
-        let registry = self.transfers.registry();
-        let bytes = registry
-            .known
-            .values()
-            .map(|known| known.reference.size_bytes)
-            .fold(more_bytes, u64::saturating_add);
-        registry.known.len() + more > MAX_PARTIALS || bytes > MAX_PARTIAL_BYTES
     }
 
     /// Charges each unused partial to the account that its segment will be charged to.
@@ -314,7 +313,7 @@ impl Store {
 
     /// Gives up the partial that has been unused for longest, of one account or of any, and tells how
     /// many bytes that freed.
-    fn give_up_oldest(&self, account: Option<Charge>) -> Result<Option<u64>, RootError> {
+    pub(crate) fn give_up_oldest(&self, account: Option<Charge>) -> Result<Option<u64>, RootError> {
         let oldest = {
             let mut registry = self.transfers.registry();
             let oldest = registry
@@ -350,6 +349,20 @@ impl Store {
             freed = freed.saturating_add(bytes);
         }
         Ok(freed)
+    }
+
+    /// Bytes of an account that [`Store::put`] and [`Store::partial`] take from partials that nobody
+    /// holds, when they need them.
+    #[must_use]
+    pub fn unused_partial_bytes(&self, charge: Charge) -> u64 {
+        let registry = self.transfers.registry();
+        let unused = registry
+            .known
+            .values()
+            .filter(|known| !known.in_use && same_account(known.account, charge));
+        unused.fold(0, |sum, known| {
+            sum.saturating_add(known.reference.size_bytes)
+        })
     }
 
     /// The partials, by id.
@@ -412,6 +425,9 @@ impl Store {
             received_bytes(reference.size_bytes, &body.have),
             Ordering::Relaxed,
         );
+        if let Some(known) = self.transfers.registry().known.get_mut(&id) {
+            known.reference = reference.clone();
+        }
         hold.keep = true;
         Ok(Partial {
             store: Arc::clone(self),
@@ -434,10 +450,22 @@ impl Store {
         loop {
             let mut registry = self.transfers.registry();
             let serial = registry.last_serial.saturating_add(1);
-            if let Some(known) = registry.known.get_mut(&id) {
-                if known.in_use {
-                    return Err(PartialError::Busy(id));
+            let before = registry.known.get(&id);
+            if before.is_some_and(|known| known.in_use) {
+                return Err(PartialError::Busy(id));
+            }
+            // Another claim may have been of less.
+            let claimed = before.map_or(0, |known| known.reference.size_bytes);
+            let more = usize::from(before.is_none());
+            let more_bytes = reference.size_bytes.saturating_sub(claimed);
+            if more_bytes > 0 && registry.exceeds(more, more_bytes) {
+                drop(registry);
+                if self.give_up_oldest(None)?.is_none() {
+                    return Err(PartialError::TooMany);
                 }
+                continue;
+            }
+            if let Some(known) = registry.known.get_mut(&id) {
                 self.recharge(&id, known, account);
                 known.in_use = true;
                 known.serial = serial;
@@ -445,29 +473,19 @@ impl Store {
                 registry.last_serial = serial;
                 return Ok((serial, received));
             }
-            drop(registry);
-            if !self.partials_exceed(1, reference.size_bytes) {
-                let mut registry = self.transfers.registry();
-                if registry.known.contains_key(&id) {
-                    continue;
-                }
-                let received = Arc::new(AtomicU64::new(0));
-                registry.known.insert(
-                    id,
-                    Known {
-                        reference: reference.clone(),
-                        serial,
-                        account,
-                        in_use: true,
-                        received: Arc::clone(&received),
-                    },
-                );
-                registry.last_serial = serial;
-                return Ok((serial, received));
-            }
-            if self.give_up_oldest(None)?.is_none() {
-                return Err(PartialError::TooMany);
-            }
+            let received = Arc::new(AtomicU64::new(0));
+            registry.known.insert(
+                id,
+                Known {
+                    reference: reference.clone(),
+                    serial,
+                    account,
+                    in_use: true,
+                    received: Arc::clone(&received),
+                },
+            );
+            registry.last_serial = serial;
+            return Ok((serial, received));
         }
     }
 

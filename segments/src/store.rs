@@ -923,22 +923,30 @@ impl Store {
     // ---- put ----------------------------------------------------------------------------------
 
     /// Stores a segment durably. INV-08: the same segment again, also from two threads at once, is
-    /// stored once.
+    /// stored once. Partials that nobody holds give way to it, oldest first.
     ///
     /// # Errors
     /// [`StoreError`]: the ceiling, a fork, a latched store, or the disk. Nothing is then held that
     /// was not before.
     pub fn put(&self, segment: &VerifiedSegment, charge: Charge) -> Result<PutOutcome, StoreError> {
-        self.put_with(
-            segment,
-            charge,
-            |rel, account| {
-                let bytes = segment.bytes();
-                let staged = self.root.stage(rel, bytes.len() as u64, account)?;
-                fill(staged, bytes)
-            },
-            |staged| Ok(staged.publish()?.allocated),
-        )
+        let account = self.account(&segment.reference(), charge);
+        loop {
+            let stored = self.put_with(
+                segment,
+                charge,
+                |rel, account| {
+                    let bytes = segment.bytes();
+                    let staged = self.root.stage(rel, bytes.len() as u64, account)?;
+                    fill(staged, bytes)
+                },
+                |staged| Ok(staged.publish()?.allocated),
+            );
+            // What a peer began to send, or only claimed, stands before nothing that is whole.
+            let full = matches!(stored, Err(StoreError::Ceiling(_)));
+            if !full || self.give_up_oldest(Some(account))?.is_none() {
+                return stored;
+            }
+        }
     }
 
     /// Whether a segment fits what is held of its log, as [`Store::put`] judges it.

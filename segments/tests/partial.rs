@@ -1278,3 +1278,66 @@ fn crc32c_of(bytes: &[u8]) -> u32 {
         })
     })
 }
+
+#[test]
+fn inv_04_what_a_peer_only_claimed_stands_before_no_segment() {
+    // Partials gave way to each other and not to whole segments: who began a few transfers and sent
+    // nothing of them had the custody share for good.
+    let segments = foreign_segments("n2", 32);
+    let audit = &segments[0];
+    let to = MemStore::new();
+    to.store.set_own_node(&node("n1"));
+    let share = to.root.ledger().usage().custody_max_bytes.min(4 * MIB);
+    to.root.ledger().set_custody_max(share);
+    let claimed = |name: &[u8], size_bytes: u64| SegmentRef {
+        id: SegmentId::of(name),
+        size_bytes,
+        ..audit.reference()
+    };
+    let begin = |claim: &SegmentRef| to.store.partial(claim, Charge::Custody);
+    let held = begin(&claimed(b"one", share / 2)).unwrap();
+    let (mut most, mut least) = (share / 2, 0);
+    while most - least > 4096 {
+        let size = (most + least) / 2;
+        match begin(&claimed(b"two", size)) {
+            Ok(partial) => {
+                partial.abandon().unwrap();
+                least = size;
+            }
+            Err(_) => most = size,
+        }
+    }
+    let rest = begin(&claimed(b"two", least)).unwrap();
+    assert_eq!(to.store.unused_partial_bytes(Charge::Custody), 0);
+    let full = to.store.put(audit, Charge::Custody);
+    assert!(
+        matches!(full, Err(StoreError::Ceiling(_))),
+        "the control: those in use stay, {full:?}"
+    );
+    drop(rest);
+    assert_eq!(to.store.unused_partial_bytes(Charge::Custody), least);
+    assert_eq!(to.store.unused_partial_bytes(Charge::Normal), 0);
+    for segment in &segments {
+        to.store.put(segment, Charge::Custody).unwrap();
+    }
+    assert_eq!(to.store.partials().len(), 1);
+    held.abandon().unwrap();
+    drop(held);
+    to.assert_ledger();
+}
+
+#[test]
+fn inv_07_a_partial_counts_with_what_is_claimed_of_it_now() {
+    // A claim of a few bytes, left and taken up as one of many, counted as few.
+    let to = MemStore::new();
+    let claim = |size_bytes| SegmentRef {
+        size_bytes,
+        ..policy(1, b"x").reference()
+    };
+    drop(to.store.partial(&claim(1_000), Charge::Normal).unwrap());
+    let listed = || to.store.partials()[0].reference.size_bytes;
+    assert_eq!(listed(), 1_000);
+    drop(to.store.partial(&claim(2 * MIB), Charge::Normal).unwrap());
+    assert_eq!(listed(), 2 * MIB);
+    to.assert_ledger();
+}

@@ -219,8 +219,10 @@ impl Node {
             Kind::Audit if self.is_own_log(&reference.origin) => self.wants_own(reference),
             Kind::Audit => {
                 let usage = self.root.ledger().usage();
+                let unused = self.store.unused_partial_bytes(Charge::Custody);
+                let kept_bytes = usage.custody_bytes.saturating_sub(unused);
                 // The room of one that is half here is taken already.
-                usage.custody_bytes.saturating_add(reference.size_bytes) <= usage.custody_max_bytes
+                kept_bytes.saturating_add(reference.size_bytes) <= usage.custody_max_bytes
                     || self
                         .store
                         .partials()
