@@ -44,6 +44,10 @@ demo *ARGS:
 soak-kill ROUNDS="1000":
     TIDELOCK_KERNEL_ROUNDS={{ROUNDS}} cargo test --release --locked -p tidelock-segments --test kernel -- --ignored --nocapture --test-threads=1 soak_
 
+# A node killed at half of so many MiB that come in ranges, as a process of its own: what is sent again. About 3 GiB of disk.
+kill-at-half MIB="1024":
+    TIDELOCK_KILL_MIB={{MIB}} cargo test --release --locked -p tidelock-transport --test mesh -- --nocapture inv_12_a_process_killed_at_half
+
 # Tidelock beside its peers in one run: `just bench`, or one area: decide, segments, transport; `just bench segments --long` fills 10 GiB.
 bench *AREA:
     cargo build --release --locked

@@ -103,6 +103,16 @@ pub const MAX_RANGE_BYTES: u64 = segments::MAX_SLICE_BYTES;
 /// one is at most 1.5 KiB longer, and so much is held in memory for each range in flight.
 pub const RANGE_BYTES: u64 = 256 * 1024;
 
+/// Ranges that a session asks for before it knows how long one takes, and the fewest that it ever has
+/// on their way. The most are [`MAX_IN_FLIGHT`] less [`URGENT_IN_FLIGHT`]: 7 MiB.
+pub const RANGES_AT_FIRST: usize = 4;
+
+/// See [`RANGES_AT_FIRST`].
+pub const RANGES_AT_LEAST: usize = 2;
+
+/// Wait for a range that is no queue: reading and scheduling at both ends.
+pub const RANGE_SLACK: Duration = Duration::from_millis(2);
+
 /// Ranges of one segment that one session may have in flight: 2 MiB, so that the others that hold the
 /// segment find work too.
 pub const MAX_LEASES_PER_SEGMENT: usize = 8;

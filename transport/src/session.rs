@@ -32,8 +32,8 @@ use crate::{
         MAX_EVENTS_QUEUED, MAX_FAULTS, MAX_FRAMES_QUEUED, MAX_HEADS_FRAMES_QUEUED,
         MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD, MAX_LISTS_OUTSTANDING, MAX_ORIGINS,
         MAX_RECEIPTS_PER_FRAME, MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME, MAX_SET_ASIDE,
-        MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, STALL_TIMEOUT,
-        URGENT_IN_FLIGHT,
+        MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK,
+        RANGES_AT_FIRST, RANGES_AT_LEAST, STALL_TIMEOUT, URGENT_IN_FLIGHT,
     },
 };
 
@@ -406,8 +406,39 @@ struct Part {
     kind: Kind,
     slice_bytes: u64,
     stage: Stage,
+    asked: Duration,
     /// The segment was given up meanwhile: what arrives is read over.
     is_abandoned: bool,
+}
+
+/// How many ranges are worth asking for before the first has come. What is on its way is what a kill
+/// or a cut costs, and what waits behind others at the peer comes no sooner for it: so many that a
+/// range begins to arrive within three times the shortest time that one took, plus [`RANGE_SLACK`].
+/// Two keep a link busy on which a range takes longer than a round trip.
+#[derive(Debug)]
+struct Window {
+    ranges: usize,
+    shortest: Duration,
+}
+
+impl Window {
+    fn new() -> Self {
+        Self {
+            ranges: RANGES_AT_FIRST,
+            shortest: Duration::MAX,
+        }
+    }
+
+    /// A range begins to arrive, so long after it was asked for.
+    fn arrived(&mut self, waited: Duration) {
+        self.shortest = self.shortest.min(waited);
+        let bound = self.shortest.saturating_mul(3).saturating_add(RANGE_SLACK);
+        self.ranges = if waited <= bound {
+            (self.ranges + 1).min(usize::from(MAX_IN_FLIGHT - URGENT_IN_FLIGHT))
+        } else {
+            self.ranges.saturating_sub(1).max(RANGES_AT_LEAST)
+        };
+    }
 }
 
 /// What the peer said of one origin.
@@ -481,6 +512,7 @@ pub struct SessionMachine {
     known: BTreeMap<SegmentId, Known>,
     /// By segment and first byte.
     parts: BTreeMap<(SegmentId, u64), Part>,
+    window: Window,
     queue: BTreeSet<WantKey>,
     in_flight: u16,
     owed: usize,
@@ -602,6 +634,7 @@ impl SessionMachine {
             heads_asked: BTreeSet::new(),
             known: BTreeMap::new(),
             parts: BTreeMap::new(),
+            window: Window::new(),
             queue: BTreeSet::new(),
             in_flight: 0,
             owed: 0,
@@ -898,6 +931,7 @@ impl SessionMachine {
                     || self.bulk_bytes.saturating_add(next_bytes)
                         <= self.config.bulk_bytes_in_flight)
         };
+        let free = free && (!is_ranged(reference) || self.parts.len() < self.window.ranges);
         free.then_some(reference)
     }
 
@@ -957,6 +991,7 @@ impl SessionMachine {
                 kind,
                 slice_bytes,
                 stage: Stage::Requested,
+                asked: now,
                 is_abandoned: false,
             },
         );
@@ -1095,6 +1130,7 @@ impl SessionMachine {
             Some(part) if part.stage == Stage::Requested => {
                 if (part.to, part.kind, part.slice_bytes) == (end, kind, slice_bytes) {
                     part.stage = Stage::Receiving;
+                    self.window.arrived(now.saturating_sub(part.asked));
                     return Ok(if part.is_abandoned {
                         TakeSlice::Discard
                     } else {

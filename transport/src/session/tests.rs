@@ -2467,3 +2467,31 @@ mod random {
         }
     }
 }
+
+#[test]
+fn ranges_are_asked_for_as_many_as_come_without_a_queue() {
+    // All 28 were asked for at once, on every link: what waits at the peer is what a kill costs.
+    let many = usize::from(MAX_IN_FLIGHT - URGENT_IN_FLIGHT);
+    // A long way on which a range takes little time: the way is filled.
+    let mut long = Window::new();
+    long.arrived(600 * MS);
+    for _ in 0..200 {
+        let queue = u32::try_from(long.ranges - 1).unwrap();
+        long.arrived(600 * MS + 84 * MS * queue);
+    }
+    assert!((10..=18).contains(&long.ranges), "{long:?}");
+    // A short way on which a range takes long: one that comes and one that follows it.
+    let mut slow = Window::new();
+    slow.arrived(MS);
+    for _ in 0..200 {
+        let queue = u32::try_from(slow.ranges - 1).unwrap();
+        slow.arrived(MS + 84 * MS * queue);
+    }
+    assert_eq!(slow.ranges, RANGES_AT_LEAST);
+    // It never leaves its bounds.
+    for _ in 0..200 {
+        long.arrived(Duration::ZERO);
+        slow.arrived(Duration::MAX);
+    }
+    assert_eq!((long.ranges, slow.ranges), (many, RANGES_AT_LEAST));
+}
