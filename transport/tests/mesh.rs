@@ -1023,6 +1023,58 @@ async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_09_slices_that_a_revoked_peer_has_already_sent_are_not_written() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    let control = b.seal_big(20);
+    until("the control: it comes in ranges", || {
+        a.store.contains(&control.id)
+    })
+    .await;
+    assert_eq!(b.range_bytes_out(&control.id), control.size_bytes);
+
+    let crl = ca.crl(2, &[b.serial]);
+    let crl = VerifiedCrl::verify(&crl, a.tls.credentials().trust()).unwrap();
+    let big = {
+        // A small one is being taken, slowly: the slices behind it have arrived and wait.
+        let _slow = a.slow.lock().unwrap();
+        let (small, big) = (b.seal(2), b.seal_big(20));
+        // Blocking waits on purpose, as above.
+        let started = Instant::now();
+        let taking = || a.admissions.lock().unwrap().contains_key(&small.id);
+        while !taking() || b.range_bytes_out(&big.id) == 0 {
+            assert!(started.elapsed() < PATIENCE, "the slices do not arrive");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        a.import(crl_segment(&domain(), &crl).unwrap());
+        big
+    };
+    until("the session is over", || {
+        a.saw(|event| {
+            matches!(
+                event,
+                MeshEvent::SessionDown {
+                    code: Some(CloseCode::Revoked),
+                    ..
+                }
+            )
+        })
+    })
+    .await;
+    until("the partial is let go", || a.store.partials().is_empty()).await;
+    assert!(!a.store.contains(&big.id));
+    assert_eq!(a.received_bytes(&big.id), 0, "nothing of it was written");
+    a.ledger_is_exact().await;
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn settings_that_make_no_sense_and_a_port_in_use_are_errors_at_start() {
     let ca = Ca::new();
     let node = Node::new(&ca, "a");

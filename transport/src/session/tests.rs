@@ -1968,6 +1968,15 @@ fn a_node_of_version_1_is_told_so() {
         panic!("no Bye");
     };
     assert_eq!(bye.reason, "peer speaks version 1, this node 2");
+    // And the other way round: its word is taken, and is no misconduct.
+    let mut bench = Bench::new();
+    bench.give(Frame::Bye(Bye {
+        code: CloseCode::Version as u32,
+        reason: "peer speaks version 2, this node 1".into(),
+    }));
+    let close = bench.machine.closed().cloned().unwrap();
+    assert_eq!((close.code, close.by_peer), (CloseCode::Version, true));
+    assert_eq!(bench.machine.faults(), 0);
 }
 
 #[test]
