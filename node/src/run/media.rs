@@ -16,8 +16,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tidelock_gateway::OperatorError;
 use tidelock_segments::{
-    CustodyReceipt, Kind, NodeId, PutOutcome, SegmentId, SegmentRef, limits::MAX_SEGMENT_BYTES,
-    verify_segment, volume::EntryMark,
+    CustodyReceipt, Kind, NodeId, PutOutcome, SegmentId, SegmentRef,
+    limits::MAX_SEGMENT_BYTES,
+    verify_segment,
+    volume::{EntryMark, ReceiptMark},
 };
 
 use super::{
@@ -106,9 +108,10 @@ impl Fate {
         match self {
             Self::New | Self::Held => json!({"fate": self.word()}),
             Self::NotWanted(code) => json!({"fate": self.word(), "code": code}),
-            Self::Refused(denied) => {
-                json!({"fate": self.word(), "code": denied.code, "message": denied.message})
-            }
+            Self::Refused(denied) => json!({
+                "fate": self.word(), "code": denied.code, "message": denied.message,
+                "forged": denied.bringer,
+            }),
         }
     }
 }
@@ -186,7 +189,19 @@ impl Node {
             "exporter": import.exporter, "export": import.export, "volume": import.number,
             "entries": import.entries.len(),
         });
-        if apply {
+        // All of it, before anything takes effect: a malformed request has none.
+        let mut entries = Vec::new();
+        for Entry { mark, bytes } in import.entries {
+            let bytes = match (&mark, bytes) {
+                (EntryMark::Segment(reference), None) => self.take_parts(&reference.id)?,
+                (_, text) => decoded(text.as_deref().unwrap_or_default())?,
+            };
+            entries.push((mark, bytes));
+        }
+        // What can change nothing is not worth two records, however often a medium is read; it is judged
+        // only, so that nothing unrecorded takes effect (INV-14).
+        let acts = apply && entries.iter().any(|(mark, _)| self.media_may_act(mark));
+        if acts {
             // Before anything of it takes effect.
             self.record_act("media_import", of.clone())
                 .map_err(unrecorded)?;
@@ -196,26 +211,19 @@ impl Node {
         let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut codes: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut refused = Vec::new();
-        for entry in &import.entries {
-            let fate = match &entry.mark {
+        for (mark, bytes) in entries {
+            let fate = match &mark {
                 EntryMark::Segment(reference) => {
-                    let bytes = match &entry.bytes {
-                        Some(text) => decoded(text)?,
-                        None => self.take_parts(&reference.id)?,
-                    };
-                    let planned = (!apply).then_some(&mut planned_bytes);
+                    let planned = (!acts).then_some(&mut planned_bytes);
                     self.media_segment(&import.exporter, reference, bytes, planned)
                 }
-                EntryMark::Receipt(_) => {
-                    let bytes = decoded(entry.bytes.as_deref().unwrap_or_default())?;
-                    self.media_receipt(&bytes, apply)
-                }
+                EntryMark::Receipt(mark) => self.media_receipt(mark, &bytes, acts),
             };
             *counts.entry(fate.word()).or_default() += 1;
             if let Fate::Refused(denied) = &fate {
                 *codes.entry(denied.code).or_default() += 1;
                 if refused.len() < REFUSED_RECORDED {
-                    let id = match &entry.mark {
+                    let id = match &mark {
                         EntryMark::Segment(reference) => reference.id,
                         EntryMark::Receipt(mark) => mark.segment_id,
                     };
@@ -224,7 +232,7 @@ impl Node {
             }
             results.push(fate.describe());
         }
-        if apply {
+        if acts || (apply && !refused.is_empty()) {
             let mut detail = of;
             if let Some(detail) = detail.as_object_mut() {
                 detail.insert("fates".to_owned(), json!(counts));
@@ -234,6 +242,21 @@ impl Node {
             self.event("media_imported", detail);
         }
         Ok(json!({"results": results, "planned_bytes": planned_bytes}))
+    }
+
+    /// Whether an entry, if it is what it says, could change anything here. One that is not is refused, and
+    /// changes nothing.
+    fn media_may_act(&self, mark: &EntryMark) -> bool {
+        match mark {
+            EntryMark::Segment(reference) => self.media_wish(reference, 0).is_none(),
+            EntryMark::Receipt(mark) => {
+                self.store.contains(&mark.segment_id)
+                    && !self
+                        .store
+                        .custodians(&mark.segment_id)
+                        .contains(&mark.custodian)
+            }
+        }
     }
 
     /// What a session would ask for it, in the same words.
@@ -335,10 +358,18 @@ impl Node {
         );
     }
 
-    fn media_receipt(&self, bytes: &[u8], apply: bool) -> Fate {
+    fn media_receipt(&self, listed: &ReceiptMark, bytes: &[u8], apply: bool) -> Fate {
         let judged = CustodyReceipt::decode(bytes)
             .map_err(|e| Denied::bringer("RECEIPT_FORMAT", e))
             .and_then(|receipt| {
+                if (&receipt.segment_id, &receipt.custodian)
+                    != (&listed.segment_id, &listed.custodian)
+                {
+                    return Err(Denied::bringer(
+                        "listed_otherwise",
+                        format!("it is of {} for {}", receipt.custodian, receipt.segment_id),
+                    ));
+                }
                 receipt
                     .verify_signature()
                     .map_err(|e| Denied::bringer("RECEIPT_REFUSED", e))?;
