@@ -13,6 +13,10 @@ mod common;
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::{
+        ffi::OsStrExt as _,
+        fs::{PermissionsExt as _, symlink},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -306,10 +310,9 @@ fn damaged_missing_and_swapped_volumes_are_told_and_the_rest_is_taken() {
         code == 1 && faults(&cut).contains("the last volume"),
         "{cut}"
     );
-    assert_eq!(
-        pair.site.tidelock(&["segment", "import", "nowhere"]).code,
-        1
-    );
+    pair.site
+        .tidelock(&["segment", "import", "nowhere"])
+        .ended(2);
 }
 
 #[test]
@@ -497,7 +500,7 @@ fn an_export_that_was_killed_or_had_no_room_is_gone_on_with() {
     child.wait().unwrap();
     // And what a kill in the middle of a volume leaves, for certain.
     fs::write(
-        pair.site.path("m/tide-00112233-0001.part"),
+        pair.site.path("m/tide-0011223344556677-0001.part"),
         b"TIDEVOL1 and then the power went",
     )
     .unwrap();
@@ -603,4 +606,310 @@ fn a_medium_that_is_not_there_and_a_place_in_the_root_are_refused() {
     site.tidelock(&["segment", "import", "empty"])
         .ended(2)
         .says(&["no volumes"]);
+}
+
+/// Runs the program to its end; one that hangs is killed, and has failed.
+#[track_caller]
+fn ends(site: &Site, args: &[&str]) -> (i32, String) {
+    let out = fs::File::create(site.path("ends.out")).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_tidelock"))
+        .current_dir(site.path(""))
+        .args(args)
+        .stdin(Stdio::null())
+        .stderr(out.try_clone().unwrap())
+        .stdout(out)
+        .spawn()
+        .unwrap();
+    let begun = std::time::Instant::now();
+    let code = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.code();
+        }
+        if begun.elapsed() > common::LONG {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("still at it: {args:?}");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    (code.unwrap_or(-1), site.read("ends.out"))
+}
+
+/// Whoever had the medium in hand may have put anything there. A pipe once held export and import for ever,
+/// a volume that called itself the 4,294,967,295th cost minutes, and a file's name wrote to the terminal.
+#[test]
+fn what_else_lies_on_a_medium_stops_nothing_and_is_not_touched() {
+    let pair = Pair::new(2);
+    let volumes = pair.export_of("1MiB", &[]);
+    let medium = |name: &str| pair.site.path("m").join(name);
+    let status = Command::new("mkfifo")
+        .args(["tide-pipe.tvol", "tide-pipe.ids"])
+        .current_dir(pair.site.path("m"))
+        .status();
+    assert!(status.unwrap().success());
+    symlink("/dev/zero", medium("tide-zero.tvol")).unwrap();
+    symlink(pair.site.path("a.toml"), medium("tide-link.ids")).unwrap();
+    symlink(medium(&volumes[0]), medium("tide-alias.tvol")).unwrap();
+    fs::create_dir(medium("tide-dir.tvol")).unwrap();
+    // Somebody's own, whatever its name.
+    fs::write(medium("tide-tables-of-june.part"), "high water").unwrap();
+    let loud = std::ffi::OsStr::from_bytes(b"tide-\x1b[2J.tvol");
+    fs::write(pair.site.path("m").join(loud), "not a volume").unwrap();
+    let (mut header, _, _) = entries(&medium(&volumes[0]));
+    header.number = u32::MAX;
+    header.export_id = [9; 16];
+    write(&medium("tide-many.tvol"), &header, &[], true);
+
+    let export = ["segment", "export", "--to", "m", "--for", "b"];
+    let (code, told) = ends(pair.be("a"), &export);
+    assert_eq!(code, 1, "{told}");
+    let import = ["segment", "import", "m", "--apply"];
+    let (code, taken) = ends(pair.be("b"), &import);
+    assert_eq!(code, 1, "{taken}");
+    for told in [&told, &taken] {
+        for name in ["tide-pipe.tvol", "tide-zero.tvol", "tide-alias.tvol"] {
+            assert!(told.contains(name), "{name}: {told}");
+        }
+        assert!(!told.contains('\x1b'), "{told:?}");
+    }
+    assert!(
+        taken.contains("4294967294 of the first 4294967295"),
+        "{taken}"
+    );
+    assert_eq!(pair.held(), (0..2).collect());
+    assert_eq!(pair.site.read("m/tide-tables-of-june.part"), "high water");
+    let (code, told) = ends(&pair.site, &["segment", "import", "m/tide-pipe.tvol"]);
+    assert_eq!(code, 1, "{told}");
+    // The control: a link that the operator names himself is followed.
+    let alias = ["segment", "import", "m/tide-alias.tvol"];
+    assert_eq!(ends(&pair.site, &alias).0, 0);
+}
+
+/// A found stick, on which somebody had listed what it does not hold, kept a CRL from being written to it.
+#[test]
+fn what_a_medium_only_claims_to_hold_is_written() {
+    let pair = Pair::new(2);
+    let volumes = pair.export_of("1MiB", &[]);
+    let path = pair.site.path("m").join(&volumes[0]);
+    let (header, good, _) = entries(&path);
+    let mut lies = good.clone();
+    for entry in &mut lies {
+        entry.bytes = b"nothing of the kind".to_vec();
+    }
+    write(&path, &header, &lies, true);
+    let again = pair.export_of("1MiB", &[]);
+    let (_, written, _) = entries(&pair.site.path("m").join(&again[0]));
+    assert_eq!(written, good);
+
+    // Receipts too.
+    assert_eq!(pair.import(&["--apply"]).0, 1, "the lies are refused");
+    let home = ["segment", "export", "--to", "back", "--for", "a"];
+    let home = [&home[..], &["--receipts-only"]].concat();
+    let answer = pair.be("b").json(&home);
+    assert_eq!(answer["receipts"], 2, "{answer}");
+    let path = pair
+        .site
+        .path("back")
+        .join(answer["volumes"][0].as_str().unwrap());
+    let (header, mut receipts, _) = entries(&path);
+    let (one, other) = receipts.split_at_mut(1);
+    std::mem::swap(&mut one[0].bytes, &mut other[0].bytes);
+    write(&path, &header, &receipts, true);
+    // A receipt under the name of another is no receipt.
+    let ran = pair
+        .be("a")
+        .tidelock(&["segment", "import", "back", "--json"]);
+    assert_eq!(codes(&ran.json()), ["listed_otherwise".to_owned()].into());
+    let again = pair.be("b").json(&home);
+    assert_eq!(again["receipts"], 2, "{again}");
+    let done = pair.be("b").json(&home);
+    assert_eq!(done["receipts"], 0, "the control: {done}");
+}
+
+/// An export that was cut short and gone on with left, for ever, the complaint that its last volume is missing.
+#[test]
+fn an_export_that_was_gone_on_with_is_whole() {
+    let pair = Pair::new(6);
+    common::chmod(&pair.site.path("m"), 0o755);
+    pair.site.write("key", IDENTITY);
+    common::chmod(&pair.site.path("key"), 0o600);
+    for more in [&[][..], &["--encrypt-to", RECIPIENT]] {
+        let volumes = pair.export(more);
+        assert!(volumes.len() > 2, "{volumes:?}");
+        // As if killed before the last one had its name.
+        let last = pair.site.path("m").join(volumes.last().unwrap());
+        fs::remove_file(&last).unwrap();
+        let list = last.to_str().unwrap().replace(".tvol.age", ".ids");
+        assert_eq!(fs::remove_file(list).is_ok(), !more.is_empty());
+        let rest = pair.export(more);
+        assert_eq!(rest.len(), 1, "{rest:?}");
+        let (code, plan) = pair.import(&["--key", "key"]);
+        assert_eq!((code, faults(&plan)), (0, "[]".to_owned()), "{plan}");
+        assert_eq!(pair.export(more), [""; 0]);
+        for path in names(&pair.site.path("m")) {
+            // What is on it is as private as the root it comes from.
+            let mode = path.metadata().unwrap().permissions().mode();
+            assert_eq!(mode & 0o077, 0, "{}", path.display());
+            if more.is_empty() {
+                fs::remove_file(path).unwrap();
+            }
+        }
+    }
+
+    // Of an encrypted volume too, damage is told before it travels, and what it held is written again.
+    let damaged = names(&pair.site.path("m"))
+        .into_iter()
+        .find(|path| path.to_str().unwrap().ends_with("0002.tvol.age"))
+        .unwrap();
+    let mut bytes = fs::read(&damaged).unwrap();
+    let at = bytes.len() - 7;
+    bytes[at] ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    let args = ["segment", "export", "--to", "m", "--for", "b"];
+    let args = [&args[..], &["--encrypt-to", RECIPIENT, "--json"]].concat();
+    let ran = pair.be("a").tidelock(&args);
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert!(ran.json()["segments"].as_u64() > Some(0), "{ran:?}");
+    let (_, taken) = pair.import(&["--key", "key", "--apply"]);
+    assert_eq!(
+        (fate(&taken, "refused"), pair.held()),
+        (0, (0..6).collect())
+    );
+}
+
+/// The overhead of encryption and the lists beside the volumes were not counted.
+#[test]
+fn an_encrypted_export_keeps_within_its_bytes() {
+    let pair = Pair::new(8);
+    let many: Vec<String> = (0..16_u8)
+        .flat_map(|n| ["--encrypt-to".to_owned(), recipient(n)])
+        .collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    for max in [9_000, 20_000, 30_000_u64] {
+        let max_text = max.to_string();
+        let args = [
+            "segment",
+            "export",
+            "--to",
+            "m",
+            "--for",
+            "b",
+            "--max-bytes",
+            &max_text,
+        ];
+        let args = [&args[..], &["--volume-bytes", "8KiB"], &many].concat();
+        let answer = pair.be("a").json(&args);
+        let files = names(&pair.site.path("m"));
+        let all: u64 = files.iter().map(|p| p.metadata().unwrap().len()).sum();
+        assert!(all <= max, "{all} of {max}: {answer}");
+        assert_eq!(answer["bytes"].as_u64(), Some(all), "{answer}");
+        assert!(
+            answer["left"].as_u64() > Some(0) || max > 20_000,
+            "{answer}"
+        );
+        for path in files {
+            fs::remove_file(path).unwrap();
+        }
+    }
+}
+
+/// An `age1…` recipient of nobody: every 32 bytes are one.
+fn recipient(n: u8) -> String {
+    const CHARSET: &[u8; 32] = b"qpzry9x8gf2tvdw0s3jn54khce6mua7l";
+    let bits: Vec<u8> = [n + 9; 32]
+        .iter()
+        .flat_map(|byte| (0..8).rev().map(move |bit| byte >> bit & 1))
+        .chain([0; 4])
+        .collect();
+    let mut values: Vec<u8> = bits
+        .chunks(5)
+        .map(|five| five.iter().fold(0, |value, bit| value << 1 | bit))
+        .collect();
+    let polymod = |values: &[u8]| {
+        values.iter().fold(1_u32, |sum, value| {
+            let top = sum >> 25;
+            let mixed = (sum & 0x01ff_ffff) << 5 ^ u32::from(*value);
+            [
+                0x3b6a_57b2,
+                0x2650_8e6d,
+                0x1ea1_19fa,
+                0x3d42_33dd,
+                0x2a14_62b3,
+            ]
+            .iter()
+            .enumerate()
+            .filter(|(bit, _)| top >> bit & 1 == 1)
+            .fold(mixed, |sum, (_, constant)| sum ^ constant)
+        })
+    };
+    // "age": its high bits, a zero, its low bits.
+    let prefix = [3, 3, 3, 0, 1, 7, 5];
+    let sum = polymod(&[&prefix[..], &values, &[0; 6]].concat()) ^ 1;
+    values.extend((0..6).map(|n| (sum >> (5 * (5 - n)) & 31) as u8));
+    let text: String = values
+        .iter()
+        .map(|value| char::from(CHARSET[usize::from(*value)]))
+        .collect();
+    format!("age1{text}")
+}
+
+/// `--since` once kept the receipts for older audit at home, and importing again filled the log with records.
+#[test]
+fn receipts_go_whatever_the_age_and_what_is_held_leaves_no_record() {
+    let pair = Pair::new(2);
+    pair.export(&[]);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    let home = [
+        "segment",
+        "export",
+        "--to",
+        "back",
+        "--for",
+        "a",
+        "--since",
+        "2099-01-01",
+    ];
+    let home = pair.be("b").json(&home);
+    assert_eq!(home["receipts"], 2, "{home}");
+    let _node = pair.be("b").start();
+    let records =
+        || pair.site.events("media_import").len() + pair.site.events("media_imported").len();
+    let recorded = records();
+    assert!(recorded > 0);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    assert_eq!(records(), recorded);
+    pair.site
+        .tidelock(&["segment", "export", "--to", "m", "--for", "b"])
+        .ended(2)
+        .says(&["this node itself"]);
+}
+
+/// A session ends at its third forged segment. A volume of them is not read to its end either.
+#[test]
+fn a_volume_full_of_forgeries_is_given_up() {
+    let pair = Pair::new(2);
+    let volumes = pair.export_of("1MiB", &[]);
+    let path = pair.site.path("m").join(&volumes[0]);
+    let (header, good, _) = entries(&path);
+    let mut forged = good.last().unwrap().clone();
+    forged.bytes.truncate(64);
+    let of = |count: usize| [&vec![forged.clone(); count][..], &good].concat();
+    write(&path, &header, &of(500), true);
+    let (code, given_up) = pair.import(&["--apply"]);
+    assert!(
+        code == 1 && faults(&given_up).contains("FORGED"),
+        "{}",
+        faults(&given_up)
+    );
+    assert!(
+        (64..200).contains(&fate(&given_up, "refused")),
+        "{}",
+        given_up["fates"]
+    );
+    write(&path, &header, &of(20), true);
+    let (code, taken) = pair.import(&["--apply"]);
+    assert_eq!(
+        (code, fate(&taken, "refused"), pair.held()),
+        (1, 20, (0..2).collect())
+    );
 }

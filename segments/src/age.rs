@@ -24,6 +24,12 @@ const X25519_INFO: &[u8] = b"age-encryption.org/v1/X25519";
 const FILE_KEY_BYTES: usize = 16;
 pub(crate) const NONCE_BYTES: usize = 16;
 pub(crate) const TAG_BYTES: usize = 16;
+/// Content of a chunk.
+pub(crate) const CHUNK_BYTES: usize = 64 * 1024;
+/// The version line, `---`, a space, 43 characters of MAC, and their line feeds.
+const HEADER_AROUND_BYTES: usize = VERSION_LINE.len() + 1 + 3 + 1 + 43 + 1;
+/// `-> X25519 `, two lines of 43 characters and their line feeds.
+const RECIPIENT_BYTES: usize = 10 + 2 * (43 + 1);
 /// A line of a stanza's body is full at this length; a shorter one, even an empty one, ends it.
 const COLUMNS: usize = 64;
 
@@ -64,6 +70,16 @@ impl AgeRecipients {
             return Err(AgeError::Count);
         }
         Ok(Self(all))
+    }
+
+    /// How long an age file for these is at most, its content being so long.
+    #[must_use]
+    pub fn file_bytes(&self, content_bytes: u64) -> u64 {
+        let header = HEADER_AROUND_BYTES + RECIPIENT_BYTES * self.0.len() + NONCE_BYTES;
+        let tags = (content_bytes / CHUNK_BYTES as u64 + 1).saturating_mul(TAG_BYTES as u64);
+        content_bytes
+            .saturating_add(tags)
+            .saturating_add(header as u64)
     }
 }
 

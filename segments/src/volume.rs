@@ -27,6 +27,7 @@ use crate::limits::{
     MAX_RECEIPT_BYTES, MAX_SEGMENT_BYTES, MAX_VOLUME_BYTES, MAX_VOLUME_ENTRIES,
     MAX_VOLUME_FRONT_BYTES, MAX_VOLUME_HEADER_BYTES, MAX_VOLUME_INDEX_BYTES,
 };
+use crate::receipt::CustodyReceipt;
 
 pub use stream::{AgeReader, AgeWriter, ENCRYPTED_MAGIC};
 
@@ -36,8 +37,11 @@ pub const VOLUME_MAGIC: &[u8; 8] = b"TIDEVOL1";
 /// The first eight bytes of the list beside an encrypted volume.
 pub const LIST_MAGIC: &[u8; 8] = b"TIDEIDS1";
 
+/// What such a list has beside the keys of its entries.
+const LIST_AROUND_BYTES: usize = 8 + 32 + 16 + 4 + 1 + 8 + 32 + 32;
+
 /// Largest such list.
-pub const MAX_VOLUME_LIST_BYTES: usize = 8 + 32 * (MAX_VOLUME_ENTRIES + 2);
+pub const MAX_VOLUME_LIST_BYTES: usize = LIST_AROUND_BYTES + 32 * MAX_VOLUME_ENTRIES;
 
 const CHECK_BYTES: usize = 32;
 /// Tag, length of the front, length of the body.
@@ -170,12 +174,22 @@ impl EntryMark {
     }
 }
 
-/// What an encrypted volume holds, in clear beside it, so that who wrote it can go on without being able
-/// to read it: hashes only.
+/// What an encrypted volume is and holds, in clear beside it, so that who wrote it can go on without being
+/// able to read it: hashes and numbers only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VolumeList {
     /// The recipients, as [`VolumeList::recipients`] hashes them.
     pub recipients: [u8; 32],
+    /// [`VolumeHeader::export_id`].
+    pub export_id: [u8; 16],
+    /// [`VolumeHeader::number`].
+    pub number: u32,
+    /// Whether it is the last volume of its export.
+    pub last: bool,
+    /// Length of the encrypted file.
+    pub file_bytes: u64,
+    /// BLAKE3 of the encrypted file.
+    pub file_hash: [u8; 32],
     /// [`EntryMark::key`] of each entry, in their order.
     pub keys: Vec<[u8; 32]>,
 }
@@ -195,11 +209,24 @@ impl VolumeList {
         *hash.finalize().as_bytes()
     }
 
+    /// How long the list of so many entries is.
+    #[must_use]
+    pub fn bytes(entries: usize) -> u64 {
+        (entries as u64)
+            .saturating_mul(32)
+            .saturating_add(LIST_AROUND_BYTES as u64)
+    }
+
     /// The bytes.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut out = LIST_MAGIC.to_vec();
         out.extend_from_slice(&self.recipients);
+        out.extend_from_slice(&self.export_id);
+        out.extend_from_slice(&self.number.to_le_bytes());
+        out.push(u8::from(self.last));
+        out.extend_from_slice(&self.file_bytes.to_le_bytes());
+        out.extend_from_slice(&self.file_hash);
         for key in &self.keys {
             out.extend_from_slice(key);
         }
@@ -218,10 +245,21 @@ impl VolumeList {
         if blake3::hash(listed) != *check {
             return None;
         }
-        let (recipients, keys) = listed.strip_prefix(LIST_MAGIC)?.split_first_chunk::<32>()?;
-        let (keys, rest) = keys.as_chunks::<32>();
-        rest.is_empty().then(|| Self {
+        let rest = listed.strip_prefix(LIST_MAGIC)?;
+        let (recipients, rest) = rest.split_first_chunk::<32>()?;
+        let (export_id, rest) = rest.split_first_chunk::<16>()?;
+        let (number, rest) = rest.split_first_chunk::<4>()?;
+        let (last, rest) = rest.split_first()?;
+        let (file_bytes, rest) = rest.split_first_chunk::<8>()?;
+        let (file_hash, rest) = rest.split_first_chunk::<32>()?;
+        let (keys, rest) = rest.as_chunks::<32>();
+        (rest.is_empty() && *last <= 1).then(|| Self {
             recipients: *recipients,
+            export_id: *export_id,
+            number: u32::from_le_bytes(*number),
+            last: *last == 1,
+            file_bytes: u64::from_le_bytes(*file_bytes),
+            file_hash: *file_hash,
             keys: keys.to_vec(),
         })
     }
@@ -234,6 +272,22 @@ pub struct VolumeEntry {
     pub mark: EntryMark,
     /// The bytes of the segment or receipt.
     pub bytes: Vec<u8>,
+}
+
+impl VolumeEntry {
+    /// Whether the content is what its mark names: the very segment, or a receipt that is signed by a key
+    /// that it says is the custodian's. Who endorsed that key is the node's to judge.
+    #[must_use]
+    pub fn is_as_marked(&self) -> bool {
+        match &self.mark {
+            EntryMark::Segment(reference) => SegmentId::of(&self.bytes) == reference.id,
+            EntryMark::Receipt(mark) => CustodyReceipt::decode(&self.bytes).is_ok_and(|receipt| {
+                receipt.segment_id == mark.segment_id
+                    && receipt.custodian == mark.custodian
+                    && receipt.verify_signature().is_ok()
+            }),
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]

@@ -185,6 +185,18 @@ fn inv_07_a_lying_length_costs_no_more_memory_than_there_are_bytes() {
 }
 
 #[test]
+fn an_entry_is_what_its_mark_names_or_it_is_not() {
+    let [one, receipt, two] = <[_; 3]>::try_from(entries()).unwrap();
+    assert!(one.is_as_marked() && two.is_as_marked());
+    assert!(!receipt.is_as_marked(), "those bytes are no receipt");
+    let swapped = VolumeEntry {
+        mark: one.mark,
+        bytes: two.bytes,
+    };
+    assert!(!swapped.is_as_marked());
+}
+
+#[test]
 fn a_volume_says_when_it_is_full() {
     let mut writer = VolumeWriter::new(std::io::sink(), &header(1)).unwrap();
     assert!(writer.has_room(32 << 20, 4096), "the first goes in");
@@ -208,11 +220,17 @@ fn a_volume_says_when_it_is_full() {
 fn the_list_beside_an_encrypted_volume_is_whole_or_none() {
     let list = VolumeList {
         recipients: VolumeList::recipients(&["b", "a"]),
+        export_id: [7; 16],
+        number: 3,
+        last: true,
+        file_bytes: 1_234,
+        file_hash: [9; 32],
         keys: entries().iter().map(|entry| entry.mark.key()).collect(),
     };
     assert_eq!(list.recipients, VolumeList::recipients(&["a", "b"]));
     assert_ne!(list.recipients, VolumeList::recipients(&["a"]));
     let bytes = list.encode();
+    assert_eq!(bytes.len() as u64, VolumeList::bytes(list.keys.len()));
     assert_eq!(VolumeList::decode(&bytes), Some(list));
     for at in 0..bytes.len() {
         let mut bad = bytes.clone();
@@ -305,6 +323,11 @@ fn chunks_of_every_length_are_read_again_and_a_cut_between_chunks_is_no_end() {
         let plain: Vec<u8> = (0..=250).cycle().take(length).collect();
         let bytes = sealed(&plain);
         assert_eq!(opened(&bytes), (plain.clone(), Ok(())), "{length}");
+        let most = AgeRecipients::new(&[RECIPIENT])
+            .unwrap()
+            .file_bytes(length as u64);
+        let spare = most - bytes.len() as u64;
+        assert!(spare == 0 || spare == 16, "{length}: {spare}");
         let payload = bytes.len() - length - 16 * length.div_ceil(CHUNK).max(1);
         for chunks in 0..length.div_ceil(CHUNK).max(1) {
             let cut = &bytes[..payload + chunks * (CHUNK + 16)];

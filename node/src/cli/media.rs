@@ -2,9 +2,10 @@
 //! written here; what is taken in is judged and taken by the node, running or stopped (`run/media.rs`).
 
 use std::{
-    collections::{BTreeMap, HashSet},
-    fs::{self, File},
-    io::{self, BufReader, BufWriter, Read as _, Write},
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fs::{self, File, OpenOptions},
+    io::{self, BufWriter, Write},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -17,13 +18,16 @@ use tidelock_segments::{
     limits::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES},
     offline::{Offline, Progress},
     volume::{
-        AgeReader, AgeWriter, ENCRYPTED_MAGIC, EntryMark, MAX_VOLUME_LIST_BYTES, ReceiptMark,
-        VolumeEntry, VolumeError, VolumeHeader, VolumeList, VolumeReader, VolumeWriter,
+        AgeWriter, EntryMark, ReceiptMark, VolumeEntry, VolumeError, VolumeHeader, VolumeList,
+        VolumeWriter,
     },
 };
 
 use super::{
     ConfigArg, Exit, Failure, Output, keys,
+    medium::{
+        self, ENCRYPTED, LIST, Medium, Sought, UNFINISHED, UNFINISHED_LIST, VOLUME, open, shown,
+    },
     node::{Door, problem},
     output::{Bar, human_bytes},
     segment::Rooted,
@@ -34,11 +38,6 @@ use crate::{
     run::media::{ENTRIES_MAX, Stopped},
 };
 
-/// How the files of a medium end.
-const VOLUME: &str = ".tvol";
-const ENCRYPTED: &str = ".tvol.age";
-const LIST: &str = ".ids";
-const UNFINISHED: &str = ".part";
 /// Content of one request to a running node; base64 makes it a third more, and it takes 8 MiB.
 const REQUEST_BYTES: usize = 4 * 1024 * 1024;
 /// Entries of one request: each is synced to the disk, and a request has 30 seconds.
@@ -46,6 +45,9 @@ const ENTRIES_AT_ONCE: usize = 64;
 const _: () = assert!(ENTRIES_AT_ONCE <= ENTRIES_MAX && RECEIPTS_AT_ONCE <= ENTRIES_MAX);
 /// Segments that one request asks receipts for: 16 MiB of answer hold several for each.
 const RECEIPTS_AT_ONCE: usize = 32;
+/// Entries of one volume that may be damaged or forged; a session ends after a few. What is left of such a
+/// volume is not judged.
+const FORGED_MAX: u64 = 64;
 
 /// Whom an export is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -164,7 +166,7 @@ pub struct ImportArgs {
     /// For encrypted volumes: an age identity file, readable by its owner only.
     #[arg(long = "key", value_name = "FILE", value_hint = ValueHint::FilePath)]
     key: Option<PathBuf>,
-    /// Act on the printed plan.
+    /// Take in what the plan says; each entry is judged again.
     #[arg(long)]
     apply: bool,
     #[command(flatten)]
@@ -220,9 +222,22 @@ struct Found {
     candidates: Vec<Candidate>,
     /// Segments that receipts are carried home for.
     foreign: Vec<SegmentId>,
+    /// The keys of all that could go along.
+    keys: HashSet<[u8; 32]>,
     damaged: Vec<String>,
     /// Left out because the addressee holds it, or the medium does.
     known: u64,
+}
+
+impl Found {
+    /// Leaves out what a medium holds.
+    fn leave_out(&mut self, medium: &Medium) {
+        let all = self.candidates.len();
+        self.candidates
+            .retain(|candidate| !medium.held.contains(candidate.id.as_bytes()));
+        let left_out = all.saturating_sub(self.candidates.len());
+        self.known = self.known.saturating_add(left_out as u64);
+    }
 }
 
 pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure> {
@@ -234,20 +249,46 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         texts => Some(AgeRecipients::new(texts)?),
     };
     let node = &rooted.config.node;
+    if args.addressee.peer() == Some(&node.id) {
+        return Err(Failure::cannot_run(format!(
+            "--for {}: that is this node itself",
+            node.id
+        )));
+    }
     let now_unix_ms = wall_unix_ms();
-    let medium = Medium::look(&dir, &node.domain, &args.encrypt_to, output)?;
-    let mut found = find(&offline, args, &node.id, &medium, now_unix_ms, output)?;
+    let mut found = find(&offline, args, &node.id, now_unix_ms, output)?;
+    let mark = recipients
+        .is_some()
+        .then(|| VolumeList::recipients(&args.encrypt_to));
+    let exports = ExportIds {
+        domain: &node.domain,
+        exporter: &node.id,
+        addressee: args.addressee.peer(),
+        mark,
+    };
+    let sought = Sought {
+        domain: &node.domain,
+        recipients: mark,
+        keys: std::mem::take(&mut found.keys),
+        is_ours: &|id| exports.is_ours(id),
+    };
+    let medium = Medium::look(&dir, &sought, output)?;
+    found.leave_out(&medium);
+    // Gone on with under its own id, so that whoever imports finds it whole.
+    let (export_id, number) = medium
+        .interrupted()
+        .unwrap_or_else(|| (exports.make(now_unix_ms), 0));
     let receipts = receipts(args, &rooted, &medium, &found.foreign)?;
     let mut export = Export {
         dir: &dir,
         recipients: recipients.as_ref(),
-        mark: VolumeList::recipients(&args.encrypt_to),
+        mark: mark.unwrap_or_default(),
         header: VolumeHeader {
             domain: node.domain.clone(),
             exporter: node.id.clone(),
             addressee: args.addressee.peer().cloned(),
-            export_id: export_id(&node.id, now_unix_ms),
-            number: 0,
+            export_id,
+            number,
             created_unix_ms: now_unix_ms,
         },
         max_bytes: args.max_bytes,
@@ -256,6 +297,7 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         open: None,
         volumes: Vec::new(),
     };
+    let goes_on = number > 0;
     let total = found.candidates.len() as u64 + receipts.len() as u64;
     let mut bar = output.bar("exporting");
     let mut progress = Progress {
@@ -280,7 +322,7 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         }
         let entry = match step {
             Step::Receipt(entry) => Some(entry),
-            Step::Segment(candidate) if !export.fits(candidate.size_bytes)? => {
+            Step::Segment(candidate) if !export.fits(candidate.size_bytes) => {
                 (room, left) = (false, left + 1);
                 continue;
             }
@@ -299,7 +341,7 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         };
         let Some(entry) = entry else { continue };
         let bytes = entry.bytes.len() as u64;
-        if !export.fits(bytes)? {
+        if !export.fits(bytes) {
             (room, left) = (false, left + 1);
             continue;
         }
@@ -313,6 +355,10 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         progress.files += 1;
         progress.bytes += bytes;
         bar.show(progress);
+    }
+    if goes_on && export.open.is_none() {
+        // All of it is there but the word that it is.
+        export.begin()?;
     }
     export.finish(true)?;
     drop(bar);
@@ -382,106 +428,58 @@ fn target(to: &Path, root: &Path) -> Result<PathBuf, Failure> {
     Ok(dir)
 }
 
-fn export_id(node: &NodeId, now_unix_ms: u64) -> [u8; 16] {
-    let text = format!("{node} {now_unix_ms} {}", std::process::id());
-    let hash = SegmentId::of(text.as_bytes());
-    let mut id = [0; 16];
-    for (slot, byte) in id.iter_mut().zip(hash.as_bytes()) {
-        *slot = *byte;
-    }
-    id
+/// How an exporter tells its own exports from others, encrypted ones too: half of an export id is chosen, the
+/// other half is a hash of that, and of by whom, for whom and to whom.
+struct ExportIds<'a> {
+    domain: &'a DomainId,
+    exporter: &'a NodeId,
+    addressee: Option<&'a NodeId>,
+    mark: Option<[u8; 32]>,
 }
 
-/// What a medium holds already.
-#[derive(Debug, Default)]
-struct Medium {
-    held: HashSet<[u8; 32]>,
-    damaged: Vec<String>,
-}
-
-impl Medium {
-    /// Reads all volumes of the domain, so that a medium that lost something is found before it travels.
-    /// What an interrupted export left unfinished goes.
-    fn look(
-        dir: &Path,
-        domain: &DomainId,
-        encrypt_to: &[String],
-        output: Output,
-    ) -> Result<Self, Failure> {
-        let mut medium = Self::default();
-        let names = names(dir)?;
-        let mut bar = output.bar("reading the medium");
-        let mut progress = Progress {
-            files_total: names.len() as u64,
-            ..Progress::default()
-        };
-        for name in names {
-            let path = dir.join(&name);
-            progress.files += 1;
-            bar.show(progress);
-            if name.ends_with(UNFINISHED) {
-                fs::remove_file(&path).map_err(|e| Failure::at(&path, &e))?;
-            } else if name.ends_with(LIST) {
-                let mut bytes = Vec::new();
-                File::open(&path)
-                    .and_then(|file| {
-                        file.take(MAX_VOLUME_LIST_BYTES as u64 + 1)
-                            .read_to_end(&mut bytes)
-                    })
-                    .map_err(|e| Failure::at(&path, &e))?;
-                let volume = dir.join(name.replace(LIST, ENCRYPTED));
-                match VolumeList::decode(&bytes) {
-                    Some(list) if list.recipients == VolumeList::recipients(encrypt_to) => {
-                        if !encrypt_to.is_empty() && volume.exists() {
-                            medium.held.extend(list.keys);
-                        }
-                    }
-                    Some(_) => {}
-                    None => medium.damaged.push(format!("{name}: damaged")),
-                }
-            } else if name.ends_with(VOLUME) {
-                let read = open(&path, None).and_then(|mut volume| {
-                    if volume.header().domain != *domain {
-                        return Ok(());
-                    }
-                    while let Some(entry) = volume.next_entry()? {
-                        progress.bytes += entry.bytes.len() as u64;
-                        bar.show(progress);
-                        medium.held.insert(entry.mark.key());
-                    }
-                    Ok(())
-                });
-                if let Err(error) = read {
-                    medium.damaged.push(format!("{name}: {error}"));
-                }
-            }
+impl ExportIds<'_> {
+    fn with(&self, chosen: &[u8; 8]) -> [u8; 16] {
+        let mut hash = blake3::Hasher::new();
+        hash.update(b"tidelock export id v1\0");
+        hash.update(chosen);
+        let texts = [
+            self.domain.as_str(),
+            self.exporter.as_str(),
+            self.addressee.map_or("", NodeId::as_str),
+        ];
+        for text in texts {
+            hash.update(text.as_bytes());
+            hash.update(b"\n");
         }
-        Ok(medium)
-    }
-}
-
-/// The files of a medium that are ours, by their names, in order.
-fn names(dir: &Path) -> Result<Vec<String>, Failure> {
-    let mut all = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|e| Failure::at(dir, &e))? {
-        let name = entry.map_err(|e| Failure::at(dir, &e))?.file_name();
-        let Some(name) = name.to_str() else { continue };
-        let ours = [VOLUME, ENCRYPTED, LIST, UNFINISHED]
-            .iter()
-            .any(|end| name.ends_with(end));
-        if name.starts_with("tide-") && ours {
-            all.push(name.to_owned());
+        hash.update(&self.mark.unwrap_or_default());
+        let hash = hash.finalize();
+        let rest = hash.as_bytes().iter().take(8);
+        let mut id = [0; 16];
+        for (slot, byte) in id.iter_mut().zip(chosen.iter().chain(rest)) {
+            *slot = *byte;
         }
+        id
     }
-    all.sort();
-    Ok(all)
+
+    fn make(&self, now_unix_ms: u64) -> [u8; 16] {
+        let text = format!("{} {now_unix_ms} {}", self.exporter, std::process::id());
+        let (chosen, _) = blake3::hash(text.as_bytes())
+            .as_bytes()
+            .split_first_chunk::<8>()
+            .map_or(([0; 8], [].as_slice()), |(chosen, rest)| (*chosen, rest));
+        self.with(&chosen)
+    }
+
+    fn is_ours(&self, id: &[u8; 16]) -> bool {
+        id.split_first_chunk::<8>()
+            .is_some_and(|(chosen, _)| self.with(chosen) == *id)
+    }
 }
 
 fn find(
     offline: &Offline<'_>,
     args: &ExportArgs,
     own: &NodeId,
-    medium: &Medium,
     now_unix_ms: u64,
     output: Output,
 ) -> Result<Found, Failure> {
@@ -510,24 +508,26 @@ fn find(
             };
             let reference = info.reference;
             let log_of = reference.origin.audit_node();
-            if kind == Kind::Audit && info.created_unix_ms < since_unix_ms {
-                continue;
-            }
             let receipt_goes = addressee.is_none_or(|peer| log_of == Some(peer.as_str()));
             if kind == Kind::Audit && log_of != Some(own.as_str()) && receipt_goes {
                 found.foreign.push(id);
+                let others = custodians.get(&id).into_iter().flatten();
+                let keys = others.chain([own]).map(|c| receipt_mark(id, c).key());
+                found.keys.extend(keys);
             }
-            if args.receipts_only {
+            let too_old = kind == Kind::Audit && info.created_unix_ms < since_unix_ms;
+            if args.receipts_only || too_old {
                 continue;
             }
             let known = addressee.is_some_and(|peer| {
                 log_of == Some(peer.as_str())
                     || custodians.get(&id).is_some_and(|all| all.contains(peer))
             });
-            if known || medium.held.contains(id.as_bytes()) {
+            if known {
                 found.known += 1;
                 continue;
             }
+            found.keys.insert(*id.as_bytes());
             let next = origins.len();
             let origin = *origins.entry(reference.origin).or_insert(next);
             found.candidates.push(Candidate {
@@ -556,6 +556,13 @@ fn find(
     Ok(found)
 }
 
+fn receipt_mark(segment_id: SegmentId, custodian: &NodeId) -> EntryMark {
+    EntryMark::Receipt(ReceiptMark {
+        segment_id,
+        custodian: custodian.clone(),
+    })
+}
+
 /// The receipts to carry home, as entries.
 fn receipts(
     args: &ExportArgs,
@@ -564,15 +571,9 @@ fn receipts(
     foreign: &[SegmentId],
 ) -> Result<Vec<VolumeEntry>, Failure> {
     let own = &rooted.config.node.id;
-    let mark = |segment_id: SegmentId, custodian: NodeId| {
-        EntryMark::Receipt(ReceiptMark {
-            segment_id,
-            custodian,
-        })
-    };
     let wanted: Vec<&SegmentId> = foreign
         .iter()
-        .filter(|id| !medium.held.contains(&mark(**id, own.clone()).key()))
+        .filter(|id| !medium.held.contains(&receipt_mark(**id, own).key()))
         .collect();
     if wanted.is_empty() {
         return Ok(Vec::new());
@@ -582,10 +583,10 @@ fn receipts(
     for some in wanted.chunks(RECEIPTS_AT_ONCE) {
         let answer = backend.operate("media.receipts", &json!({"ids": some}), false)?;
         for receipt in list(&answer, "receipts") {
-            let mark = EntryMark::Receipt(ReceiptMark {
-                segment_id: text(receipt, "segment_id").parse()?,
-                custodian: NodeId::new(text(receipt, "custodian"))?,
-            });
+            let mark = receipt_mark(
+                text(receipt, "segment_id").parse()?,
+                &NodeId::new(text(receipt, "custodian"))?,
+            );
             if !medium.held.contains(&mark.key()) {
                 entries.push(VolumeEntry {
                     mark,
@@ -608,10 +609,28 @@ fn text<'v>(value: &'v Value, name: &str) -> &'v str {
     value.get(name).and_then(Value::as_str).unwrap_or_default()
 }
 
+/// A file being written, and the hash of what went into it.
+struct Hashed {
+    file: BufWriter<File>,
+    hash: blake3::Hasher,
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(bytes)?;
+        self.hash.update(bytes.get(..count).unwrap_or_default());
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
 /// Where a volume is written to.
 enum Sink {
     Plain(BufWriter<File>),
-    Age(Box<AgeWriter<BufWriter<File>>>),
+    Age(Box<AgeWriter<Hashed>>),
 }
 
 impl Write for Sink {
@@ -631,16 +650,29 @@ impl Write for Sink {
 }
 
 impl Sink {
-    /// Brings all of it to the device.
-    fn sync(self) -> io::Result<u64> {
-        let buffered = match self {
-            Self::Plain(file) => file,
-            Self::Age(file) => file.finish()?,
+    /// Brings all of it to the device: its length, and the hash of an encrypted one.
+    fn sync(self) -> io::Result<(u64, Option<[u8; 32]>)> {
+        let (file, hash) = match self {
+            Self::Plain(file) => (file, None),
+            Self::Age(file) => {
+                let Hashed { file, hash } = file.finish()?;
+                (file, Some(*hash.finalize().as_bytes()))
+            }
         };
-        let file = buffered.into_inner().map_err(|e| e.into_error())?;
+        let file = file.into_inner().map_err(|e| e.into_error())?;
         file.sync_all()?;
-        Ok(file.metadata()?.len())
+        Ok((file.metadata()?.len(), hash))
     }
+}
+
+/// Makes a file on a medium: new, never through a link, and as private as the root that it comes from, where
+/// the medium keeps modes.
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
 }
 
 struct OpenVolume {
@@ -663,52 +695,82 @@ struct Export<'a> {
 }
 
 impl Export<'_> {
-    /// Whether an entry of this length still goes along in this run; ends a full volume.
-    fn fits(&mut self, body_bytes: u64) -> Result<bool, Failure> {
+    /// What a volume of so many bytes and entries costs on the medium, its list included.
+    fn cost(&self, plain_bytes: u64, entries: usize) -> u64 {
+        self.recipients.map_or(plain_bytes, |to| {
+            to.file_bytes(plain_bytes)
+                .saturating_add(VolumeList::bytes(entries))
+        })
+    }
+
+    /// How long a volume may become before it is encrypted.
+    fn plain_bytes_max(&self) -> u64 {
+        let around = |to: &AgeRecipients| to.file_bytes(self.volume_bytes) - self.volume_bytes;
+        self.volume_bytes
+            .saturating_sub(self.recipients.map_or(0, around))
+    }
+
+    /// Whether the open volume is full for an entry of this length.
+    fn is_full(&self, body_bytes: u64) -> bool {
+        let full =
+            |volume: &OpenVolume| !volume.writer.has_room(body_bytes, self.plain_bytes_max());
+        self.open.as_ref().is_some_and(full)
+    }
+
+    /// Whether an entry of this length still goes along in this run.
+    fn fits(&self, body_bytes: u64) -> bool {
         // What an entry and a volume cost beside the body, at most.
         const AROUND: u64 = 2_048;
-        let open = self.open.as_ref();
-        let now = self
-            .written_bytes
-            .saturating_add(open.map_or(0, |volume| volume.writer.bytes()));
-        if now.saturating_add(body_bytes).saturating_add(AROUND) > self.max_bytes {
-            return Ok(false);
-        }
-        if open.is_some_and(|volume| !volume.writer.has_room(body_bytes, self.volume_bytes)) {
-            self.finish(false)?;
-        }
-        Ok(true)
+        let (bytes, entries) = self.open.as_ref().map_or((0, 0), |volume| {
+            (volume.writer.bytes(), volume.writer.entries())
+        });
+        let (before, bytes, entries) = match self.is_full(body_bytes) {
+            true => (self.cost(bytes, entries), 0, 0),
+            false => (0, bytes, entries),
+        };
+        let grown = bytes.saturating_add(body_bytes).saturating_add(AROUND);
+        self.written_bytes
+            .saturating_add(before)
+            .saturating_add(self.cost(grown, entries.saturating_add(1)))
+            <= self.max_bytes
     }
 
     fn part(&self, stem: &str) -> PathBuf {
         self.dir.join(format!("{stem}{UNFINISHED}"))
     }
 
+    /// Begins the next volume.
+    fn begin(&mut self) -> Result<(), Failure> {
+        self.header.number = self.header.number.saturating_add(1);
+        let stem = medium::stem(&self.header.export_id, self.header.number);
+        let path = self.part(&stem);
+        let file = create(&path).map_err(|e| Failure::at(&path, &e))?;
+        let file = BufWriter::new(file);
+        let sink = match self.recipients {
+            None => Sink::Plain(file),
+            Some(to) => {
+                let hash = blake3::Hasher::new();
+                let hashed = Hashed { file, hash };
+                let writer = AgeWriter::new(hashed, to).map_err(|e| self.gave_up(&stem, &e))?;
+                Sink::Age(Box::new(writer))
+            }
+        };
+        let writer = VolumeWriter::new(sink, &self.header).map_err(|e| self.gave_up(&stem, &e))?;
+        self.open = Some(OpenVolume {
+            stem,
+            writer,
+            keys: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// Writes an entry; a full volume is ended only now, so that there is always one to be the last.
     fn push(&mut self, entry: &VolumeEntry) -> Result<(), Failure> {
+        if self.is_full(entry.bytes.len() as u64) {
+            self.finish(false)?;
+        }
         if self.open.is_none() {
-            self.header.number += 1;
-            let export = self.header.export();
-            let stem = format!(
-                "tide-{}-{:04}",
-                export.get(..16).unwrap_or(&export),
-                self.header.number
-            );
-            let path = self.part(&stem);
-            let file = File::create_new(&path).map_err(|e| Failure::at(&path, &e))?;
-            let file = BufWriter::new(file);
-            let sink = match self.recipients {
-                None => Sink::Plain(file),
-                Some(to) => Sink::Age(Box::new(
-                    AgeWriter::new(file, to).map_err(|e| self.gave_up(&stem, &e))?,
-                )),
-            };
-            let writer =
-                VolumeWriter::new(sink, &self.header).map_err(|e| self.gave_up(&stem, &e))?;
-            self.open = Some(OpenVolume {
-                stem,
-                writer,
-                keys: Vec::new(),
-            });
+            self.begin()?;
         }
         let Some(volume) = &mut self.open else {
             return Ok(());
@@ -724,6 +786,7 @@ impl Export<'_> {
         let path = self.part(stem);
         // Where even that fails, the next export onto this medium removes it.
         let _ = fs::remove_file(&path);
+        let _ = fs::remove_file(self.dir.join(format!("{stem}{UNFINISHED_LIST}")));
         Failure::cannot_run(format!(
             "{}: {why}; {} volumes of this export are whole, run it again for the rest",
             path.display(),
@@ -737,21 +800,34 @@ impl Export<'_> {
             return Ok(());
         };
         let named = || -> Result<(String, u64), VolumeError> {
-            let bytes = writer.finish(last)?.sync()?;
-            let end = match self.recipients {
-                Some(_) => ENCRYPTED,
-                None => VOLUME,
-            };
-            let name = format!("{stem}{end}");
-            fs::rename(self.part(&stem), self.dir.join(&name))?;
-            if self.recipients.is_some() {
+            let (mut bytes, hash) = writer.finish(last)?.sync()?;
+            let unnamed_list = self.dir.join(format!("{stem}{UNFINISHED_LIST}"));
+            if let Some(file_hash) = hash {
                 let list = VolumeList {
                     recipients: self.mark,
+                    export_id: self.header.export_id,
+                    number: self.header.number,
+                    last,
+                    file_bytes: bytes,
+                    file_hash,
                     keys,
                 };
-                let mut file = File::create_new(self.dir.join(format!("{stem}{LIST}")))?;
-                file.write_all(&list.encode())?;
+                let list = list.encode();
+                let mut file = create(&unnamed_list)?;
+                file.write_all(&list)?;
                 file.sync_all()?;
+                bytes = bytes.saturating_add(list.len() as u64);
+            }
+            let end = hash.map_or(VOLUME, |_| ENCRYPTED);
+            let name = format!("{stem}{end}");
+            let path = self.dir.join(&name);
+            // Nothing on a medium is ever replaced.
+            if fs::symlink_metadata(&path).is_ok() {
+                return Err(VolumeError::Io(format!("{name} is there already")));
+            }
+            fs::rename(self.part(&stem), path)?;
+            if hash.is_some() {
+                fs::rename(unnamed_list, self.dir.join(format!("{stem}{LIST}")))?;
             }
             File::open(self.dir)?.sync_all()?;
             Ok((name, bytes))
@@ -764,19 +840,6 @@ impl Export<'_> {
 }
 
 // ---- import -------------------------------------------------------------------------------------
-
-/// A volume file, decrypted where it must be.
-type Reader = VolumeReader<Box<dyn io::Read>>;
-
-fn open(path: &Path, key: Option<&AgeIdentity>) -> Result<Reader, VolumeError> {
-    use io::BufRead as _;
-    let mut file = BufReader::with_capacity(256 * 1024, File::open(path)?);
-    if !file.fill_buf()?.starts_with(ENCRYPTED_MAGIC) {
-        return VolumeReader::open(Box::new(file));
-    }
-    let nobody = || VolumeError::Crypt(tidelock_segments::CryptError::NoKey);
-    VolumeReader::open(Box::new(AgeReader::new(file, key.ok_or_else(nobody)?)?))
-}
 
 /// The order in which entries take effect: what revokes before what could be revoked (INV-11). Receipts
 /// give room back before audit takes it.
@@ -879,9 +942,8 @@ fn faults(volumes: &[Volume]) -> Vec<String> {
     }
     for (export, (numbers, torn)) in exports {
         let highest = numbers.keys().next_back().copied().unwrap_or_default();
-        let missing = (1..=highest)
-            .filter(|number| !numbers.contains_key(number))
-            .count();
+        let here = numbers.range(1..).count() as u64;
+        let missing = u64::from(highest).saturating_sub(here);
         if missing > 0 {
             all.push(format!(
                 "MISSING_VOLUME: {missing} of the first {highest} volumes of export {export} are not here"
@@ -901,12 +963,14 @@ pub(super) fn import(args: &ImportArgs, output: Output) -> Result<Exit, Failure>
     // Says so where there is no root; opening a node would make one.
     drop(rooted.offline()?);
     let key = args.key.as_deref().map(keys::identity).transpose()?;
-    let paths: Vec<PathBuf> = match args.path.is_dir() {
-        false => vec![args.path.clone()],
-        true => names(&args.path)?
+    // A link that the operator names is followed; none that lies on the medium is.
+    let path = fs::canonicalize(&args.path).map_err(|e| Failure::at(&args.path, &e))?;
+    let paths: Vec<PathBuf> = match path.is_dir() {
+        false => vec![path],
+        true => medium::names(&path)?
             .into_iter()
             .filter(|name| name.ends_with(VOLUME) || name.ends_with(ENCRYPTED))
-            .map(|name| args.path.join(name))
+            .map(|name| path.join(name))
             .collect(),
     };
     if paths.is_empty() {
@@ -951,6 +1015,9 @@ pub(super) fn import(args: &ImportArgs, output: Output) -> Result<Exit, Failure>
             files_total: volumes.iter().flat_map(|v| v.counts.values()).sum(),
             ..Progress::default()
         },
+        faults: faulty,
+        unsound: BTreeSet::new(),
+        forged: BTreeMap::new(),
     };
     work.begin(&volumes, &rooted.config.node.id);
     let ended = Class::ALL.into_iter().try_for_each(|class| {
@@ -958,13 +1025,13 @@ pub(super) fn import(args: &ImportArgs, output: Output) -> Result<Exit, Failure>
             .iter()
             .try_for_each(|volume| work.class(class, volume, key.as_ref()))
     });
-    let refused = work.count("refused");
-    work.end(&faulty, ended.as_ref().err());
+    let sound = work.count("refused") == 0 && work.faults.is_empty();
+    work.end(ended.as_ref().err());
     match ended {
         Err(failure) if !output.is_json() => Err(failure),
         Err(failure) => Ok(failure.exit),
-        Ok(()) if refused > 0 || !faulty.is_empty() => Ok(Exit::Failed),
-        Ok(()) => Ok(Exit::Done),
+        Ok(()) if sound => Ok(Exit::Done),
+        Ok(()) => Ok(Exit::Failed),
     }
 }
 
@@ -978,6 +1045,11 @@ struct Import {
     counts: BTreeMap<(String, Class), u64>,
     bar: Bar,
     progress: Progress,
+    faults: Vec<String>,
+    /// Volumes of which no more is read.
+    unsound: BTreeSet<PathBuf>,
+    /// Damaged and forged entries of each volume.
+    forged: BTreeMap<PathBuf, u64>,
 }
 
 impl Import {
@@ -1019,13 +1091,19 @@ impl Import {
             };
             self.output.part(&format!(
                 "  {}: volume {} from {}{meant}, {} entries, {}\n",
-                volume.name,
+                shown(&volume.name),
                 volume.header.number,
                 volume.header.exporter,
                 volume.counts.values().sum::<u64>(),
                 human_bytes(volume.bytes)
             ));
         }
+    }
+
+    /// No more is read of a volume; the others go on.
+    fn give_up(&mut self, volume: &Volume, why: &dyn std::fmt::Display) {
+        self.faults.push(format!("{}: {why}", volume.name));
+        self.unsound.insert(volume.path.clone());
     }
 
     /// Gives the entries of one class of one volume to the node.
@@ -1035,33 +1113,54 @@ impl Import {
         volume: &Volume,
         key: Option<&AgeIdentity>,
     ) -> Result<(), Failure> {
-        let mut left = volume.counts.get(&class).copied().unwrap_or_default();
-        if left == 0 {
+        let left = volume.counts.get(&class).copied().unwrap_or_default();
+        if left == 0 || self.unsound.contains(&volume.path) {
             return Ok(());
         }
-        let changed = |e: &dyn std::fmt::Display| {
-            Failure::failed(format!("{}: changed while it was read: {e}", volume.name))
-        };
-        let mut reader = open(&volume.path, key).map_err(|e| changed(&e))?;
         let mut batch: Vec<VolumeEntry> = Vec::new();
+        let changed = self.batches(class, volume, left, key, &mut batch)?;
+        // What was read before is sound.
+        self.send(class, volume, batch)?;
+        if let Some(why) = changed {
+            let why = format!("VOLUME: changed while it was read: {why}");
+            self.give_up(volume, &why);
+        }
+        Ok(())
+    }
+
+    /// Sends full batches, and leaves the last one; why the volume cannot be read as it was before.
+    fn batches(
+        &mut self,
+        class: Class,
+        volume: &Volume,
+        mut left: u64,
+        key: Option<&AgeIdentity>,
+        batch: &mut Vec<VolumeEntry>,
+    ) -> Result<Option<String>, Failure> {
+        let mut reader = match open(&volume.path, key) {
+            Ok(reader) if *reader.header() == volume.header => reader,
+            Ok(_) => return Ok(Some("it is another volume now".to_owned())),
+            Err(error) => return Ok(Some(error.to_string())),
+        };
         let mut batch_bytes = 0;
-        while left > 0 {
-            let entry = reader
-                .next_entry()
-                .map_err(|e| changed(&e))?
-                .ok_or_else(|| changed(&"it is shorter now"))?;
+        while left > 0 && !self.unsound.contains(&volume.path) {
+            let entry = match reader.next_entry() {
+                Ok(Some(entry)) => entry,
+                Ok(None) => return Ok(Some("it is shorter now".to_owned())),
+                Err(error) => return Ok(Some(error.to_string())),
+            };
             if Class::of(&entry.mark) != class {
                 continue;
             }
             left -= 1;
             if batch_bytes + entry.bytes.len() > REQUEST_BYTES || batch.len() >= ENTRIES_AT_ONCE {
-                self.send(class, volume, std::mem::take(&mut batch))?;
+                self.send(class, volume, std::mem::take(batch))?;
                 batch_bytes = 0;
             }
             batch_bytes += entry.bytes.len();
             batch.push(entry);
         }
-        self.send(class, volume, batch)
+        Ok(None)
     }
 
     fn send(
@@ -1090,7 +1189,7 @@ impl Import {
             entries.push(json!({"mark": mark, "bytes": content}));
             self.progress.bytes += bytes.len() as u64;
         }
-        if entries.is_empty() {
+        if entries.is_empty() || self.unsound.contains(&volume.path) {
             return Ok(());
         }
         let body = json!({
@@ -1112,6 +1211,12 @@ impl Import {
         for (entry, result) in batch.iter().zip(results) {
             self.entry(class, volume, &entry.mark, result);
         }
+        if self.forged.get(&volume.path) >= Some(&FORGED_MAX) {
+            let why = format!(
+                "FORGED: {FORGED_MAX} entries or more are damaged or forged; the rest of it was not judged"
+            );
+            self.give_up(volume, &why);
+        }
         self.bar.show(self.progress);
         Ok(())
     }
@@ -1120,6 +1225,9 @@ impl Import {
         self.progress.files += 1;
         let fate = text(result, "fate");
         *self.counts.entry((fate.to_owned(), class)).or_default() += 1;
+        if result.get("forged").and_then(Value::as_bool) == Some(true) {
+            *self.forged.entry(volume.path.clone()).or_default() += 1;
+        }
         if self.output.is_json() {
             let mut line = json!({"file": volume.name});
             let more = [Some(result.clone()), serde_json::to_value(mark).ok()];
@@ -1141,12 +1249,12 @@ impl Import {
             self.output.part(&format!(
                 "REFUSED {what}: {}: {}\n",
                 text(result, "code"),
-                text(result, "message")
+                shown(text(result, "message"))
             ));
         }
     }
 
-    fn end(self, faults: &[String], failure: Option<&Failure>) {
+    fn end(self, failure: Option<&Failure>) {
         let mut counts: BTreeMap<String, BTreeMap<String, u64>> = BTreeMap::new();
         for ((fate, class), count) in &self.counts {
             let class = format!("{class:?}").to_lowercase();
@@ -1156,7 +1264,12 @@ impl Import {
                 .entry(class)
                 .or_default() += count;
         }
-        let Self { output, apply, .. } = self;
+        let Self {
+            output,
+            apply,
+            faults,
+            ..
+        } = self;
         if output.is_json() {
             output.part(&format!(
                 "],\"fates\":{},\"faults\":{},\"error\":{}}}\n",
@@ -1167,7 +1280,7 @@ impl Import {
             return;
         }
         for fault in faults {
-            output.part(&format!("FAULT {fault}\n"));
+            output.part(&format!("FAULT {}\n", shown(&fault)));
         }
         for (fate, classes) in counts {
             let word = match (fate.as_str(), apply) {

@@ -10,6 +10,7 @@ mod decide;
 mod doctor;
 mod keys;
 mod media;
+mod medium;
 mod node;
 mod output;
 mod proof;

@@ -10,14 +10,11 @@ use zeroize::Zeroizing;
 
 use super::VolumeError;
 use crate::age::{
-    AgeIdentity, AgeRecipients, NONCE_BYTES, PayloadKey, TAG_BYTES, VERSION_LINE, chunk_nonce,
-    open, seal,
+    AgeIdentity, AgeRecipients, CHUNK_BYTES, NONCE_BYTES, PayloadKey, TAG_BYTES, VERSION_LINE,
+    chunk_nonce, open, seal,
 };
 use crate::crypt::CryptError;
 use crate::limits::MAX_VOLUME_AGE_HEADER_BYTES;
-
-/// Content of a chunk.
-const CHUNK_BYTES: usize = 64 * 1024;
 
 /// The first bytes of an encrypted volume.
 pub const ENCRYPTED_MAGIC: &[u8] = VERSION_LINE.as_bytes();
@@ -167,7 +164,9 @@ impl<R: Read> AgeReader<R> {
                 })?
             }
         };
-        if self.ended && self.read.read(&mut [0])? != 0 {
+        // Nothing follows the last chunk, and only an empty file has an empty one.
+        let empty = self.plain.is_empty() && self.chunk > 0;
+        if self.ended && (empty || self.read.read(&mut [0])? != 0) {
             return Err(io::ErrorKind::InvalidData.into());
         }
         self.chunk = self.chunk.checked_add(1).ok_or_else(refused)?;
@@ -191,5 +190,34 @@ impl<R: Read> Read for AgeReader<R> {
         }
         self.given += count;
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the age specification says: an empty last chunk stands only in an empty file.
+    #[test]
+    fn an_empty_chunk_at_the_end_of_a_file_that_holds_something_is_refused() {
+        let to =
+            AgeRecipients::new(&["age1zvkyg2lqzraa2lnjvqej32nkuu0ues2s82hzrye869xeexvn73equnujwj"])
+                .unwrap();
+        let identity = AgeIdentity::parse(
+            "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX",
+        )
+        .unwrap();
+        for (early, sound) in [(false, true), (true, false)] {
+            let mut writer = AgeWriter::new(Vec::new(), &to).unwrap();
+            writer.write_all(&[7; CHUNK_BYTES]).unwrap();
+            if early {
+                writer.end_chunk(false).unwrap();
+            }
+            let bytes = writer.finish().unwrap();
+            let mut plain = Vec::new();
+            let mut reader = AgeReader::new(bytes.as_slice(), &identity).unwrap();
+            assert_eq!(reader.read_to_end(&mut plain).is_ok(), sound);
+            assert_eq!(plain, [7; CHUNK_BYTES]);
+        }
     }
 }
