@@ -1,7 +1,8 @@
 //! Keys that a reader brings: a site key or an age identity, for encrypted records.
 
 use std::{
-    fs,
+    fs::File,
+    io::Read as _,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -9,8 +10,12 @@ use std::{
 
 use clap::{Args, ValueHint};
 use tidelock_segments::{AgeIdentity, KEY_BYTES, KeyUnwrap, Sha256Hash, SiteKey};
+use zeroize::Zeroizing;
 
 use super::Failure;
+
+/// Largest key file: 16 identities and what is written around them.
+const KEY_FILE_BYTES_MAX: usize = 16 * 1024;
 
 /// With what encrypted records are read.
 #[derive(Debug, Args)]
@@ -49,17 +54,24 @@ pub(super) fn identity(path: &Path) -> Result<AgeIdentity, Failure> {
     AgeIdentity::parse(text).map_err(|e| Failure::at(path, &e))
 }
 
-/// The bytes of a file that only its owner may read.
-fn private(path: &Path) -> Result<Vec<u8>, Failure> {
-    let mode = fs::metadata(path)
-        .map_err(|e| Failure::at(path, &e))?
-        .permissions()
-        .mode();
+/// The bytes of a file that only its owner may read. The mode is that of the file that is read, whatever
+/// has its name by then.
+fn private(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    let at = |e: &dyn std::fmt::Display| Failure::at(path, e);
+    let file = File::open(path).map_err(|e| at(&e))?;
+    let mode = file.metadata().map_err(|e| at(&e))?.permissions().mode();
     if mode & 0o077 != 0 {
-        return Err(Failure::at(
-            path,
+        return Err(at(
             &"group or others have rights to this key; run chmod go= on it",
         ));
     }
-    fs::read(path).map_err(|e| Failure::at(path, &e))
+    // Of its full length from the start: a buffer that grows leaves copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(KEY_FILE_BYTES_MAX + 1));
+    file.take(KEY_FILE_BYTES_MAX as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| at(&e))?;
+    match bytes.len() > KEY_FILE_BYTES_MAX {
+        true => Err(at(&"too long for a key")),
+        false => Ok(bytes),
+    }
 }

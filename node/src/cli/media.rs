@@ -356,8 +356,8 @@ pub(super) fn export(args: &ExportArgs, output: Output) -> Result<Exit, Failure>
         progress.bytes += bytes;
         bar.show(progress);
     }
-    if goes_on && export.open.is_none() {
-        // All of it is there but the word that it is.
+    if goes_on && export.open.is_none() && export.fits(0) {
+        // Nothing more goes along: what is missing is the word that nothing follows.
         export.begin()?;
     }
     export.finish(true)?;
