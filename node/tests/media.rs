@@ -913,3 +913,20 @@ fn a_volume_full_of_forgeries_is_given_up() {
         (1, 20, (0..2).collect())
     );
 }
+
+/// What came twice, on two mules' media, was planned twice, and refused for want of room that it does not need.
+#[test]
+fn what_lies_twice_on_a_medium_is_planned_once() {
+    let pair = Pair::new(3);
+    let volumes = pair.export_of("1MiB", &[]);
+    let medium = |name: &str| pair.site.path("m").join(name);
+    let (header, good, _) = entries(&medium(&volumes[0]));
+    let twice = [&good[..], &good].concat();
+    write(&medium(&volumes[0]), &header, &twice, true);
+    fs::copy(medium(&volumes[0]), medium("tide-copy.tvol")).unwrap();
+    let (code, plan) = pair.import(&[]);
+    assert_eq!((code, fate(&plan, "new")), (0, 4), "{plan}");
+    let (code, taken) = pair.import(&["--apply"]);
+    assert_eq!((code, fate(&taken, "new")), (0, 4), "{taken}");
+    assert_eq!(taken["fates"], plan["fates"]);
+}

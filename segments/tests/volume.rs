@@ -197,6 +197,24 @@ fn an_entry_is_what_its_mark_names_or_it_is_not() {
 }
 
 #[test]
+fn an_index_that_lies_under_a_right_check_is_found() {
+    let all = entries();
+    let bytes = volume(&all, true);
+    let index = bytes.len() - 32 - 64;
+    for at in index..bytes.len() - 32 {
+        let mut bad = bytes.clone();
+        bad[at] ^= 1;
+        let end = bad.len() - 32;
+        let check = blake3::hash(&bad[..end]);
+        bad[end..].copy_from_slice(check.as_bytes());
+        let (sound, end) = read(&bad);
+        assert_eq!(sound, all, "byte {at}");
+        let found = matches!(end, Err(VolumeError::Index | VolumeError::Codec { .. }));
+        assert!(found, "byte {at}: {end:?}");
+    }
+}
+
+#[test]
 fn a_volume_says_when_it_is_full() {
     let mut writer = VolumeWriter::new(std::io::sink(), &header(1)).unwrap();
     assert!(writer.has_room(32 << 20, 4096), "the first goes in");

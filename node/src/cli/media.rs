@@ -1016,6 +1016,7 @@ pub(super) fn import(args: &ImportArgs, output: Output) -> Result<Exit, Failure>
             ..Progress::default()
         },
         faults: faulty,
+        planned: HashSet::new(),
         unsound: BTreeSet::new(),
         forged: BTreeMap::new(),
     };
@@ -1046,6 +1047,8 @@ struct Import {
     bar: Bar,
     progress: Progress,
     faults: Vec<String>,
+    /// What the plan would take: as much as there is room for, and what is signed by those who may.
+    planned: HashSet<[u8; 32]>,
     /// Volumes of which no more is read.
     unsound: BTreeSet<PathBuf>,
     /// Damaged and forged entries of each volume.
@@ -1153,6 +1156,11 @@ impl Import {
                 continue;
             }
             left -= 1;
+            if self.planned.contains(&entry.mark.key()) && entry.is_as_marked() {
+                // By the time that it is its turn it will be.
+                self.entry(class, volume, &entry.mark, &json!({"fate": "held"}));
+                continue;
+            }
             if batch_bytes + entry.bytes.len() > REQUEST_BYTES || batch.len() >= ENTRIES_AT_ONCE {
                 self.send(class, volume, std::mem::take(batch))?;
                 batch_bytes = 0;
@@ -1225,6 +1233,9 @@ impl Import {
         self.progress.files += 1;
         let fate = text(result, "fate");
         *self.counts.entry((fate.to_owned(), class)).or_default() += 1;
+        if !self.apply && fate == "new" {
+            self.planned.insert(mark.key());
+        }
         if result.get("forged").and_then(Value::as_bool) == Some(true) {
             *self.forged.entry(volume.path.clone()).or_default() += 1;
         }

@@ -5,7 +5,7 @@
 //! the way of one that came in a session: the same wishes, the same admission, the same custody.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::{Arc, PoisonError},
     time::Duration,
@@ -207,18 +207,24 @@ impl Node {
                 .map_err(unrecorded)?;
         }
         let mut planned_bytes = import.planned_bytes;
+        let mut planned = BTreeSet::new();
         let mut results = Vec::new();
         let mut counts: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut codes: BTreeMap<&'static str, u64> = BTreeMap::new();
         let mut refused = Vec::new();
         for (mark, bytes) in entries {
             let fate = match &mark {
+                // By the time that it is its turn it will be.
+                mark if !acts && planned.contains(&mark.key()) => Fate::Held,
                 EntryMark::Segment(reference) => {
                     let planned = (!acts).then_some(&mut planned_bytes);
                     self.media_segment(&import.exporter, reference, bytes, planned)
                 }
                 EntryMark::Receipt(mark) => self.media_receipt(mark, &bytes, acts),
             };
+            if matches!(fate, Fate::New) {
+                planned.insert(mark.key());
+            }
             *counts.entry(fate.word()).or_default() += 1;
             if let Fate::Refused(denied) = &fate {
                 *codes.entry(denied.code).or_default() += 1;
