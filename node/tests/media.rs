@@ -930,3 +930,50 @@ fn what_lies_twice_on_a_medium_is_planned_once() {
     assert_eq!((code, fate(&taken, "new")), (0, 4), "{taken}");
     assert_eq!(taken["fates"], plan["fates"]);
 }
+
+/// Ruling 4, and INV-16: what was good when it was written is judged by what is known when it arrives.
+#[test]
+fn receipts_of_the_revoked_license_nothing_and_an_old_medium_takes_nothing_back() {
+    let pair = Pair::new(2);
+    pair.export_of("1MiB", &[]);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    let home = ["segment", "export", "--to", "back", "--for", "a"];
+    let home = [&home[..], &["--receipts-only"]].concat();
+    assert_eq!(pair.be("b").json(&home)["receipts"], 2);
+    let import = |more: &[&str]| {
+        let args = [&["segment", "import", "back", "--json"], more].concat();
+        let ran = pair.be("a").tidelock(&args);
+        (ran.code, ran.json())
+    };
+    // The control.
+    let (code, plan) = import(&[]);
+    assert_eq!((code, fate(&plan, "new")), (0, 2), "{plan}");
+
+    let site = pair.be("a");
+    site.ok(&["ca", "revoke", "--dir", "ca", "b", "--apply"]);
+    site.ok(&["ca", "crl", "--dir", "ca"]);
+    let node = site.start();
+    site.ok(&["crl", "import", "ca/crl.pem", "--apply"]);
+    let unlicensed = || site.status()["audit"]["unlicensed_segments"].as_u64();
+    assert_eq!(unlicensed(), Some(2));
+    let (code, refused) = import(&["--apply"]);
+    assert_eq!(
+        (code, codes(&refused), fate(&refused, "new")),
+        (1, ["CERT_REVOKED".to_owned()].into(), 0),
+        "{refused}"
+    );
+    assert_eq!(unlicensed(), Some(2));
+
+    // The medium of before the revocation: its CRL is older than the one in force, and stays so.
+    let ran = site.ok(&["segment", "import", "m", "--json", "--apply"]);
+    let old = ran.json();
+    assert_eq!(old["fates"]["not_wanted"]["revocation"], 1, "{old}");
+    assert_eq!(fate(&old, "new"), 0, "{old}");
+    assert!(node.stop().success());
+    let (code, still) = import(&[]);
+    assert_eq!(
+        (code, fate(&still, "new")),
+        (1, 0),
+        "a stopped node agrees: {still}"
+    );
+}
