@@ -240,6 +240,31 @@ impl RetryBudget {
         rested
     }
 
+    /// Asks for one dial because of a hint that anybody may have given, and charges it when it is granted:
+    /// to what is left at the session's pace, and after that as an immediate dial, of which there is one
+    /// per link-up interval. The slow pace of the peer's own dials is never pushed back by it.
+    ///
+    /// # Errors
+    /// The budget is spent and the link-up interval since the last immediate dial has not passed.
+    pub fn try_hinted(&mut self, now: Duration) -> Result<(), BudgetSpent> {
+        self.observe(now);
+        if self.left > 0 {
+            self.left -= 1;
+            return Ok(());
+        }
+        // INV-12: time grants single dials; it never refills the budget.
+        if let Some(last) = self.last_grant {
+            let elapsed = now.saturating_sub(last);
+            if elapsed < self.config.link_up_interval {
+                return Err(BudgetSpent {
+                    retry_after: self.config.link_up_interval - elapsed,
+                });
+            }
+        }
+        self.last_grant = Some(now);
+        Ok(())
+    }
+
     /// Dials left at the session's pace.
     #[must_use]
     pub fn left(&self) -> u32 {
@@ -376,6 +401,38 @@ mod tests {
         let dials = (1..=year_s).filter(|s| budget.try_dial(Duration::from_secs(*s)).is_ok());
         assert_eq!(dials.count() as u64, year_s / 60);
         assert!(budget.is_spent(), "no timer refilled it");
+    }
+
+    #[test]
+    fn inv_12_hints_share_the_budget_and_never_push_the_slow_pace_back() {
+        let mut budget = RetryBudget::new(BUDGET).unwrap();
+        budget.try_dial(Duration::ZERO).unwrap();
+        // A hint every second for an hour: what was left, then one per link-up interval.
+        let mut own = 0;
+        let mut hinted = 0;
+        for s in 0..3_600 {
+            let now = Duration::from_secs(s);
+            hinted += u64::from(budget.try_hinted(now).is_ok());
+            own += u64::from(budget.try_dial(now).is_ok());
+        }
+        assert_eq!(budget.left(), 0);
+        assert!(
+            hinted <= u64::from(BUDGET.dials) + 3_600 / 5 + 1,
+            "{hinted}"
+        );
+        assert!(
+            (60..=62).contains(&own),
+            "{own} dials of its own in an hour"
+        );
+        assert_eq!(
+            budget.try_hinted(Duration::from_secs(3_596)),
+            Err(BudgetSpent {
+                retry_after: BUDGET.link_up_interval
+            }),
+            "a clock that stepped back costs one interval"
+        );
+        budget.on_authenticated_hello();
+        assert_eq!(budget.try_hinted(Duration::from_secs(3_600)), Ok(()));
     }
 
     #[test]

@@ -89,6 +89,9 @@ pub enum DialConfigError {
     TooMany(usize),
 }
 
+/// Between two looks at an address that a beacon told of and nobody wanted dialled.
+const HINT_WAIT: Duration = Duration::from_secs(1);
+
 /// One dial to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dial {
@@ -122,6 +125,10 @@ impl Peer {
         let all = self.addresses.len() + usize::from(self.learned.is_some());
         let at = self.next_address.checked_rem(all)?;
         self.addresses.get(at).copied().or(self.learned)
+    }
+
+    fn is_at(&self, address: SocketAddr) -> bool {
+        self.learned == Some(address) || self.addresses.contains(&address)
     }
 
     fn has_address(&self) -> bool {
@@ -338,14 +345,42 @@ impl Dialer {
         }
     }
 
-    /// Whether somebody of the configuration is not connected.
-    #[must_use]
-    pub fn is_anybody_missing(&self) -> bool {
-        self.enabled
-            && self
-                .peers
-                .values()
-                .any(|peer| !matches!(peer.state, State::Connected { .. }))
+    /// A beacon told of somebody at this address: whether it may be dialled now, charged to the budget of
+    /// a missing peer; of the one that is known to be there, else of the one with most left. So whatever
+    /// beacons say, all dials together stay within the budgets of those who are missing.
+    ///
+    /// # Errors
+    /// The time after which it may be asked again: nobody is missing, a dial there is under way, or the
+    /// budgets are spent.
+    pub fn try_hinted(&mut self, address: SocketAddr, now: Duration) -> Result<(), Duration> {
+        if !self.enabled {
+            return Err(HINT_WAIT);
+        }
+        self.shorten(now);
+        let cooling = &self.cooling;
+        let (mut known, mut richest) = (None, None::<&mut Peer>);
+        for (id, peer) in &mut self.peers {
+            let is_there = peer.is_at(address);
+            match peer.state {
+                State::Dialing { .. } if is_there => return Err(HINT_WAIT),
+                State::Waiting { .. } if cooling.get(id).is_none_or(|until| *until <= now) => {}
+                _ => continue,
+            }
+            if is_there {
+                known = Some(peer);
+            } else if richest
+                .as_ref()
+                .is_none_or(|other| other.budget.left() < peer.budget.left())
+            {
+                richest = Some(peer);
+            }
+        }
+        let payer = known.or(richest).ok_or(HINT_WAIT)?;
+        // INV-12
+        payer
+            .budget
+            .try_hinted(now)
+            .map_err(|spent| spent.retry_after)
     }
 
     /// Whether this peer stands in the configuration and is not connected.
@@ -354,14 +389,6 @@ impl Dialer {
         self.peers
             .get(peer)
             .is_some_and(|entry| !matches!(entry.state, State::Connected { .. }))
-    }
-
-    /// Whether a dial to this address is this scheduler's own business.
-    #[must_use]
-    pub fn knows(&self, address: SocketAddr) -> bool {
-        self.peers
-            .values()
-            .any(|peer| peer.learned == Some(address) || peer.addresses.contains(&address))
     }
 
     /// The last session with this peer ended.
@@ -704,10 +731,9 @@ mod tests {
         assert_eq!(dialer.poll_dial(Duration::ZERO).unwrap().peer, node("c"));
         dialer.on_established(&node("c"), Duration::ZERO);
         assert_eq!((dialer.poll_dial(day), dialer.poll_timeout()), (None, None));
-        assert!(dialer.is_anybody_missing() && dialer.is_missing(&node("b")));
+        assert!(dialer.is_missing(&node("b")) && !dialer.is_missing(&node("c")));
         let met = "10.0.0.9:7".parse().unwrap();
         dialer.learn(&node("b"), met);
-        assert!(dialer.knows(met));
         let dial = dialer.poll_dial(day).unwrap();
         assert_eq!((dial.peer, dial.address), (node("b"), met));
         // Of a peer with addresses the learned one is tried after its own.
@@ -721,6 +747,65 @@ mod tests {
         .take(3)
         .collect();
         assert_eq!(ports, [2, 7, 1]);
+    }
+
+    #[test]
+    fn inv_12_hinted_dials_share_the_budgets_of_the_missing() {
+        let mut dialer = dialer("a", &["b", "c"]);
+        let there = "10.0.0.9:7".parse().unwrap();
+        let left = |dialer: &Dialer, id| dialer.status(&node(id), MS).unwrap().budget_left;
+        // Of a peer that is known there it is this peer's, else the richest one's, by turns.
+        dialer.learn(&node("c"), there);
+        assert_eq!(dialer.try_hinted(there, MS), Ok(()));
+        let full = CONFIG.budget_dials;
+        assert_eq!((left(&dialer, "b"), left(&dialer, "c")), (full, full - 1));
+        let elsewhere = "10.0.0.8:7".parse().unwrap();
+        for _ in 0..3 {
+            assert_eq!(dialer.try_hinted(elsewhere, MS), Ok(()));
+        }
+        assert_eq!(
+            (left(&dialer, "b"), left(&dialer, "c")),
+            (full - 2, full - 2)
+        );
+        // A flood of good beacons from ever new addresses, for an hour: the budgets, and one more a
+        // link-up interval; and the peers' own dials keep their pace.
+        let hour = Duration::from_secs(3600);
+        let (mut hinted, mut own, mut now) = (0, 0, MS);
+        while now < hour {
+            for port in 1..20 {
+                let address = SocketAddr::from(([10, 9, 9, 9], port));
+                hinted += u64::from(dialer.try_hinted(address, now).is_ok());
+            }
+            while let Some(dial) = dialer.poll_dial(now) {
+                own += 1;
+                dialer.on_failed(&dial.peer, now, u64::MAX);
+            }
+            now += Duration::from_millis(500);
+        }
+        let grants = 3600 / CONFIG.link_up_interval.as_secs() + 1;
+        assert!(hinted <= u64::from(2 * full) + 2 * grants, "{hinted}");
+        let slow = 2 * 3600 / CONFIG.cap.as_secs();
+        assert!(
+            own + 4 >= slow,
+            "{own} dials of their own, {slow} at the slow pace"
+        );
+        // Nobody is missing, or the transport is closed: none at all.
+        let mut met = dialer;
+        met.on_established(&node("b"), now);
+        met.on_established(&node("c"), now);
+        assert_eq!(met.try_hinted(there, now), Err(HINT_WAIT));
+        met.on_closed(&node("c"), now, u64::MAX);
+        assert_eq!(met.try_hinted(there, now), Ok(()), "the control");
+        met.set_enabled(false, now);
+        assert_eq!(met.try_hinted(there, now), Err(HINT_WAIT));
+        // Nor where a dial is under way, nor for whoever misbehaved.
+        met.set_enabled(true, now);
+        assert_eq!(met.poll_dial(now).unwrap().peer, node("c"));
+        met.poll_dial(now);
+        assert_eq!(met.try_hinted(there, now), Err(HINT_WAIT));
+        met.cool_down(&node("c"), now);
+        met.on_failed(&node("c"), now, 0);
+        assert_eq!(met.try_hinted(elsewhere, now), Err(HINT_WAIT));
     }
 
     /// What happens to a node whose link is a cellular one, in virtual time.
@@ -742,6 +827,8 @@ mod tests {
         Lost,
         /// The peer was met at another address.
         Moved(u16),
+        /// Beacons of so many addresses were heard at once.
+        Hinted(u8),
     }
 
     fn events() -> impl Strategy<Value = Vec<Event>> {
@@ -756,6 +843,7 @@ mod tests {
             1 => ms.prop_map(Event::StepBack),
             1 => Just(Event::Lost),
             1 => any::<u16>().prop_map(Event::Moved),
+            2 => any::<u8>().prop_map(Event::Hinted),
         ];
         proptest::collection::vec(one, 150..250)
     }
@@ -925,6 +1013,13 @@ mod tests {
                 Event::Moved(port) => {
                     let address = SocketAddr::from(([10, 0, 0, 1], port));
                     self.dialer.learn(&peer, address);
+                }
+                Event::Hinted(addresses) => {
+                    for last in 0..addresses {
+                        let address = SocketAddr::from(([10, 0, 0, last], 7411));
+                        // Granted or not: the peer's own dials must keep their pace.
+                        let _ = self.dialer.try_hinted(address, self.now);
+                    }
                 }
             }
         }
