@@ -21,6 +21,7 @@ use std::{
     env, fs,
     hash::{BuildHasher as _, Hasher as _, RandomState},
     hint::black_box,
+    net::Ipv4Addr,
     path::Path,
     process::{Command, ExitStatus},
     time::Duration,
@@ -35,6 +36,7 @@ use tidelock_segments::{
 };
 use tidelock_tests::fuzz::{self, Random, UnderWay};
 use tidelock_transport::{
+    beacon::{BEACON_KEY_BYTES, BeaconKey},
     endorse::verify_endorsement,
     frame::{Channel, Frame, FrameHeader},
     identity::IdentityRules,
@@ -60,6 +62,7 @@ fn decoders() -> Vec<Decoder> {
     all.extend([
         Decoder::new("frame-control", |bytes| frame(Channel::Control, bytes)),
         Decoder::new("frame-data", |bytes| frame(Channel::Data, bytes)),
+        Decoder::new("beacon", beacon),
         Decoder::new("chain", chain),
         Decoder::new("crl", crl),
         Decoder::new("crl-file", |bytes| taken(crls_in_file(bytes))),
@@ -95,6 +98,18 @@ fn frame(channel: Channel, bytes: &[u8]) -> Verdict {
         Frame::decode_body(header, body).ok()?.encode().ok()
     };
     Verdict::exact(read())
+}
+
+/// A packet of the group, under the key, at the time and from the address of the first vector.
+fn beacon(bytes: &[u8]) -> Verdict {
+    let mut key = [0; BEACON_KEY_BYTES];
+    for (at, byte) in (0..).zip(&mut key) {
+        *byte = at;
+    }
+    let key = BeaconKey::new(&key);
+    let (source, unix_ms) = (Ipv4Addr::new(10, 0, 0, 2), 1_906_502_400_000);
+    let opened = key.open(bytes, source, unix_ms);
+    Verdict::exact(opened.map(|(nonce, port)| key.beacon(unix_ms, source, &nonce, port).to_vec()))
 }
 
 /// The authority whose certificate lies in the corpus.

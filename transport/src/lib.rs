@@ -4,6 +4,7 @@
 //! It is not a store and not a policy: it never looks inside a segment's body. Start reading at
 //! [`session`], the pure protocol core; [`shell`] is the only place with sockets in it.
 
+pub mod beacon;
 pub mod congestion;
 pub mod dial;
 pub mod endorse;

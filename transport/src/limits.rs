@@ -178,6 +178,49 @@ pub const DIAL_LIMIT: Duration = Duration::from_secs(120);
 /// Addresses of one peer.
 pub const MAX_ADDRESSES: usize = 8;
 
+/// Time that a beacon's tag stands for. A tag is taken in its own slot, the one before and the one
+/// after: clocks may differ by one slot, and a recording is of no use after two.
+pub const BEACON_SLOT: Duration = Duration::from_secs(300);
+
+/// Shortest mean time between two beacons of a node.
+pub const MIN_BEACON_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Longest.
+pub const MAX_BEACON_INTERVAL: Duration = Duration::from_secs(3_600);
+
+/// Packets of the group that are read in a second, a few microseconds each: what a flood may cost. What
+/// is above it waits in the kernel's buffer of 256 KiB and is dropped there.
+pub const MAX_BEACON_READS_PER_SECOND: u32 = 4_096;
+
+/// Packets of the group that are read at once.
+pub const MAX_BEACON_READ_BURST: u32 = 1_024;
+
+/// Packets of the group whose tag is looked at in a second, three HMACs each: a few milliseconds of CPU.
+/// A site of 200 nodes sends 20 at the default interval.
+pub const MAX_BEACONS_PER_SECOND: u32 = 1_024;
+
+/// Packets of the group whose tag is looked at at once.
+pub const MAX_BEACON_BURST: u32 = 1_024;
+
+/// Packets of one source address that are looked at in a second; a host may run several nodes.
+pub const MAX_BEACONS_PER_SECOND_SOURCE: u32 = 4;
+
+/// Packets of one source address that are looked at at once.
+pub const MAX_BEACON_BURST_SOURCE: u32 = 16;
+
+/// Source addresses whose packets are counted; about 220 bytes each. The fullest bucket goes first.
+pub const MAX_BEACON_SOURCES: usize = 1_024;
+
+/// Addresses that are followed at once, about 120 bytes each: everybody of a site of 200.
+pub const MAX_BEACON_CANDIDATES: usize = 256;
+
+/// Dials to candidates at once, beside those of the scheduler: 240 KiB of TLS state.
+pub const MAX_BEACON_DIALS: usize = 8;
+
+/// Beacons that are known again, about 60 bytes each: 250 KiB. Only beacons with a good tag are; the
+/// oldest goes first, which lets a recording of it count as heard at the address that it was made for.
+pub const MAX_BEACON_NONCES: usize = 4_096;
+
 /// Stored segments that wait for a session to look at them; beyond it the session compares
 /// everything instead.
 pub const MAX_MAILBOX: usize = 1_024;
@@ -217,6 +260,9 @@ const _: () = assert!(
         + 16
         <= MAX_FRAMES_QUEUED
 );
+const _: () = assert!(MAX_BEACON_BURST_SOURCE < MAX_BEACON_BURST);
+const _: () = assert!(MAX_BEACONS_PER_SECOND <= MAX_BEACON_READS_PER_SECOND);
+const _: () = assert!(MAX_BEACON_CANDIDATES < MAX_BEACON_NONCES);
 const _: () = assert!(DIAL_LIMIT.as_secs() > 60 + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(MAX_REFS_OF_ONE_NUMBER < MAX_REFS_PER_FRAME);
 const _: () = assert!(URGENT_IN_FLIGHT < MAX_IN_FLIGHT);

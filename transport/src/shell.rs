@@ -33,6 +33,7 @@ use tidelock_segments::{
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::{
+    beacon::BeaconConfigError,
     congestion::{Congestion, PathMemory},
     dial::{Dial, DialConfig, DialConfigError, Dialer, PeerConfig},
     frame::CloseCode,
@@ -45,6 +46,7 @@ use crate::{
 };
 
 mod data;
+mod discovery;
 mod driver;
 mod outlook;
 mod parts;
@@ -52,6 +54,7 @@ mod quic;
 mod quotas;
 mod throttle;
 
+pub use discovery::{BeaconConfig, BeaconStatus};
 use driver::{Ended, SessionHandle};
 use outlook::Apart;
 pub use outlook::{Answer, SegmentStanding};
@@ -292,6 +295,11 @@ pub enum MeshEvent {
     },
     /// The transport is open again.
     TransportOpened,
+    /// Discovery began to work, or ceased to; it is tried again every interval.
+    Discovery {
+        /// What the system said; none when it works.
+        fault: Option<String>,
+    },
     /// Events were lost because the node did not take them in time.
     EventsLost {
         /// How many.
@@ -320,6 +328,8 @@ pub struct MeshConfig {
     pub own_quotas: BTreeMap<NodeId, PeerQuota>,
     /// What peers owed when the node stopped, less what they have paid by the time since.
     pub owed: BTreeMap<NodeId, PeerDebt>,
+    /// Discovery by beacons; off without it.
+    pub beacon: Option<BeaconConfig>,
     /// Bytes of bulk segments being received, over all sessions.
     pub receive_memory_bytes: u64,
     /// Between two looks at notAfter and nextUpdate of live sessions and of the own papers.
@@ -343,6 +353,7 @@ impl MeshConfig {
             quotas: QuotaConfig::default(),
             own_quotas: BTreeMap::new(),
             owed: BTreeMap::new(),
+            beacon: None,
             receive_memory_bytes: MAX_BULK_BYTES_NODE,
             recheck_interval: Duration::from_secs(1),
             jitter_seed: None,
@@ -351,6 +362,9 @@ impl MeshConfig {
 
     fn check(&self) -> Result<(), MeshError> {
         self.quic.check()?;
+        if let Some(beacon) = &self.beacon {
+            beacon.check(self.listen)?;
+        }
         let session = &self.session;
         if session.max_in_flight == 0
             || session.faults_max == 0
@@ -386,6 +400,9 @@ pub enum MeshError {
     /// A quota makes no sense.
     #[error("mesh quotas: {0}")]
     Quota(#[from] RateError),
+    /// The beacons cannot be set up.
+    #[error(transparent)]
+    Beacon(#[from] BeaconConfigError),
     /// The socket cannot be had.
     #[error(
         "cannot listen on {address}: {kind}; is the port in use, is the address this machine's?"
@@ -545,6 +562,7 @@ struct Shared {
     events_lost: AtomicU64,
     /// Segments stored here since the start, and their bytes.
     stored: Mutex<(u64, u64)>,
+    beacon: Mutex<BeaconStatus>,
     handshakes: Arc<Semaphore>,
     send_memory: Arc<Semaphore>,
     stopping: watch::Sender<bool>,
@@ -825,7 +843,11 @@ impl Mesh {
         })?;
         let local = tls.node_id().clone();
         let domain = tls.rules().domain.clone();
-        let dialer = Dialer::new(&local, config.dial, config.peers.clone(), clock.elapsed())?;
+        let pace = DialConfig {
+            discovery: config.beacon.is_some(),
+            ..config.dial
+        };
+        let dialer = Dialer::new(&local, pace, config.peers.clone(), clock.elapsed())?;
         let quotas = Quotas::new(&config.quotas, &clock)?;
         for (peer, quota) in &config.own_quotas {
             quotas.set(peer, Some(*quota))?;
@@ -882,6 +904,7 @@ impl Mesh {
             events,
             events_lost: AtomicU64::new(0),
             stored: Mutex::default(),
+            beacon: Mutex::default(),
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
             send_memory: Arc::new(Semaphore::new(SEND_MEMORY_KIB)),
             stopping: watch::Sender::new(false),
@@ -897,6 +920,10 @@ impl Mesh {
         tokio::spawn(accept_all(Arc::clone(&shared)));
         tokio::spawn(dial_all(Arc::clone(&shared)));
         tokio::spawn(keep_house(Arc::clone(&shared)));
+        if let Some(beacon) = shared.config.beacon.clone() {
+            let beacons = beacon.beacons(&shared)?;
+            tokio::spawn(discovery::run(Arc::clone(&shared), beacon, beacons));
+        }
         Ok(MeshHandle { shared })
     }
 }

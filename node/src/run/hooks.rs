@@ -378,6 +378,9 @@ impl Node {
             MeshEvent::TransportClosed { reason } => {
                 self.event("transport_closed", json!({"reason": reason}));
             }
+            MeshEvent::Discovery { fault } => {
+                self.journal.note(now, "discovery", json!({"fault": fault}));
+            }
             MeshEvent::TransportOpened => self.event("transport_opened", json!({})),
             MeshEvent::EventsLost { count } => {
                 self.event("mesh_events_lost", json!({"count": count}));

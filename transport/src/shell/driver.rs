@@ -904,7 +904,14 @@ fn on_established(
             }
         }
     }
-    lock(&shared.dialer).on_established(&link.peer, shared.now());
+    {
+        let mut dialer = lock(&shared.dialer);
+        dialer.on_established(&link.peer, shared.now());
+        // Only now: before the Hello round trip whoever answers has judged nothing.
+        if outbound {
+            dialer.learn(&link.peer, address);
+        }
+    }
     if let Some(hello) = hello {
         shared.hooks.authenticated(hello);
     }

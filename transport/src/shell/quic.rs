@@ -184,6 +184,13 @@ impl QuicConfig {
         Ok(client)
     }
 
+    /// For a call to whoever of the domain answers: what is set for single peers does not apply.
+    pub(super) fn client_to_anybody(&self, tls: &MeshTls) -> Result<ClientConfig, MeshError> {
+        let mut client = ClientConfig::new(tls.quic_client_config(None)?);
+        client.transport_config(self.transport(self.congestion, None)?);
+        Ok(client)
+    }
+
     /// A socket on `listen` with this node's cap on what is sent, and quinn upon it. Must be called
     /// within a tokio runtime.
     ///
