@@ -10,7 +10,7 @@ mod reader;
 use std::{
     collections::BTreeSet,
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
@@ -52,6 +52,12 @@ const _: () = assert!(
 /// The socket's name where the config names none.
 const SOCKET_NAME: &str = "tidelock.sock";
 
+/// The group of the beacons where the config names none: of the organisation's own scope (RFC 2365).
+const BEACON_GROUP: Ipv4Addr = Ipv4Addr::new(239, 255, 74, 11);
+
+/// Its port.
+const BEACON_PORT: u16 = 7412;
+
 /// What `sun_path` holds besides its final NUL: unix(7).
 const SOCKET_PATH_MAX_BYTES: usize = 107;
 
@@ -68,6 +74,8 @@ pub struct Config {
     pub policy: PolicySection,
     /// `[mesh]`
     pub mesh: MeshSection,
+    /// `[beacon]`
+    pub beacon: BeaconSection,
     /// `[gateway]`
     pub gateway: GatewaySection,
     /// `[audit]`
@@ -166,10 +174,25 @@ pub const PEER_BYTES_PER_DAY: RangeInclusive<u64> =
 pub struct PeerSection {
     /// Its node id.
     pub id: NodeId,
-    /// Where it is met.
-    pub address: SocketAddr,
+    /// Where it is met; none where only a beacon finds it.
+    pub address: Option<SocketAddr>,
     /// Congestion control of what is sent to it, where it is not `mesh.congestion`.
     pub congestion: Option<Congestion>,
+}
+
+/// Discovery on the local network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BeaconSection {
+    /// Whether beacons are sent and followed.
+    pub enabled: bool,
+    /// The IPv4 multicast group.
+    pub group: Ipv4Addr,
+    /// Its UDP port.
+    pub port: u16,
+    /// The file with the key of the domain's beacons, mode 0600 or tighter.
+    pub key_file: Option<PathBuf>,
+    /// Mean time between two beacons, seconds.
+    pub interval_s: u64,
 }
 
 /// The doors for callers.
@@ -376,8 +399,26 @@ impl Config {
         let trust = s.required_path("trust");
         s.finish();
 
+        let mut s = top.section("beacon");
+        let beacon_enabled = s.boolean("enabled", false);
+        let beacon_group = s.group("group", BEACON_GROUP);
+        let beacon_port = s.number32("port", BEACON_PORT.into(), 1..=u16::MAX.into());
+        let beacon_key_file = s.optional_path("key_file");
+        if beacon_enabled && beacon_key_file.is_none() {
+            s.mistake(
+                "key_file",
+                "is required with beacon.enabled: 32 random bytes (head -c 32 /dev/urandom), the \
+                 same for every node of the domain, mode 0600",
+            );
+        }
+        let beacon_interval_s = s.integer("interval_s", 10, 1..=3_600);
+        s.finish();
+
         let mut s = top.section("mesh");
         let listen = s.address("listen");
+        if beacon_enabled && listen.is_some_and(|listen| listen.is_ipv6()) {
+            s.mistake("listen", "must be an IPv4 address with beacon.enabled");
+        }
         let redial_base_ms = s.integer("redial_base_ms", 500, 10..=60_000);
         let redial_cap_ms = s.integer("redial_cap_ms", 30_000, 100..=3_600_000);
         if redial_cap_ms < redial_base_ms {
@@ -422,9 +463,13 @@ impl Config {
         for mut peer in s.tables("peers") {
             peers_listed += 1;
             let peer_id = peer.parsed("id", NodeId::new);
-            let address = peer.address("address");
+            let address = if beacon_enabled {
+                peer.optional_address("address")
+            } else {
+                peer.address("address")
+            };
             let congestion = self::congestion(&mut peer);
-            if let (Some(peer_id), Some(address)) = (peer_id, address) {
+            if let Some(peer_id) = peer_id {
                 if Some(&peer_id) == id.as_ref() {
                     peer.mistake("id", "is this node itself; list only the others");
                 } else if peers.iter().any(|p: &PeerSection| p.id == peer_id) {
@@ -629,6 +674,13 @@ impl Config {
                     peer_bytes_per_day,
                     congestion: congestion.unwrap_or_default(),
                     send_bytes_per_second,
+                },
+                beacon: BeaconSection {
+                    enabled: beacon_enabled,
+                    group: beacon_group,
+                    port: u16::try_from(beacon_port).unwrap_or(BEACON_PORT),
+                    key_file: beacon_key_file,
+                    interval_s: beacon_interval_s,
                 },
                 audit: AuditSection {
                     segment_bytes,
@@ -859,6 +911,40 @@ custody = 1
             let text = GOOD.replace("custody = 1", custody);
             assert_eq!(keys(&text)[0].1, "audit.custody");
         }
+    }
+
+    #[test]
+    fn beacons_are_off_unless_told_and_every_mistake_is_named() {
+        let config = Config::parse(GOOD, Path::new("/")).unwrap();
+        assert!(!config.beacon.enabled);
+        let on = format!("{GOOD}\n[beacon]\nenabled = true\nkey_file = \"site.beacon\"\n");
+        let bare = on.replace("address = \"127.0.0.2:7411\"\n", "");
+        let config = Config::parse(&bare, Path::new("/etc/tidelock")).unwrap();
+        assert_eq!(config.mesh.peers[0].address, None, "a beacon finds it");
+        let beacon = config.beacon;
+        assert_eq!((beacon.group, beacon.port), (BEACON_GROUP, BEACON_PORT));
+        assert_eq!(beacon.interval_s, 10);
+        assert_eq!(
+            beacon.key_file.as_deref(),
+            Some(Path::new("/etc/tidelock/site.beacon"))
+        );
+        // Without beacons a peer needs its address.
+        let bare = GOOD.replace("address = \"127.0.0.2:7411\"\n", "");
+        assert_eq!(keys(&bare)[0].1, "mesh.peers.address");
+        let bad = format!(
+            "{GOOD}\n[beacon]\nenabled = true\ngroup = \"10.0.0.1\"\nport = 0\ninterval_s = 0\nkey = \"k\"\n"
+        );
+        let bad = bad.replace("127.0.0.1:7411", "[::1]:7411");
+        let found: BTreeSet<String> = keys(&bad).into_iter().map(|(_, key)| key).collect();
+        let expected = [
+            "beacon.group",
+            "beacon.interval_s",
+            "beacon.key",
+            "beacon.key_file",
+            "beacon.port",
+            "mesh.listen",
+        ];
+        assert_eq!(found, expected.map(str::to_owned).into());
     }
 
     #[test]

@@ -46,6 +46,16 @@ pub enum SealingError {
         /// The file.
         path: PathBuf,
     },
+    /// The file is not of the length of a key.
+    #[error(
+        "{path} holds {bytes} bytes: the key is exactly 32 random ones (head -c 32 /dev/urandom)"
+    )]
+    KeyLength {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        bytes: usize,
+    },
     /// The key was refused.
     #[error(transparent)]
     Crypt(#[from] CryptError),
@@ -84,6 +94,20 @@ pub fn seal_options(audit: &AuditSection) -> Result<SealOptions, SealingError> {
 /// [`SealingError`] if the file is not a private one of 32 bytes.
 pub fn site_key(path: &Path) -> Result<SiteKey, SealingError> {
     Ok(SiteKey::from_slice(&private(path)?)?)
+}
+
+/// Reads a key of 32 bytes that serves for something else than segments.
+///
+/// # Errors
+/// [`SealingError`] if the file is not a private one of 32 bytes.
+pub fn key_bytes(path: &Path) -> Result<Zeroizing<[u8; KEY_BYTES]>, SealingError> {
+    let bytes = private(path)?;
+    <[u8; KEY_BYTES]>::try_from(bytes.as_slice())
+        .map(Zeroizing::new)
+        .map_err(|_| SealingError::KeyLength {
+            path: path.to_owned(),
+            bytes: bytes.len(),
+        })
 }
 
 /// Reads a key to open segments with: a site key, or an identity of age.
@@ -221,6 +245,22 @@ mod tests {
                 Err(SealingError::NoKey { .. })
             ));
             assert!(site_key(&path).is_err());
+        }
+    }
+
+    #[test]
+    fn a_key_of_32_bytes_is_private_and_of_that_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = file(dir.path(), "beacon", &[1; 32], 0o600);
+        assert_eq!(*key_bytes(&path).unwrap(), [1; 32], "the control");
+        for mode in [0o604, 0o640, 0o660] {
+            let path = file(dir.path(), "beacon", &[1; 32], mode);
+            assert!(matches!(key_bytes(&path), Err(SealingError::Mode { .. })));
+        }
+        for bytes in [0, 31, 33, 64] {
+            let path = file(dir.path(), "beacon", &vec![1; bytes], 0o600);
+            let refused = key_bytes(&path);
+            assert!(matches!(refused, Err(SealingError::KeyLength { bytes: b, .. }) if b == bytes));
         }
     }
 }

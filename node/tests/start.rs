@@ -15,7 +15,7 @@ use std::{
     os::unix::net::UnixListener,
 };
 
-use common::{Site, chmod, free_tcp, over_unix, request, until};
+use common::{Site, chmod, free_tcp, free_udp, over_unix, request, until};
 use serde_json::json;
 
 #[test]
@@ -165,6 +165,67 @@ fn a_key_file_that_others_may_read_is_refused() {
     site.refused_start().says(&["tokens.toml"]);
     chmod(&site.path("tokens.toml"), 0o600);
     site.start();
+}
+
+#[test]
+fn the_beacons_key_is_private_and_is_in_no_log_and_no_answer() {
+    let site = Site::new();
+    let key = [0xb5; 32];
+    fs::write(site.path("site.beacon"), key).unwrap();
+    // A group of its own: tests that run beside this one have theirs.
+    let port = free_udp().port();
+    let sections = format!(
+        "[[mesh.peers]]\nid = \"b\"\n[beacon]\nenabled = true\nkey_file = \"site.beacon\"\n\
+         port = {port}\ninterval_s = 1\n[log]\nlevel = \"trace\"\n"
+    );
+    site.write(
+        "tidelock.toml",
+        &format!("{}{sections}", site.read("tidelock.toml")),
+    );
+    for mode in [0o640, 0o604, 0o660] {
+        chmod(&site.path("site.beacon"), mode);
+        let said = site
+            .refused_start()
+            .says(&["beacon.key_file", "site.beacon", "chmod"]);
+        assert!(said.err.contains(&format!("{mode:04o}")), "{said:?}");
+        site.tidelock(&["config", "check", "-c", "tidelock.toml"])
+            .ended(2)
+            .says(&["beacon.key_file"]);
+        site.tidelock(&["doctor"])
+            .ended(1)
+            .says(&["beacon", "chmod"]);
+    }
+    chmod(&site.path("site.beacon"), 0o600);
+    fs::write(site.path("site.beacon"), &key[1..]).unwrap();
+    site.refused_start().says(&["holds 31 bytes"]);
+    fs::write(site.path("site.beacon"), key).unwrap();
+
+    // The control: with the key in order it starts, and beacons go out or it is told why not.
+    let node = site.start_deciding();
+    let status = until("a beacon", || {
+        let status = site.json(&["status"]);
+        let beacon = &status["mesh"]["beacon"];
+        (beacon["sent"].as_u64() > Some(1) || beacon["fault"].is_string()).then_some(status)
+    });
+    let metrics = over_unix(&site.path("s"), &request("GET", "/metrics", &[], b""));
+    let (_, metrics) = metrics.unwrap();
+    assert!(metrics.contains("tidelock_beacons_total{outcome=\"sent\"}"));
+    assert!(metrics.contains("tidelock_beacon_dials_total{outcome=\"dialled\"} 0"));
+    site.ok(&["status"]).says(&["beacon", "dials"]);
+    let doctor = site.tidelock(&["doctor"]).says(&["beacon"]);
+    drop(node);
+    let told = [
+        site.read("node.log"),
+        status.to_string(),
+        metrics,
+        doctor.out,
+        doctor.err,
+    ]
+    .join("\n");
+    assert!(told.contains("beacon"), "the control");
+    for form in ["b5b5b5b5", "B5B5B5B5", "181, 181", "tbW1tbW1"] {
+        assert!(!told.contains(form), "{form} of the key is told");
+    }
 }
 
 #[test]

@@ -42,7 +42,9 @@ pub fn why_not() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("network namespaces need root".to_owned());
     }
-    let probe = format!("tlprobe{}", std::process::id());
+    // Several tests of one process may ask at once.
+    let asked = MADE.fetch_add(1, Ordering::Relaxed);
+    let probe = format!("tlprobe{}x{asked}", std::process::id());
     match ip(&["netns", "add", &probe]) {
         Ok(()) => {
             let _ = ip(&["netns", "del", &probe]);
@@ -106,7 +108,10 @@ impl Namespaces {
     }
 
     /// Runs a program on the host of a node with a text on its standard input; its output.
-    fn exec(
+    ///
+    /// # Errors
+    /// What the program said where it failed.
+    pub fn exec(
         &self,
         node: &str,
         program: &str,

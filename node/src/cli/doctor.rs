@@ -12,7 +12,7 @@ use tidelock_transport::{
 use x509_parser::pem::parse_x509_pem;
 
 use super::{ConfigArg, Exit, Failure, Output, node::Door, output::table};
-use crate::{clock::wall_unix_ms, config::Config};
+use crate::{clock::wall_unix_ms, config::Config, sealing::key_bytes};
 
 /// Expiry is worth a word from here on.
 const WARN_MS: u64 = 30 * 86_400_000;
@@ -224,6 +224,44 @@ fn mesh(config: &Config, findings: &mut Findings) {
         );
         findings.add("mesh", Grade::Good, sending(config));
     }
+    let beacon = &config.beacon;
+    if let (true, Some(path)) = (beacon.enabled, &beacon.key_file) {
+        findings.result("beacon", key_bytes(path), |_| {
+            format!(
+                "on, to {}:{} every {} s; what it tells an observer: docs/src/beacon-privacy.md",
+                beacon.group, beacon.port, beacon.interval_s
+            )
+        });
+    }
+}
+
+/// What the running node says of its beacons, where they are on.
+fn beacons(status: &Value, findings: &mut Findings) {
+    let Some(beacon) = status.pointer("/mesh/beacon").filter(|b| !b.is_null()) else {
+        return;
+    };
+    if let Some(fault) = beacon.get("fault").and_then(Value::as_str) {
+        let text = format!("beacons are neither sent nor heard: {fault}; it is tried again");
+        findings.add("beacon", Grade::Bad, text);
+    }
+    let count = |pointer: &str| beacon.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+    if count("/heard") > 0 {
+        let text = format!("{} beacons heard", count("/heard"));
+        findings.add("beacon", Grade::Good, text);
+    } else if count("/refused/tag") > 0 {
+        findings.add(
+            "beacon",
+            Grade::Note,
+            "packets come to the group, none of them a beacon under this key and time: \
+             compare beacon.key_file and the clocks",
+        );
+    } else {
+        findings.add(
+            "beacon",
+            Grade::Note,
+            "no beacon of another node was heard: nobody is there, or the network drops multicast",
+        );
+    }
 }
 
 /// How this node sends: congestion control, where single peers differ, and the cap.
@@ -313,6 +351,7 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
             format!("the transport is closed: {why}"),
         ),
     }
+    beacons(&status, findings);
     let ladder = text("/disk/ladder");
     let grade = match ladder.as_str() {
         "normal" => Grade::Good,

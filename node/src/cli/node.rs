@@ -400,8 +400,11 @@ fn status_text(status: &Value) -> String {
         ),
         ("loosened", get("/loosened")),
     ];
+    let beacon = at(status, "/mesh/beacon");
+    let beacon = (!beacon.is_null()).then(|| ("beacon", beacon_text(beacon)));
     let rows: Vec<Vec<String>> = rows
         .into_iter()
+        .chain(beacon)
         .map(|(k, v)| vec![k.to_owned(), v])
         .collect();
     let mut text = table(&["what", "state"], &rows);
@@ -434,6 +437,32 @@ fn paper_warnings(papers: &Value) -> Vec<String> {
         }
     }
     warnings
+}
+
+fn beacon_text(beacon: &Value) -> String {
+    let get = |pointer: &str| plain(at(beacon, pointer));
+    let refused: Vec<String> = at(beacon, "/refused")
+        .as_object()
+        .map(|reasons| reasons.iter().map(|(r, n)| format!("{r} {n}")).collect())
+        .unwrap_or_default();
+    let mut text = format!(
+        "{} sent, {} heard, refused: {}; {} dials, {} of them met a missing peer",
+        get("/sent"),
+        get("/heard"),
+        if refused.is_empty() {
+            "none".to_owned()
+        } else {
+            refused.join(", ")
+        },
+        get("/dials"),
+        get("/met")
+    );
+    for (what, pointer) in [("fault", "/fault"), ("last failure", "/last_failure")] {
+        if let Some(why) = at(beacon, pointer).as_str() {
+            text.push_str(&format!("; {what}: {why}"));
+        }
+    }
+    text
 }
 
 fn peers_text(peers: &Value) -> String {

@@ -41,6 +41,11 @@ impl Config {
                 add(key, format!("cannot read {}: {error}", path.display()));
             }
         }
+        if let (true, Some(path)) = (self.beacon.enabled, &self.beacon.key_file)
+            && let Err(error) = crate::sealing::key_bytes(path)
+        {
+            add("beacon.key_file", error.to_string());
+        }
         if let Some(path) = &self.gateway.tokens
             && let Err(error) = TokenSet::load(path)
         {
@@ -52,7 +57,7 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, os::unix::fs::PermissionsExt as _};
 
     use super::*;
 
@@ -87,5 +92,18 @@ mod tests {
         let without_tokens = text.replace("tokens = \"tokens.toml\"\n", "");
         let config = Config::parse(&without_tokens, dir.path()).unwrap();
         assert_eq!(config.host_mistakes(), []);
+        // The beacon's key, only where beacons are on.
+        let beacon = format!("{without_tokens}[beacon]\nkey_file = \"site.beacon\"\n");
+        let config = Config::parse(&beacon, dir.path()).unwrap();
+        assert_eq!(config.host_mistakes(), []);
+        let config = Config::parse(&format!("{beacon}enabled = true\n"), dir.path()).unwrap();
+        let mistakes = || config.host_mistakes().into_iter().map(|m| m.key);
+        assert_eq!(mistakes().collect::<Vec<_>>(), ["beacon.key_file"]);
+        let path = dir.path().join("site.beacon");
+        fs::write(&path, [1; 32]).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(mistakes().count(), 1, "others can read it");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(mistakes().count(), 0);
     }
 }

@@ -4,7 +4,7 @@ use std::{
     cell::RefCell,
     convert::Infallible,
     fmt::Display,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
 };
@@ -230,6 +230,23 @@ impl<'a> Section<'a> {
                 )
             })
             .ok()
+    }
+
+    /// An IPv4 multicast group.
+    pub(super) fn group(&mut self, key: &'static str, default: Ipv4Addr) -> Ipv4Addr {
+        let Some(text) = self.optional_string(key) else {
+            return default;
+        };
+        match text.parse::<Ipv4Addr>() {
+            Ok(group) if group.is_multicast() => group,
+            _ => {
+                self.mistake(
+                    key,
+                    format!("`{text}` is no IPv4 multicast address, as in {default}"),
+                );
+                default
+            }
+        }
     }
 
     pub(super) fn address(&mut self, key: &'static str) -> Option<SocketAddr> {

@@ -381,7 +381,11 @@ impl Node {
                 "ladder": self.root.ledger().ladder(),
                 "seconds_to_full": self.seconds_to_full(),
             },
-            "mesh": {"enabled": fault.is_none(), "reason": fault, "peers": peers, "own_quotas": self.own_quotas()},
+            "mesh": {
+                "enabled": fault.is_none(), "reason": fault, "peers": peers,
+                "own_quotas": self.own_quotas(),
+                "beacon": self.mesh.get().and_then(MeshHandle::beacon),
+            },
             "crls": crls,
             "papers": self.papers_json(),
             "clock": {"trusted_unix_ms": now.unix_ms, "suspect": now.suspect},

@@ -1,6 +1,7 @@
 //! What the mesh asks of the node, and what it tells it.
 
 use std::{
+    net::SocketAddrV4,
     ops::Range,
     sync::{Arc, PoisonError},
     time::Duration,
@@ -14,18 +15,19 @@ use tidelock_segments::{
     PartialError, PutOutcome, SegmentId, SegmentRef, StoreError, VerifiedSegment,
 };
 use tidelock_transport::{
+    beacon::BeaconKey,
     dial::{DialConfig, PeerConfig},
     session::{Fault, KindSet, PeerHello, PeerLimits, PeerPosture, Refusal},
     shell::{
-        Admitted, HelloFacts, Mesh, MeshConfig, MeshEvent, MeshHooks, PeerStatus, QuicConfig,
-        QuotaConfig,
+        Admitted, BeaconConfig, HelloFacts, Mesh, MeshConfig, MeshEvent, MeshHooks, PeerStatus,
+        QuicConfig, QuotaConfig,
     },
 };
 
 use super::{admit::Denied, node::Node, quotas::common_quota};
 use crate::{
     cli::Failure,
-    config::{Config, MeshSection},
+    config::{BeaconSection, Config, MeshSection},
 };
 
 /// Why a receipt for a segment that is not held, any more or at all, is not kept.
@@ -402,7 +404,7 @@ pub(super) fn peer_json(peer: &PeerStatus, configured: &MeshSection) -> Value {
         .peers
         .iter()
         .find(|p| p.id == peer.node_id)
-        .map(|p| p.address)
+        .and_then(|p| p.address)
         .or(peer.address);
     json!({
         "id": peer.node_id,
@@ -423,7 +425,7 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
     if node.mesh.get().is_some() {
         return Ok(());
     }
-    let mut config = mesh_config(&node.config.load());
+    let mut config = mesh_config(&node.config.load())?;
     {
         let kept = node.quotas.lock().unwrap_or_else(PoisonError::into_inner);
         let now = node.clock.trusted();
@@ -445,18 +447,19 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn mesh_config(config: &Config) -> MeshConfig {
+fn mesh_config(config: &Config) -> Result<MeshConfig, Failure> {
     let section = &config.mesh;
     let peers = section
         .peers
         .iter()
         .map(|p| PeerConfig {
             node_id: p.id.clone(),
-            addresses: vec![p.address],
+            addresses: p.address.into_iter().collect(),
         })
         .collect();
     let common = common_quota(section);
-    MeshConfig {
+    Ok(MeshConfig {
+        beacon: beacon_config(&config.beacon)?,
         dial: DialConfig {
             base: Duration::from_millis(section.redial_base_ms),
             cap: Duration::from_millis(section.redial_cap_ms),
@@ -482,5 +485,19 @@ fn mesh_config(config: &Config) -> MeshConfig {
             ..QuotaConfig::default()
         },
         ..MeshConfig::new(section.listen, peers)
-    }
+    })
+}
+
+/// Discovery as the config wants it; the key's file must be private.
+pub(super) fn beacon_config(section: &BeaconSection) -> Result<Option<BeaconConfig>, Failure> {
+    let (true, Some(path)) = (section.enabled, &section.key_file) else {
+        return Ok(None);
+    };
+    let key = crate::sealing::key_bytes(path)
+        .map_err(|error| Failure::cannot_run(format!("beacon.key_file: {error}")))?;
+    Ok(Some(BeaconConfig {
+        group: SocketAddrV4::new(section.group, section.port),
+        interval: Duration::from_secs(section.interval_s),
+        key: Arc::new(BeaconKey::new(&key)),
+    }))
 }

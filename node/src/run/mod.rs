@@ -79,6 +79,8 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
+    // A key that others can read keeps a node from starting, whatever else is wrong with its papers.
+    hooks::beacon_config(&config.beacon)?;
     let gateway_section = config.gateway.clone();
     let path = config_path.to_owned();
     let node = tokio::task::spawn_blocking(move || Node::open(&path, config)).await??;

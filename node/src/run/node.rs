@@ -623,6 +623,7 @@ impl Node {
                 "identity.allow_without_domain",
             ),
             (new.mesh != old.mesh, "mesh"),
+            (new.beacon != old.beacon, "beacon"),
             (new.gateway != old.gateway, "gateway"),
             (new.quota != old.quota, "quota"),
             (

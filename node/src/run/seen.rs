@@ -337,6 +337,29 @@ impl Node {
             }
             metric.end(text);
         }
+        if let Some(beacon) = self.mesh.get().and_then(MeshHandle::beacon) {
+            let mut metric = Metric::new(
+                "tidelock_beacons_total",
+                "counter",
+                "Beacons sent and heard, and packets to the group that were not followed, by reason.",
+            );
+            metric.line(&[("outcome", "sent")], beacon.sent);
+            metric.line(&[("outcome", "heard")], beacon.heard);
+            for (reason, count) in &beacon.refused {
+                metric.line(&[("outcome", reason)], *count);
+            }
+            metric.end(text);
+            let mut metric = Metric::new(
+                "tidelock_beacon_dials_total",
+                "counter",
+                "Dials that beacons caused, and what they came to.",
+            );
+            metric.line(&[("outcome", "dialled")], beacon.dials);
+            metric.line(&[("outcome", "met")], beacon.met);
+            metric.line(&[("outcome", "not_missing")], beacon.not_missing);
+            metric.line(&[("outcome", "failed")], beacon.failed);
+            metric.end(text);
+        }
         let now = self.clock.unix_ms();
         let mut age = Metric::new(
             "tidelock_crl_age_seconds",

@@ -1,0 +1,457 @@
+//! Discovery by beacons between hosts in network namespaces: nodes that know each other's name and no
+//! address find each other; a host without the key finds nobody and costs little. Needs root, `ip`,
+//! `nft` and python3; says `not run` elsewhere.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
+)]
+
+use std::{
+    fs,
+    io::Write as _,
+    os::unix::fs::OpenOptionsExt as _,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::{Value, json};
+use tidelock::demo::{
+    network::Network as _,
+    site::{NODES, Site},
+};
+use tidelock_tests::{
+    namespaces::{self, Namespaces},
+    not_run, program,
+};
+
+/// Far above anything that a healthy run needs.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// The group, its port, and where the kernel sends its own membership reports (RFC 3376).
+const GROUP: &str = "239.255.74.11";
+const PORT: u16 = 7412;
+const REPORTS: &str = "224.0.0.22";
+
+fn why_not() -> Option<String> {
+    namespaces::why_not()
+        .or_else(namespaces::why_no_nft)
+        .or_else(why_no_python)
+}
+
+fn why_no_python() -> Option<String> {
+    let python = Command::new("python3").arg("--version").output();
+    python.err().map(|error| format!("python3: {error}"))
+}
+
+fn key_file(path: &Path, byte: u8) {
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .unwrap();
+    file.write_all(&[byte; 32]).unwrap();
+}
+
+/// A site whose nodes know their peers by name only, and have the beacon's key.
+fn site<'n>(dir: &Path, network: &'n Namespaces) -> Site<'n> {
+    let site = Site::prepare(dir, &program().unwrap(), network, &NODES)
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    for id in NODES {
+        let path = site.node(id).unwrap().config_path();
+        let text = fs::read_to_string(&path).unwrap();
+        let named: Vec<&str> = text
+            .lines()
+            .filter(|line| !line.starts_with("address = "))
+            .collect();
+        let beacon = "\n[beacon]\nenabled = true\ninterval_s = 1\nkey_file = \"site.beacon\"\n";
+        fs::write(&path, format!("{}\n{beacon}", named.join("\n"))).unwrap();
+        key_file(&path.with_file_name("site.beacon"), 7);
+    }
+    site
+}
+
+async fn start(site: &mut Site<'_>, id: &str) {
+    site.start(id)
+        .await
+        .unwrap_or_else(|failure| panic!("{}", failure.message));
+}
+
+fn sessions(status: &Value) -> usize {
+    let peers = status.pointer("/mesh/peers").and_then(Value::as_array);
+    peers.map_or(0, |peers| {
+        let up = |p: &&Value| p.get("state") == Some(&json!("connected"));
+        peers.iter().filter(up).count()
+    })
+}
+
+async fn await_sessions(site: &Site<'_>, id: &str, count: usize) -> Value {
+    let node = site.node(id).unwrap();
+    node.await_status("its sessions", LIMIT, |s| sessions(s) == count)
+        .await
+        .unwrap()
+}
+
+fn beacon(status: &Value, field: &str) -> u64 {
+    let at = format!("/mesh/beacon/{field}");
+    status.pointer(&at).and_then(Value::as_u64).unwrap_or(0)
+}
+
+/// Counts what leaves a host: to these addresses, and to any other.
+fn watch(network: &Namespaces, node: &str, allowed: &[&str]) {
+    let rules = format!(
+        "table inet watch {{\n counter inside {{}}\n counter group {{}}\n counter foreign {{}}\n \
+         chain leaving {{\n  type filter hook output priority 0; policy accept;\n  \
+         ip daddr {GROUP} udp dport {PORT} udp length 58 counter name \"group\" accept\n  \
+         ip daddr {{ {} }} counter name \"inside\" accept\n  counter name \"foreign\"\n }}\n}}\n",
+        allowed.join(", ")
+    );
+    network.nft(node, &rules).unwrap();
+}
+
+#[test]
+fn nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobody() {
+    let name = "nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobody";
+    if let Some(why) = why_not() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let network = Namespaces::new(&NODES).unwrap();
+    let ip = |id: &str| network.listen(id).ip().to_string();
+    watch(&network, "a", &[&ip("b"), REPORTS]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut site = site(dir.path(), &network);
+        let other_key = site.node("c").unwrap().dir.join("site.beacon");
+        key_file(&other_key, 8);
+        for id in NODES {
+            start(&mut site, id).await;
+        }
+        await_sessions(&site, "a", 1).await;
+        await_sessions(&site, "b", 1).await;
+        // A session like any other: a bundle crosses it.
+        let package = site
+            .bundle(1)
+            .and_then(|p| Ok(p.encode()?))
+            .unwrap_or_else(|failure| panic!("{}", failure.message));
+        let body = json!({"package": BASE64_STANDARD.encode(package)});
+        let node = site.node("a").unwrap();
+        node.operate("bundle.install", &body).await.unwrap();
+        let epoch = |s: &Value| s.pointer("/bundle/epoch") == Some(&json!(1));
+        let b = site.node("b").unwrap();
+        b.await_status("the bundle", LIMIT, epoch).await.unwrap();
+        // c hears them, and they hear c, and nothing comes of it.
+        let c = site.node("c").unwrap();
+        let deaf = c
+            .await_status("beacons of another key", LIMIT, |s| {
+                beacon(s, "refused/tag") >= 4 && beacon(s, "sent") >= 3
+            })
+            .await
+            .unwrap();
+        assert_eq!((sessions(&deaf), beacon(&deaf, "dials")), (0, 0), "{deaf}");
+        let hearing = node
+            .await_status("beacons of c", LIMIT, |s| beacon(s, "refused/tag") >= 2)
+            .await
+            .unwrap();
+        assert_eq!(sessions(&hearing), 1, "{hearing}");
+        let beacons = network.packets("a", "group").unwrap();
+        assert!(beacons >= 2, "{beacons} beacons of 50 bytes");
+        assert_eq!(network.packets("a", "foreign").unwrap(), 0);
+        // A peer that was found is dialled again where it was met, after a restart of it too.
+        site.kill("b").unwrap();
+        await_sessions(&site, "a", 0).await;
+        start(&mut site, "b").await;
+        await_sessions(&site, "a", 1).await;
+        assert_eq!(network.packets("a", "foreign").unwrap(), 0);
+        // The control: with the key, c is found by both; and the counter counts.
+        site.kill("c").unwrap();
+        key_file(&other_key, 7);
+        start(&mut site, "c").await;
+        await_sessions(&site, "a", 2).await;
+        await_sessions(&site, "b", 2).await;
+        assert!(network.packets("a", "foreign").unwrap() > 0);
+    });
+}
+
+#[test]
+fn what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended() {
+    let name = "what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended";
+    if let Some(why) = why_not() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let network = Namespaces::new(&NODES).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut site = site(dir.path(), &network);
+        for id in ["a", "b"] {
+            // On all addresses, and the kernel knows no way to the group.
+            let path = site.node(id).unwrap().config_path();
+            let text = fs::read_to_string(&path).unwrap();
+            let listen = network.listen(id).to_string();
+            assert!(text.contains(&listen), "{text}");
+            fs::write(&path, text.replace(&listen, "0.0.0.0:7411")).unwrap();
+            start(&mut site, id).await;
+        }
+        for id in ["a", "b"] {
+            let fault = |s: &Value| {
+                s.pointer("/mesh/beacon/fault")
+                    .is_some_and(Value::is_string)
+            };
+            let node = site.node(id).unwrap();
+            let seen = node.await_status("a fault", LIMIT, fault).await.unwrap();
+            assert_eq!((beacon(&seen, "sent"), sessions(&seen)), (0, 0), "{seen}");
+            let way = ["route", "add", "239.0.0.0/8", "dev", "eth0"];
+            network.exec(id, "ip", &way, "").unwrap();
+        }
+        for id in ["a", "b"] {
+            let seen = await_sessions(&site, id, 1).await;
+            assert_eq!(seen.pointer("/mesh/beacon/fault"), Some(&Value::Null));
+        }
+    });
+}
+
+/// What an attacker on c's host knows of the format, written from the book and from no code of ours.
+const FORMAT: &str = r#"
+import hmac, os, socket, struct, sys, time
+def tag(key, unix_ms, source, nonce, port):
+    said = b"tidelock beacon 1\0" + struct.pack(">Q", unix_ms // 300000)
+    said += socket.inet_aton(source) + nonce + struct.pack(">H", port)
+    return hmac.new(key, said, "sha256").digest()
+def beacon(key, unix_ms, source, nonce, port):
+    return nonce + struct.pack(">H", port) + tag(key, unix_ms, source, nonce, port)
+def opens(key, unix_ms, source, packet):
+    if len(packet) != 50:
+        return False
+    nonce, port, got = packet[:16], struct.unpack(">H", packet[16:18])[0], packet[18:]
+    slots = [unix_ms + d for d in (-300000, 0, 300000) if unix_ms + d >= 0]
+    return any(hmac.compare_digest(tag(key, at, source, nonce, port), got) for at in slots)
+"#;
+
+/// Records good beacons, plays them from its own address and, with a forged sender, from that of whoever
+/// made them; sends what looks like beacons, and floods.
+const OUTSIDER: &str = r#"
+group, port, own = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+hear = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+hear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+hear.bind((group, port))
+hear.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                socket.inet_aton(group) + socket.inet_aton(own))
+hear.settimeout(30)
+say = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+say.bind((own, 0))
+say.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+raw.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(own))
+def forge(source, packet):
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 28 + len(packet), 0, 0, 1, 17, 0,
+                       socket.inet_aton(source), socket.inet_aton(group))
+    raw.sendto(head + struct.pack(">HHHH", 7412, port, 8 + len(packet), 0) + packet, (group, 0))
+recorded = {}
+while len(recorded) < 4 or len(set(recorded.values())) < 2:
+    packet, (source, _) = hear.recvfrom(2048)
+    assert len(packet) == 50, len(packet)
+    recorded[packet] = source
+    say.sendto(packet, (group, port))
+    forge(source, packet)
+# The port names c's own: whoever believed it would call here.
+forged = [os.urandom(16) + struct.pack('>H', 7411) + os.urandom(32) for _ in range(4)]
+spoilt = [packet[:16] + struct.pack('>H', 7411) + packet[18:] for packet in list(recorded)[:4]]
+def nonsense():
+    for packet in forged + spoilt + [b'', b'x' * 49, b'x' * 51, b'x' * 1400]:
+        say.sendto(packet, (group, port))
+    time.sleep(0.2)
+# A loaded machine may drop what stands in the flood's way: before it, after it, and more than once.
+nonsense()
+nonsense()
+for _ in range(20000):
+    say.sendto(os.urandom(50), (group, port))
+for _ in range(5):
+    time.sleep(0.2)
+    nonsense()
+print("done")
+"#;
+
+/// Has the key: sends good beacons for a hundred addresses, twenty ports each, at which nobody answers.
+const INSIDER: &str = r#"
+group, port, own, key = sys.argv[1], int(sys.argv[2]), sys.argv[3], bytes.fromhex(sys.argv[4])
+net = own.rsplit('.', 1)[0]
+for last in range(100, 200):
+    source = f"{net}.{last}"
+    os.system(f"ip addr add {source}/24 dev eth0")
+    say = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    say.bind((source, 0))
+    for at in range(20):
+        good = beacon(key, int(time.time() * 1000), source, os.urandom(16), 20000 + at)
+        say.sendto(good, (group, port))
+print("done")
+"#;
+
+/// Reads the vectors, and says how many it has judged.
+const READER: &str = r#"
+import json
+vectors = json.load(open(sys.argv[1]))
+for v in vectors["good"]:
+    key, nonce = bytes.fromhex(v["key"]), bytes.fromhex(v["nonce"])
+    packet = bytes.fromhex(v["packet"])
+    assert beacon(key, v["unix_ms"], v["source"], nonce, v["port"]) == packet, v
+    assert opens(key, v["unix_ms"], v["source"], packet), v
+for v in vectors["bad"]:
+    assert not opens(bytes.fromhex(v["key"]), v["unix_ms"], v["source"], bytes.fromhex(v["packet"])), v
+print(len(vectors["good"]), len(vectors["bad"]))
+"#;
+
+#[test]
+fn the_vectors_are_read_by_a_program_that_was_written_from_the_book() {
+    let name = "the_vectors_are_read_by_a_program_that_was_written_from_the_book";
+    if let Some(why) = why_no_python() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors/beacon/beacons.json");
+    let read = Command::new("python3")
+        .args(["-c", &format!("{FORMAT}{READER}")])
+        .arg(vectors)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&read.stdout);
+    assert_eq!(said.trim(), "3 9", "{read:?}");
+}
+
+/// Plays an attack on c's host.
+fn attack(network: &Namespaces, script: &str, more: &[&str]) {
+    let (script, port) = (format!("{FORMAT}{script}"), PORT.to_string());
+    let own = network.listen("c").ip().to_string();
+    let arguments = [&["-c", &script, GROUP, &port, &own], more].concat();
+    let said = network.exec("c", "python3", &arguments, "").unwrap();
+    assert_eq!(said.trim(), "done");
+}
+
+/// It decides, and its session with the other one is up.
+async fn is_well(site: &Site<'_>, id: &str, status: &Value) {
+    assert_eq!(sessions(status), 1, "{id}: {status}");
+    let ask = json!({
+        "principal": {"type": "Agent", "id": "coder-1"},
+        "action": "fs.read",
+        "resource": {"type": "File", "id": "/srv/app/src/main.rs"},
+    });
+    let client = site.node(id).unwrap().client();
+    let answered = client.post_json("/v1/decide", ask.to_string()).await;
+    assert!(answered.is_ok(), "{id}: {answered:?}");
+}
+
+#[test]
+fn inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm() {
+    let name = "inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm";
+    if let Some(why) = why_not() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let network = Namespaces::new(&NODES).unwrap();
+    let ip = |id: &str| network.listen(id).ip().to_string();
+    watch(&network, "a", &[&ip("b"), REPORTS]);
+    watch(&network, "b", &[&ip("a"), REPORTS]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut site = site(dir.path(), &network);
+        // c is in both configs and never there: both go on looking for it.
+        for id in ["a", "b"] {
+            start(&mut site, id).await;
+        }
+        await_sessions(&site, "a", 1).await;
+        await_sessions(&site, "b", 1).await;
+        attack(&network, OUTSIDER, &[]);
+        for id in ["a", "b"] {
+            let node = site.node(id).unwrap();
+            // Recordings are refused as such, under another sender and forgeries by their tag, most of
+            // the flood unread.
+            let seen = node
+                .await_status("the attack", LIMIT, |s| {
+                    beacon(s, "refused/replayed") >= 1
+                        && beacon(s, "refused/tag") >= 1
+                        && beacon(s, "refused/length") >= 1
+                        && beacon(s, "refused/flood") >= 1
+                })
+                .await
+                .unwrap();
+            is_well(&site, id, &seen).await;
+            assert_eq!(network.packets(id, "foreign").unwrap(), 0, "{id}");
+        }
+        // The control: the real c is found in spite of it all, and a's packets to it are counted.
+        start(&mut site, "c").await;
+        await_sessions(&site, "a", 2).await;
+        await_sessions(&site, "b", 2).await;
+        assert!(network.packets("a", "foreign").unwrap() > 0);
+    });
+}
+
+#[test]
+fn inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dials_and_no_trust() {
+    let name = "inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dials_and_no_trust";
+    if let Some(why) = why_not() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let elsewhere = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let network = Namespaces::new(&NODES).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let mut site = site(dir.path(), &network);
+        for id in ["a", "b"] {
+            start(&mut site, id).await;
+        }
+        await_sessions(&site, "a", 1).await;
+        await_sessions(&site, "b", 1).await;
+        let begun = Instant::now();
+        // A node of the same name and domain, with the key, and papers of another CA.
+        let mut foreign = self::site(elsewhere.path(), &network);
+        start(&mut foreign, "c").await;
+        for id in ["a", "b"] {
+            let seen = site
+                .node(id)
+                .unwrap()
+                .await_status("a dial that fails", LIMIT, |s| beacon(s, "failed") >= 1)
+                .await
+                .unwrap();
+            let why = seen.pointer("/mesh/beacon/last_failure");
+            assert!(why.is_some_and(Value::is_string), "{seen}");
+            is_well(&site, id, &seen).await;
+        }
+        let refused = foreign
+            .node("c")
+            .unwrap()
+            .await_status("its own dials", LIMIT, |s| beacon(s, "failed") >= 1)
+            .await
+            .unwrap();
+        assert_eq!((sessions(&refused), beacon(&refused, "met")), (0, 0));
+        foreign.kill("c").unwrap();
+        // Two thousand good beacons of a hundred addresses.
+        attack(&network, INSIDER, &[&"07".repeat(32)]);
+        for id in ["a", "b"] {
+            let seen = site
+                .node(id)
+                .unwrap()
+                .await_status("the attack", LIMIT, |s| beacon(s, "heard") >= 100)
+                .await
+                .unwrap();
+            is_well(&site, id, &seen).await;
+            // The budgets of both, and one more a link-up interval for each.
+            let most = 2 * (64 + 1 + begun.elapsed().as_secs() / 5);
+            let dials = beacon(&seen, "dials");
+            assert!(dials <= most, "{dials} dials of {most}: {seen}");
+        }
+        // The control: the real c calls, and is let in.
+        start(&mut site, "c").await;
+        await_sessions(&site, "a", 2).await;
+        await_sessions(&site, "b", 2).await;
+    });
+}
