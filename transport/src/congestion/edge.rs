@@ -33,7 +33,10 @@ const ROUND_TRIP_MIN: Duration = Duration::from_millis(5);
 /// Packets that may always be in flight: below it no acknowledgement is ever without delay.
 const WINDOW_MIN_PACKETS: u64 = 4;
 
-/// Packets of the first window where nothing is remembered, as RFC 9002 has it.
+/// Packets of the first window where nothing is remembered, as RFC 9002 has it. Whoever had little to
+/// send in one of the last [`RATE_ROUNDS`] never gets less: its rate is what it had, not what the path
+/// carries, and quinn sends no acknowledgement while it has data that the window holds back. With a
+/// full transfer the other way both ends then wait for each other until a timeout.
 const WINDOW_START_PACKETS: u64 = 10;
 
 /// Largest window: what quinn still paces is below 4 GiB; no path of ours needs a quarter of it.
@@ -134,6 +137,8 @@ pub struct Edge {
     rate_of_last_cycle: u64,
     // Rounds that had enough to send. The first is one acknowledgement long and tells no rate.
     full_rounds: u32,
+    // Those since the last one with too little.
+    full_rounds_in_a_row: usize,
     // Shortest round trips of this and of the last period.
     round_trips: [Option<Duration>; 2],
     period_began: Instant,
@@ -171,6 +176,7 @@ impl Edge {
             rates_next: 0,
             rate_of_last_cycle: 0,
             full_rounds: 0,
+            full_rounds_in_a_row: 0,
             round_trips: [None; 2],
             period_began: now,
             period_rounds: 0,
@@ -304,8 +310,11 @@ impl Edge {
                 }
             }
         }
-        if !self.round_app_limited {
+        if self.round_app_limited {
+            self.full_rounds_in_a_row = 0;
+        } else {
             self.full_rounds = self.full_rounds.saturating_add(1);
+            self.full_rounds_in_a_row = self.full_rounds_in_a_row.saturating_add(1);
         }
         self.loss_milli = (self.loss_milli * 7 + self.round.loss_milli()).div_ceil(8);
         let queue = self.has_queue(self.round_trip_of_round);
@@ -378,10 +387,15 @@ impl Edge {
         let loss = self.loss_milli.min(LOSS_MAX_MILLI);
         let bytes = u128::from(held) * u128::from(percent) * 10 / u128::from(1_000 - loss);
         let bytes = u64::try_from(bytes).unwrap_or(WINDOW_MAX_BYTES);
+        let least = if self.full_rounds_in_a_row < RATE_ROUNDS {
+            WINDOW_START_PACKETS
+        } else {
+            WINDOW_MIN_PACKETS
+        };
         // Two packets more: an acknowledgement stands for two.
         bytes
             .saturating_add(2 * self.packet_bytes)
-            .clamp(WINDOW_MIN_PACKETS * self.packet_bytes, WINDOW_MAX_BYTES)
+            .clamp(least * self.packet_bytes, WINDOW_MAX_BYTES)
     }
 
     fn set_window(&mut self) {
@@ -511,6 +525,27 @@ mod tests {
         assert_eq!(start(2_000_000), 100_000, "half of what the path held");
         assert_eq!(start(1), 10_000);
         assert_eq!(start(u64::MAX), WINDOW_MAX_BYTES);
+    }
+
+    /// A node that fetched in bulk had little to send itself, so its window fell to four packets; its
+    /// requests filled it, quinn held its acknowledgements back with them, and both ends stood still
+    /// until a timeout.
+    #[test]
+    fn who_has_little_to_send_keeps_the_first_window() {
+        // One packet a round trip, which grows: somebody else's queue.
+        let settled = |app_limited| {
+            let mut path = Path::new(None);
+            let mut now = path.now;
+            for round in 0..50 {
+                let sent = now;
+                now += ROUND_TRIP * if round < 5 { 1 } else { 2 };
+                path.edge.on_ack(now, sent, PACKET.into(), app_limited);
+                path.edge.on_end_acks(now, 0);
+            }
+            path.edge.window() / u64::from(PACKET)
+        };
+        assert_eq!(settled(true), 10);
+        assert!(settled(false) < 10, "the control");
     }
 
     #[test]
