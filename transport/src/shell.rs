@@ -837,6 +837,36 @@ impl Mesh {
         hooks: Arc<dyn MeshHooks>,
         clock: MonotonicClock,
     ) -> Result<MeshHandle, MeshError> {
+        Self::start_with(config, tls, hooks, clock, |config, tls, clock| {
+            let server = config.quic.server(tls, None, None)?;
+            config.quic.open(config.listen, Some(server), clock)
+        })
+    }
+
+    /// [`Mesh::start`] on an endpoint that was opened before, with [`QuicConfig::open_on`]: for
+    /// sockets that are not this machine's, as a simulation has them.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_on(
+        endpoint: Endpoint,
+        config: MeshConfig,
+        tls: Arc<MeshTls>,
+        hooks: Arc<dyn MeshHooks>,
+        clock: MonotonicClock,
+    ) -> Result<MeshHandle, MeshError> {
+        Self::start_with(config, tls, hooks, clock, |_, _, _| Ok(endpoint))
+    }
+
+    /// Opens the endpoint when nothing else can be wrong any more: a closed one keeps its port for a
+    /// moment.
+    fn start_with(
+        config: MeshConfig,
+        tls: Arc<MeshTls>,
+        hooks: Arc<dyn MeshHooks>,
+        clock: MonotonicClock,
+        open: impl FnOnce(&MeshConfig, &MeshTls, &MonotonicClock) -> Result<Endpoint, MeshError>,
+    ) -> Result<MeshHandle, MeshError> {
         config.check()?;
         tokio::runtime::Handle::try_current().map_err(|_| MeshError::Start {
             kind: io::ErrorKind::Unsupported,
@@ -859,11 +889,7 @@ impl Mesh {
             Some(seed) => seed,
             None => random_seed()?,
         };
-        let endpoint = config.quic.open(
-            config.listen,
-            Some(config.quic.server(&tls, None, None)?),
-            &clock,
-        )?;
+        let endpoint = open(&config, &tls, &clock)?;
         let (events, taken) = std_mpsc::sync_channel(EVENTS);
         let paths = config
             .peers

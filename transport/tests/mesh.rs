@@ -1,5 +1,7 @@
 //! Nodes on real sockets: 127.0.0.1, .2 and .3, real stores on a simulated disk, real certificates.
 //!
+//! One test runs them in virtual time over a wire of its own.
+//!
 //! No test waits for a fixed time to pass and calls the outcome a result: each waits until what it
 //! expects is there, with a bound that only a hang can reach.
 
@@ -9,6 +11,9 @@
     clippy::panic,
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
+
+#[path = "support/wire.rs"]
+mod wire;
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +34,8 @@ use rcgen::{
     IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
     date_time_ymd,
 };
-use tidelock_quota::{MonotonicClock, Rate};
+use tidelock_link::{Link, LinkConfig};
+use tidelock_quota::{ManualClock, MonotonicClock, Rate};
 use tidelock_segments::{
     AuditLog, Charge, CustodyReceipt, Disk, DomainId, Head, Kind, LogConfig, NodeId, Origin,
     Partial, PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions,
@@ -1997,4 +2003,111 @@ async fn inv_12_a_process_killed_at_half_is_sent_the_rest_only() {
         again * 100_000 / all % 1000
     );
     a.mesh().shutdown(PATIENCE).await;
+}
+
+// ---- A thin and long link, in virtual time ----
+
+const RATE: u64 = 125_000;
+const ROUND_TRIP: Duration = Duration::from_millis(300);
+
+/// Two nodes at the ends of 1 Mbit/s and a round trip of 300 ms, with a queue as long as the link; a
+/// bulk transfer of audit that fills it, then a CRL. How long the CRL took from hand to hand.
+async fn crl_beside_bulk(control: Congestion, cap: Option<u32>) -> Duration {
+    let ca = Ca::new();
+    let [a, b] = ["a", "b"].map(|name| Node::new(&ca, name));
+    let mut noise = 1_u64;
+    for _ in 0..34 {
+        // What no compression makes much smaller.
+        let record = std::iter::repeat_with(|| {
+            noise = noise
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            format!("{:016x}", noise ^ (noise >> 29))
+        });
+        let record: String = record.take(3_000).collect();
+        a.log
+            .append_wait(RecordClass::Decision, record.into_bytes(), PATIENCE)
+            .unwrap();
+        a.log.seal_now().unwrap().unwrap();
+    }
+    let bulk = a.held();
+
+    let manual = ManualClock::new();
+    let clock = MonotonicClock::simulated(manual.clone());
+    let millisecond = Duration::from_millis(1);
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(millisecond).await;
+            manual.advance(millisecond);
+        }
+    });
+    let link = LinkConfig {
+        rate_bytes_per_second: Some(RATE),
+        delay: ROUND_TRIP / 2,
+        queue_bytes: 37_500,
+        mtu_bytes: 1_472,
+        ..LinkConfig::default()
+    };
+    let addresses = [1, 2].map(|last| SocketAddr::from(([192, 0, 2, last], 7_411)));
+    let links = [1, 2].map(|seed| Link::new(link.clone(), seed).unwrap());
+    let ends = wire::wire(addresses, links);
+    // a dials b, which has never heard of it.
+    let peers = [vec![("b", addresses[1])], Vec::new()];
+    for (at, node) in [&a, &b].into_iter().enumerate() {
+        let mut config = config(addresses[at], &peers[at]);
+        config.quic.congestion = control;
+        config.quic.send_bytes_per_second = cap;
+        let server = config.quic.server(&node.tls, None, None).unwrap();
+        let socket = Arc::clone(&ends[at]);
+        let endpoint = config.quic.open_on(socket, Some(server), &clock).unwrap();
+        let hooks: Arc<dyn MeshHooks> = Arc::new(Hooks(Arc::clone(node)));
+        let (tls, clock) = (Arc::clone(&node.tls), clock.clone());
+        let mesh = Mesh::start_on(endpoint, config, tls, hooks, clock).unwrap();
+        assert!(node.mesh.set(mesh).is_ok());
+    }
+    until("half of the bulk is there", || {
+        b.held().len() >= bulk.len() / 2
+    })
+    .await;
+    let carried = ends[0].counters().bytes_out;
+    let begun = tokio::time::Instant::now();
+    let crl = VerifiedCrl::verify(&ca.crl(2, &[999]), a.tls.credentials().trust()).unwrap();
+    let crl = a.import(crl_segment(&domain(), &crl).unwrap());
+    while !b.held().contains(&crl.id) {
+        assert!(begun.elapsed() < PATIENCE, "the CRL never came");
+        tokio::time::sleep(millisecond).await;
+    }
+    let took = begun.elapsed();
+    let carried = u128::from(ends[0].counters().bytes_out - carried);
+    let could = u128::from(RATE) * took.as_millis() / 1_000;
+    assert!(
+        carried * 10 >= could * 6,
+        "the link was busy: {carried} of {could}"
+    );
+    assert!(b.held().len() < bulk.len(), "the bulk was still on its way");
+    took
+}
+
+/// News of a segment, the question for references, the references, the request and the segment: two and
+/// a half round trips. What stands before them is the queue on the link, three times in the direction
+/// of the bulk, and the packets themselves.
+#[tokio::test(start_paused = true)]
+async fn a_crl_passes_a_bulk_transfer_within_the_round_trips_of_the_protocol() {
+    let bare = ROUND_TRIP * 5 / 2;
+    // With a cap just below the link there is no queue.
+    let cap = u32::try_from(RATE * 95 / 100).ok();
+    for control in [Congestion::Cubic, Congestion::Edge] {
+        let took = crl_beside_bulk(control, cap).await;
+        println!("{} below a cap: {took:?}", control.name());
+        assert!(took >= bare, "{control:?}: {took:?}");
+        assert!(took <= ROUND_TRIP * 3, "{control:?}: {took:?}");
+    }
+    // Without one, edge keeps the queue short by itself.
+    let edge = crl_beside_bulk(Congestion::Edge, None).await;
+    println!("edge: {edge:?}");
+    assert!(edge <= ROUND_TRIP * 4, "{edge:?}");
+    // The control: CUBIC fills it, and the CRL stands in it.
+    let cubic = crl_beside_bulk(Congestion::Cubic, None).await;
+    println!("cubic: {cubic:?}");
+    assert!(cubic > edge, "cubic {cubic:?}, edge {edge:?}");
 }

@@ -4,8 +4,8 @@
 use std::{io, net::SocketAddr, net::UdpSocket, sync::Arc, time::Duration};
 
 use quinn::{
-    ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, ServerConfig,
-    TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
+    AsyncUdpSocket, ClientConfig, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
+    Runtime, ServerConfig, TokioRuntime, TransportConfig, ValidationTokenConfig, VarInt,
 };
 use tidelock_quota::MonotonicClock;
 use tidelock_segments::NodeId;
@@ -191,7 +191,7 @@ impl QuicConfig {
         Ok(client)
     }
 
-    /// A socket on `listen` with this node's cap on what is sent, and quinn upon it. Must be called
+    /// A socket on `listen`, and quinn upon it as [`QuicConfig::open_on`] does it. Must be called
     /// within a tokio runtime.
     ///
     /// # Errors
@@ -206,15 +206,28 @@ impl QuicConfig {
             address: listen,
             kind: error.kind(),
         };
-        let runtime = Arc::new(TokioRuntime);
-        let mut socket = runtime
+        let socket = TokioRuntime
             .wrap_udp_socket(self.bind(listen)?)
             .map_err(failed)?;
+        self.open_on(socket, server, clock)
+    }
+
+    /// quinn on a socket that is there, with this node's cap on what is sent.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Start`].
+    pub fn open_on(
+        &self,
+        mut socket: Arc<dyn AsyncUdpSocket>,
+        server: Option<ServerConfig>,
+        clock: &MonotonicClock,
+    ) -> Result<Endpoint, MeshError> {
         if let Some(cap) = self.send_bytes_per_second {
             socket = Arc::new(ThrottledSocket::new(socket, cap, clock)?);
         }
+        let runtime = Arc::new(TokioRuntime);
         Endpoint::new_with_abstract_socket(self.endpoint()?, server, socket, runtime)
-            .map_err(failed)
+            .map_err(|error| MeshError::Start { kind: error.kind() })
     }
 
     fn bind(&self, listen: SocketAddr) -> Result<UdpSocket, MeshError> {
