@@ -912,7 +912,8 @@ impl SessionMachine {
             return None;
         }
         let reference = &self.known.get(id)?.reference;
-        let next_bytes = if is_ranged(reference, &self.local.node_id) {
+        let ranged = is_ranged(reference, &self.local.node_id);
+        let next_bytes = if ranged {
             RANGE_BYTES
         } else {
             reference.size_bytes
@@ -931,7 +932,7 @@ impl SessionMachine {
                     || self.bulk_bytes.saturating_add(next_bytes)
                         <= self.config.bulk_bytes_in_flight)
         };
-        let free = free && (!is_ranged(reference) || self.parts.len() < self.window.ranges);
+        let free = free && (!ranged || self.parts.len() < self.window.ranges);
         free.then_some(reference)
     }
 

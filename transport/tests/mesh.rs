@@ -47,8 +47,8 @@ use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
     endorse::endorse,
     frame::{
-        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, HeadEntry, Heads, Hello, HelloAck,
-        OriginRef, RefEntry, Refs, Segment, Slice, WireLimits,
+        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, HeadEntry, Heads, Hello,
+        HelloAck, OriginRef, RefEntry, Refs, Segment, Slice, WireLimits,
     },
     identity::IdentityRules,
     limits,
@@ -1720,7 +1720,7 @@ async fn inv_13_what_cannot_be_asked_for_yet_costs_no_quota() {
 /// stalls. Ends with its session.
 async fn drip(mut raw: Raw, listed: SegmentRef, peer: &'static str) {
     raw.say(&Raw::hello(peer)).await;
-    raw.say(&Frame::HelloAck).await;
+    raw.say(&ack()).await;
     raw.say(&Frame::Heads(Heads {
         entries: vec![HeadEntry {
             origin: OriginRef::New(0, listed.origin.as_str().to_owned()),
