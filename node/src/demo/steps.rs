@@ -27,7 +27,9 @@ use crate::cli::Failure;
 pub const STEPS: u32 = 9;
 
 const SHORT: Duration = Duration::from_secs(10);
-const LONG: Duration = Duration::from_secs(40);
+const LONG: Duration = Duration::from_secs(60);
+/// Until a log is full, which is work, and takes as long as a busy machine takes for it.
+const FILLING: Duration = Duration::from_secs(240);
 /// How long a full log must have denied everything before it counts as full.
 const FULL_FOR: Duration = Duration::from_millis(1_500);
 /// Requests in flight at once, per node.
@@ -965,7 +967,7 @@ async fn filled(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
     let seen = Arc::new(Acknowledged::default());
     let mut tasks = load(site.node("c")?, &stop, &seen);
     stage.progress("c's log fills");
-    let full = until(LONG, || async {
+    let full = until(FILLING, || async {
         (seen.denied("AUDIT_CAPACITY") >= 100 && seen.denied_throughout(FULL_FOR)).then_some(())
     })
     .await;
