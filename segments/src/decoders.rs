@@ -222,8 +222,10 @@ fn reseal_log_file(bytes: &mut [u8]) {
 
 fn log_state(bytes: &[u8]) -> Verdict {
     match LogState::decode(bytes) {
-        // Of the version before, which nothing writes any more.
-        Some(_) if bytes.starts_with(b"TIDESTA1") => Verdict::Taken,
+        // Of the versions before, which nothing writes any more.
+        Some(_) if bytes.starts_with(b"TIDESTA1") || bytes.starts_with(b"TIDESTA2") => {
+            Verdict::Taken
+        }
         state => Verdict::exact(state.and_then(|state| state.encode().ok())),
     }
 }
