@@ -13,9 +13,9 @@ use tidelock_segments::bao::GROUP_BYTES;
 
 use crate::limits::{
     FRAME_HEADER_BYTES, MAX_DECODED_FRAME_BYTES, MAX_ENDORSEMENT_BYTES, MAX_FRAME_BODY_BYTES,
-    MAX_HEADS_PER_FRAME, MAX_HELLO_ACK_BYTES, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_ORIGIN_BYTES,
-    MAX_RANGE_BYTES, MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME,
-    MAX_REFS_PER_FRAME,
+    MAX_HEADS_PER_FRAME, MAX_HELLO_ACK_BYTES, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_NEWEST_REFS,
+    MAX_ORIGIN_BYTES, MAX_RANGE_BYTES, MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES,
+    MAX_RECEIPTS_PER_FRAME, MAX_REFS_PER_FRAME,
 };
 
 /// A segment id as it stands on the wire.
@@ -174,6 +174,9 @@ pub struct HeadEntry {
     pub ranges: Vec<(u64, u64)>,
     /// Keyed hash of the full head.
     pub tag: HeadTag,
+    /// Of revocation and policy: what is held with the highest number, so that news of it need not be
+    /// asked for. Ascending by id; empty if there is more of it than fits.
+    pub newest: Vec<RefEntry>,
 }
 
 /// Heads, all of them or the changed ones.
@@ -680,6 +683,10 @@ impl Frame {
                     if let OriginRef::New(_, name) = &entry.origin {
                         require(name.len() <= MAX_ORIGIN_BYTES, "origin is too long")?;
                     }
+                    require(
+                        entry.newest.len() <= MAX_NEWEST_REFS,
+                        "too many newest references",
+                    )?;
                     require(
                         ranges_are_valid(&entry.ranges),
                         "ranges are not ascending and apart",

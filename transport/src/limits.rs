@@ -45,6 +45,10 @@ pub const MAX_REASON_BYTES: usize = 256;
 /// below is offered once the holes between them are filled.
 pub const MAX_RANGES: usize = segments::MAX_HEAD_RANGES;
 
+/// References that a head carries of its highest number, of revocation and policy only. Where there are
+/// more (a CA that numbered three lists alike), they are asked for as all others.
+pub const MAX_NEWEST_REFS: usize = 2;
+
 /// Heads in one frame.
 pub const MAX_HEADS_PER_FRAME: usize = 64;
 
@@ -242,7 +246,10 @@ pub const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 pub const HEADS_DELAY: Duration = Duration::from_millis(20);
 
 // A full frame of heads or references fits its body: widest encoding of each entry.
-const HEAD_ENTRY_MAX: usize = (5 + 3 + MAX_ORIGIN_BYTES) + (3 + MAX_RANGES * 2 * 9) + 12;
+const HEAD_ENTRY_MAX: usize = (5 + 3 + MAX_ORIGIN_BYTES)
+    + (3 + MAX_RANGES * 2 * 9)
+    + 12
+    + (1 + MAX_NEWEST_REFS * REF_ENTRY_MAX);
 const REF_ENTRY_MAX: usize = 32 + 9 + 9 + 33;
 const _: () = assert!(16 + MAX_HEADS_PER_FRAME * HEAD_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);
 const _: () = assert!(32 + MAX_REFS_PER_FRAME * REF_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);

@@ -1726,6 +1726,7 @@ async fn drip(mut raw: Raw, listed: SegmentRef, peer: &'static str) {
             origin: OriginRef::New(0, listed.origin.as_str().to_owned()),
             ranges: vec![(listed.sequence, listed.sequence)],
             tag: [7; 12],
+            newest: Vec::new(),
         }],
         more: false,
     }))
@@ -2088,26 +2089,30 @@ async fn crl_beside_bulk(control: Congestion, cap: Option<u32>) -> Duration {
     took
 }
 
-/// News of a segment, the question for references, the references, the request and the segment: two and
-/// a half round trips. What stands before them is the queue on the link, three times in the direction
-/// of the bulk, and the packets themselves.
+/// News of a CRL with its reference, the request and the segment: one and a half round trips. What stands
+/// before them is the queue on the link, twice in the direction of the bulk, and the packets themselves.
 #[tokio::test(start_paused = true)]
-async fn a_crl_passes_a_bulk_transfer_within_the_round_trips_of_the_protocol() {
-    let bare = ROUND_TRIP * 5 / 2;
+async fn inv_11_a_crl_passes_a_bulk_transfer_within_two_round_trips_and_a_packet() {
+    let bare = ROUND_TRIP * 3 / 2;
+    let packet = Duration::from_secs(1_500) / u32::try_from(RATE).unwrap();
+    let aim = ROUND_TRIP * 2 + packet;
     // With a cap just below the link there is no queue.
     let cap = u32::try_from(RATE * 95 / 100).ok();
     for control in [Congestion::Cubic, Congestion::Edge] {
         let took = crl_beside_bulk(control, cap).await;
         println!("{} below a cap: {took:?}", control.name());
         assert!(took >= bare, "{control:?}: {took:?}");
-        assert!(took <= ROUND_TRIP * 3, "{control:?}: {took:?}");
+        assert!(took <= aim, "{control:?}: {took:?}");
     }
-    // Without one, edge keeps the queue short by itself.
+    // Without one, edge keeps the queue short by itself; seen 603 to 606 ms, aim 612.
     let edge = crl_beside_bulk(Congestion::Edge, None).await;
     println!("edge: {edge:?}");
-    assert!(edge <= ROUND_TRIP * 4, "{edge:?}");
+    assert!(edge <= aim + 4 * packet, "{edge:?}");
     // The control: CUBIC fills it, and the CRL stands in it.
     let cubic = crl_beside_bulk(Congestion::Cubic, None).await;
     println!("cubic: {cubic:?}");
-    assert!(cubic > edge, "cubic {cubic:?}, edge {edge:?}");
+    assert!(
+        cubic > aim && cubic > edge,
+        "cubic {cubic:?}, edge {edge:?}"
+    );
 }

@@ -39,11 +39,18 @@ fn samples() -> Vec<(&'static str, Frame)> {
                         origin: OriginRef::New(0, "policy/base".into()),
                         ranges: vec![(1, 4), (9, 9)],
                         tag: [1; 12],
+                        newest: vec![RefEntry {
+                            id: [8; 32],
+                            sequence: 9,
+                            size_bytes: 700,
+                            prev: None,
+                        }],
                     },
                     HeadEntry {
                         origin: OriginRef::Known(300),
                         ranges: vec![(0, 70_000)],
                         tag: [2; 12],
+                        newest: Vec::new(),
                     },
                 ],
                 more: true,
@@ -511,12 +518,19 @@ fn the_widest_frames_fit() {
         let channel = frame.frame_type().channel();
         assert_eq!(decode_one(channel, &bytes), Ok(Some(frame)));
     }
+    let reference = RefEntry {
+        id: [255; 32],
+        sequence: u64::MAX,
+        size_bytes: u64::MAX,
+        prev: Some([255; 32]),
+    };
     let entry = |at: u32| HeadEntry {
         origin: OriginRef::New(u32::MAX - at, "x".repeat(MAX_ORIGIN_BYTES)),
         ranges: (0..MAX_RANGES as u64)
             .map(|at| (u64::MAX / 2 + at * 3, u64::MAX / 2 + at * 3 + 1))
             .collect(),
         tag: [255; 12],
+        newest: vec![reference; MAX_NEWEST_REFS],
     };
     let heads = Frame::Heads(Heads {
         entries: (0..64).map(entry).collect(),
@@ -524,12 +538,6 @@ fn the_widest_frames_fit() {
     });
     let bytes = heads.encode().unwrap();
     assert_eq!(decode_one(Channel::Control, &bytes), Ok(Some(heads)));
-    let reference = RefEntry {
-        id: [255; 32],
-        sequence: u64::MAX,
-        size_bytes: u64::MAX,
-        prev: Some([255; 32]),
-    };
     let refs = Frame::Refs(Refs {
         origin: u32::MAX,
         refs: vec![reference; MAX_REFS_PER_FRAME],

@@ -1518,6 +1518,7 @@ fn new_head(index: u32, origin: &Origin, ranges: &[(u64, u64)]) -> HeadEntry {
         origin: OriginRef::New(index, origin.as_str().to_owned()),
         ranges: ranges.to_vec(),
         tag: [0; 12],
+        newest: Vec::new(),
     }
 }
 
@@ -1535,6 +1536,77 @@ fn reference_entry(sequence: u64) -> RefEntry {
         size_bytes: 50,
         prev: None,
     }
+}
+
+/// The head of a CA's lists with the references of its newest.
+fn told_head(ids: &[u8]) -> HeadEntry {
+    HeadEntry {
+        newest: ids
+            .iter()
+            .map(|id| RefEntry {
+                id: [*id; 32],
+                ..reference_entry(7)
+            })
+            .collect(),
+        ..new_head(0, &crl_origin(), &[(3, 3), (7, 7)])
+    }
+}
+
+#[test]
+fn inv_11_news_of_a_revocation_needs_no_list() {
+    let asks_for_a_list = |bench: &mut Bench| {
+        let frames = bench.frames();
+        frames
+            .iter()
+            .any(|frame| matches!(frame, Frame::ListRefs(_)))
+    };
+    let mut bench = Bench::established();
+    bench.frames();
+    bench.give(heads(vec![told_head(&[1, 2])]));
+    let wanted = bench.machine.poll_want(Duration::ZERO).cloned().unwrap();
+    assert_eq!((wanted.id.as_bytes(), wanted.sequence), (&[1; 32], 7));
+    bench.machine.fetch(&wanted.id, Duration::ZERO);
+    let second = bench.machine.poll_want(Duration::ZERO).cloned().unwrap();
+    assert_eq!(second.id.as_bytes(), &[2; 32]);
+    assert!(!asks_for_a_list(&mut bench));
+    // A further list of the same number is news as well.
+    bench.give(heads(vec![HeadEntry {
+        origin: OriginRef::Known(0),
+        tag: [1; 12],
+        ..told_head(&[1, 2])
+    }]));
+    assert!(!asks_for_a_list(&mut bench));
+
+    let mut control = Bench::established();
+    control.frames();
+    control.give(heads(vec![told_head(&[])]));
+    assert!(control.machine.poll_want(Duration::ZERO).is_none());
+    assert!(asks_for_a_list(&mut control), "the control");
+}
+
+#[test]
+fn references_that_do_not_belong_to_their_head_end_the_session() {
+    let of_another_number = HeadEntry {
+        newest: vec![reference_entry(3)],
+        ..told_head(&[])
+    };
+    let of_audit = HeadEntry {
+        newest: vec![reference_entry(7)],
+        ..new_head(0, &audit_origin("b"), &[(7, 7)])
+    };
+    for wrong in [
+        told_head(&[2, 1]),
+        told_head(&[1, 1]),
+        of_another_number,
+        of_audit,
+    ] {
+        let mut bench = Bench::established();
+        bench.give(heads(vec![wrong.clone()]));
+        assert_eq!(bench.code(), Some(CloseCode::Protocol), "{wrong:?}");
+    }
+    let mut control = Bench::established();
+    control.give(heads(vec![told_head(&[1, 2])]));
+    assert_eq!(control.code(), None, "the control");
 }
 
 #[test]
@@ -1687,6 +1759,7 @@ fn each_answer_that_was_not_asked_for_ends_the_session() {
             origin: OriginRef::Known(0),
             ranges: vec![(0, 0)],
             tag: [0; 12],
+            newest: Vec::new(),
         }]),
         heads(vec![new_head(1, &crl_origin(), &[(1, 1)])]),
         heads(vec![
