@@ -191,6 +191,10 @@ struct Whole {
     bulk: u64,
     /// As of a lease.
     due: Duration,
+    /// The node is looking at it: the claim outlives the session until it has.
+    admitting: bool,
+    /// Its session is over.
+    orphan: bool,
 }
 
 /// Segments in flight over all sessions of a node, and ranges of those that come in parts.
@@ -281,7 +285,15 @@ impl Claims {
         self.take_room(session, bulk)?;
         let pace = Duration::from_secs(reference.size_bytes / LEASE_PACE_BYTES_PER_S);
         let due = now + self.lease_timeout + pace;
-        self.by_id.insert((*id, session), Whole { bulk, due });
+        self.by_id.insert(
+            (*id, session),
+            Whole {
+                bulk,
+                due,
+                admitting: false,
+                orphan: false,
+            },
+        );
         Ok(())
     }
 
@@ -305,6 +317,27 @@ impl Claims {
         for from in held {
             self.release_range(session, id, from);
         }
+    }
+
+    /// All bytes of a claimed segment are here and the node looks at it. INV-08: until
+    /// [`end_admission`](Self::end_admission) no end of the session lets another one ask for it too.
+    pub fn begin_admission(&mut self, session: SessionId, id: &SegmentId) {
+        if let Some(whole) = self.by_id.get_mut(&(*id, session)) {
+            whole.admitting = true;
+        }
+    }
+
+    /// It is stored or refused. True: the session is over and the claim with it, tell the others.
+    pub fn end_admission(&mut self, session: SessionId, id: &SegmentId) -> bool {
+        let Some(whole) = self.by_id.get_mut(&(*id, session)) else {
+            return false;
+        };
+        whole.admitting = false;
+        let orphan = whole.orphan;
+        if orphan {
+            self.release(session, id);
+        }
+        orphan
     }
 
     fn leases_of(&self, id: &SegmentId) -> impl Iterator<Item = (u64, Lease)> {
@@ -396,9 +429,13 @@ impl Claims {
             .collect()
     }
 
-    /// Gives up all claims of a session that ended.
+    /// Gives up all claims of a session that ended; what the node is looking at goes when it has.
     pub fn release_session(&mut self, session: SessionId) -> Vec<SegmentId> {
-        let whole = self.by_id.keys().copied();
+        for ((_, owner), whole) in &mut self.by_id {
+            whole.orphan |= whole.admitting && *owner == session;
+        }
+        let whole = self.by_id.iter().filter(|(_, whole)| !whole.orphan);
+        let whole = whole.map(|(key, _)| *key);
         let parts = self.leases.keys().map(|(id, _, owner)| (*id, *owner));
         let ids: BTreeSet<SegmentId> = whole
             .chain(parts)
@@ -573,6 +610,28 @@ mod tests {
         assert_eq!(claims.claim(two, &wanted, NOW), Ok(()));
         assert_eq!(claims.release_session(two), [wanted.id]);
         assert!(claims.is_empty() && claims.bulk_bytes == 0 && claims.by_session.is_empty());
+    }
+
+    #[test]
+    fn inv_08_what_the_node_looks_at_is_asked_of_nobody_else_when_its_session_ends() {
+        let mut claims = Claims::default();
+        let (one, two) = (SessionId(1), SessionId(2));
+        let (looked_at, on_its_way) = (segment(1, Kind::Policy, 100), segment(2, Kind::Audit, 100));
+        for wanted in [&looked_at, &on_its_way] {
+            assert_eq!(claims.claim(one, wanted, NOW), Ok(()));
+        }
+        claims.begin_admission(one, &looked_at.id);
+        assert_eq!(claims.release_session(one), [on_its_way.id], "the control");
+        assert_eq!(claims.claim(two, &on_its_way, NOW), Ok(()));
+        assert_eq!(claims.claim(two, &looked_at, NOW), Err(Busy::Elsewhere));
+        assert!(claims.end_admission(one, &looked_at.id));
+        assert_eq!(claims.claim(two, &looked_at, NOW), Ok(()));
+        // While the session goes on it is the session that releases.
+        claims.begin_admission(two, &looked_at.id);
+        assert!(!claims.end_admission(two, &looked_at.id));
+        assert_eq!(claims.claim(one, &looked_at, NOW), Err(Busy::Elsewhere));
+        assert_eq!(claims.release_session(two).len(), 2);
+        assert!(claims.is_empty() && claims.bulk_bytes == 0);
     }
 
     #[test]

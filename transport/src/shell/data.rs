@@ -340,6 +340,17 @@ async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
 
 /// Checks and stores one segment. Runs where blocking is allowed.
 fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
+    let (shared, id) = (&link.shared, &reference.id);
+    lock(&shared.claims).begin_admission(link.session(), id);
+    let admitted = look_at(link, reference, content);
+    let is_orphan = lock(&shared.claims).end_admission(link.session(), id);
+    if is_orphan {
+        shared.released_to_all(&[*id]);
+    }
+    admitted
+}
+
+fn look_at(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
     let shared = &link.shared;
     alive(link)?;
     // The one hash over the content is made here, in a single pass and off the network's threads.
