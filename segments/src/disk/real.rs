@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{
-    AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, StatFs, StatxFlags,
+    Advice, AtFlags, FallocateFlags, FileType, FlockOperation, Mode, OFlags, Stat, StatFs,
+    StatxFlags,
 };
 use rustix::io::Errno;
 
@@ -84,6 +85,11 @@ fn open_at(op: DiskOp, path: &Path, flags: OFlags) -> Result<OwnedFd, DiskError>
     let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
     rustix::fs::openat(&dir, name, flags, Mode::RUSR | Mode::WUSR).map_err(failed(op, path))
 }
+
+/// Most bytes of a file that is only read that are asked of the device at once. A read of a whole segment,
+/// and the megabytes that a kernel reads ahead of it, would stand in the device's queue before the
+/// syncs of the log.
+const READ_AT_ONCE_BYTES: usize = 256 * 1024;
 
 /// The alignment that direct reads and writes of the log keep.
 const DIRECT_ALIGN_BYTES: u32 = 512;
@@ -201,6 +207,10 @@ impl Disk for RealDisk {
             OpenMode::CreateNew => OFlags::RDWR | OFlags::CREATE | OFlags::EXCL,
         };
         let fd = open_at(DiskOp::Open, path, flags)?;
+        if mode == OpenMode::Read {
+            // No reading ahead. Where it is not understood the reads are only less polite.
+            let _ = rustix::fs::fadvise(&fd, 0, None, Advice::Random);
+        }
         let align_bytes = match mode {
             OpenMode::Direct => make_direct(&fd),
             OpenMode::Read | OpenMode::ReadWrite | OpenMode::CreateNew => 1,
@@ -343,7 +353,9 @@ impl DiskFile for RealFile {
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DiskError> {
         let mut done = 0usize;
         while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
-            match rustix::io::pread(&self.fd, rest, offset.saturating_add(done as u64)) {
+            let at_once = rest.len().min(READ_AT_ONCE_BYTES);
+            let piece = rest.get_mut(..at_once).unwrap_or_default();
+            match rustix::io::pread(&self.fd, piece, offset.saturating_add(done as u64)) {
                 Ok(0) => return Err(DiskError::new(DiskOp::Read, &self.path, DiskFault::Short)),
                 Ok(count) => done += count,
                 Err(Errno::INTR) => {}
