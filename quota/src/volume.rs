@@ -23,8 +23,11 @@ pub struct VolumeSpent {
 #[derive(Debug, Clone)]
 pub struct DailyVolume {
     limit: u64,
+    /// May be above the limit, where that was lowered meanwhile.
     used: u64,
     window_start: Duration,
+    /// How long the window had run when it started here: it may have begun before this clock did.
+    ran: Duration,
 }
 
 impl DailyVolume {
@@ -35,7 +38,13 @@ impl DailyVolume {
             limit,
             used: 0,
             window_start: Duration::ZERO,
+            ran: Duration::ZERO,
         }
+    }
+
+    fn age(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.window_start)
+            .saturating_add(self.ran)
     }
 
     /// Charges `cost`, all or nothing.
@@ -43,13 +52,14 @@ impl DailyVolume {
     /// # Errors
     /// The day's allowance does not reach; then nothing is charged.
     pub fn take(&mut self, cost: u64, now: Duration) -> Result<(), VolumeSpent> {
-        if self.used == 0 || now.saturating_sub(self.window_start) >= DAY {
+        if self.used == 0 || self.age(now) >= DAY {
             self.used = 0;
             self.window_start = now;
+            self.ran = Duration::ZERO;
         }
-        let left = self.limit - self.used;
+        let left = self.limit.saturating_sub(self.used);
         if cost > left {
-            let resets_in = DAY.saturating_sub(now.saturating_sub(self.window_start));
+            let resets_in = DAY.saturating_sub(self.age(now));
             return Err(VolumeSpent {
                 limit: self.limit,
                 left,
@@ -64,34 +74,29 @@ impl DailyVolume {
     /// restart. `None` if nothing counts any more.
     #[must_use]
     pub fn used(&self, now: Duration) -> Option<(u64, Duration)> {
-        let age = now.saturating_sub(self.window_start);
+        let age = self.age(now);
         (self.used > 0 && age < DAY).then_some((self.used, age))
     }
 
-    /// A counter that has used so much of a day that has run so long at `now`.
+    /// A counter that has used so much of a day that has run so long at `now`. What was used above a
+    /// limit that is lower by now stays used, so that raising it again gives nothing back.
     #[must_use]
     pub fn resumed(limit: u64, used: u64, age: Duration, now: Duration) -> Self {
-        let mut volume = Self::new(limit);
-        match now.checked_sub(age) {
-            _ if age >= DAY => {}
-            Some(window_start) => {
-                volume.used = used.min(limit);
-                volume.window_start = window_start;
-            }
-            // The clock began within that day: it ends a whole day after the clock's start, which
-            // is later than it was and never sooner.
-            None => volume.used = used.min(limit),
+        Self {
+            limit,
+            used: if age < DAY { used } else { 0 },
+            window_start: now,
+            ran: age,
         }
-        volume
     }
 
     /// What is left of the allowance.
     #[must_use]
     pub fn left(&self, now: Duration) -> u64 {
-        if now.saturating_sub(self.window_start) >= DAY {
+        if self.age(now) >= DAY {
             self.limit
         } else {
-            self.limit - self.used
+            self.limit.saturating_sub(self.used)
         }
     }
 }
@@ -145,10 +150,15 @@ mod tests {
         assert_eq!(after.left(now + DAY / 2), 0);
         assert_eq!(after.left(now + DAY * 3 / 4), 100, "the same day's end");
 
-        // A clock that began a moment ago: the day ends later, never sooner.
-        let young = DailyVolume::resumed(100, used, age, Duration::from_secs(1));
-        assert_eq!(young.left(DAY * 3 / 4), 30);
-        assert_eq!(young.left(DAY), 100);
+        // A clock that began a moment ago, as after every restart: the day ends when it ends.
+        let young = DailyVolume::resumed(100, used, age, Duration::ZERO);
+        assert_eq!(young.left(DAY * 3 / 4 - Duration::from_secs(1)), 30);
+        assert_eq!(young.left(DAY * 3 / 4), 100);
+        let again = young.used(DAY / 2).unwrap();
+        assert_eq!(again, (70, DAY * 3 / 4), "over a second restart as well");
+        // A lower limit in between gives nothing back.
+        let (used, age) = DailyVolume::resumed(50, used, age, now).used(now).unwrap();
+        assert_eq!(DailyVolume::resumed(100, used, age, now).left(now), 30);
         assert_eq!(
             DailyVolume::resumed(50, used, age, now).left(now),
             0,

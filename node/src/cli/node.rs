@@ -584,7 +584,9 @@ fn quota_text(answer: &Value, applied: bool) -> String {
     format!(
         "{}: {of}; {} of audit taken today\n{}",
         plain(at(answer, "/peer")),
-        bytes(at(answer, "/used_today_bytes")),
+        at(answer, "/used_today_bytes")
+            .as_u64()
+            .map_or("all that it may".to_owned(), human_bytes),
         table(&[head, "before", "after"], &rows)
     )
 }

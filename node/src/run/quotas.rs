@@ -12,7 +12,10 @@ use serde_json::{Value, json};
 use tidelock_gateway::OperatorError;
 use tidelock_quota::Rate;
 use tidelock_segments::NodeId;
-use tidelock_transport::shell::{MeshHandle, PeerDebt, PeerQuota};
+use tidelock_transport::{
+    limits::MAX_PEERS,
+    shell::{MeshHandle, PeerDebt, PeerQuota},
+};
 
 use super::{
     doors::{bad, unrecorded},
@@ -215,10 +218,22 @@ impl Node {
             "own": !after.is_common(),
             "before": rate_json(&was),
             "after": rate_json(&will_be),
-            "used_today_bytes": debt.map_or(0, |debt| debt.day_used_bytes),
+            // Not known after a damaged file: then all of a bounded day counts as used.
+            "used_today_bytes": Some(debt.map_or(0, |debt| debt.day_used_bytes))
+                .filter(|used| *used != u64::MAX),
         });
         if !apply || after == before {
             return Ok(answer);
+        }
+        if !kept.own.contains_key(&peer) && kept.own.len() >= MAX_PEERS {
+            return Err(OperatorError {
+                status: 409,
+                code: "TOO_MANY_QUOTAS".to_owned(),
+                message: format!(
+                    "{MAX_PEERS} peers have a quota of their own already; give one of them the \
+                     common one with --common"
+                ),
+            });
         }
         self.record_act("peer_quota_set", answer.clone())
             .map_err(unrecorded)?;

@@ -174,7 +174,7 @@ struct LogState1 {
     owed: Vec<Vec<u8>>,
 }
 
-impl From<LogState1> for LogState {
+impl From<LogState1> for LogState2 {
     fn from(old: LogState1) -> Self {
         Self {
             node_id: old.node_id,
@@ -193,8 +193,6 @@ impl From<LogState1> for LogState {
                 })
                 .collect(),
             owed: old.owed,
-            superseded: false,
-            named: Vec::new(),
         }
     }
 }
@@ -220,7 +218,9 @@ impl LogState {
         } else if magic == MAGIC_2 {
             codec::decode::<LogState2, MAX>(body).ok().map(Self::from)
         } else if magic == MAGIC_1 {
-            codec::decode::<LogState1, MAX>(body).ok().map(Self::from)
+            codec::decode::<LogState1, MAX>(body)
+                .ok()
+                .map(|old| LogState2::from(old).into())
         } else {
             None
         }

@@ -338,20 +338,31 @@ async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
     }
 }
 
-/// Checks and stores one segment. Runs where blocking is allowed.
-fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
-    let (shared, id) = (&link.shared, &reference.id);
-    lock(&shared.claims).begin_admission(link.session(), id);
-    let admitted = look_at(link, reference, content);
-    let is_orphan = lock(&shared.claims).end_admission(link.session(), id);
-    if is_orphan {
-        shared.released_to_all(&[*id]);
+/// A claim that outlives its session while the node looks at the segment (INV-08). Given back on every
+/// way out, a panic too (INV-07).
+struct Looking<'l>(&'l Link, SegmentId);
+
+impl<'l> Looking<'l> {
+    fn begin(link: &'l Link, id: SegmentId) -> Self {
+        lock(&link.shared.claims).begin_admission(link.session(), &id);
+        Self(link, id)
     }
-    admitted
 }
 
-fn look_at(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        let Self(link, id) = self;
+        let is_orphan = lock(&link.shared.claims).end_admission(link.session(), id);
+        if is_orphan {
+            link.shared.released_to_all(&[*id]);
+        }
+    }
+}
+
+/// Checks and stores one segment. Runs where blocking is allowed.
+fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
     let shared = &link.shared;
+    let _looking = Looking::begin(link, reference.id);
     alive(link)?;
     // The one hash over the content is made here, in a single pass and off the network's threads.
     let segment =

@@ -232,6 +232,14 @@ pub(super) struct Quotas<C: Ticks = MonotonicClock> {
     daily: Mutex<BTreeMap<NodeId, DailyVolume>>,
 }
 
+/// A day that goes on. None: nothing was used, or it is not known how much ([`PeerDebt::SPENT`]) where
+/// nothing bounds it.
+fn resumed(quota: &PeerQuota, used: u64, age: Duration, now: Duration) -> Option<DailyVolume> {
+    let limit = quota.daily_in_bytes;
+    let counts = used > 0 && (used, limit) != (u64::MAX, u64::MAX);
+    counts.then(|| DailyVolume::resumed(limit, used, age, now))
+}
+
 fn kib(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
 }
@@ -297,14 +305,18 @@ impl<C: Ticks> Quotas<C> {
         new.out.restore(peer, old.out.debt(peer));
         drop(own);
         let mut daily = lock(&self.daily);
-        if let Some((used, age)) = daily.get(peer).and_then(|volume| volume.used(now)) {
-            let limit = new.quota.daily_in_bytes;
-            daily.insert(peer.clone(), DailyVolume::resumed(limit, used, age, now));
-        } else {
-            daily.remove(peer);
+        let used = daily.remove(peer).and_then(|volume| volume.used(now));
+        if let Some(volume) = used.and_then(|(used, age)| resumed(&new.quota, used, age, now)) {
+            daily.insert(peer.clone(), volume);
         }
         drop(daily);
-        lock(&self.waits).remove(peer);
+        for wait in lock(&self.waits)
+            .get_mut(peer)
+            .into_iter()
+            .flat_map(BTreeMap::values_mut)
+        {
+            wait.until = now;
+        }
         Ok(())
     }
 
@@ -315,13 +327,16 @@ impl<C: Ticks> Quotas<C> {
         let own: Vec<Arc<Buckets<C>>> = lock(&self.own).values().cloned().collect();
         for buckets in own.iter().chain([&self.common]) {
             for (peer, debt) in buckets.frames.debts() {
-                all.entry(peer).or_default().frames_ms = ceil_millis(debt);
+                let owed = &mut all.entry(peer).or_default().frames_ms;
+                *owed = (*owed).max(ceil_millis(debt));
             }
             for (peer, debt) in buckets.bulk_in.debts() {
-                all.entry(peer).or_default().bulk_in_ms = ceil_millis(debt);
+                let owed = &mut all.entry(peer).or_default().bulk_in_ms;
+                *owed = (*owed).max(ceil_millis(debt));
             }
             for (peer, debt) in buckets.out.debts() {
-                all.entry(peer).or_default().out_ms = ceil_millis(debt);
+                let owed = &mut all.entry(peer).or_default().out_ms;
+                *owed = (*owed).max(ceil_millis(debt));
             }
         }
         for (peer, debt) in self.urgent_in.debts() {
@@ -351,11 +366,8 @@ impl<C: Ticks> Quotas<C> {
             .restore(peer, Duration::from_millis(debt.out_ms));
         self.urgent_in
             .restore(peer, Duration::from_millis(debt.urgent_in_ms));
-        let limit = buckets.quota.daily_in_bytes;
-        // Where there is no bound, a day whose use is not known any more is no news.
-        if debt.day_used_bytes > 0 && (limit, debt.day_used_bytes) != (u64::MAX, u64::MAX) {
-            let age = Duration::from_millis(debt.day_age_ms);
-            let volume = DailyVolume::resumed(limit, debt.day_used_bytes, age, now);
+        let age = Duration::from_millis(debt.day_age_ms);
+        if let Some(volume) = resumed(&buckets.quota, debt.day_used_bytes, age, now) {
             self.with_room(now).insert(peer.clone(), volume);
         }
     }
@@ -689,7 +701,11 @@ mod tests {
         quotas
             .set(&a, Some(peer_quota(10 * 1024, 120 << 20)))
             .unwrap();
-        assert_eq!(quotas.debts(&a), [], "what waited asks again");
+        let debts = quotas.debts(&a);
+        assert!(
+            debts.iter().all(|debt| debt.debt_ms == 0 && debt.waits > 0),
+            "what waited asks again, and was counted: {debts:?}"
+        );
         assert!(quotas.take_in(&a, &mib(1), now()).is_err());
         clock.advance(Duration::from_millis(6_400));
         assert_eq!(quotas.take_in(&a, &mib(32), now()), Ok(()));
@@ -699,6 +715,9 @@ mod tests {
         assert_eq!(quotas.announced(&a).in_bytes_left_today, 0);
         let waits = quotas.take_in(&a, &mib(1), now());
         assert!(matches!(waits, Err(Wait::For(time)) if time > Duration::from_secs(80_000)));
+        // What was used above it is not given back with a greater one.
+        quotas.set(&a, Some(peer_quota(1024, 100 << 20))).unwrap();
+        assert_eq!(quotas.announced(&a).in_bytes_left_today, 4 << 20);
         // The common quota again, which has no day; the bucket's debt came along.
         quotas.set(&a, None).unwrap();
         assert_eq!(quotas.quota(&a), QuotaConfig::default().common());
