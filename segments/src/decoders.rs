@@ -223,9 +223,7 @@ fn reseal_log_file(bytes: &mut [u8]) {
 fn log_state(bytes: &[u8]) -> Verdict {
     match LogState::decode(bytes) {
         // Of the versions before, which nothing writes any more.
-        Some(_) if bytes.starts_with(b"TIDESTA1") || bytes.starts_with(b"TIDESTA2") => {
-            Verdict::Taken
-        }
+        Some(_) if !bytes.starts_with(b"TIDESTA4") => Verdict::Taken,
         state => Verdict::exact(state.and_then(|state| state.encode().ok())),
     }
 }

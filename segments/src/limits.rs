@@ -172,6 +172,14 @@ pub const MAX_UNSEALED_FILES: usize = 4;
 /// 300 bytes each.
 pub const MAX_OTHER_HEADS: usize = 16;
 
+/// Quarantined files that the first record of a log names, and that a recovery tells of: at most
+/// [`MAX_QUARANTINED_PATH_BYTES`] each. Of further ones it says how many.
+pub const MAX_QUARANTINED_NAMED: usize = 64;
+
+/// Longest path of a log file or segment in the quarantine: `quarantine/segments-audit-`, 64 digits, an
+/// ending and a number.
+pub const MAX_QUARANTINED_PATH_BYTES: usize = 128;
+
 /// Batches whose head may wait for its signature. The next one is signed before it is written: at worst
 /// one signature, about 25 microseconds, on the path of a commit.
 pub const MAX_UNSIGNED_BATCHES: u64 = 64;
@@ -221,3 +229,10 @@ const _: () = assert!(2 * (MAX_RAW_BYTES / BLOCK_BYTES as u64) + 3 <= MAX_BLOCKS
 const _: () = assert!(MAX_BATCH_BYTES > MAX_RECORD_BYTES);
 const _: () = assert!(MAX_QUEUE_BYTES >= MAX_BATCH_BYTES);
 const _: () = assert!(MAX_UNSEALED_FILES >= 2);
+// The first record of a log with all that it names: a head has an origin, a root, a size and keys.
+const _: () = assert!(
+    MAX_QUARANTINED_NAMED * (MAX_QUARANTINED_PATH_BYTES + 3)
+        + (MAX_OTHER_HEADS + 2) * (MAX_ORIGIN_BYTES + 160)
+        + 4096
+        <= MAX_RECORD_BYTES
+);

@@ -49,8 +49,10 @@ mod wait;
 
 use self::core::{Core, Next, OwnPlace, Signed, View};
 pub use self::event::{NamedHead, named_heads};
+use self::recover::Aside;
 pub(crate) use self::recover::parse_name;
 use self::seal::{Recycled, StateFile};
+use self::state::Contradicted;
 pub(crate) use self::state::{LogState, STATE_PATH};
 use self::wait::{Group, Woken};
 
@@ -214,8 +216,11 @@ pub struct Recovery {
     pub truncated_bytes: u64,
     /// About how many records they held, at most.
     pub truncated_records_estimate: u64,
-    /// Files that were damaged or cannot be continued, by their new path below the root.
+    /// Files that were damaged or cannot be continued, by their new path below the root; at most
+    /// [`crate::limits::MAX_QUARANTINED_NAMED`].
     pub quarantined: Vec<String>,
+    /// How many more there were.
+    pub quarantined_more: u64,
     /// Why a new incarnation was opened, if one was on a root that had one before.
     pub new_incarnation: Option<String>,
 }
@@ -731,6 +736,9 @@ impl Inner {
         if self.store.contains(&reference.id) {
             return Ok(OwnSegment::AlreadyHeld);
         }
+        if let Some(reason) = lock(&self.view).latched.clone() {
+            return Err(LogError::Latched(reason));
+        }
         let size = segment
             .audit_span()
             .map_or(0, |span| span.last.saturating_add(1));
@@ -753,22 +761,23 @@ impl Inner {
                 tracing::warn!(%error, "cannot seal the rest of a superseded log");
             }
         }
-        // Durable first: whatever stops this node now, it seals nothing more in these places.
-        if let Some(snapshot) = self.with_core(Core::supersede)
-            && let Err(error) = self.state_file.write(&snapshot)
-        {
+        let contradicted = if running {
+            self.contradicted_by(&reference)
+        } else {
+            Ok(None)
+        };
+        // Durable first: whatever stops this node now, it seals nothing more in these places, and what
+        // contradicts the peer is put aside before a head is named.
+        let found = contradicted.as_ref().ok().copied().flatten();
+        let snapshot = self.with_core(|core| core.supersede(found))?;
+        if let Err(error) = self.state_file.write(&snapshot) {
             self.with_core(|core| core.state_failed(error.clone()));
             return Err(error);
         }
-        match self.store.put(segment, Charge::Normal) {
-            Err(StoreError::Fork { .. }) if running => {
-                self.set_conflicting_aside(&reference)?;
-                self.store.put(segment, Charge::Normal)?;
-            }
-            other => {
-                other?;
-            }
+        if contradicted?.is_some() {
+            self.set_contradicted_aside()?;
         }
+        self.store.put(segment, Charge::Normal)?;
         Ok(OwnSegment::Later)
     }
 
@@ -776,41 +785,49 @@ impl Inner {
         lock(&self.view).origin == *origin
     }
 
-    /// Puts the own segments into the quarantine that contradict one which a peer holds, and all that
-    /// follow them: nobody else has them. Where somebody does, both stay where they are.
-    fn set_conflicting_aside(&self, theirs: &SegmentRef) -> Result<(), LogError> {
+    /// The oldest own segment that contradicts one which a peer holds, if there is one. It and those that
+    /// are linked to it are nobody else's, or else both contents stay where they are.
+    fn contradicted_by(&self, theirs: &SegmentRef) -> Result<Option<Contradicted>, LogError> {
+        match self.store.check_place(theirs) {
+            Err(StoreError::Fork { .. }) => {}
+            other => return Ok(other.map(|()| None)?),
+        }
         let (origin, sequence) = (&theirs.origin, theirs.sequence);
         let before = sequence
             .checked_sub(1)
             .and_then(|before| self.store.find(origin, before));
-        let from = match before {
-            Some(before) if theirs.prev != Some(before.id) => before.sequence,
-            _ if self.store.find(origin, sequence).is_some() => sequence,
-            _ => sequence.saturating_add(1),
+        let first = match before {
+            Some(before) if theirs.prev != Some(before.id) => Some(before),
+            _ => self.store.find(origin, sequence).or_else(|| {
+                let after = sequence.checked_add(1)?;
+                self.store.find(origin, after)
+            }),
         };
-        let mut at = from;
-        while let Some(reference) = self.store.refs(origin, at, u64::MAX, 1).pop() {
-            if self.store.custodian_count(&reference.id) > 0 {
-                return Err(LogError::OwnFork {
-                    origin: origin.clone(),
-                    sequence: reference.sequence,
-                });
-            }
-            let Some(next) = reference.sequence.checked_add(1) else {
-                break;
-            };
-            at = next;
+        let Some(first) = first else {
+            return Ok(None);
+        };
+        if !self.with_core(|core| core.has_sealed_at(first.sequence)) {
+            return Err(LogError::OwnFork {
+                origin: first.origin,
+                sequence: first.sequence,
+            });
         }
-        // The newest first, so that what stays is linked whenever this is cut off.
-        while let Some(newest) = self.store.last(origin)
-            && newest.sequence >= from
-        {
-            let path = self
-                .store
-                .set_aside(&newest.id, "a peer holds another segment in its place")?;
-            self.with_core(|core| core.put_aside(path));
-        }
-        Ok(())
+        recover::last_linked(&self.store, &first)?;
+        Ok(Some(Contradicted {
+            sequence: first.sequence,
+            id: first.id,
+        }))
+    }
+
+    /// Puts the own segments into the quarantine that contradict what a peer holds.
+    fn set_contradicted_aside(&self) -> Result<(), LogError> {
+        let Some(contradicted) = self.with_core(|core| core.contradicted()) else {
+            return Ok(());
+        };
+        let mut aside = Aside::default();
+        let done = recover::set_contradicted_aside(&self.store, &contradicted, &mut aside);
+        self.with_core(|core| core.put_aside(aside));
+        done
     }
 
     fn reclaim(&self) {
@@ -1128,8 +1145,8 @@ impl AuditLog {
     ///
     /// # Errors
     /// [`LogError::NotOwn`] if it is not signed with this node's log key: the bringer's fault.
-    /// [`LogError::Evicted`]; [`LogError::OwnFork`] or [`StoreError::Fork`] where others hold another
-    /// content of the same place; the root's or store's refusal.
+    /// [`LogError::Latched`]; [`LogError::Evicted`]; [`LogError::OwnFork`] or [`StoreError::Fork`] where
+    /// others hold another content of the same place; the root's or store's refusal.
     pub fn take_own(&self, segment: &VerifiedSegment) -> Result<OwnSegment, LogError> {
         let inner = &self.inner;
         let header = segment.header();
@@ -1160,8 +1177,8 @@ impl AuditLog {
     /// their file, and the first record names it. Does nothing if the log is not superseded.
     ///
     /// # Errors
-    /// [`LogError::Endorse`]: nothing has changed, and it may be tried again. Any other: the log is
-    /// latched, and the next start completes the change.
+    /// [`LogError::Endorse`], or any other that leaves the log unlatched: the incarnation is the same, and
+    /// it may be tried again. If the log is latched the next start completes the change.
     pub fn succeed(
         &self,
         endorse: &dyn Fn(&LogPublicKey, u64) -> Result<Endorsement, EndorseError>,

@@ -15,10 +15,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{LONG, Node, ROOT, Settings, domain, foreign_segments, node, receipt};
-use tidelock_segments::testing::{SimDisk, Survival, unchecked_endorsement};
+use tidelock_segments::limits::{MAX_QUARANTINED_NAMED, MAX_QUARANTINED_PATH_BYTES};
+use tidelock_segments::testing::{Fault, SimDisk, Survival, unchecked_endorsement};
 use tidelock_segments::{
-    LogError, NamedHead, OwnSegment, RecordClass, Recovery, SegmentId, StoreError, VerifiedSegment,
-    named_heads, verify_log,
+    AppendError, DiskFault, LogError, NamedHead, OwnSegment, RecordClass, Recovery, SegmentId,
+    StoreError, VerifiedSegment, named_heads, verify_log,
 };
 
 fn settings() -> Settings {
@@ -367,81 +368,274 @@ fn an_older_log_that_contradicts_is_refused_and_stays_as_it_is() {
     assert!(n.store.contains(&later[0].id()));
 }
 
-/// The power goes at every writing call of taking what a peer holds and of the change to the next
-/// incarnation, and once more during the start after it.
-#[test]
-fn inv_16_a_crash_while_a_log_is_superseded_loses_nothing_and_signs_nothing_twice() {
+/// What goes wrong at one writing call, and what happens before the next start.
+enum Wrong {
+    /// The power goes, and once more during the start after it.
+    Power(Survival),
+    /// The disk refuses; then the log changes to the next incarnation and is reopened, or not, and the
+    /// power goes.
+    Refusal {
+        fault: Fault,
+        goes_on: bool,
+        survival: Survival,
+    },
+}
+
+/// Takes what a peer holds and changes to the next incarnation, with something wrong at the writing call
+/// `at`; then the contact goes on where it was cut off. Nothing acknowledged is lost by it, no place is
+/// sealed twice, and no head is named that nobody else knows. Tells whether the call came at all.
+fn goes_wrong(restored: &Restored, own_sealed: bool, at: u64, wrong: &Wrong, what: &str) -> bool {
     let settings = settings();
-    let Restored { disk: image, later } = restored(&settings);
+    let Restored { disk, later } = restored;
     let theirs: BTreeSet<SegmentId> = later.iter().map(VerifiedSegment::id).collect();
-    let mut at = 0;
-    let mut whole = false;
-    while !whole {
-        at += 1;
-        for survival in [Survival::None, Survival::All, Survival::Seed(at)] {
-            let what = format!("call {at}, {survival:?}");
-            let disk = image.fork();
-            let n = settings.sim(&disk);
-            let old = n.log.origin();
-            let mut acknowledged: Vec<Vec<u8>> = Vec::new();
-            let mut append = |n: &Node, text: String| {
-                if n.append(text.as_bytes()).is_ok() {
-                    acknowledged.push(text.into_bytes());
-                }
-            };
-            append(&n, "after the copy".to_owned());
-            disk.crash_at_call(disk.calls() + at);
-            for (i, segment) in later.iter().enumerate() {
-                let _ = n.log.take_own(segment);
-                append(&n, format!("meanwhile {i}"));
-            }
-            let _ = succeed(&n);
-            append(&n, "in the next".to_owned());
-            let _ = n.log.seal_now();
-            append(&n, "in the next, not sealed".to_owned());
-            whole = !disk.is_off();
+    let disk = disk.fork();
+    let n = settings.sim(&disk);
+    let old = n.log.origin();
+    let common = n.store.first(&old).unwrap();
+    let mut known: Vec<NamedHead> = later.iter().map(head_after).collect();
+    known.push(head_after(&n.store.get(&common.id).unwrap()));
+    let mut acknowledged: Vec<Vec<u8>> = Vec::new();
+    let mut append = |n: &Node, text: String| {
+        if n.append(text.as_bytes()).is_ok() {
+            acknowledged.push(text.into_bytes());
+        }
+    };
+    if own_sealed {
+        for i in 0..2 {
+            append(&n, format!("sealed after the copy {i}"));
+            n.log.seal_now().unwrap().unwrap();
+        }
+    }
+    append(&n, "after the copy".to_owned());
+    let call = disk.calls() + at;
+    match wrong {
+        Wrong::Power(_) => disk.crash_at_call(call),
+        Wrong::Refusal { fault, .. } => disk.inject(call, fault.clone()),
+    }
+    for (i, segment) in later.iter().enumerate() {
+        let _ = n.log.take_own(segment);
+        append(&n, format!("meanwhile {i}"));
+    }
+    if !matches!(wrong, Wrong::Refusal { goes_on: false, .. }) {
+        let _ = succeed(&n);
+        append(&n, "in the next".to_owned());
+        let _ = n.log.seal_now();
+        append(&n, "in the next, not sealed".to_owned());
+    }
+    let came = disk.is_off() || disk.calls() >= call;
+    match wrong {
+        Wrong::Power(survival) => {
             drop(n);
-            disk.crash(survival);
+            disk.crash(*survival);
             // The start is cut off as well, at a call that differs from run to run.
             disk.crash_at_call(disk.calls() + 1 + at % 9);
             if let Ok(n) = settings.open(disk.disk()) {
                 drop(n);
             }
-            disk.crash(survival);
-            let n = settings.sim(&disk);
-            assert_eq!(n.log.latched(), None, "{what}");
-            // The contact goes on where it was cut off.
-            for segment in &later {
-                n.log
-                    .take_own(segment)
-                    .unwrap_or_else(|e| panic!("{what}: {e}"));
+            disk.crash(*survival);
+        }
+        Wrong::Refusal {
+            goes_on, survival, ..
+        } => {
+            if *goes_on {
+                let _ = n.log.reopen();
+                append(&n, "after it was reopened".to_owned());
             }
-            succeed(&n).unwrap_or_else(|e| panic!("{what}: {e}"));
-            n.append(b"it goes on").unwrap();
-            n.log.seal_now().unwrap();
-
-            let heads = named(&n);
-            assert!(heads.contains(&head_after(&later[2])), "{what}: {heads:?}");
-            let mut records: Vec<Vec<u8>> = Vec::new();
-            for reference in n.store.own_audit(&node("n1")) {
-                let segment = n.store.get(&reference.id).unwrap();
-                if reference.origin == old && reference.sequence > 0 {
-                    assert!(theirs.contains(&reference.id), "{what}: {reference:?}");
-                }
-                records.push(segment.into_bytes());
-            }
-            records.extend(quarantine(&disk));
-            for record in &acknowledged {
-                assert!(
-                    has(&records, record),
-                    "{what}: `{}` is gone",
-                    String::from_utf8_lossy(record)
-                );
-            }
-            assert_sound(&disk, &n);
+            disk.crash(*survival);
+            drop(n);
         }
     }
-    assert!(at > 20, "{at}");
+    let assert_known = |n: &Node| {
+        for head in named(n) {
+            let fits = head.origin != old || known.contains(&head);
+            assert!(fits, "{what}: {head:?} is known to nobody else");
+        }
+    };
+    let n = settings.sim(&disk);
+    assert_eq!(n.log.latched(), None, "{what}");
+    assert_known(&n);
+    for segment in later {
+        n.log
+            .take_own(segment)
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
+    }
+    succeed(&n).unwrap_or_else(|e| panic!("{what}: {e}"));
+    n.append(b"it goes on").unwrap();
+    n.log.seal_now().unwrap();
+
+    assert_known(&n);
+    let heads = named(&n);
+    assert!(heads.contains(&head_after(&later[2])), "{what}: {heads:?}");
+    let mut records: Vec<Vec<u8>> = Vec::new();
+    for reference in n.store.own_audit(&node("n1")) {
+        let segment = n.store.get(&reference.id).unwrap();
+        if reference.origin == old && reference.sequence > 0 {
+            assert!(theirs.contains(&reference.id), "{what}: {reference:?}");
+        }
+        records.push(segment.into_bytes());
+    }
+    records.extend(quarantine(&disk));
+    for record in &acknowledged {
+        assert!(
+            has(&records, record),
+            "{what}: `{}` is gone",
+            String::from_utf8_lossy(record)
+        );
+    }
+    assert_sound(&disk, &n);
+    came
+}
+
+/// The power goes at every writing call of taking what a peer holds and of the change to the next
+/// incarnation, and once more during the start after it.
+#[test]
+fn inv_16_a_crash_while_a_log_is_superseded_loses_nothing_and_signs_nothing_twice() {
+    let restored = restored(&settings());
+    for own_sealed in [false, true] {
+        let mut at = 0;
+        let mut came = true;
+        while came {
+            at += 1;
+            for survival in [Survival::None, Survival::All, Survival::Seed(at)] {
+                let what = format!("call {at}, {survival:?}, own segments: {own_sealed}");
+                let wrong = Wrong::Power(survival);
+                came = goes_wrong(&restored, own_sealed, at, &wrong, &what);
+            }
+        }
+        assert!(at > 20, "{at}");
+    }
+}
+
+/// A state that could not be stored was taken for stored when the next segment came: the segment was
+/// taken in, the next start went on with the old log, and removed its file for one that was sealed.
+#[test]
+fn inv_16_a_refusal_of_the_disk_while_a_log_is_superseded_loses_nothing_and_signs_nothing_twice() {
+    let restored = restored(&settings());
+    let faults = [
+        Fault::Fail(DiskFault::Os(5)),
+        Fault::FailDone(DiskFault::Os(5)),
+        Fault::Fail(DiskFault::NoSpace),
+    ];
+    for own_sealed in [false, true] {
+        for fault in &faults {
+            let mut at = 0;
+            let mut came = true;
+            while came {
+                at += 1;
+                let survivals = [Survival::None, Survival::All];
+                for (goes_on, survival) in [false, true].into_iter().zip(survivals) {
+                    let what = format!(
+                        "call {at}, {fault:?}, goes on: {goes_on}, own segments: {own_sealed}"
+                    );
+                    let wrong = Wrong::Refusal {
+                        fault: fault.clone(),
+                        goes_on,
+                        survival,
+                    };
+                    came = goes_wrong(&restored, own_sealed, at, &wrong, &what);
+                }
+            }
+            assert!(at > 20, "{at}");
+        }
+    }
+}
+
+#[test]
+fn a_segment_of_a_peer_beyond_a_hole_is_not_put_aside_with_those_that_contradict() {
+    let settings = settings();
+    let Restored { disk, later } = restored(&settings);
+    let n = settings.sim(&disk);
+    n.append(b"sealed after the copy").unwrap();
+    let own = n.log.seal_now().unwrap().unwrap();
+    assert_eq!(n.log.take_own(&later[2]), Ok(OwnSegment::Later));
+    assert!(n.store.contains(&own.id), "nothing contradicts it yet");
+    assert_eq!(n.log.take_own(&later[0]), Ok(OwnSegment::Later));
+    assert!(!n.store.contains(&own.id), "the control");
+    assert!(n.store.contains(&later[2].id()));
+    assert_eq!(n.log.take_own(&later[1]), Ok(OwnSegment::Later));
+
+    // A third content of the place: what peers brought stays as well.
+    let Restored { disk: copy, .. } = restored(&settings);
+    let again = settings.sim(&copy);
+    again.append(b"of another copy").unwrap();
+    let sealed = again.log.seal_now().unwrap().unwrap();
+    let refused = n.log.take_own(&again.store.get(&sealed.id).unwrap());
+    assert!(
+        matches!(refused, Err(LogError::OwnFork { .. })),
+        "{refused:?}"
+    );
+    let recovery = succeed(&n).unwrap();
+    for segment in &later {
+        assert!(n.store.contains(&segment.id()));
+    }
+    assert_eq!(named(&n), [head_after(&later[2])]);
+    assert_eq!(recovery.quarantined.len(), 1, "{recovery:?}");
+    assert_sound(&disk, &n);
+}
+
+#[test]
+fn inv_07_the_first_record_names_so_many_quarantined_files_and_counts_the_rest() {
+    let settings = settings();
+    let Restored { disk, later } = restored(&settings);
+    let n = settings.sim(&disk);
+    let all = MAX_QUARANTINED_NAMED + 3;
+    for i in 0..all {
+        n.append(format!("sealed after the copy {i}").as_bytes())
+            .unwrap();
+        n.log.seal_now().unwrap().unwrap();
+    }
+    n.log.take_own(&later[0]).unwrap();
+    let recovery = succeed(&n).unwrap();
+    assert_eq!(quarantine(&disk).len(), all);
+    assert_eq!(recovery.quarantined.len(), MAX_QUARANTINED_NAMED);
+    assert_eq!(recovery.quarantined_more, 3);
+    for path in &recovery.quarantined {
+        assert!(path.len() <= MAX_QUARANTINED_PATH_BYTES, "{path}");
+    }
+    let first: serde_json::Value = serde_json::from_slice(&n.records()[0].1).unwrap();
+    assert_eq!(
+        first["quarantined"],
+        serde_json::json!(recovery.quarantined)
+    );
+    assert_eq!(first["quarantined_more"], 3);
+    assert_sound(&disk, &n);
+}
+
+#[test]
+fn what_a_superseded_log_owes_is_recorded_by_the_next() {
+    let settings = settings();
+    let Restored { disk, later } = restored(&settings);
+    let n = settings.sim(&disk);
+    let ledger = n.root.ledger();
+    // Denials are refused for want of room, and their count waits for it.
+    ledger.set_ceiling(3 * common::MIB);
+    let record = vec![b'r'; 60_000];
+    let refused = (0..100).find_map(|_| n.append(&record).err());
+    assert_eq!(refused, Some(AppendError::Capacity));
+    ledger.set_ceiling(settings.ceiling);
+    let oldest = n.store.first(&n.log.origin()).unwrap();
+    n.log.take_own(&later[0]).unwrap();
+    n.licensed_by(&oldest, &["n2"]);
+
+    let short = |n: &Node| {
+        n.root.ledger().set_ceiling(common::MIB);
+        n.log.reclaim();
+        n.root.ledger().set_ceiling(settings.ceiling);
+        n.log.reclaim();
+    };
+    short(&n);
+    n.append(b"meanwhile").unwrap();
+    assert!(n.store.contains(&oldest.id), "nothing is evicted meanwhile");
+    succeed(&n).unwrap();
+    short(&n);
+    n.append(b"on we go").unwrap();
+    assert!(!n.store.contains(&oldest.id), "the control: now it is");
+    let records: Vec<Vec<u8>> = n.records().into_iter().map(|(_, record)| record).collect();
+    for told in ["\"type\":\"evicted\"", "\"type\":\"refused_at_capacity\""] {
+        assert!(has(&records, told.as_bytes()), "{told}");
+        assert!(!has(&quarantine(&disk), told.as_bytes()), "{told}");
+    }
+    assert_sound(&disk, &n);
 }
 
 /// A head that was signed for the old log must not stand in a mark of the new one, whoever signs when.

@@ -4,8 +4,8 @@
 //! `docs/src/format.md` alone.
 //!
 //! `TIDELOCK_WRITE_VECTORS=1 cargo test -p tidelock-segments --test vectors` writes the files; a change
-//! of a committed vector is a change of the format. (The `audit-v1-…` ones, `active-1` and `state-2` were written by
-//! the last versions that wrote these formats and are only read. Compressed ones depend on the zstd library,
+//! of a committed vector is a change of the format. (The `audit-v1-…` ones, `active-1`, `state-2` and `state-3` were
+//! written by the last versions that wrote these formats and are only read. Compressed ones depend on the zstd library,
 //! too: another version of it may write them otherwise, and readers do not care.)
 
 #![allow(
@@ -28,9 +28,9 @@ use tidelock_segments::testing::{SimDisk, unchecked_endorsement};
 use tidelock_segments::{
     AuditLog, Charge, Compression, ConsistencyProof, CryptError, CustodyReceipt, Endorsement,
     KeyUnwrap, KeyWrap, Kind, LogKey, LogPublicKey, Origin, RecordClass, RecordProof, SealOptions,
-    SegmentHeader, SegmentId, SegmentKey, SiteKey, Store, VerifiedSegment, WrappedKey, merkle,
-    origin_line, parse_body, prove_consistency, prove_record, read_records_with, seal_unsigned,
-    verify_consistency_proof, verify_record_proof, verify_segment,
+    SegmentHeader, SegmentId, SegmentKey, SegmentRef, SiteKey, Store, VerifiedSegment, WrappedKey,
+    merkle, origin_line, parse_body, prove_consistency, prove_record, read_records_with,
+    seal_unsigned, verify_consistency_proof, verify_record_proof, verify_segment,
 };
 
 const NOW: u64 = 1_700_000_000_000;
@@ -242,6 +242,7 @@ fn evicted_state() -> Value {
         "sealed_ids": sealed.iter().map(|r| r.id).collect::<Vec<_>>(),
         "superseded": false,
         "named": [],
+        "contradicted": null,
         "hex": hex(&state_file(&disk)),
     })
 }
@@ -250,7 +251,8 @@ fn state_file(disk: &SimDisk) -> Vec<u8> {
     disk.content(&Path::new(ROOT).join("log/state")).unwrap()
 }
 
-/// The states of a log of which a peer holds a later part: when it is seen, and of the next incarnation.
+/// The states of a log of which a peer holds a later part: when it is seen and contradicts an own
+/// segment, and of the next incarnation.
 fn superseded_states() -> (Value, Value) {
     let disk = SimDisk::new();
     let n = log_node(&disk, seal(Compression::Off, false));
@@ -262,27 +264,30 @@ fn superseded_states() -> (Value, Value) {
     n.append(b"{\"n\":2}").unwrap();
     let later = n.store.get(&n.log.seal_now().unwrap().unwrap().id).unwrap();
     let n = log_node(&copy, seal(Compression::Off, false));
-    let state = |superseded: bool, named: Value, sealed: &[SegmentId]| {
+    n.append(b"{\"n\":3}").unwrap();
+    let own = n.log.seal_now().unwrap().unwrap();
+    let state = |contradicted: Option<&SegmentRef>, named: Value, sealed: &[SegmentId]| {
         json!({
             "node": "n1",
             "origin": n.log.origin(),
             "incarnation": n.log.incarnation(),
             "cursors": [],
             "sealed_ids": sealed,
-            "superseded": superseded,
+            "superseded": contradicted.is_some(),
             "named": named,
+            "contradicted": contradicted.map(|own| json!({"sequence": own.sequence, "id": own.id})),
             "hex": hex(&state_file(&copy)),
         })
     };
     n.log.take_own(&later).unwrap();
-    let seen = state(true, json!([]), &[known.id]);
+    let seen = state(Some(&own), json!([]), &[known.id, own.id]);
     let name = node("n1");
     n.log
         .succeed(&|key, number| Ok(unchecked_endorsement(&name, key, number)))
         .unwrap();
     let size = later.audit_span().unwrap().last + 1;
     let named = json!([{"origin": known.origin, "size": size}]);
-    (seen, state(false, named, &[]))
+    (seen, state(None, named, &[]))
 }
 
 /// Every vector that is written, by file name.
@@ -496,7 +501,7 @@ fn a_second_reader_in_another_language_agrees() {
         );
     };
     assert!(good, "{text}");
-    let expected = AUDIT.len() + 15;
+    let expected = AUDIT.len() + 16;
     assert!(text.contains(&format!("read {expected} vectors")), "{text}");
     // It is no rubber stamp: one changed digit in any vector is refused.
     for name in [
@@ -505,6 +510,7 @@ fn a_second_reader_in_another_language_agrees() {
         "receipt",
         "state",
         "state-2",
+        "state-3",
         "state-superseded",
         "state-next",
     ] {

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::event::{Event, INCARNATION};
 use super::file::{AlignedBuffer, LiveFile, read_device};
-use super::recover::{self, Lineage, Recover, Recovered};
+use super::recover::{self, Aside, Lineage, Recover, Recovered};
 use super::refusals::{Refusals, Refused};
 use super::seal::{Eviction, Full, Recycled, SealJob, Snapshot, Spare, SparePlan, StateFile};
-use super::state::{Cursor, LogState, Marker, STATE_PATH, SealedEnd, given_up_below};
+use super::state::{Contradicted, Cursor, LogState, Marker, STATE_PATH, SealedEnd, given_up_below};
 use super::{
     AppendError, Appended, EndorseError, LogConfig, LogError, Pending, RecordClass, Recovery,
     Settled,
@@ -200,7 +200,7 @@ pub(super) struct Core {
     batches: u64,
     sealed_events: Vec<SegmentRef>,
     /// Segments of this incarnation that were set aside for those that a peer holds in their places.
-    aside: Vec<String>,
+    aside: Aside,
     /// The change to the next incarnation broke off half done; only a restart completes it.
     half_over: bool,
     /// Files of no use that could not be removed.
@@ -286,8 +286,11 @@ impl Core {
         }
         let reason = damage.or_else(|| reason.map(str::to_owned));
         let state_damaged = stored.is_some() && known.is_none();
-        let superseded = known.as_ref().is_some_and(|state| state.superseded);
         let mut lineage = None;
+        let mut aside = Aside::default();
+        if let Some(contradicted) = known.as_ref().and_then(|state| state.contradicted) {
+            finish_contradicted(&store, &contradicted, &mut aside)?;
+        }
         let mut state = match (reason.as_ref(), known) {
             (None, Some(mut state)) => {
                 state.marker = here;
@@ -309,19 +312,19 @@ impl Core {
         if reason.is_some() {
             // Acknowledged records of the old incarnation that were never sealed cannot be signed any
             // more. They are kept, not deleted.
-            recovery.quarantined = recover::set_aside(&root, &store, &config, superseded)?;
+            recover::set_aside(&root, &store, &mut aside)?;
             if state_damaged {
-                recovery
-                    .quarantined
-                    .push(root.move_to_quarantine(STATE_PATH, Charge::Normal)?);
+                aside.push(root.move_to_quarantine(STATE_PATH, Charge::Normal)?);
             }
         }
         if let (Some(reason), Some(lineage)) = (&reason, &lineage) {
             // Before all else that is owed: it is the first record, also after a crash.
             let now = (config.clock)();
-            let first = first_record(lineage, &recovery.quarantined, reason, now);
+            let first = first_record(lineage, &aside, reason, now);
             state.owed.insert(0, first);
         }
+        recovery.quarantined = aside.paths;
+        recovery.quarantined_more = aside.more;
         let (refusals, refused) = Refusals::open(&root)?;
         let head = Checkpoint {
             origin_line,
@@ -353,7 +356,7 @@ impl Core {
             starved: false,
             batches: 0,
             sealed_events: Vec::new(),
-            aside: Vec::new(),
+            aside: Aside::default(),
             half_over: false,
             leftover: Vec::new(),
             buffer: AlignedBuffer::new(),
@@ -1148,16 +1151,24 @@ impl Core {
     /// Writes the lifecycle records that wait, as far as there is room, and the summary of what was
     /// refused once decisions find room again.
     fn pay_owed(&mut self) {
+        // What a superseded log records goes into the quarantine with it, so all this stays owed.
+        if self.state.superseded {
+            return;
+        }
         while let Some(record) = self.owed.front().cloned() {
-            if record.len() <= MAX_RECORD_BYTES {
-                if !self.write_own(&record) {
-                    return;
-                }
-                let before = self.state.owed.len();
-                self.state.owed.retain(|owed| *owed != record);
-                if self.state.owed.len() != before {
-                    self.state_version = self.state_version.saturating_add(1);
-                }
+            if record.len() > MAX_RECORD_BYTES {
+                // Limits keep every one of them far below. Without the first of an incarnation no peer
+                // takes it, and an eviction is never silent.
+                self.latch("a lifecycle record is longer than a record may be".to_owned());
+                return;
+            }
+            if !self.write_own(&record) {
+                return;
+            }
+            let before = self.state.owed.len();
+            self.state.owed.retain(|owed| *owed != record);
+            if self.state.owed.len() != before {
+                self.state_version = self.state_version.saturating_add(1);
             }
             self.owed.pop_front();
         }
@@ -1374,25 +1385,58 @@ impl Core {
     }
 
     /// From here on nothing is sealed in this incarnation. Gives the state that has to be durable before
-    /// anything else is done; `None` if it was said before.
-    pub(super) fn supersede(&mut self) -> Option<Snapshot> {
-        if self.state.superseded {
-            return None;
+    /// anything else is done, each time: it may not have become so before. `contradicted` is the oldest
+    /// own segment that contradicts what a peer holds.
+    ///
+    /// # Errors
+    /// [`LogError::Latched`]: what the device holds of the state is unknown.
+    pub(super) fn supersede(
+        &mut self,
+        contradicted: Option<Contradicted>,
+    ) -> Result<Snapshot, LogError> {
+        if let Some(reason) = &self.latched {
+            return Err(LogError::Latched(reason.clone()));
         }
-        tracing::error!(
-            origin = %self.state.origin,
-            "{SUPERSEDED}; its root was put back to an older copy, and a new incarnation follows"
-        );
-        self.state.superseded = true;
-        self.state_version = self.state_version.saturating_add(1);
-        // Files that are full wait for the next incarnation; records past the last are refused.
-        self.stuck = Some(AppendError::Unavailable(SUPERSEDED.to_owned()));
-        Some(self.snapshot())
+        if !self.state.superseded {
+            tracing::error!(
+                origin = %self.state.origin,
+                "{SUPERSEDED}; its root was put back to an older copy, and a new incarnation follows"
+            );
+            self.state.superseded = true;
+            self.state_version = self.state_version.saturating_add(1);
+            // Files that are full wait for the next incarnation; records past the last are refused.
+            self.stuck = Some(AppendError::Unavailable(SUPERSEDED.to_owned()));
+        }
+        if let Some(found) = contradicted {
+            // What was found before and could not be finished stands first, unless this is older.
+            let before = self.state.contradicted.filter(|before| {
+                before.sequence <= found.sequence && self.store.contains(&before.id)
+            });
+            if before.is_none() {
+                self.state.contradicted = Some(found);
+                self.state_version = self.state_version.saturating_add(1);
+            }
+        }
+        Ok(self.snapshot())
     }
 
-    /// Notes where a superseded segment was put.
-    pub(super) fn put_aside(&mut self, path: Option<String>) {
-        self.aside.extend(path);
+    /// Whether what is held in this place was sealed by this root. Else peers brought it.
+    pub(super) fn has_sealed_at(&self, sequence: u64) -> bool {
+        let brought = self
+            .state
+            .contradicted
+            .is_some_and(|first| first.sequence <= sequence && !self.store.contains(&first.id));
+        sequence < self.state.sealed.next_sequence && !brought
+    }
+
+    /// The oldest own segment that is to be put aside.
+    pub(super) fn contradicted(&self) -> Option<Contradicted> {
+        self.state.contradicted
+    }
+
+    /// Notes where superseded segments were put.
+    pub(super) fn put_aside(&mut self, aside: Aside) {
+        self.aside.append(aside);
     }
 
     /// Ends a superseded incarnation and begins the next. What it had acknowledged and not sealed goes
@@ -1407,6 +1451,18 @@ impl Core {
         }
         if !self.state.superseded {
             return Ok(Recovery::default());
+        }
+        // After a failed write nobody knows what is held, and so which head is the highest.
+        if let Some(reason) = self.store.latched() {
+            return Err(StoreError::Latched(reason).into());
+        }
+        // Before anything of it is moved, or named, or given up.
+        if let Err(error) = self.state_file.write(&self.snapshot()) {
+            self.fault(error.clone());
+            return Err(error);
+        }
+        if let Some(contradicted) = self.state.contradicted {
+            finish_contradicted(&self.store, &contradicted, &mut self.aside)?;
         }
         let lineage = recover::lineage(&self.root, &self.store, &self.config, Some(&self.state))?;
         let marker = self.state.marker.clone();
@@ -1437,12 +1493,7 @@ impl Core {
         self.full.clear();
         self.served.clear();
         let mut quarantined = std::mem::take(&mut self.aside);
-        quarantined.extend(recover::set_aside(
-            &self.root,
-            &self.store,
-            &self.config,
-            true,
-        )?);
+        recover::set_aside(&self.root, &self.store, &mut quarantined)?;
         let first = first_record(lineage, &quarantined, SUPERSEDED, self.now());
         state.owed.insert(0, first.clone());
         self.state = state;
@@ -1469,7 +1520,8 @@ impl Core {
             Some(reason) => Err(LogError::Latched(reason.clone())),
             None => Ok(Recovery {
                 records: self.tree.size(),
-                quarantined,
+                quarantined: quarantined.paths,
+                quarantined_more: quarantined.more,
                 new_incarnation: Some(SUPERSEDED.to_owned()),
                 ..Recovery::default()
             }),
@@ -1505,7 +1557,9 @@ impl Core {
         let ladder = self.root.ledger().ladder();
         let short = self.starved && !self.has_room_for_a_file();
         let paused = self.state.owed.len() >= MAX_EVICTIONS_OWED;
-        if self.latched.is_some() || paused || (ladder < Ladder::Reclaim && !short) {
+        // A superseded log could not tell of it in a record that stays.
+        let closed = self.latched.is_some() || self.state.superseded;
+        if closed || paused || (ladder < Ladder::Reclaim && !short) {
             return None;
         }
         let (segments, record) = match self.licensed_prefix() {
@@ -1856,6 +1910,22 @@ fn check_twice(
     }
 }
 
+/// Puts aside what contradicts a peer, before a head is named. What somebody gave a receipt for since
+/// then stays: two contents are out, and this node keeps its own.
+fn finish_contradicted(
+    store: &Store,
+    contradicted: &Contradicted,
+    aside: &mut Aside,
+) -> Result<(), LogError> {
+    match recover::set_contradicted_aside(store, contradicted, aside) {
+        Err(error @ LogError::OwnFork { .. }) => {
+            tracing::error!(%error, "own segments stay that contradict what a peer holds");
+            Ok(())
+        }
+        other => other,
+    }
+}
+
 /// The state that a new incarnation begins with.
 fn next_state(
     config: &LogConfig,
@@ -1874,18 +1944,20 @@ fn next_state(
         cursors: known.map(|state| state.cursors.clone()).unwrap_or_default(),
         superseded: false,
         named: lineage.named(),
+        contradicted: None,
     }
 }
 
 /// The record that every incarnation begins with.
-fn first_record(lineage: &Lineage, quarantined: &[String], reason: &str, unix_ms: u64) -> Vec<u8> {
+fn first_record(lineage: &Lineage, aside: &Aside, reason: &str, unix_ms: u64) -> Vec<u8> {
     Event::Incarnation {
         incarnation: lineage.incarnation,
         other_heads: &lineage.others,
         // Named so that a peer which holds a head of the old log can compare (ruling 7).
         previous_head: lineage.head.as_ref(),
         previous_origin: lineage.previous.as_ref(),
-        quarantined,
+        quarantined: &aside.paths,
+        quarantined_more: aside.more,
         reason,
         r#type: INCARNATION,
         unix_ms,

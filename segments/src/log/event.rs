@@ -38,6 +38,14 @@ pub fn named_heads(record: &[u8]) -> Vec<NamedHead> {
     }
 }
 
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes fields by reference"
+)]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
 /// The type of the first record of an incarnation.
 pub(crate) const INCARNATION: &str = "incarnation";
 
@@ -52,6 +60,8 @@ pub(crate) enum Event<'a> {
         previous_head: Option<&'a NamedHead>,
         previous_origin: Option<&'a Origin>,
         quarantined: &'a [String],
+        #[serde(skip_serializing_if = "is_zero")]
+        quarantined_more: u64,
         reason: &'a str,
         r#type: &'static str,
         unix_ms: u64,
@@ -126,6 +136,7 @@ mod tests {
             previous_head: Some(&head),
             previous_origin: Some(&head.origin),
             quarantined: &[],
+            quarantined_more: 1,
             reason: "moved",
             r#type: INCARNATION,
             unix_ms: 5,

@@ -6,7 +6,7 @@ use super::LogConfig;
 use super::LogError;
 use super::core::{Served, active_path};
 use super::event::NamedHead;
-use super::state::{LogState, Named, SealedEnd};
+use super::state::{Contradicted, LogState, Named, SealedEnd};
 use crate::body;
 use crate::checkpoint;
 use crate::disk::OpenMode;
@@ -15,7 +15,7 @@ use crate::frame::{self, BATCH_ALIGN, Content, LogHeader, MARK_BYTES, Scan, clas
 use crate::id::Origin;
 use crate::keys::{LogKey, LogPublicKey};
 use crate::ledger::Charge;
-use crate::limits::{MAX_BATCH_BYTES, MAX_OTHER_HEADS};
+use crate::limits::{MAX_BATCH_BYTES, MAX_OTHER_HEADS, MAX_QUARANTINED_NAMED};
 use crate::merkle::Frontier;
 use crate::root::{Root, RootError};
 use crate::store::{Store, StoreError};
@@ -249,11 +249,16 @@ pub(super) fn rewrite(root: &Root, open: &OpenFile) -> Result<(), LogError> {
     Ok(())
 }
 
-/// Whether a file ends with the very head of the stored segment of its place.
-fn is_stored(store: &Store, bytes: &[u8]) -> bool {
+/// Whether a file is the one that its name says, and ends with the very head of the stored segment of
+/// its place.
+fn is_stored(store: &Store, file: &LogFile, bytes: &[u8]) -> bool {
     let Ok(header) = LogHeader::decode(bytes) else {
         return false;
     };
+    let incarnation = header.origin.audit_parts().map(|parts| parts.2);
+    if (incarnation, header.sequence) != (Some(file.incarnation), file.sequence) {
+        return false;
+    }
     store
         .find(&header.origin, header.sequence)
         .and_then(|stored| store.audit_span(&stored.id))
@@ -261,40 +266,91 @@ fn is_stored(store: &Store, bytes: &[u8]) -> bool {
         .is_some_and(|end| frame::highest_head(bytes, &header) == Some(end))
 }
 
+/// Files that went to the quarantine: as many as a record may name, and how many more there were.
+#[derive(Debug, Default)]
+pub(super) struct Aside {
+    pub(super) paths: Vec<String>,
+    pub(super) more: u64,
+}
+
+impl Aside {
+    pub(super) fn push(&mut self, path: String) {
+        if self.paths.len() < MAX_QUARANTINED_NAMED {
+            self.paths.push(path);
+        } else {
+            self.more = self.more.saturating_add(1);
+        }
+    }
+
+    pub(super) fn append(&mut self, other: Self) {
+        for path in other.paths {
+            self.push(path);
+        }
+        self.more = self.more.saturating_add(other.more);
+    }
+}
+
 /// Puts the files of older incarnations into the quarantine, unless nothing in them is missing from the
-/// store. Gives their new paths. Of a log that was `superseded` the store may hold what a peer had in
-/// the same places, so there the content counts and not the place.
+/// store: what a peer had may stand there in the same place, so the content counts.
 pub(super) fn set_aside(
     root: &Arc<Root>,
     store: &Store,
-    config: &LogConfig,
-    superseded: bool,
-) -> Result<Vec<String>, LogError> {
-    let own = store.own_logs(&config.node_id);
-    let mut quarantined = Vec::new();
-    for LogFile {
-        incarnation,
-        sequence,
-        path,
-    } in log_files(root)?
-    {
-        let sealed = own.iter().any(|origin| {
-            origin
-                .audit_parts()
-                .is_some_and(|parts| parts.2 == incarnation)
-                && store.find(origin, sequence).is_some()
-        });
-        let unused = || -> Result<bool, LogError> {
-            let bytes = root.read(&path)?.unwrap_or_default();
-            Ok(frame::was_not_begun(&bytes) || (superseded && is_stored(store, &bytes)))
-        };
-        if (sealed && !superseded) || unused()? {
-            root.remove(&path)?;
+    aside: &mut Aside,
+) -> Result<(), LogError> {
+    for file in log_files(root)? {
+        let bytes = root.read(&file.path)?.unwrap_or_default();
+        if frame::was_not_begun(&bytes) || is_stored(store, &file, &bytes) {
+            root.remove(&file.path)?;
         } else {
-            quarantined.push(root.move_to_quarantine(&path, Charge::Normal)?);
+            aside.push(root.move_to_quarantine(&file.path, Charge::Normal)?);
         }
     }
-    Ok(quarantined)
+    Ok(())
+}
+
+/// The place of the last segment that is linked to `first`, itself perhaps. Beyond a hole may be what
+/// peers brought.
+///
+/// # Errors
+/// [`LogError::OwnFork`] if somebody gave a receipt for one of them: two contents are out then.
+pub(super) fn last_linked(store: &Store, first: &SegmentRef) -> Result<u64, LogError> {
+    let mut last = first.clone();
+    loop {
+        if store.custodian_count(&last.id) > 0 {
+            return Err(LogError::OwnFork {
+                origin: last.origin,
+                sequence: last.sequence,
+            });
+        }
+        let next = last.sequence.checked_add(1);
+        match next.and_then(|next| store.find(&last.origin, next)) {
+            Some(next) if next.prev == Some(last.id) => last = next,
+            Some(_) | None => return Ok(last.sequence),
+        }
+    }
+}
+
+/// Puts the own segments into the quarantine that contradict what a peer holds, if they are still
+/// there. The newest first, so that what stays is linked whenever this is cut off.
+///
+/// # Errors
+/// As [`last_linked`], and the store's refusal.
+pub(super) fn set_contradicted_aside(
+    store: &Store,
+    contradicted: &Contradicted,
+    aside: &mut Aside,
+) -> Result<(), LogError> {
+    let Some(first) = store.reference(&contradicted.id) else {
+        return Ok(());
+    };
+    for sequence in (first.sequence..=last_linked(store, &first)?).rev() {
+        let Some(newest) = store.find(&first.origin, sequence) else {
+            continue;
+        };
+        let path = store.set_aside(&newest.id, "a peer holds another segment in its place")?;
+        path.into_iter().for_each(|path| aside.push(path));
+    }
+    Ok(())
 }
 
 /// What the first record of a new incarnation says of this node's earlier logs.

@@ -9,7 +9,8 @@ use crate::merkle::{Frontier, MerkleError};
 
 /// Path of the state file below the root.
 pub(crate) const STATE_PATH: &str = "log/state";
-const MAGIC: &[u8; 8] = b"TIDESTA3";
+const MAGIC: &[u8; 8] = b"TIDESTA4";
+const MAGIC_3: &[u8; 8] = b"TIDESTA3";
 const MAGIC_2: &[u8; 8] = b"TIDESTA2";
 const MAGIC_1: &[u8; 8] = b"TIDESTA1";
 const MAX: usize = 512 * 1024;
@@ -109,6 +110,13 @@ pub(crate) struct Named {
     pub(crate) size: u64,
 }
 
+/// The oldest sealed segment of this log that contradicts what a peer holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub(crate) struct Contradicted {
+    pub(crate) sequence: u64,
+    pub(crate) id: SegmentId,
+}
+
 /// The content of the state file.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(crate) struct LogState {
@@ -125,9 +133,43 @@ pub(crate) struct LogState {
     pub(crate) superseded: bool,
     /// What the first record names. Empty in a state of a version before.
     pub(crate) named: Vec<Named>,
+    /// It and the segments that follow it go into the quarantine before anything is named as the head
+    /// of this log. What stands in these places once it is gone came from peers.
+    pub(crate) contradicted: Option<Contradicted>,
 }
 
 /// The content of the version before this.
+#[derive(Encode, Decode)]
+struct LogState3 {
+    node_id: NodeId,
+    origin: Origin,
+    incarnation: u64,
+    marker: Marker,
+    sealed: SealedEnd,
+    cursors: Vec<Cursor>,
+    owed: Vec<Vec<u8>>,
+    superseded: bool,
+    named: Vec<Named>,
+}
+
+impl From<LogState3> for LogState {
+    fn from(old: LogState3) -> Self {
+        Self {
+            node_id: old.node_id,
+            origin: old.origin,
+            incarnation: old.incarnation,
+            marker: old.marker,
+            sealed: old.sealed,
+            cursors: old.cursors,
+            owed: old.owed,
+            superseded: old.superseded,
+            named: old.named,
+            contradicted: None,
+        }
+    }
+}
+
+/// The content of the second version.
 #[derive(Encode, Decode)]
 struct LogState2 {
     node_id: NodeId,
@@ -139,7 +181,7 @@ struct LogState2 {
     owed: Vec<Vec<u8>>,
 }
 
-impl From<LogState2> for LogState {
+impl From<LogState2> for LogState3 {
     fn from(old: LogState2) -> Self {
         Self {
             node_id: old.node_id,
@@ -215,12 +257,16 @@ impl LogState {
         }
         if magic == MAGIC {
             codec::decode::<_, MAX>(body).ok()
+        } else if magic == MAGIC_3 {
+            codec::decode::<LogState3, MAX>(body).ok().map(Self::from)
         } else if magic == MAGIC_2 {
-            codec::decode::<LogState2, MAX>(body).ok().map(Self::from)
+            codec::decode::<LogState2, MAX>(body)
+                .ok()
+                .map(|old| LogState3::from(old).into())
         } else if magic == MAGIC_1 {
             codec::decode::<LogState1, MAX>(body)
                 .ok()
-                .map(|old| LogState2::from(old).into())
+                .map(|old| LogState3::from(LogState2::from(old)).into())
         } else {
             None
         }
@@ -300,6 +346,10 @@ mod tests {
                 origin: Origin::parse("audit/n1/0123456789abcdef/1").unwrap(),
                 size: 7,
             }],
+            contradicted: Some(Contradicted {
+                sequence: 5,
+                id: SegmentId::of(b"contradicted"),
+            }),
         }
     }
 
@@ -353,6 +403,31 @@ mod tests {
     #[test]
     fn the_version_before_is_read() {
         let now = sample();
+        let old = LogState3 {
+            node_id: now.node_id.clone(),
+            origin: now.origin.clone(),
+            incarnation: now.incarnation,
+            marker: now.marker.clone(),
+            sealed: now.sealed.clone(),
+            cursors: Vec::new(),
+            owed: Vec::new(),
+            superseded: true,
+            named: now.named.clone(),
+        };
+        let body = codec::encode::<_, MAX>(&old).unwrap();
+        let mut bytes = MAGIC_3.to_vec();
+        bytes.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        bytes.extend_from_slice(&body);
+        let expected = LogState {
+            contradicted: None,
+            ..now
+        };
+        assert_eq!(LogState::decode(&bytes), Some(expected));
+    }
+
+    #[test]
+    fn the_second_version_is_read() {
+        let now = sample();
         let old = LogState2 {
             node_id: now.node_id.clone(),
             origin: now.origin.clone(),
@@ -369,6 +444,7 @@ mod tests {
         let expected = LogState {
             superseded: false,
             named: Vec::new(),
+            contradicted: None,
             ..now
         };
         assert_eq!(LogState::decode(&bytes), Some(expected));

@@ -896,7 +896,7 @@ fn place_findings(entries: &[Entry], options: &FsckOptions, findings: &mut Vec<F
             findings.push(entry.finding(
                 "quarantined",
                 Severity::Note,
-                "damage that was found earlier and is kept",
+                "damage that was found earlier, or what a restored log held against its peers",
                 Remedy::Leave("yours to look at, keep elsewhere and remove"),
             ));
         }

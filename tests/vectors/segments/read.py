@@ -432,7 +432,7 @@ def active(vector):
 def state(vector):
     r = Reader(bytes.fromhex(vector["hex"]))
     magic = r.take(8)
-    need(magic in (b"TIDESTA2", b"TIDESTA3"), "magic")
+    need(magic in (b"TIDESTA2", b"TIDESTA3", b"TIDESTA4"), "magic")
     crc = r.number(4)
     need(crc32c(r.data[r.at :]) == crc, "checksum")
     need((r.text(), r.text(), r.number(8)) == (vector["node"], vector["origin"], vector["incarnation"]), "log")
@@ -450,11 +450,17 @@ def state(vector):
     need(cursors == vector["cursors"], "cursors")
     for _ in range(r.number(8)):
         json.loads(r.sized())
-    if magic == b"TIDESTA3":
+    if magic != b"TIDESTA2":
         superseded = r.number(1)
         need(superseded in (0, 1) and bool(superseded) == vector["superseded"], "superseded")
         names = [{"origin": r.text(), "size": r.number(8)} for _ in range(r.number(8))]
         need(names == vector["named"], "named")
+    if magic == b"TIDESTA4":
+        given = r.number(1)
+        need(given in (0, 1), "contradicted")
+        contradicted = {"sequence": r.number(8), "id": named("blake3", r.take(32))} if given else None
+        need(contradicted == vector["contradicted"], "contradicted")
+        need(contradicted is None or superseded, "contradicted, and not superseded")
     r.end()
 
 
