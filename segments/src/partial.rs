@@ -340,8 +340,8 @@ impl Store {
     /// freed, and tells how many were. Nothing that was acknowledged is lost by it.
     ///
     /// # Errors
-    /// [`StoreError`] if the disk refuses.
-    pub fn give_up_partials(&self, charge: Charge, wanted_bytes: u64) -> Result<u64, StoreError> {
+    /// [`RootError`] if the disk refuses.
+    pub fn give_up_partials(&self, charge: Charge, wanted_bytes: u64) -> Result<u64, RootError> {
         let mut freed = 0u64;
         while freed < wanted_bytes
             && let Some(bytes) = self.give_up_oldest(Some(charge))?
@@ -349,6 +349,31 @@ impl Store {
             freed = freed.saturating_add(bytes);
         }
         Ok(freed)
+    }
+
+    /// Gives up partials that nobody holds for what the ceiling has refused to an account, unless all of
+    /// them would not be enough. Tells whether it is to be tried again.
+    pub(crate) fn make_way(
+        &self,
+        account: Charge,
+        refused: &CeilingReached,
+    ) -> Result<bool, RootError> {
+        let missing = refused.wanted_bytes.saturating_sub(refused.available_bytes);
+        let unused: Vec<SegmentId> = {
+            let registry = self.transfers.registry();
+            let unused = registry
+                .known
+                .iter()
+                .filter(|(_, known)| !known.in_use && same_account(known.account, account));
+            unused.map(|(id, _)| *id).collect()
+        };
+        let mut enough = 0u64;
+        for id in &unused {
+            for ending in ENDINGS {
+                enough = enough.saturating_add(allocated_by(self.root(), id, ending)?);
+            }
+        }
+        Ok(enough >= missing && self.give_up_partials(account, missing.max(1))? > 0)
     }
 
     /// Bytes of an account that [`Store::put`] and [`Store::partial`] take from partials that nobody
@@ -548,7 +573,7 @@ impl Store {
             match root.ledger().reserve(wanted, account) {
                 Ok(room) => break room,
                 Err(ceiling) => {
-                    if self.give_up_oldest(Some(account))?.is_none() {
+                    if !self.make_way(account, &ceiling)? {
                         return Err(ceiling.into());
                     }
                 }

@@ -923,7 +923,7 @@ impl Store {
     // ---- put ----------------------------------------------------------------------------------
 
     /// Stores a segment durably. INV-08: the same segment again, also from two threads at once, is
-    /// stored once. Partials that nobody holds give way to it, oldest first.
+    /// stored once. Partials that nobody holds give way to it, oldest first, if enough comes of that.
     ///
     /// # Errors
     /// [`StoreError`]: the ceiling, a fork, a latched store, or the disk. Nothing is then held that
@@ -941,9 +941,11 @@ impl Store {
                 },
                 |staged| Ok(staged.publish()?.allocated),
             );
+            let Err(StoreError::Ceiling(refused)) = &stored else {
+                return stored;
+            };
             // What a peer began to send, or only claimed, stands before nothing that is whole.
-            let full = matches!(stored, Err(StoreError::Ceiling(_)));
-            if !full || self.give_up_oldest(Some(account))?.is_none() {
+            if !self.make_way(account, refused)? {
                 return stored;
             }
         }

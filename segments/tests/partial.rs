@@ -1316,6 +1316,17 @@ fn inv_04_what_a_peer_only_claimed_stands_before_no_segment() {
     );
     drop(rest);
     assert_eq!(to.store.unused_partial_bytes(Charge::Custody), least);
+    // It is not given up for what would not fit without it either: a larger transfer, a larger segment.
+    let larger = begin(&claimed(b"three", share));
+    assert!(larger.is_err(), "{larger:?}");
+    drop(larger);
+    let whole = policy(1, &noise(usize::try_from(share).unwrap(), 1));
+    let refused = to.store.put(&whole, Charge::Custody);
+    assert!(
+        matches!(refused, Err(StoreError::Ceiling(_))),
+        "{refused:?}"
+    );
+    assert_eq!(to.store.unused_partial_bytes(Charge::Custody), least);
     assert_eq!(to.store.unused_partial_bytes(Charge::Normal), 0);
     for segment in &segments {
         to.store.put(segment, Charge::Custody).unwrap();
