@@ -244,12 +244,17 @@ impl HeldLog {
         let mut held = Self::default();
         for (sequence, links) in segments {
             held.ids.extend(links.iter().map(|link| link.id));
-            match held.sequences.last_mut() {
-                Some((_, end)) if end.checked_add(1) == Some(*sequence) => *end = *sequence,
-                _ => held.sequences.push((*sequence, *sequence)),
-            }
+            push_sequence(&mut held.sequences, *sequence);
         }
         held
+    }
+}
+
+/// Adds a sequence to inclusive ranges that are all below it.
+pub(crate) fn push_sequence(ranges: &mut Vec<(u64, u64)>, sequence: u64) {
+    match ranges.last_mut() {
+        Some((_, end)) if end.checked_add(1) == Some(sequence) => *end = sequence,
+        _ => ranges.push((sequence, sequence)),
     }
 }
 

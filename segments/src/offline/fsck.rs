@@ -593,10 +593,7 @@ impl Offline<'_> {
         let ranges = |sequences: BTreeSet<u64>| {
             let mut ranges: Vec<(u64, u64)> = Vec::new();
             for sequence in sequences {
-                match ranges.last_mut() {
-                    Some((_, end)) if end.checked_add(1) == Some(sequence) => *end = sequence,
-                    _ => ranges.push((sequence, sequence)),
-                }
+                verify::push_sequence(&mut ranges, sequence);
             }
             ranges
         };
