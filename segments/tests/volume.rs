@@ -12,7 +12,7 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::Command;
 
-use common::{domain, node, not_run};
+use common::{domain, foreign_segments, node, not_run};
 use serde_json::{Value, json};
 use tidelock_segments::limits::{MAX_VOLUME_BYTES, MAX_VOLUME_ENTRIES};
 use tidelock_segments::volume::{
@@ -194,6 +194,26 @@ fn an_entry_is_what_its_mark_names_or_it_is_not() {
         bytes: two.bytes,
     };
     assert!(!swapped.is_as_marked());
+
+    let segment = foreign_segments("n2", 1).remove(0);
+    let mut receipt = common::receipt(&segment, "n3");
+    let bytes = receipt.encode().unwrap();
+    let marked = |segment_id: SegmentId, custodian: &str, bytes: &[u8]| {
+        let mark = ReceiptMark {
+            segment_id,
+            custodian: node(custodian),
+        };
+        VolumeEntry {
+            mark: EntryMark::Receipt(mark),
+            bytes: bytes.to_vec(),
+        }
+        .is_as_marked()
+    };
+    assert!(marked(segment.id(), "n3", &bytes), "the control");
+    assert!(!marked(SegmentId::of(b"other"), "n3", &bytes));
+    assert!(!marked(segment.id(), "n4", &bytes));
+    receipt.last += 1;
+    assert!(!marked(segment.id(), "n3", &receipt.encode().unwrap()));
 }
 
 #[test]
@@ -291,12 +311,12 @@ fn opened(bytes: &[u8]) -> (Vec<u8>, Result<(), String>) {
     let end = AgeReader::new(bytes, &identity)
         .map_err(|e| e.to_string())
         .and_then(|mut reader| {
-            // One byte at a time, as far as it goes.
-            let mut byte = [0; 4096];
+            // In pieces, so that what lies before an error is seen.
+            let mut piece = [0; 4096];
             loop {
-                match reader.read(&mut byte) {
+                match reader.read(&mut piece) {
                     Ok(0) => return Ok(()),
-                    Ok(count) => plain.extend_from_slice(&byte[..count]),
+                    Ok(count) => plain.extend_from_slice(&piece[..count]),
                     Err(error) => return Err(error.to_string()),
                 }
             }
