@@ -67,7 +67,7 @@ pub const MAX_RECEIPTS_PER_FRAME: usize = 32;
 pub const MAX_ORIGINS: usize = 8_192;
 
 /// References that are listed ahead of the fetches, over all origins of a session; about 200 bytes
-/// each, so 3 MiB.
+/// each, so 3 MiB. What is listed beyond it is forgotten again, last in turn first.
 pub const MAX_LISTED_AHEAD: usize = 16_384;
 
 /// Lists that may be asked for before the first answer.

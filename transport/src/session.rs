@@ -362,6 +362,11 @@ impl From<&SegmentRef> for RefEntry {
     }
 }
 
+/// Whether a kind never waits for room or for bulk: revocation and policy (ruling 10).
+pub(crate) fn is_urgent(kind: Kind) -> bool {
+    kind <= Kind::Policy
+}
+
 /// What a head of an urgent kind says of its highest number: a round trip less for a CRL (ruling 10).
 fn newest_refs(head: &Head, view: &dyn View) -> Vec<RefEntry> {
     let Some((_, top)) = head.ranges.last().filter(|_| is_urgent(head.origin.kind())) else {
@@ -486,9 +491,10 @@ struct PeerOrigin {
 
 #[derive(Debug)]
 enum Phase {
-    /// Hello sent. Holds the heads that its digest was made from.
+    /// Hello sent. Holds its digest and the heads that it was made from.
     Greeting {
         heads: Vec<Head>,
+        digest: [u8; 32],
         hello: Option<Box<PeerHello>>,
         their_digest: [u8; 32],
     },
@@ -556,12 +562,10 @@ pub struct SessionMachine {
     receipts_answered: BTreeSet<SegmentId>,
 }
 
-fn is_urgent(kind: Kind) -> bool {
-    kind <= Kind::Policy
-}
-
-/// Keyed digest of a full head (ruling 6). Domain-separated from the digest of all heads.
-fn head_hash(key: &[u8; 32], head: &Head) -> [u8; 32] {
+/// Keyed digest of a full head (ruling 6). Domain-separated from the digest of all heads. Of a CA's
+/// lists all of the highest number count, because the union of conflicting ones holds (ruling 5): the
+/// id of one would hide that another is lacking.
+fn head_hash(key: &[u8; 32], head: &Head, view: &dyn View) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(b"head\0");
     let name = head.origin.as_str().as_bytes();
@@ -572,24 +576,33 @@ fn head_hash(key: &[u8; 32], head: &Head) -> [u8; 32] {
         hasher.update(&from.to_le_bytes());
         hasher.update(&to.to_le_bytes());
     }
-    hasher.update(head.last_id.as_bytes());
+    match head.ranges.last() {
+        Some((_, top)) if head.origin.kind() == Kind::Revocation => {
+            for held in view.refs(&head.origin, *top, *top, MAX_REFS_PER_FRAME) {
+                hasher.update(held.id.as_bytes());
+            }
+        }
+        _ => {
+            hasher.update(head.last_id.as_bytes());
+        }
+    }
     *hasher.finalize().as_bytes()
 }
 
-fn head_tag(key: &[u8; 32], head: &Head) -> HeadTag {
+fn head_tag(key: &[u8; 32], head: &Head, view: &dyn View) -> HeadTag {
     let mut tag = HeadTag::default();
-    for (to, from) in tag.iter_mut().zip(head_hash(key, head)) {
+    for (to, from) in tag.iter_mut().zip(head_hash(key, head, view)) {
         *to = from;
     }
     tag
 }
 
-fn state_digest(key: &[u8; 32], heads: &[Head]) -> [u8; 32] {
+fn state_digest(key: &[u8; 32], heads: &[Head], view: &dyn View) -> [u8; 32] {
     let sorted: BTreeMap<&Origin, &Head> = heads.iter().map(|head| (&head.origin, head)).collect();
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(b"state\0");
     for head in sorted.values() {
-        hasher.update(&head_hash(key, head));
+        hasher.update(&head_hash(key, head, view));
     }
     *hasher.finalize().as_bytes()
 }
@@ -607,6 +620,7 @@ impl SessionMachine {
         view: &dyn View,
     ) -> Self {
         let heads = view.heads();
+        let digest = state_digest(&key, &heads, view);
         let hello = Frame::Hello(Box::new(Hello {
             version: PROTOCOL_VERSION,
             domain: local.domain.as_str().to_owned(),
@@ -619,7 +633,7 @@ impl SessionMachine {
             },
             posture: local.posture as u8,
             endorsement: local.endorsement.clone(),
-            state_digest: state_digest(&key, &heads),
+            state_digest: digest,
         }));
         let nothing = PeerLimits {
             kinds: KindSet(0),
@@ -635,6 +649,7 @@ impl SessionMachine {
             started: now,
             phase: Phase::Greeting {
                 heads,
+                digest,
                 hello: None,
                 their_digest: [0; 32],
             },
@@ -1348,6 +1363,7 @@ impl SessionMachine {
     fn on_hello_ack(&mut self, granted: HelloAck, now: Duration, view: &dyn View) {
         let Phase::Greeting {
             heads,
+            digest,
             hello,
             their_digest,
         } = &mut self.phase
@@ -1365,7 +1381,7 @@ impl SessionMachine {
             out_bytes_per_second: granted.out_bytes_per_second,
         };
         let heads = std::mem::take(heads);
-        let equal = state_digest(&self.key, &heads) == *their_digest;
+        let equal = digest == their_digest;
         // INV-09: only from here on is anything but Hello, HelloAck and Bye accepted or sent.
         self.phase = Phase::Established;
         self.event(SessionEvent::Hello(*said));
@@ -1460,7 +1476,7 @@ impl SessionMachine {
                 if let Some(head) = head
                     && let Some(origin) = self.my_index(&name)
                 {
-                    let tag = head_tag(&self.key, &head);
+                    let tag = head_tag(&self.key, &head, view);
                     entries.push(HeadEntry {
                         origin,
                         newest: newest_refs(&head, view),
@@ -1527,10 +1543,22 @@ impl SessionMachine {
                     ranges: theirs.ranges.as_slice().to_vec(),
                     last_id,
                 };
-                head_tag(&self.key, &head) != tag
+                head_tag(&self.key, &head, view) != tag
             }
             _ => false,
         }
+    }
+
+    /// Whether the peer's lists of this number, its highest, are others than those held here, whatever
+    /// older ones either side holds.
+    fn lists_differ(&self, theirs: &PeerOrigin, ours: &Head, view: &dyn View) -> bool {
+        let head = Head {
+            ranges: theirs.ranges.as_slice().to_vec(),
+            ..ours.clone()
+        };
+        theirs
+            .tag
+            .is_some_and(|tag| head_tag(&self.key, &head, view) != tag)
     }
 
     fn my_index(&mut self, name: &Origin) -> Option<OriginRef> {
@@ -1606,14 +1634,21 @@ impl SessionMachine {
             }
             if let Some(origin) = self.origins.get_mut(&name) {
                 origin.ranges = Ranges::from_sorted(&entry.ranges);
-                origin.tag = Some(entry.tag);
+                let before = origin.tag.replace(entry.tag);
+                // Ruling 5: another list of a number that was listed in this session already.
+                if name.kind() == Kind::Revocation
+                    && before != origin.tag
+                    && let Some(top) = top
+                {
+                    origin.listed.remove(top, top);
+                }
             }
             let ours = match &mine {
                 Some(mine) => mine.get(&name).cloned(),
                 None => view.head(&name),
             };
             let differs = ours.as_ref().is_some_and(|ours| {
-                ours.ranges == entry.ranges && head_tag(&self.key, ours) != entry.tag
+                ours.ranges == entry.ranges && head_tag(&self.key, ours, view) != entry.tag
             });
             self.compare(&name, ours.as_ref(), differs, &entry.newest, view);
             if name.audit_node() == Some(self.local.node_id.as_str()) {
@@ -1678,8 +1713,11 @@ impl SessionMachine {
             // Of a CA's lists only the newest counts; gaps are normal (ruling 5). Two lists of one
             // number are both wanted: the union of their serials holds.
             Some(top) if kind == Kind::Revocation => {
-                let held = ours.and_then(|head| head.ranges.last()).map(|(_, to)| *to);
-                if held.is_none_or(|held| held < top) || (held == Some(top) && differs) {
+                let held = ours.and_then(|ours| Some((ours, ours.ranges.last()?.1)));
+                let is_wanted = held.is_none_or(|(ours, held)| {
+                    held < top || (held == top && self.lists_differ(origin, ours, view))
+                });
+                if is_wanted {
                     Ranges::from_sorted(&[(top, top)])
                 } else {
                     Ranges::default()
@@ -1693,8 +1731,10 @@ impl SessionMachine {
                 missing
             }
         };
-        let told = origin.ranges.last();
-        let told = told.filter(|top| !newest.is_empty() && missing.contains(*top));
+        // INV-07: a peer that names new ids in every head is asked for a list, which waits.
+        let told = origin.ranges.last().filter(|top| {
+            !newest.is_empty() && missing.contains(*top) && origin.queued <= MAX_NEWEST_REFS
+        });
         for (from, to) in origin.listed.as_slice() {
             missing.remove(*from, *to);
         }
@@ -1782,13 +1822,28 @@ impl SessionMachine {
         let open = self.open_lists.len().max(1);
         let page = (MAX_LISTED_AHEAD / open).clamp(1, MAX_REFS_PER_FRAME - MAX_REFS_OF_ONE_NUMBER);
         let mut ask = Vec::new();
-        for (_, _, name) in &self.open_lists {
-            if self.lists_asked + ask.len() >= MAX_LISTS_OUTSTANDING {
+        let first = self
+            .queue
+            .first()
+            .map(|(kind, at, name, _)| (kind, at, name));
+        let last = self
+            .queue
+            .last()
+            .map(|(kind, at, name, _)| (kind, at, name));
+        for (kind, cursor, name) in &self.open_lists {
+            let asked = self.lists_asked + ask.len();
+            if asked >= MAX_LISTS_OUTSTANDING {
                 break;
             }
+            let key = (kind, cursor, name);
+            // What the queue waits for is always listed, else neither would ever go on.
+            let holds_up = first.is_some_and(|first| key <= first);
+            // INV-07: of what is not more urgent than all that is listed, only what there is room for.
+            let room = self.queue.len() + (asked + 1) * page <= MAX_LISTED_AHEAD;
+            let fits = room || last.is_some_and(|last| key < last);
             if let Some(origin) = self.origins.get(name)
                 && origin.asked.is_none()
-                && origin.queued * 2 <= page
+                && (holds_up || (fits && origin.queued * 2 <= page))
                 && let Some((from, to)) = origin.missing.first_range()
                 && let Some(index) = origin.index
             {
@@ -1809,6 +1864,29 @@ impl SessionMachine {
                 origin.asked = Some((list.from, list.to, list.max));
                 self.lists_asked += 1;
                 self.push(Frame::ListRefs(list));
+            }
+        }
+    }
+
+    /// INV-07: what was listed beyond the bound is forgotten, last in turn first, as if it had not been
+    /// listed. What has a range on its way stays.
+    fn unlist_surplus(&mut self) {
+        while self.queue.len() > MAX_LISTED_AHEAD {
+            let last = self.queue.iter().rev();
+            let last = last.map(|(_, sequence, name, id)| (*sequence, name.clone(), *id));
+            let mut idle = last.filter(|(.., id)| self.parts_of(id).next().is_none());
+            let Some((sequence, name, id)) = idle.next() else {
+                return;
+            };
+            self.forget(&id);
+            if let Some(origin) = self.origins.get_mut(&name) {
+                let mut missing = origin.missing.clone();
+                // Up to the next one that is missing, so that the ranges stay few.
+                let next = missing.as_slice().iter().find(|(from, _)| *from > sequence);
+                let to = next.map_or(sequence, |(from, _)| from - 1);
+                missing.insert(sequence, to);
+                origin.listed.remove(sequence, to);
+                self.set_missing(&name, missing);
             }
         }
     }
@@ -2137,6 +2215,7 @@ impl SessionMachine {
             }
         }
         if self.is_established() {
+            self.unlist_surplus();
             self.ask_lists(now);
             self.open_own(now, view);
             self.offer(now, view);

@@ -742,12 +742,22 @@ fn assert_converged(world: &World) {
             .max()
     };
     let top = world.nodes.iter().map(top_crl).max().flatten();
+    // Ruling 5: and of that number all lists that anybody has.
+    let lists = |node: &Node| -> BTreeSet<SegmentId> {
+        let store = node.store.borrow();
+        let held = store.by_id.values().map(|(reference, _)| reference);
+        held.filter(|held| held.kind == Kind::Revocation && Some(held.sequence) == top)
+            .map(|held| held.id)
+            .collect()
+    };
+    let all: BTreeSet<SegmentId> = world.nodes.iter().flat_map(lists).collect();
     for node in &world.nodes {
         let held = node.store.borrow();
         let missing = newest.difference(&held.ids()).count();
         assert_eq!(missing, 0, "{} lacks {missing} segments", node.id);
         drop(held);
         assert_eq!(top_crl(node), top, "{} has an old list", node.id);
+        assert_eq!(lists(node), all, "{} lacks a conflicting list", node.id);
     }
 }
 
@@ -1182,6 +1192,68 @@ fn of_a_ca_only_the_newest_list_is_fetched_and_conflicting_ones_are_both_held() 
     assert!(world.store(1).by_id.contains_key(&one.id));
 }
 
+/// Node 0 holds so many lists of number 5 and node 1 the last of them by id; `older` says which side
+/// holds an older list too.
+fn conflicting_lists(count: usize, older: Option<usize>) -> World {
+    let world = World::new(&["a", "b"]);
+    let lists: Vec<SegmentRef> = (0..count)
+        .map(|at| {
+            let salt = at.to_string();
+            world.store(0).make(&crl_origin(), 5, &salt, 300)
+        })
+        .collect();
+    let last = lists.into_iter().max_by_key(|list| list.id).unwrap();
+    let (reference, content) = world.store(0).by_id[&last.id].clone();
+    world.store(1).put(&reference, &content);
+    if let Some(node) = older {
+        world.store(node).make(&crl_origin(), 3, "", 300);
+    }
+    world
+}
+
+#[test]
+fn a_conflicting_list_is_fetched_by_a_node_that_holds_the_last_one() {
+    // The digest named the last list only, so two nodes of which one held a conflicting list more took
+    // each other for equal; and a list that a head named was dropped for its number.
+    for count in 2..=4 {
+        for older in [None, Some(0), Some(1)] {
+            let mut world = conflicting_lists(count, older);
+            world.connect(0, 1);
+            world.run_for(Duration::from_secs(1));
+            let held = world.store(1).by_id.len();
+            let own = usize::from(older == Some(1));
+            assert_eq!(
+                held,
+                count + own,
+                "{count} lists, {older:?} has an older one"
+            );
+            assert_converged(&world);
+            let sent = world.sent;
+            world.run_for(Duration::from_secs(60));
+            assert_eq!(world.sent, sent, "and then it is quiet");
+        }
+    }
+    let mut control = conflicting_lists(1, None);
+    control.connect(0, 1);
+    control.run_for(Duration::from_secs(1));
+    assert!(control.fetches.is_empty(), "the control");
+}
+
+#[test]
+fn every_further_list_of_one_number_arrives_in_the_same_session() {
+    // The third was more than a head carries, and its number had been listed in the session already.
+    let mut world = World::new(&["a", "b"]);
+    world.connect(0, 1);
+    for at in 0..5 {
+        let salt = at.to_string();
+        let list = world.store(0).make(&crl_origin(), 5, &salt, 300);
+        world.stored(0, &list);
+        world.run_for(Duration::from_secs(1));
+        assert_eq!(world.store(1).by_id.len(), at + 1);
+    }
+    assert_eq!(world.fetches.len(), 5, "each once");
+}
+
 #[test]
 fn segments_of_one_number_are_never_split_by_a_page() {
     // Policies with one to three sets of signatures, listed in the smallest pages.
@@ -1570,11 +1642,25 @@ fn inv_11_news_of_a_revocation_needs_no_list() {
     assert_eq!(second.id.as_bytes(), &[2; 32]);
     assert!(!asks_for_a_list(&mut bench));
     // A further list of the same number is news as well.
-    bench.give(heads(vec![HeadEntry {
-        origin: OriginRef::Known(0),
-        tag: [1; 12],
-        ..told_head(&[1, 2])
-    }]));
+    bench.machine.fetch(&second.id, Duration::ZERO);
+    assert!(bench.machine.poll_want(Duration::ZERO).is_none());
+    let again = |tag: u8, ids: &[u8]| {
+        heads(vec![HeadEntry {
+            origin: OriginRef::Known(0),
+            tag: [tag; 12],
+            ..told_head(ids)
+        }])
+    };
+    bench.give(again(1, &[1, 3]));
+    let third = bench.machine.poll_want(Duration::ZERO).cloned().unwrap();
+    assert_eq!((third.id.as_bytes(), third.sequence), (&[3; 32], 7));
+    bench.machine.fetch(&third.id, Duration::ZERO);
+    assert!(bench.machine.poll_want(Duration::ZERO).is_none());
+    assert!(!asks_for_a_list(&mut bench));
+    // More than a head carries have to be listed, once for each news of them.
+    bench.give(again(2, &[]));
+    assert!(asks_for_a_list(&mut bench));
+    bench.give(again(2, &[]));
     assert!(!asks_for_a_list(&mut bench));
 
     let mut control = Bench::established();
@@ -2233,6 +2319,165 @@ fn listing_ahead_is_bounded_over_all_origins() {
     assert!(bench.machine.poll_want(MS).is_some());
 }
 
+fn fresh_entry(sequence: u64, name: &str) -> RefEntry {
+    RefEntry {
+        id: *SegmentId::of(name.as_bytes()).as_bytes(),
+        sequence,
+        size_bytes: 10,
+        prev: None,
+    }
+}
+
+#[test]
+fn inv_07_heads_that_name_new_ids_each_time_fill_nothing() {
+    // What a head names of its newest was taken without a bound.
+    let told_anew = |bench: &mut Bench, at: u16| {
+        let mut newest = vec![
+            fresh_entry(7, &format!("{at} one")),
+            fresh_entry(7, &format!("{at} two")),
+        ];
+        newest.sort_by_key(|entry| entry.id);
+        let [low, high] = at.to_le_bytes();
+        let mut entry = HeadEntry {
+            newest,
+            tag: [low, high, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            ..new_head(0, &crl_origin(), &[(7, 7)])
+        };
+        if at > 0 {
+            entry.origin = OriginRef::Known(0);
+        }
+        bench.give(heads(vec![entry]));
+        bench.frames()
+    };
+    let mut bench = Bench::established();
+    let asked: usize = (0..2_000)
+        .map(|at| told_anew(&mut bench, at))
+        .map(|frames| {
+            let lists = |frame: &&Frame| matches!(frame, Frame::ListRefs(_));
+            frames.iter().filter(lists).count()
+        })
+        .sum();
+    assert_eq!(bench.code(), None);
+    assert_eq!(asked, 1, "what is beyond it is listed");
+    assert!((2..=2 * MAX_NEWEST_REFS).contains(&bench.machine.backlog()));
+    // And where every list brings as many new ones as it may.
+    let mut bench = Bench::established();
+    let mut named = 0;
+    for at in 0..60 {
+        for frame in told_anew(&mut bench, at) {
+            let Frame::ListRefs(list) = frame else {
+                continue;
+            };
+            let mut refs: Vec<RefEntry> = (0..list.max)
+                .map(|of| fresh_entry(7, &format!("list {at} {of}")))
+                .collect();
+            refs.sort_by_key(|entry| entry.id);
+            named += refs.len();
+            bench.give(Frame::Refs(Refs {
+                origin: list.origin,
+                refs,
+                done: true,
+            }));
+        }
+        assert!(bench.machine.backlog() <= MAX_LISTED_AHEAD);
+    }
+    assert_eq!(bench.code(), None);
+    assert!(named > MAX_LISTED_AHEAD, "the control");
+}
+
+#[test]
+fn inv_07_origins_listed_one_after_the_other_fill_no_more_than_all_at_once() {
+    // Each list was short and complete, so that the next origin had a whole page again.
+    let (origins, each) = (60, 500);
+    let name = |at: u32| audit_origin(&format!("n{at:04}"));
+    let entry = |at: u32, sequence: u64| fresh_entry(sequence, &format!("{at} {sequence}"));
+    let mut bench = Bench::established();
+    let answer = |bench: &mut Bench| {
+        let mut lists = 0;
+        for frame in bench.frames() {
+            if let Frame::ListRefs(list) = frame {
+                lists += 1;
+                let refs: Vec<RefEntry> = (list.from..=list.to)
+                    .take(usize::from(list.max))
+                    .map(|sequence| entry(list.origin, sequence))
+                    .collect();
+                let done = refs.last().is_none_or(|last| last.sequence == list.to);
+                bench.give(Frame::Refs(Refs {
+                    origin: list.origin,
+                    refs,
+                    done,
+                }));
+            }
+        }
+        lists
+    };
+    let mut lists = 0;
+    for at in 0..origins {
+        bench.give(heads(vec![new_head(at, &name(at), &[(0, each - 1)])]));
+        loop {
+            let answered = answer(&mut bench);
+            lists += answered;
+            if answered == 0 {
+                break;
+            }
+        }
+        assert!(bench.machine.backlog() <= MAX_LISTED_AHEAD);
+    }
+    let all = u64::from(origins) * each;
+    assert!(all > MAX_LISTED_AHEAD as u64, "the control");
+    assert!(lists < 40 * origins, "{lists}");
+    // What was forgotten is listed again when there is room, and nothing loses its place (INV-11).
+    let mut order = Vec::new();
+    while let Some(want) = bench.machine.poll_want(MS).cloned() {
+        bench.machine.fetch(&want.id, MS);
+        let announced = bench
+            .machine
+            .handle_segment(want.kind, &want.id, want.size_bytes, MS);
+        assert_eq!(announced.as_ref(), Ok(&want));
+        order.push(SessionMachine::key_of(&want));
+        let held = (want.clone(), Vec::new());
+        bench.store.borrow_mut().by_id.insert(want.id, held);
+        bench.machine.handle_received(&want.id);
+        bench.machine.handle_admitted(&want.id, MS);
+        while answer(&mut bench) > 0 {
+            assert!(bench.machine.backlog() <= MAX_LISTED_AHEAD);
+        }
+    }
+    assert_eq!(order.len() as u64, all);
+    assert!(order.is_sorted());
+}
+
+#[test]
+fn a_list_that_the_queue_waits_for_is_asked_for_however_much_is_queued() {
+    // More than half a page of one log was queued when its peer got older segments of it: their list was
+    // not asked for before the queue was shorter, and the queue waited for the list.
+    let mut bench = Bench::established();
+    let log = audit_origin("x");
+    bench.give(heads(vec![new_head(0, &log, &[(100, 399)])]));
+    let refs = (100..400)
+        .map(|sequence| fresh_entry(sequence, &sequence.to_string()))
+        .collect();
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs,
+        done: true,
+    }));
+    assert_eq!(bench.machine.poll_want(MS).unwrap().sequence, 100);
+    bench.frames();
+    bench.give(heads(vec![HeadEntry {
+        origin: OriginRef::Known(0),
+        ..new_head(0, &log, &[(0, 3), (100, 399)])
+    }]));
+    assert!(bench.machine.poll_want(MS).is_none(), "the control");
+    let asked = bench.frames();
+    assert!(
+        asked
+            .iter()
+            .any(|frame| matches!(frame, Frame::ListRefs(list) if (list.from, list.to) == (0, 3))),
+        "{asked:?}"
+    );
+}
+
 #[test]
 fn a_silent_peer_is_let_go_only_when_it_owes_something() {
     let mut bench = Bench::new();
@@ -2351,6 +2596,14 @@ fn tags_and_digests_depend_on_the_session_and_on_every_part_of_a_head() {
         ranges: vec![(1, 4)],
         last_id: SegmentId::of(b"x"),
     };
+    let peer = node_id("b");
+    let store = RefCell::default();
+    let view = StoreView {
+        store: &store,
+        peer: &peer,
+    };
+    let head_tag = |key: &[u8; 32], head: &Head| head_tag(key, head, &view);
+    let state_digest = |heads: &[Head]| state_digest(&KEY, heads, &view);
     let same = head_tag(&KEY, &head);
     assert_eq!(same, head_tag(&KEY, &head.clone()), "the control");
     assert_ne!(same, head_tag(&[1; 32], &head));
@@ -2389,11 +2642,22 @@ fn tags_and_digests_depend_on_the_session_and_on_every_part_of_a_head() {
         ..head.clone()
     };
     assert_eq!(
-        state_digest(&KEY, &[head.clone(), other.clone()]),
-        state_digest(&KEY, &[other, head.clone()]),
+        state_digest(&[head.clone(), other.clone()]),
+        state_digest(&[other, head.clone()]),
         "the order does not matter"
     );
-    assert_ne!(state_digest(&KEY, &[head]), state_digest(&KEY, &[]));
+    assert_ne!(state_digest(&[head]), state_digest(&[]));
+    // Ruling 5: of a CA's lists every one of the highest number counts, not the last alone.
+    let list = store.borrow_mut().make(&crl_origin(), 7, "one", 60);
+    let head = Head {
+        origin: crl_origin(),
+        ranges: vec![(7, 7)],
+        last_id: list.id,
+    };
+    let alone = head_tag(&KEY, &head);
+    assert_eq!(alone, head_tag(&KEY, &head), "the control");
+    store.borrow_mut().make(&crl_origin(), 7, "two", 60);
+    assert_ne!(alone, head_tag(&KEY, &head));
 }
 
 mod random {
