@@ -126,8 +126,9 @@ pub const MAX_LEASES_PER_SEGMENT: usize = 8;
 pub const LEASE_TIMEOUT: Duration = STALL_TIMEOUT;
 
 /// Pace below which a segment that was asked for in one piece is overdue: so long after
-/// [`LEASE_TIMEOUT`] as its bytes take at it. 4 s for the biggest bulk segment that goes whole, 4 min
-/// 16 s for the biggest CRL; below every link of the ladder that the transport is measured on.
+/// [`LEASE_TIMEOUT`] as its bytes take at it. 4 s for the biggest foreign bulk segment that goes whole,
+/// 4 min 16 s for the biggest CRL, 8 min 32 s for the biggest segment of the own log that comes back;
+/// below every link of the ladder that the transport is measured on.
 pub const LEASE_PACE_BYTES_PER_S: u64 = 64 * 1024;
 
 /// Segments that one session may be receiving in ranges: a quarter of the partials that the store

@@ -4,7 +4,9 @@
 //!
 //! [`Registry`] names exactly the sessions whose papers no longer pass, and settles which of two
 //! sessions with one peer stays. [`Claims`] is why no byte is fetched from two peers at once: a
-//! segment, or a range of a big one, belongs to one session at a time.
+//! segment, or a range of a big one, belongs to one session, until it is overdue: then others may ask
+//! their peers for it too. While the node looks at a whole segment nobody else asks for it, even if
+//! the session that brought it ends.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,11 +14,14 @@ use std::{
     time::Duration,
 };
 
-use tidelock_segments::{Kind, NodeId, SegmentId, SegmentRef};
+use tidelock_segments::{NodeId, SegmentId, SegmentRef};
 
-use crate::limits::{
-    LEASE_PACE_BYTES_PER_S, LEASE_TIMEOUT, MAX_BULK_BYTES_NODE, MAX_LEASES_PER_SEGMENT,
-    MAX_SESSIONS, RANGE_BYTES,
+use crate::{
+    limits::{
+        LEASE_PACE_BYTES_PER_S, LEASE_TIMEOUT, MAX_BULK_BYTES_NODE, MAX_LEASES_PER_SEGMENT,
+        MAX_SESSIONS, RANGE_BYTES,
+    },
+    session::is_urgent,
 };
 
 /// Number of a session, never used twice in a process.
@@ -277,7 +282,7 @@ impl Claims {
         if leased || self.is_claimed(session, id, now) {
             return Err(Busy::Elsewhere);
         }
-        let bulk = if reference.kind <= Kind::Policy {
+        let bulk = if is_urgent(reference.kind) {
             0
         } else {
             reference.size_bytes
@@ -297,11 +302,12 @@ impl Claims {
         Ok(())
     }
 
-    /// Whether the whole segment is on its way, here or elsewhere and not overdue.
+    /// Whether the whole segment is on its way here, elsewhere and not overdue, or being looked at:
+    /// what takes long then is this node, not a peer.
     fn is_claimed(&self, session: SessionId, id: &SegmentId, now: Duration) -> bool {
         self.by_id
             .range((*id, SessionId(0))..=(*id, SessionId(u64::MAX)))
-            .any(|((_, owner), whole)| *owner == session || now < whole.due)
+            .any(|((_, owner), whole)| *owner == session || now < whole.due || whole.admitting)
     }
 
     /// Gives a claim up, stored or not, with all ranges of the segment that the session holds.
@@ -417,10 +423,11 @@ impl Claims {
         owned.map(|(id, ..)| *id).collect()
     }
 
-    /// Segments that are overdue, or a range of which is.
+    /// Segments that are overdue, or a range of which is. Those that the node looks at are not.
     #[must_use]
     pub fn overdue(&self, now: Duration) -> BTreeSet<SegmentId> {
-        let whole = self.by_id.iter().map(|((id, _), whole)| (id, whole.due));
+        let whole = self.by_id.iter().filter(|(_, whole)| !whole.admitting);
+        let whole = whole.map(|((id, _), whole)| (id, whole.due));
         let parts = self.leases.iter().map(|((id, ..), lease)| (id, lease.due));
         whole
             .chain(parts)
@@ -463,7 +470,7 @@ impl Claims {
 
 #[cfg(test)]
 mod tests {
-    use tidelock_segments::Origin;
+    use tidelock_segments::{Kind, Origin};
 
     use super::*;
 
@@ -615,7 +622,7 @@ mod tests {
     #[test]
     fn inv_08_what_the_node_looks_at_is_asked_of_nobody_else_when_its_session_ends() {
         let mut claims = Claims::default();
-        let (one, two) = (SessionId(1), SessionId(2));
+        let (one, two, three) = (SessionId(1), SessionId(2), SessionId(3));
         let (looked_at, on_its_way) = (segment(1, Kind::Policy, 100), segment(2, Kind::Audit, 100));
         for wanted in [&looked_at, &on_its_way] {
             assert_eq!(claims.claim(one, wanted, NOW), Ok(()));
@@ -624,6 +631,16 @@ mod tests {
         assert_eq!(claims.release_session(one), [on_its_way.id], "the control");
         assert_eq!(claims.claim(two, &on_its_way, NOW), Ok(()));
         assert_eq!(claims.claim(two, &looked_at, NOW), Err(Busy::Elsewhere));
+        // A disk that takes long makes nothing overdue: all bytes are here.
+        let late = NOW + 2 * LEASE_TIMEOUT;
+        assert_eq!(claims.overdue(late), BTreeSet::from([on_its_way.id]));
+        assert_eq!(claims.claim(three, &looked_at, late), Err(Busy::Elsewhere));
+        assert_eq!(
+            claims.claim(three, &on_its_way, late),
+            Ok(()),
+            "the control"
+        );
+        assert_eq!(claims.release_session(three), [on_its_way.id]);
         assert!(claims.end_admission(one, &looked_at.id));
         assert_eq!(claims.claim(two, &looked_at, NOW), Ok(()));
         // While the session goes on it is the session that releases.
