@@ -1,7 +1,8 @@
 //! Bytes a day.
 //!
 //! The day is a window of 24 hours of monotonic time that begins with the first charge after the
-//! last window ended, so a wall clock that is set forward buys no second allowance.
+//! last window ended, so a wall clock that is set forward buys no second allowance. A limit of
+//! [`u64::MAX`] is no bound; what is used is counted still, for a bound that is set within the day.
 
 use std::time::Duration;
 
@@ -31,7 +32,8 @@ pub struct DailyVolume {
 }
 
 impl DailyVolume {
-    /// A counter with its whole allowance. A limit of zero refuses every cost but zero.
+    /// A counter with its whole allowance. A limit of zero refuses every cost but zero, one of
+    /// [`u64::MAX`] none.
     #[must_use]
     pub fn new(limit: u64) -> Self {
         Self {
@@ -57,7 +59,7 @@ impl DailyVolume {
             self.window_start = now;
             self.ran = Duration::ZERO;
         }
-        let left = self.limit.saturating_sub(self.used);
+        let left = self.unused();
         if cost > left {
             let resets_in = DAY.saturating_sub(self.age(now));
             return Err(VolumeSpent {
@@ -66,8 +68,15 @@ impl DailyVolume {
                 resets_in,
             });
         }
-        self.used += cost;
+        self.used = self.used.saturating_add(cost);
         Ok(())
+    }
+
+    fn unused(&self) -> u64 {
+        match self.limit {
+            u64::MAX => u64::MAX,
+            limit => limit.saturating_sub(self.used),
+        }
     }
 
     /// What was used of the running day, and how long that day has run: what has to be kept over a
@@ -96,7 +105,7 @@ impl DailyVolume {
         if self.age(now) >= DAY {
             self.limit
         } else {
-            self.limit.saturating_sub(self.used)
+            self.unused()
         }
     }
 }
@@ -179,9 +188,20 @@ mod tests {
     #[test]
     fn extreme_costs_do_not_overflow() {
         let mut volume = DailyVolume::new(u64::MAX);
-        assert_eq!(volume.take(u64::MAX, Duration::ZERO), Ok(()));
-        assert_eq!(volume.left(Duration::ZERO), 0);
+        for _ in 0..2 {
+            assert_eq!(volume.take(u64::MAX, Duration::ZERO), Ok(()), "no bound");
+        }
+        assert_eq!(volume.left(Duration::ZERO), u64::MAX);
+        let used = volume.used(Duration::ZERO);
+        assert_eq!(
+            used,
+            Some((u64::MAX, Duration::ZERO)),
+            "counted all the same"
+        );
         assert!(volume.take(u64::MAX, Duration::MAX - DAY).is_ok());
+        let mut most = DailyVolume::new(u64::MAX - 1);
+        assert_eq!(most.take(u64::MAX - 1, Duration::ZERO), Ok(()));
+        assert!(most.take(1, Duration::ZERO).is_err());
         let mut none = DailyVolume::new(0);
         assert_eq!(none.take(0, Duration::ZERO), Ok(()));
         assert!(none.take(1, Duration::ZERO).is_err());

@@ -9,12 +9,12 @@ use std::{
 };
 
 use tidelock_quota::{Clock, DailyVolume, MonotonicClock, Rate, Refused, TokenBuckets};
-use tidelock_segments::{Kind, NodeId, SegmentRef};
+use tidelock_segments::{NodeId, SegmentRef};
 
 use super::{MeshError, lock, millis};
 use crate::{
     limits::{MAX_BULK_SEGMENT_BYTES, MAX_PEERS, MAX_SESSIONS, MAX_URGENT_SEGMENT_BYTES},
-    session::AnnouncedQuota,
+    session::{AnnouncedQuota, is_urgent},
 };
 
 /// Keys of the per-peer buckets.
@@ -232,12 +232,10 @@ pub(super) struct Quotas<C: Ticks = MonotonicClock> {
     daily: Mutex<BTreeMap<NodeId, DailyVolume>>,
 }
 
-/// A day that goes on. None: nothing was used, or it is not known how much ([`PeerDebt::SPENT`]) where
-/// nothing bounds it.
+/// A day that goes on; none where nothing was used. It goes on without a bound too, so that one which is
+/// set later counts what was used before.
 fn resumed(quota: &PeerQuota, used: u64, age: Duration, now: Duration) -> Option<DailyVolume> {
-    let limit = quota.daily_in_bytes;
-    let counts = used > 0 && (used, limit) != (u64::MAX, u64::MAX);
-    counts.then(|| DailyVolume::resumed(limit, used, age, now))
+    (used > 0).then(|| DailyVolume::resumed(quota.daily_in_bytes, used, age, now))
 }
 
 fn kib(bytes: u64) -> u32 {
@@ -423,7 +421,7 @@ impl<C: Ticks> Quotas<C> {
         now: Duration,
     ) -> Result<(), Wait> {
         let cost = kib(reference.size_bytes);
-        if reference.kind <= Kind::Policy {
+        if is_urgent(reference.kind) {
             // Ruling 10: no daily volume stands before a revocation.
             let taken = self.urgent_in.check(peer, cost).map_err(Wait::from);
             return self.noted(peer, "urgent_in", taken);
@@ -522,7 +520,7 @@ impl<C: Ticks> Quotas<C> {
 #[cfg(test)]
 mod tests {
     use tidelock_quota::ManualClock;
-    use tidelock_segments::{Origin, SegmentId};
+    use tidelock_segments::{Kind, Origin, SegmentId};
 
     use super::*;
 
@@ -792,6 +790,22 @@ mod tests {
         let (unbounded, _) = virtual_quotas(&QuotaConfig::default());
         unbounded.owes(&a, &PeerDebt::SPENT);
         assert_eq!(unbounded.announced(&a).in_bytes_left_today, u64::MAX);
+        // A day of which it is not known how much was used was forgotten where nothing bounded it, and
+        // the next bound began with a whole one.
+        assert_eq!(unbounded.owed()[&a].day_used_bytes, u64::MAX);
+        let day = |bytes| Some(peer_quota(1024, bytes));
+        unbounded.set(&a, day(100 << 20)).unwrap();
+        assert_eq!(unbounded.announced(&a).in_bytes_left_today, 0);
+        unbounded.set(&a, None).unwrap();
+        assert_eq!(unbounded.announced(&a).in_bytes_left_today, u64::MAX);
+        unbounded.set(&a, day(100 << 20)).unwrap();
+        assert_eq!(unbounded.announced(&a).in_bytes_left_today, 0);
+        unbounded.set(&b, day(100 << 20)).unwrap();
+        assert_eq!(
+            unbounded.announced(&b).in_bytes_left_today,
+            100 << 20,
+            "the control"
+        );
         clock.advance(Duration::from_secs(24 * 60 * 60));
         assert_eq!(lost.take_in(&a, &mib(32), clock.elapsed()), Ok(()));
     }
