@@ -650,23 +650,18 @@ impl Shared {
     /// Gives a claim up; sessions that left the segment to this one may take it over.
     fn release(&self, session: SessionId, id: &SegmentId) {
         lock(&self.claims).release(session, id);
-        self.released(session, &[*id]);
+        self.released(Some(session), &[*id]);
     }
 
-    fn released(&self, by: SessionId, ids: &[SegmentId]) {
+    /// Tells the sessions, but for the one that knows already, that segments may be asked for again.
+    fn released(&self, by: Option<SessionId>, ids: &[SegmentId]) {
         if ids.is_empty() {
             return;
         }
         for (session, entry) in lock(&self.registry).iter() {
-            if session != by {
+            if by != Some(session) {
                 entry.handle.mailbox.released(ids);
             }
-        }
-    }
-
-    fn released_to_all(&self, ids: &[SegmentId]) {
-        for (_, entry) in lock(&self.registry).iter() {
-            entry.handle.mailbox.released(ids);
         }
     }
 
@@ -782,7 +777,7 @@ impl Shared {
         for id in self.assemblies.of(session) {
             self.leave_assembly(session, &id);
         }
-        self.released(session, &released);
+        self.released(Some(session), &released);
         let now = self.now();
         let jitter = self.jitter();
         let mut dialer = lock(&self.dialer);
@@ -1132,9 +1127,7 @@ async fn keep_house(shared: Arc<Shared>) {
         // Ranges that a peer sits on are asked of others that hold the segment.
         let mut overdue = lock(&shared.claims).overdue(shared.now());
         overdue.extend(shared.assemblies.contested(shared.now()));
-        if !overdue.is_empty() {
-            shared.released_to_all(&overdue.into_iter().collect::<Vec<_>>());
-        }
+        shared.released(None, &overdue.into_iter().collect::<Vec<_>>());
         let papers = Arc::clone(&shared);
         // A path is verified here, with signatures: not on a network thread.
         let _ = tokio::task::spawn_blocking(move || papers.check_own_papers()).await;

@@ -26,7 +26,7 @@ use crate::{
         Segment, Slice,
     },
     limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT},
-    session::{Fault, Refusal, Serve, ServeKey, TakeSlice},
+    session::{Fault, Refusal, Serve, ServeKey, TakeSlice, is_urgent},
 };
 
 /// Between two words of progress from a reader to its session.
@@ -126,7 +126,7 @@ async fn prepare(link: &Link, serve: Serve) -> Option<Prepared> {
         }
     }
     // INV-07: bulk segments that wait in memory to be written are bounded over all sessions.
-    let room = if serve.reference.kind <= Kind::Policy {
+    let room = if is_urgent(serve.reference.kind) {
         None
     } else {
         let kib = u32::try_from(size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
@@ -291,7 +291,7 @@ impl Admission {
 
     async fn hand_over(&self, arrived: Arrived) -> Result<(), ()> {
         let queue = match &arrived {
-            Arrived::Whole(reference, _) if reference.kind <= Kind::Policy => &self.urgent,
+            Arrived::Whole(reference, _) if is_urgent(reference.kind) => &self.urgent,
             Arrived::Whole(..) | Arrived::Slice(..) => &self.bulk,
         };
         queue.send(arrived).await.map_err(|_| ())
@@ -354,7 +354,7 @@ impl Drop for Looking<'_> {
         let Self(link, id) = self;
         let is_orphan = lock(&link.shared.claims).end_admission(link.session(), id);
         if is_orphan {
-            link.shared.released_to_all(&[*id]);
+            link.shared.released(None, &[*id]);
         }
     }
 }

@@ -531,7 +531,7 @@ impl Core {
         };
         lock(&shared.claims).release_range(session, id, range.start);
         // Who found everything leased a moment ago would wait for this session's quota otherwise.
-        shared.released(session, &[*id]);
+        shared.released(Some(session), &[*id]);
         self.machine.hold_until(wanted.kind, now + wait);
     }
 

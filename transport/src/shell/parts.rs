@@ -265,7 +265,7 @@ impl Shared {
                 }
             }
         };
-        self.released(session, &[*id]);
+        self.released(Some(session), &[*id]);
         opened
     }
 
@@ -287,7 +287,7 @@ impl Shared {
                 shared
                     .assemblies
                     .remove(&id, |state| matches!(state, State::Closing));
-                shared.released_to_all(&[id]);
+                shared.released(None, &[id]);
             });
         }
     }
@@ -295,7 +295,7 @@ impl Shared {
     /// The partial is gone, broken or refused: others open it anew.
     fn end_assembly(&self, by: SessionId, id: &SegmentId, ended: &Arc<Assembly>) {
         self.assemblies.remove(id, |state| is_open(state, ended));
-        self.released(by, &[*id]);
+        self.released(Some(by), &[*id]);
     }
 }
 
