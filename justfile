@@ -44,6 +44,14 @@ demo *ARGS:
 soak-kill ROUNDS="1000":
     TIDELOCK_KERNEL_ROUNDS={{ROUNDS}} cargo test --release --locked -p tidelock-segments --test kernel -- --ignored --nocapture --test-threads=1 soak_
 
+# Random schedules over the session machine: links, crashes, clocks, disks, papers, lies. Plays one again: `just soak-sessions-replay SEED`.
+soak-sessions SCHEDULES="10000":
+    TIDELOCK_SCHEDULES={{SCHEDULES}} cargo test --release --locked -p tidelock-transport --lib -- --nocapture whatever_happens_the_mesh_converges
+
+# One of them again.
+soak-sessions-replay SEED:
+    TIDELOCK_SCHEDULE_SEED={{SEED}} cargo test --release --locked -p tidelock-transport --lib -- --nocapture whatever_happens_the_mesh_converges
+
 # A node killed at half of so many MiB that come in ranges, as a process of its own: what is sent again. About 3 GiB of disk.
 kill-at-half MIB="1024":
     TIDELOCK_KILL_MIB={{MIB}} cargo test --release --locked -p tidelock-transport --test mesh -- --nocapture inv_12_a_process_killed_at_half

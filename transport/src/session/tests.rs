@@ -12,6 +12,7 @@ use crate::{
 };
 
 mod outlook;
+mod schedules;
 
 const MS: Duration = Duration::from_millis(1);
 const LATENCY: Duration = Duration::from_millis(5);
@@ -68,6 +69,8 @@ struct Store {
     partials: BTreeMap<SegmentId, (Content, Vec<bool>)>,
     /// Takes its own log back, from this number on.
     own_from: Option<u64>,
+    /// Takes nothing that needs room.
+    is_full: bool,
 }
 
 impl Store {
@@ -195,10 +198,13 @@ impl View for StoreView<'_> {
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
-        self.store
-            .borrow()
-            .no_room_above
-            .is_none_or(|max| reference.size_bytes <= max)
+        // Ruling 10.
+        is_urgent(reference.kind)
+            || self
+                .store
+                .borrow()
+                .no_room_above
+                .is_none_or(|max| reference.size_bytes <= max)
     }
 
     fn receipt_wants(&self) -> Vec<SegmentId> {
@@ -239,6 +245,14 @@ impl View for StoreView<'_> {
     }
 }
 
+fn no_room() -> Refusal {
+    Refusal {
+        code: "room",
+        message: "no room".into(),
+        fault: Fault::Local,
+    }
+}
+
 fn local(name: &str) -> LocalHello {
     LocalHello {
         domain: DomainId::new("site").unwrap(),
@@ -266,8 +280,11 @@ struct Side {
     decoder: FrameDecoder,
     /// When each data stream has written what it was given.
     busy_until: BTreeMap<Kind, Duration>,
+    /// When the last message of each stream arrives that this side has sent; none: the control stream.
+    arrives: BTreeMap<Option<Kind>, Duration>,
 }
 
+#[derive(Clone)]
 enum Message {
     Control(Vec<u8>),
     Segment(SegmentRef, Content),
@@ -278,10 +295,29 @@ struct Link {
     sides: [Side; 2],
     /// In flight towards side 0 and side 1: by arrival and order of sending.
     wires: [BTreeMap<(Duration, u64), Message>; 2],
+    /// What a message needs beside the latency of every link.
+    delay: Duration,
+    /// Something was lost, spoilt or refused: what did not arrive may wait for the next contact.
+    is_impaired: bool,
+}
+
+impl Link {
+    /// Puts a message of the side `from` on the wire. Streams keep their order, each by itself.
+    fn send(&mut self, from: usize, at: Duration, number: u64, message: Message) {
+        let stream = match &message {
+            Message::Control(_) => None,
+            Message::Segment(reference, _) | Message::Slice(reference, ..) => Some(reference.kind),
+        };
+        let last = self.sides[from].arrives.entry(stream).or_default();
+        *last = (*last).max(at + LATENCY + self.delay);
+        self.wires[1 - from].insert((*last, number), message);
+    }
 }
 
 struct Node {
     id: NodeId,
+    /// How far its clock is ahead of the world's, in milliseconds.
+    clock_ahead_ms: i64,
     store: RefCell<Store>,
     claims: RefCell<Claims>,
     registry: Registry<(), ()>,
@@ -305,6 +341,15 @@ struct World {
     /// Spoils the content of every segment that this node sends.
     liar: Option<usize>,
     events: Vec<(usize, SessionEvent)>,
+    /// Whether frames are told in `trace`.
+    is_traced: bool,
+    /// How often a session of a node asked for a whole segment, and how often it compared everything.
+    asked: BTreeMap<(usize, SessionId, SegmentId), u32>,
+    refreshed: BTreeMap<(usize, SessionId), u32>,
+    /// Whom a list revokes.
+    revokes: BTreeMap<SegmentId, BTreeSet<usize>>,
+    /// How sides of sessions ended that their machine ended.
+    ended: BTreeMap<&'static str, u32>,
 }
 
 impl World {
@@ -313,6 +358,7 @@ impl World {
             .iter()
             .map(|name| Node {
                 id: node_id(name),
+                clock_ahead_ms: 0,
                 store: RefCell::new(Store {
                     name: (*name).to_owned(),
                     ..Store::default()
@@ -333,6 +379,38 @@ impl World {
             mute: None,
             liar: None,
             events: Vec::new(),
+            is_traced: true,
+            asked: BTreeMap::new(),
+            refreshed: BTreeMap::new(),
+            revokes: BTreeMap::new(),
+            ended: BTreeMap::new(),
+        }
+    }
+
+    /// What a node takes for the time.
+    fn clock(&self, node: usize) -> Duration {
+        let ahead = self.nodes[node].clock_ahead_ms;
+        let by = MS * u32::try_from(ahead.unsigned_abs()).unwrap();
+        if ahead < 0 {
+            self.now.saturating_sub(by)
+        } else {
+            self.now + by
+        }
+    }
+
+    /// Whether a node holds a list that revokes one of the two.
+    fn refuses(&self, node: usize, peer: usize) -> bool {
+        let store = self.nodes[node].store.borrow();
+        self.revokes.iter().any(|(list, revoked)| {
+            store.by_id.contains_key(list) && (revoked.contains(&node) || revoked.contains(&peer))
+        })
+    }
+
+    fn close_revoked(&mut self, node: usize) {
+        for (a, b) in self.links.keys().copied().collect::<Vec<_>>() {
+            if (a == node && self.refuses(a, b)) || (b == node && self.refuses(b, a)) {
+                self.cut(a, b);
+            }
         }
     }
 
@@ -358,7 +436,7 @@ impl World {
             local(self.nodes[node].id.as_str()),
             self.nodes[peer].id.clone(),
             KEY,
-            self.now,
+            self.clock(node),
             &view,
         );
         Side {
@@ -367,6 +445,7 @@ impl World {
             machine,
             decoder: FrameDecoder::new(Channel::Control),
             busy_until: BTreeMap::new(),
+            arrives: BTreeMap::new(),
         }
     }
 
@@ -378,6 +457,8 @@ impl World {
                 Link {
                     sides,
                     wires: Default::default(),
+                    delay: Duration::ZERO,
+                    is_impaired: false,
                 },
             );
         }
@@ -387,6 +468,9 @@ impl World {
     fn cut(&mut self, a: usize, b: usize) {
         if let Some(link) = self.links.remove(&(a, b)) {
             for side in link.sides {
+                if let Some(close) = side.machine.closed() {
+                    *self.ended.entry(close.code.as_str()).or_default() += 1;
+                }
                 self.forget(&side);
             }
         }
@@ -400,7 +484,7 @@ impl World {
     }
 
     fn released(&mut self, node: usize, ids: &[SegmentId]) {
-        let now = self.now;
+        let now = self.clock(node);
         for link in self.links.values_mut() {
             for at in 0..2 {
                 if link.sides[at].node == node {
@@ -437,8 +521,27 @@ impl World {
         reference
     }
 
+    /// What this node may take has changed: its sessions compare everything.
+    fn refresh(&mut self, node: usize) {
+        let now = self.clock(node);
+        for link in self.links.values_mut() {
+            for at in 0..2 {
+                if link.sides[at].node == node {
+                    let peer = self.nodes[link.sides[1 - at].node].id.clone();
+                    let view = StoreView {
+                        store: &self.nodes[node].store,
+                        peer: &peer,
+                    };
+                    let side = &mut link.sides[at];
+                    side.machine.refresh(now, &view);
+                    *self.refreshed.entry((node, side.session)).or_default() += 1;
+                }
+            }
+        }
+    }
+
     fn stored(&mut self, node: usize, reference: &SegmentRef) {
-        let now = self.now;
+        let now = self.clock(node);
         for link in self.links.values_mut() {
             for at in 0..2 {
                 if link.sides[at].node == node {
@@ -455,6 +558,9 @@ impl World {
                     }
                 }
             }
+        }
+        if reference.kind == Kind::Revocation {
+            self.close_revoked(node);
         }
     }
 
@@ -480,15 +586,19 @@ impl World {
     }
 
     fn step_side(&mut self, key: (usize, usize), at: usize) -> bool {
-        let now = self.now;
         let mut moved = false;
         let mut stored = Vec::new();
         let mut released = Vec::new();
-        let Some(link) = self.links.get_mut(&key) else {
+        let Some(link) = self.links.get(&key) else {
             return false;
         };
         let node = link.sides[at].node;
         let peer_node = link.sides[1 - at].node;
+        let is_refused = self.refuses(node, peer_node);
+        let (world_now, now) = (self.now, self.clock(node));
+        let Some(link) = self.links.get_mut(&key) else {
+            return false;
+        };
         let peer = self.nodes[peer_node].id.clone();
         let node_store = &self.nodes[node].store;
         let view = StoreView {
@@ -498,7 +608,7 @@ impl World {
 
         // Arrivals.
         while let Some(entry) = link.wires[at].first_entry()
-            && entry.key().0 <= now
+            && entry.key().0 <= world_now
         {
             moved = true;
             let side = &mut link.sides[at];
@@ -506,8 +616,10 @@ impl World {
                 Message::Control(bytes) => {
                     side.decoder.push(&bytes);
                     while let Some(frame) = side.decoder.next_frame().unwrap() {
-                        self.trace
-                            .push(format!("{now:?} {} <- {:?}", self.nodes[node].id, frame));
+                        if self.is_traced {
+                            self.trace
+                                .push(format!("{now:?} {} <- {:?}", self.nodes[node].id, frame));
+                        }
                         side.machine.handle_frame(frame, now, &view);
                     }
                 }
@@ -517,31 +629,31 @@ impl World {
                         side.machine
                             .handle_segment(reference.kind, &id, content.len() as u64, now);
                     if taken.is_err() {
-                        released.push(id);
-                        self.nodes[node]
-                            .claims
-                            .borrow_mut()
-                            .release(side.session, &id);
                         continue;
                     }
                     side.machine.handle_received(&id);
-                    if SegmentId::of(&content) == id {
-                        node_store.borrow_mut().put(&reference, &content);
-                        side.machine.handle_admitted(&id, now);
-                        stored.push(reference);
-                    } else {
+                    if SegmentId::of(&content) != id {
                         let refusal = Refusal {
                             code: "wrong_id",
                             message: "hash differs".into(),
                             fault: Fault::Peer,
                         };
                         side.machine.handle_failed(&id, refusal, now);
-                        released.push(id);
+                    } else if node_store.borrow().is_full && !is_urgent(reference.kind) {
+                        side.machine.handle_failed(&id, no_room(), now);
+                    } else {
+                        assert!(!is_refused, "INV-09");
+                        node_store.borrow_mut().put(&reference, &content);
+                        side.machine.handle_admitted(&id, now);
+                        let claims = &self.nodes[node].claims;
+                        claims.borrow_mut().release(side.session, &id);
+                        let is_list = reference.kind == Kind::Revocation;
+                        stored.push(reference);
+                        if is_list {
+                            // Who is revoked by it is closed before anything else arrives.
+                            break;
+                        }
                     }
-                    self.nodes[node]
-                        .claims
-                        .borrow_mut()
-                        .release(side.session, &id);
                 }
                 Message::Slice(reference, range, slice) => {
                     let (id, kind) = (reference.id, reference.kind);
@@ -553,13 +665,9 @@ impl World {
                         Ok(TakeSlice::Write) => {
                             node_store.borrow_mut().accept(&reference, &range, &slice)
                         }
-                        Ok(TakeSlice::Discard) => continue,
-                        Err(_) => {
-                            claims.borrow_mut().release(side.session, &id);
-                            released.push(id);
-                            continue;
-                        }
+                        Ok(TakeSlice::Discard) | Err(_) => continue,
                     };
+                    assert!(!is_refused, "INV-09");
                     claims
                         .borrow_mut()
                         .release_range(side.session, &id, range.start);
@@ -579,8 +687,6 @@ impl World {
                                 fault: Fault::Peer,
                             };
                             side.machine.handle_failed(&id, refusal, now);
-                            claims.borrow_mut().release(side.session, &id);
-                            released.push(id);
                         }
                     }
                 }
@@ -597,6 +703,11 @@ impl World {
             moved = true;
             let mut claims = self.nodes[node].claims.borrow_mut();
             if is_ranged(&reference, &self.nodes[node].id) {
+                if node_store.borrow().is_full {
+                    drop(claims);
+                    side.machine.handle_failed(&reference.id, no_room(), now);
+                    continue;
+                }
                 let missing = node_store.borrow_mut().missing(&reference);
                 match claims.lease(side.session, &reference, &missing, now) {
                     Ok(range) => {
@@ -614,6 +725,8 @@ impl World {
             match claims.claim(side.session, &reference, now) {
                 Ok(()) => {
                     side.machine.fetch(&reference.id, now);
+                    let asked = (node, side.session, reference.id);
+                    *self.asked.entry(asked).or_default() += 1;
                     self.fetches.push((node, reference));
                 }
                 Err(Busy::Elsewhere) => side.machine.defer(&reference.id),
@@ -621,8 +734,9 @@ impl World {
             }
         }
         // What the other side asked for.
-        while let Some(serve) = side.machine.poll_serve() {
+        while let Some(serve) = link.sides[at].machine.poll_serve() {
             moved = true;
+            let side = &mut link.sides[at];
             assert!(side.machine.is_established(), "INV-09");
             if self.mute == Some(node) {
                 continue;
@@ -641,25 +755,36 @@ impl World {
             }
             let busy = side.busy_until.entry(serve.reference.kind).or_default();
             let size = u32::try_from(content.len()).unwrap();
-            *busy = (*busy).max(now) + BYTE * size;
-            let arrival = *busy + LATENCY;
-            self.sent += 1;
-            link.wires[1 - at].insert(
-                (arrival, self.sent),
-                match serve.range {
-                    None => Message::Segment(serve.reference, content),
-                    Some(range) => Message::Slice(serve.reference, range, content),
-                },
-            );
+            *busy = (*busy).max(world_now) + BYTE * size;
+            let written = *busy;
             side.machine.handle_served(&key);
+            self.sent += 1;
+            let message = match serve.range {
+                None => Message::Segment(serve.reference, content),
+                Some(range) => Message::Slice(serve.reference, range, content),
+            };
+            link.send(at, written, self.sent, message);
         }
-        while let Some(frame) = side.machine.poll_frame() {
+        while let Some(frame) = link.sides[at].machine.poll_frame() {
             moved = true;
             self.sent += 1;
             let bytes = frame.encode().unwrap();
-            link.wires[1 - at].insert((now + LATENCY, self.sent), Message::Control(bytes));
+            link.send(at, world_now, self.sent, Message::Control(bytes));
         }
+        let side = &mut link.sides[at];
         while let Some(event) = side.machine.poll_event() {
+            if let SessionEvent::TransferFailed { reference, .. }
+            | SessionEvent::FetchRefused { reference, .. } = &event
+            {
+                let mut claims = self.nodes[node].claims.borrow_mut();
+                claims.release(side.session, &reference.id);
+                released.push(reference.id);
+            }
+            link.is_impaired |= match &event {
+                SessionEvent::FetchRefused { .. } => true,
+                SessionEvent::TransferFailed { refusal, .. } => refusal.fault == Fault::Peer,
+                _ => false,
+            };
             self.events.push((node, event));
         }
         for reference in stored {
@@ -677,10 +802,11 @@ impl World {
                     .wires
                     .iter()
                     .filter_map(|wire| wire.keys().next().map(|key| key.0));
-                let timers = link
-                    .sides
-                    .iter()
-                    .filter_map(|side| side.machine.poll_timeout());
+                let timers = link.sides.iter().filter_map(|side| {
+                    // How long it is until then is the same on every clock.
+                    let due = side.machine.poll_timeout()?;
+                    Some(self.now + due.saturating_sub(self.clock(side.node)))
+                });
                 wires.chain(timers).collect::<Vec<_>>()
             })
             .min()
@@ -717,9 +843,15 @@ impl World {
 }
 
 fn assert_converged(world: &World) {
-    // Everybody holds what anybody holds; of a CA only the newest list counts.
-    let newest: BTreeSet<SegmentId> = world
+    // Everybody holds what anybody holds; of a CA only the newest list counts. Who is revoked is out.
+    let out: BTreeSet<usize> = world.revokes.values().flatten().copied().collect();
+    let nodes: Vec<&Node> = world
         .nodes
+        .iter()
+        .enumerate()
+        .filter_map(|(at, node)| (!out.contains(&at)).then_some(node))
+        .collect();
+    let newest: BTreeSet<SegmentId> = nodes
         .iter()
         .flat_map(|node| {
             node.store
@@ -741,7 +873,7 @@ fn assert_converged(world: &World) {
             .map(|(reference, _)| reference.sequence)
             .max()
     };
-    let top = world.nodes.iter().map(top_crl).max().flatten();
+    let top = nodes.iter().copied().map(top_crl).max().flatten();
     // Ruling 5: and of that number all lists that anybody has.
     let lists = |node: &Node| -> BTreeSet<SegmentId> {
         let store = node.store.borrow();
@@ -750,8 +882,8 @@ fn assert_converged(world: &World) {
             .map(|held| held.id)
             .collect()
     };
-    let all: BTreeSet<SegmentId> = world.nodes.iter().flat_map(lists).collect();
-    for node in &world.nodes {
+    let all: BTreeSet<SegmentId> = nodes.iter().copied().flat_map(lists).collect();
+    for node in nodes {
         let held = node.store.borrow();
         let missing = newest.difference(&held.ids()).count();
         assert_eq!(missing, 0, "{} lacks {missing} segments", node.id);
