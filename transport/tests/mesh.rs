@@ -1608,10 +1608,14 @@ async fn inv_13_one_of_two_sources_lies_and_the_segment_arrives_from_the_other()
     c.lies.store(true, Ordering::SeqCst);
     c.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
     until("c is struck", || b.status("c").faults == 1).await;
-    assert!(b.saw(|event| {
-        matches!(event, MeshEvent::TransferFailed { peer, refusal, .. }
-            if *peer == c.id && refusal.code == "slice" && refusal.fault == Fault::Peer)
-    }));
+    // Counted first and told then.
+    until("c is told of", || {
+        b.saw(|event| {
+            matches!(event, MeshEvent::TransferFailed { peer, refusal, .. }
+                if *peer == c.id && refusal.code == "slice" && refusal.fault == Fault::Peer)
+        })
+    })
+    .await;
     assert!(!b.store.contains(&sealed.id));
     a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
     until("all of it is there", || b.store.contains(&sealed.id)).await;
