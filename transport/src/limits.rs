@@ -139,6 +139,9 @@ pub const MAX_PARTIALS_PER_SESSION: usize = segments::MAX_PARTIALS / 4;
 /// quarter of what the store keeps of partials.
 pub const MAX_PARTIAL_BYTES_PER_SESSION: u64 = segments::MAX_PARTIAL_BYTES / 4;
 
+/// What one partial counts for, beside another's bytes, where the room for partials is shared out.
+pub const PARTIAL_SHARE_BYTES: u64 = segments::MAX_PARTIAL_BYTES / segments::MAX_PARTIALS as u64;
+
 /// Segments set aside in a session (refused, failed): 33 bytes each. One more ends the session.
 pub const MAX_SET_ASIDE: usize = 1_024;
 

@@ -19,7 +19,7 @@ use tidelock_segments::{Partial, PartialError, SegmentId, SegmentRef, StoreError
 
 use super::{Admitted, MeshEvent, Shared, driver::Link, lock};
 use crate::{
-    limits::{MAX_PARTIAL_BYTES_PER_SESSION, MAX_PARTIALS_PER_SESSION},
+    limits::{MAX_PARTIAL_BYTES_PER_SESSION, MAX_PARTIALS_PER_SESSION, PARTIAL_SHARE_BYTES},
     registry::{Busy, SessionId},
     session::{Fault, Refusal},
 };
@@ -66,6 +66,14 @@ impl Assembly {
         let whole = 0..self.partial.reference().size_bytes;
         self.missing() == [whole]
     }
+
+    /// Gives its room back, and what has arrived with it.
+    fn abandon(&self) {
+        if let Err(error) = self.partial.abandon() {
+            let id = self.partial.reference().id;
+            tracing::debug!(%id, %error, "a partial was not removed");
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -108,7 +116,8 @@ pub(super) enum Opened {
     Refused(Refusal),
 }
 
-/// The segments that are being put together. At most as many as the store allows partials.
+/// The segments that are being put together. At most as many as the store allows partials, and where
+/// there is no room for one more it is shared out between the sessions, see [`Assemblies::give_way`].
 ///
 /// What peers say of a segment besides its id is proven last, so one that says it falsely and sends
 /// next to nothing could keep the segment from those who say it rightly. A claim therefore gives way
@@ -181,6 +190,97 @@ impl Assemblies {
         }
     }
 
+    /// Opens the partial of a segment that [`attach`](Self::attach) said is new. Where the store has no
+    /// room for one more, another session may have to give one up; which, is told too. Blocks.
+    fn open(
+        &self,
+        session: SessionId,
+        reference: &SegmentRef,
+        now: Duration,
+        partial: impl Fn() -> Result<Partial, PartialError>,
+    ) -> (Opened, Option<SegmentId>) {
+        let id = &reference.id;
+        let mut made = partial();
+        let mut given_up = None;
+        if matches!(made, Err(PartialError::TooMany))
+            && let Some((other, assembly)) = self.give_way(session, now)
+        {
+            // What has arrived stays until its room is needed.
+            if assembly.is_empty() {
+                assembly.abandon();
+            } else {
+                assembly.rest();
+            }
+            drop(assembly);
+            given_up = Some(other);
+            made = partial();
+        }
+        let opened = match made {
+            Ok(partial) => {
+                let assembly = Arc::new(Assembly {
+                    partial,
+                    is_finishing: AtomicBool::new(false),
+                });
+                // The session cannot have left meanwhile: it is the one that is asking.
+                if let Some(entry) = lock(&self.all).get_mut(id) {
+                    entry.state = State::Open(Arc::clone(&assembly));
+                }
+                Opened::Open(assembly)
+            }
+            Err(error) => {
+                self.remove(id, |state| matches!(state, State::Opening));
+                match error {
+                    PartialError::AlreadyHeld(_) => Opened::Held,
+                    PartialError::Busy(_) | PartialError::TooMany => Opened::Busy,
+                    other => Opened::Refused(other.into()),
+                }
+            }
+        };
+        (opened, given_up)
+    }
+
+    /// INV-13: takes a segment, last in turn, from those that hold most room, for a session that holds
+    /// less than they even with the one that it opens. So sessions that drip cannot keep all room for
+    /// themselves, and two never take from each other in turn: what the most holds only falls. What is
+    /// younger than `patience` is let be, because it may be done soon.
+    fn give_way(&self, session: SessionId, now: Duration) -> Option<(SegmentId, Arc<Assembly>)> {
+        let mut all = lock(&self.all);
+        let mut held: BTreeMap<SessionId, (u64, u64)> = BTreeMap::new();
+        for entry in all.values() {
+            for holder in &entry.sessions {
+                let (shares, bytes) = held.entry(*holder).or_default();
+                *shares = shares.saturating_add(PARTIAL_SHARE_BYTES);
+                *bytes = bytes.saturating_add(entry.reference.size_bytes);
+            }
+        }
+        // By number or by bytes, whichever is the greater part of what there is.
+        let weight = |of: &SessionId| held.get(of).map_or(0, |(shares, bytes)| *shares.max(bytes));
+        let own = weight(&session);
+        let (.., id) = all
+            .iter()
+            .filter_map(|(id, entry)| {
+                let State::Open(assembly) = &entry.state else {
+                    return None;
+                };
+                let least = entry.sessions.iter().map(weight).min()?;
+                let may = least > own
+                    && now >= entry.since + self.patience
+                    && !assembly.is_finishing.load(Ordering::Acquire);
+                let SegmentRef {
+                    kind,
+                    sequence,
+                    origin,
+                    ..
+                } = &entry.reference;
+                may.then_some((least, *kind, *sequence, origin, *id))
+            })
+            .max()?;
+        match all.remove(&id)?.state {
+            State::Open(assembly) => Some((id, assembly)),
+            State::Opening | State::Closing => None,
+        }
+    }
+
     /// Segments whose claim has had its time while somebody waits with another one.
     pub(super) fn contested(&self, now: Duration) -> Vec<SegmentId> {
         let all = lock(&self.all);
@@ -242,30 +342,13 @@ impl Assemblies {
 impl Shared {
     /// Opens the partial of a segment that [`Assemblies::attach`] said is new. Blocks.
     pub(super) fn open_assembly(&self, session: SessionId, reference: &SegmentRef) -> Opened {
-        let id = &reference.id;
-        let opened = match self.hooks.partial(reference) {
-            Ok(partial) => {
-                let assembly = Arc::new(Assembly {
-                    partial,
-                    is_finishing: AtomicBool::new(false),
-                });
-                // The session cannot have left meanwhile: it is the one that is asking.
-                if let Some(entry) = lock(&self.assemblies.all).get_mut(id) {
-                    entry.state = State::Open(Arc::clone(&assembly));
-                }
-                Opened::Open(assembly)
-            }
-            Err(error) => {
-                self.assemblies
-                    .remove(id, |state| matches!(state, State::Opening));
-                match error {
-                    PartialError::AlreadyHeld(_) => Opened::Held,
-                    PartialError::Busy(_) | PartialError::TooMany => Opened::Busy,
-                    other => Opened::Refused(other.into()),
-                }
-            }
-        };
-        self.released(Some(session), &[*id]);
+        let make = || self.hooks.partial(reference);
+        let (opened, given_up) = self.assemblies.open(session, reference, self.now(), make);
+        self.released(Some(session), &[reference.id]);
+        if let Some(id) = given_up {
+            tracing::info!(%id, "a partial gave way to one of a session that holds less");
+            self.released(None, &[id]);
+        }
         opened
     }
 
@@ -277,9 +360,7 @@ impl Shared {
             tokio::task::spawn_blocking(move || {
                 // Room for what a peer only claimed, or for what came on another way, is given back.
                 if assembly.is_empty() || shared.hooks.reference(&id).is_some() {
-                    if let Err(error) = assembly.partial.abandon() {
-                        tracing::debug!(%id, %error, "an empty partial was not removed");
-                    }
+                    assembly.abandon();
                 } else {
                     assembly.rest();
                 }
@@ -374,5 +455,137 @@ pub(super) fn finish(
             shared.end_assembly(link.session(), id, assembly);
             Err(refusal)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tidelock_segments::{
+        Charge, DomainId, Kind, Origin, Root, RootOptions, Store, limits, testing::SimDisk,
+    };
+
+    use super::*;
+    use crate::registry::{Entry as Session, Registry};
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+    const KIB: u64 = 1024;
+
+    struct Bench {
+        store: Arc<Store>,
+        assemblies: Assemblies,
+        sessions: Vec<SessionId>,
+        made: u64,
+    }
+
+    impl Bench {
+        fn new(sessions: usize) -> Self {
+            let options = RootOptions {
+                ceiling_bytes: 4 << 30,
+                reserve_bytes: 64 << 20,
+            };
+            let root = Root::open(SimDisk::new().disk(), Path::new("/sim/root"), options).unwrap();
+            let mut registry = Registry::default();
+            let session = |at: usize| Session {
+                peer: tidelock_segments::NodeId::new(&format!("n{at}")).unwrap(),
+                outbound: true,
+                papers: (),
+                established: true,
+                handle: (),
+            };
+            Self {
+                store: Store::open(root, DomainId::new("site").unwrap()).unwrap(),
+                assemblies: Assemblies::new(PATIENCE),
+                sessions: (0..sessions)
+                    .map(|at| registry.insert(session(at)).unwrap())
+                    .collect(),
+                made: 0,
+            }
+        }
+
+        fn segment(&mut self, size_bytes: u64) -> SegmentRef {
+            self.made += 1;
+            SegmentRef {
+                id: SegmentId::of(&self.made.to_le_bytes()),
+                kind: Kind::Audit,
+                origin: Origin::parse("audit/n/0123456789abcdef/0").unwrap(),
+                sequence: self.made,
+                size_bytes,
+                prev: None,
+            }
+        }
+
+        /// Whether a session gets room for another segment, and who gave way for it.
+        fn take(&mut self, session: usize, size_bytes: u64, now: Duration) -> (bool, usize) {
+            let session = self.sessions[session];
+            let wanted = self.segment(size_bytes);
+            match self.assemblies.attach(session, &wanted, now) {
+                Attached::New => {}
+                Attached::Busy(_) => return (false, 0),
+                Attached::Open(_) | Attached::InsteadOf(_) => panic!("it is new"),
+            }
+            let make = || self.store.partial(&wanted, Charge::Custody);
+            let (opened, given_up) = self.assemblies.open(session, &wanted, now, make);
+            let is_open = match opened {
+                Opened::Open(_) => true,
+                Opened::Busy => false,
+                Opened::Held => panic!("nobody has it"),
+                Opened::Refused(refusal) => panic!("{refusal}"),
+            };
+            (is_open, usize::from(given_up.is_some()))
+        }
+
+        fn held(&self) -> Vec<usize> {
+            let held = self.sessions.iter().map(|of| self.assemblies.of(*of).len());
+            held.collect()
+        }
+    }
+
+    #[test]
+    fn inv_13_who_holds_most_room_for_partials_gives_way_to_who_holds_less() {
+        // Four sessions that drip held all of it, for as long as they dripped.
+        let mut bench = Bench::new(6);
+        let small = 300 * KIB;
+        for session in 0..4 {
+            while bench.take(session, small, Duration::ZERO).0 {}
+        }
+        assert_eq!(bench.held(), [16, 16, 16, 16, 0, 0], "the control");
+        let soon = PATIENCE - Duration::from_millis(1);
+        assert_eq!(
+            bench.take(4, small, soon),
+            (false, 0),
+            "it may be done soon"
+        );
+        // Everybody gets an even part and then nobody takes from anybody.
+        for _ in 0..40 {
+            for session in 0..6 {
+                bench.take(session, small, PATIENCE);
+            }
+        }
+        let held = bench.held();
+        assert_eq!(held.iter().sum::<usize>(), limits::MAX_PARTIALS);
+        assert!(held.iter().all(|held| (10..=11).contains(held)), "{held:?}");
+        for session in 0..6 {
+            assert_eq!(bench.take(session, small, 3 * PATIENCE), (false, 0));
+        }
+        assert_eq!(bench.store.partials().len(), limits::MAX_PARTIALS);
+    }
+
+    #[test]
+    fn inv_13_a_few_big_partials_give_way_like_many_small_ones() {
+        let mut bench = Bench::new(5);
+        let (big, small) = (limits::MAX_SEGMENT_BYTES, 300 * KIB);
+        for session in 0..4 {
+            while bench.take(session, big, Duration::ZERO).0 {}
+        }
+        let each = usize::try_from(limits::MAX_PARTIAL_BYTES / big).unwrap() / 4;
+        assert_eq!(bench.held(), [each, each, each, each, 0], "the control");
+        assert_eq!(bench.take(4, small, PATIENCE), (true, 1));
+        // There is room for more of them now; for one as big as that a second has to go.
+        assert_eq!(bench.take(4, small, PATIENCE), (true, 0));
+        assert_eq!(bench.take(4, big, PATIENCE), (true, 1));
+        let shared: u64 = bench.held().iter().map(|held| *held as u64).sum();
+        assert_eq!(bench.store.partials().len() as u64, shared);
     }
 }
