@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
 use tidelock_interceptor::{Caller, Done, Mode};
 use tidelock_policy::{Posture, WhenRestricted};
-use tidelock_segments::{Ladder, Origin, merkle};
+use tidelock_segments::{Ladder, NodeId, Origin, merkle};
 
 use tidelock_transport::shell::{MeshHandle, PeerStatus};
 
@@ -77,6 +77,14 @@ pub(super) fn bad(message: impl Into<String>) -> OperatorError {
         status: 400,
         code: "INVALID_REQUEST".to_owned(),
         message: message.into(),
+    }
+}
+
+pub(super) fn unknown_peer(peer: &NodeId) -> OperatorError {
+    OperatorError {
+        status: 404,
+        code: "UNKNOWN_PEER".to_owned(),
+        message: format!("{peer} is not in mesh.peers and was not met since the start"),
     }
 }
 

@@ -426,12 +426,11 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
         return Ok(());
     }
     let mut config = mesh_config(&node.config.load())?;
-    {
-        let kept = node.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = node.clock.trusted();
-        config.own_quotas = kept.own(&node.config.load().mesh);
-        config.owed = kept.owed(now.unix_ms, now.suspect);
-    }
+    let kept = node.quotas.kept();
+    let now = node.clock.trusted();
+    config.own_quotas = kept.own(&node.config.load().mesh);
+    config.owed = kept.owed(now.unix_ms, now.suspect);
+    let began_with = config.own_quotas.clone();
     let mesh = Mesh::start(
         config,
         tls,
@@ -444,6 +443,8 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
         .on_seal(Box::new(move |reference| sealed.notify_stored(&reference)));
     // Only this function sets it, and only the main loop calls this function.
     let _ = node.mesh.set(mesh);
+    let node = node.clone();
+    tokio::task::spawn_blocking(move || node.catch_up_quotas(&began_with)).await?;
     Ok(())
 }
 

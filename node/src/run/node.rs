@@ -40,7 +40,7 @@ use super::{
     media::Parts,
     papers::{PaperLooks, Papers},
     policy::RootSlots,
-    quotas::{KeptQuotas, QUOTAS_FILE},
+    quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
     seen::Seen,
 };
 use crate::{
@@ -128,7 +128,7 @@ pub(super) struct Node {
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
     /// Of peers: what an operator set, and what was owed when it was last written.
-    pub(super) quotas: Mutex<KeptQuotas>,
+    pub(super) quotas: OwnQuotas,
     /// What peers hold of this node's own logs and it does not.
     pub(super) own_ahead: Mutex<OwnAhead>,
     /// Stored segments that were found damaged since the start.
@@ -342,7 +342,7 @@ impl Node {
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
-            quotas: Mutex::new(quotas),
+            quotas: OwnQuotas::new(quotas),
             own_ahead: Mutex::default(),
             damaged: AtomicU64::new(0),
             damage_waits: AtomicBool::new(false),

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::PoisonError,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,7 +18,7 @@ use tidelock_transport::{
 };
 
 use super::{
-    doors::{bad, unrecorded},
+    doors::{bad, unknown_peer, unrecorded},
     node::Node,
 };
 use crate::config::{
@@ -174,6 +174,41 @@ impl KeptQuotas {
     }
 }
 
+/// The quotas of peers that this node keeps.
+pub(super) struct OwnQuotas {
+    /// Held over a change, its record, its file and the mesh: changes take effect in the order in which
+    /// they are kept. Never taken on a network thread (INV-10).
+    turn: Mutex<()>,
+    /// Held only to look or to replace.
+    kept: Mutex<KeptQuotas>,
+}
+
+impl OwnQuotas {
+    pub(super) fn new(kept: KeptQuotas) -> Self {
+        Self {
+            turn: Mutex::default(),
+            kept: Mutex::new(kept),
+        }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As they were kept last.
+    pub(super) fn kept(&self) -> KeptQuotas {
+        self.lock().clone()
+    }
+
+    fn keep(&self, new: KeptQuotas) {
+        *self.lock() = new;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, KeptQuotas> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 fn rate_json(quota: &PeerQuota) -> Value {
     json!({
         "bytes_per_second": u64::from(quota.bulk_in_kib.per_second).saturating_mul(1_024),
@@ -183,10 +218,9 @@ fn rate_json(quota: &PeerQuota) -> Value {
 }
 
 impl Node {
-    /// Peers with a quota of their own, for the status.
+    /// Peers with a quota of their own, for the status. Waits for no disk.
     pub(super) fn own_quotas(&self) -> BTreeSet<NodeId> {
-        let kept = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.own.keys().cloned().collect()
+        self.quotas.lock().own.keys().cloned().collect()
     }
 
     /// `peers.quota`: what a peer may cost and owes; with changes and `apply` it is changed from now on.
@@ -198,21 +232,19 @@ impl Node {
         let peer = NodeId::new(name).map_err(|e| bad(format!("`peer`: {e}")))?;
         let config = self.config.load_full();
         let section = &config.mesh;
-        let mut kept = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = kept.own.get(&peer).copied().unwrap_or_default();
+        let _turn = self.quotas.turn();
+        let mut new = self.quotas.kept();
+        let before = new.own.get(&peer).copied().unwrap_or_default();
         if before.is_common()
             && !section.peers.iter().any(|configured| configured.id == peer)
             && !self.was_met(&peer)
         {
-            return Err(OperatorError {
-                status: 404,
-                code: "UNKNOWN_PEER".to_owned(),
-                message: format!("{peer} is not in mesh.peers and was not met since the start"),
-            });
+            return Err(unknown_peer(&peer));
         }
         let after = before.changed(body)?;
         let (was, will_be) = (before.over(section), after.over(section));
-        let debt = self.mesh.get().and_then(|mesh| mesh.owed().remove(&peer));
+        let mesh = self.mesh.get();
+        let debt = mesh.and_then(|mesh| mesh.owed().remove(&peer));
         let answer = json!({
             "peer": peer,
             "own": !after.is_common(),
@@ -222,10 +254,11 @@ impl Node {
             "used_today_bytes": Some(debt.map_or(0, |debt| debt.day_used_bytes))
                 .filter(|used| *used != u64::MAX),
         });
-        if !apply || after == before {
+        let in_force = mesh.is_none_or(|mesh| mesh.quota(&peer) == will_be);
+        if !apply || (after == before && in_force) {
             return Ok(answer);
         }
-        if !kept.own.contains_key(&peer) && kept.own.len() >= MAX_PEERS {
+        if !after.is_common() && !new.own.contains_key(&peer) && new.own.len() >= MAX_PEERS {
             return Err(OperatorError {
                 status: 409,
                 code: "TOO_MANY_QUOTAS".to_owned(),
@@ -237,30 +270,62 @@ impl Node {
         }
         self.record_act("peer_quota_set", answer.clone())
             .map_err(unrecorded)?;
-        let mut new = kept.clone();
         match after.is_common() {
             true => new.own.remove(&peer),
             false => new.own.insert(peer.clone(), after),
         };
         self.fill_debts(&mut new);
-        let unwritten = |why: String| OperatorError {
-            status: 503,
-            code: "STATE_NOT_WRITTEN".to_owned(),
-            message: why,
-        };
         if !self.write_state(QUOTAS_FILE, &new) {
-            return Err(unwritten(format!(
-                "{QUOTAS_FILE} cannot be written; the old quota holds"
-            )));
+            return Err(self.quota_not_set(
+                &peer,
+                "STATE_NOT_WRITTEN",
+                format!("{QUOTAS_FILE} cannot be written; the old quota holds"),
+            ));
         }
-        *kept = new;
-        drop(kept);
-        if let Some(mesh) = self.mesh.get() {
+        self.quotas.keep(new);
+        if let Some(mesh) = mesh {
             let own = (!after.is_common()).then_some(will_be);
-            mesh.set_quota(&peer, own)
-                .map_err(|e| unwritten(e.to_string()))?;
+            mesh.set_quota(&peer, own).map_err(|error| {
+                self.quota_not_set(
+                    &peer,
+                    "QUOTA_NOT_IN_FORCE",
+                    format!(
+                        "it is kept for the next start, and until then the old one holds: {error}"
+                    ),
+                )
+            })?;
         }
         Ok(answer)
+    }
+
+    /// Takes back, in the log, an act that was recorded before it failed.
+    fn quota_not_set(&self, peer: &NodeId, code: &str, message: String) -> OperatorError {
+        self.event(
+            "peer_quota_not_set",
+            json!({"peer": peer, "code": code, "why": message}),
+        );
+        OperatorError {
+            status: 503,
+            code: code.to_owned(),
+            message,
+        }
+    }
+
+    /// Puts into force what an operator has changed while the mesh started with `began_with`.
+    pub(super) fn catch_up_quotas(&self, began_with: &BTreeMap<NodeId, PeerQuota>) {
+        let _turn = self.quotas.turn();
+        let own = self.quotas.kept().own(&self.config.load().mesh);
+        let Some(mesh) = self.mesh.get() else {
+            return;
+        };
+        for peer in began_with.keys().chain(own.keys()) {
+            let quota = own.get(peer);
+            if quota != began_with.get(peer)
+                && let Err(error) = mesh.set_quota(peer, quota.copied())
+            {
+                self.quota_not_set(peer, "QUOTA_NOT_IN_FORCE", error.to_string());
+            }
+        }
     }
 
     fn was_met(&self, peer: &NodeId) -> bool {
@@ -278,12 +343,13 @@ impl Node {
 
     /// Once a minute and at the end.
     pub(super) fn keep_quotas(&self) {
-        let mut kept = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.quotas.turn();
+        let kept = self.quotas.kept();
         let mut new = kept.clone();
         self.fill_debts(&mut new);
         let idle = new.owed.is_empty() && kept.owed.is_empty();
-        if !idle && new != *kept && self.write_state(QUOTAS_FILE, &new) {
-            *kept = new;
+        if !idle && new != kept && self.write_state(QUOTAS_FILE, &new) {
+            self.quotas.keep(new);
         }
     }
 }
@@ -317,6 +383,26 @@ mod tests {
         ] {
             assert!(own.changed(&wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn inv_10_a_status_does_not_wait_for_a_quota_that_is_being_written() {
+        let quotas = OwnQuotas::new(KeptQuotas::default());
+        let _turn = quotas.turn();
+        let new = KeptQuotas {
+            own: BTreeMap::from([(NodeId::new("b").unwrap(), OwnQuota::default())]),
+            ..KeptQuotas::default()
+        };
+        std::thread::scope(|scope| {
+            let looking = scope.spawn(|| quotas.kept());
+            assert_eq!(looking.join().unwrap(), KeptQuotas::default());
+        });
+        quotas.keep(new.clone());
+        assert_eq!(quotas.kept(), new);
+        assert!(
+            quotas.turn.try_lock().is_err(),
+            "a change waits for its turn"
+        );
     }
 
     #[test]
