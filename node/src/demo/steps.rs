@@ -34,8 +34,10 @@ const FILLING: Duration = Duration::from_secs(240);
 const FULL_FOR: Duration = Duration::from_millis(1_500);
 /// Requests in flight at once, per node.
 const CONCURRENT: usize = 32;
-/// Denials for want of time before a further one counts.
+/// Denials for want of time before a further one is the answer.
 const LATE_MAX: u32 = 3;
+/// Of so many decisions one may be denied for want of time.
+const AGAIN_ONE_IN: u64 = 100;
 
 type Facts = Map<String, Value>;
 
@@ -115,17 +117,51 @@ fn write_action(n: u64) -> Vec<u8> {
     .into_bytes()
 }
 
-/// A machine too busy for the engine's budget, or whose disk takes longer for a sync than an append may
-/// wait, gets its denials too, and rightly; that is not what the story is about, so the same is asked
-/// again, a few times.
-async fn ask(client: &Client, request: Vec<u8>) -> Result<(u16, Value), Broken> {
-    for _ in 0..LATE_MAX {
-        let answer = ask_once(client, request.clone()).await?;
-        if !["DEADLINE", "AUDIT_UNAVAILABLE"].contains(&text(&answer.1, "/reason").as_str()) {
-            return Ok(answer);
+/// How often a decision was asked for.
+#[derive(Default)]
+struct Asks {
+    first: AtomicU64,
+    again: AtomicU64,
+}
+
+impl Asks {
+    /// A machine too busy for the engine's budget, or whose disk takes longer for a sync than an append
+    /// may wait, gets its denials too, and rightly; that is not what the story is about, so the same is
+    /// asked again, a few times, and counted. Tells how long the last try took.
+    async fn ask(
+        &self,
+        client: &Client,
+        request: Vec<u8>,
+    ) -> Result<(u16, Value, Duration), Broken> {
+        self.first.fetch_add(1, Ordering::Relaxed);
+        let mut left = LATE_MAX;
+        loop {
+            let begun = Instant::now();
+            let (status, answer) = ask_once(client, request.clone()).await?;
+            let late =
+                ["DEADLINE", "AUDIT_UNAVAILABLE"].contains(&text(&answer, "/reason").as_str());
+            if !late || left == 0 {
+                return Ok((status, answer, begun.elapsed()));
+            }
+            left -= 1;
+            self.again.fetch_add(1, Ordering::Relaxed);
         }
     }
-    ask_once(client, request).await
+
+    fn again(&self) -> u64 {
+        self.again.load(Ordering::Relaxed)
+    }
+
+    /// A node that denies for want of time more than now and then does not do its work.
+    fn check(&self) -> Result<(), Broken> {
+        let (first, again) = (self.first.load(Ordering::Relaxed), self.again());
+        let most = first / AGAIN_ONE_IN + u64::from(LATE_MAX);
+        must(again <= most, || {
+            format!(
+                "{again} of {first} decisions were denied for want of time, at most {most} may be"
+            )
+        })
+    }
 }
 
 async fn ask_once(client: &Client, request: Vec<u8>) -> Result<(u16, Value), Broken> {
@@ -160,9 +196,15 @@ fn rounded(seconds: f64) -> Value {
 struct Stage<'l> {
     step: u32,
     listener: &'l mut dyn Listener,
+    asks: Arc<Asks>,
 }
 
 impl Stage<'_> {
+    async fn ask(&self, client: &Client, request: Vec<u8>) -> Result<(u16, Value), Broken> {
+        let (status, answer, _) = self.asks.ask(client, request).await?;
+        Ok((status, answer))
+    }
+
     fn progress(&mut self, what: &str) {
         self.listener.progress(self.step, what);
     }
@@ -183,13 +225,19 @@ pub async fn play(
         site.start(id).await?;
     }
     let mut steps = Vec::new();
+    let asks = Arc::new(Asks::default());
     for step in 1..=STEPS {
         let name = name_of(step);
         let begun = Instant::now();
-        let mut stage = Stage { step, listener };
+        let again = asks.again();
+        let mut stage = Stage {
+            step,
+            listener,
+            asks: asks.clone(),
+        };
         stage.progress(name);
         let result = match step {
-            1 => spread(&mut site).await,
+            1 => spread(&mut site, &stage).await,
             2 => decide(&mut site, &mut stage).await,
             3 => exchange(&mut site).await,
             4 => cut_off(&mut site, &mut stage).await,
@@ -199,9 +247,13 @@ pub async fn play(
             8 => damaged(&mut site, &mut stage).await,
             _ => filled(&mut site, &mut stage).await,
         };
+        let result = result.and_then(|facts| Ok(asks.check().map(|()| facts)?));
         let ok = result.is_ok();
         let facts = match result {
-            Ok(facts) => facts,
+            Ok(mut facts) => {
+                facts.insert("asked_again".to_owned(), json!(asks.again() - again));
+                facts
+            }
             Err(failure) => Facts::from_iter([("why".to_owned(), json!(failure.message))]),
         };
         let report = StepReport {
@@ -255,14 +307,14 @@ async fn install(site: &Site<'_>, at: &str, epoch: u64) -> Result<String, Failur
     Ok(hash)
 }
 
-async fn spread(site: &mut Site<'_>) -> Result<Facts, Failure> {
+async fn spread(site: &mut Site<'_>, stage: &Stage<'_>) -> Result<Facts, Failure> {
     // The bundle must travel over sessions, so they have to be there before it enters.
     for id in NODES {
         site.node(id)?
             .await_status("sessions with both peers", SHORT, |s| connected(s) == 2)
             .await?;
     }
-    let (_, before) = ask(&site.node("b")?.client(), read_action(0)).await?;
+    let (_, before) = stage.ask(&site.node("b")?.client(), read_action(0)).await?;
     must(text(&before, "/reason") == "NO_POLICY", || {
         format!("without a bundle b answered {before}")
     })?;
@@ -308,7 +360,7 @@ async fn decide(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
     for id in NODES {
         stage.progress(&format!("{} actions at {id}", corpus.len()));
         let client = site.node(id)?.client();
-        let answers = all_answers(&client, &corpus).await?;
+        let answers = all_answers(&stage.asks, &client, &corpus).await?;
         for (expected, (status, answer, seconds)) in corpus.iter().zip(answers) {
             check_answer(id, expected, status, &answer)?;
             allowed += usize::from(status == 200);
@@ -327,6 +379,7 @@ async fn decide(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
 }
 
 async fn all_answers(
+    asks: &Arc<Asks>,
     client: &Arc<Client>,
     corpus: &Arc<Vec<Expected>>,
 ) -> Result<Vec<(u16, Value, f64)>, Failure> {
@@ -334,7 +387,8 @@ async fn all_answers(
     let next = Arc::new(AtomicU64::new(0));
     let mut tasks = tokio::task::JoinSet::new();
     for _ in 0..CONCURRENT {
-        let (client, corpus, next) = (client.clone(), corpus.clone(), next.clone());
+        let (asks, client) = (asks.clone(), client.clone());
+        let (corpus, next) = (corpus.clone(), next.clone());
         tasks.spawn(async move {
             let mut own = Vec::new();
             loop {
@@ -343,9 +397,8 @@ async fn all_answers(
                 let Some(expected) = corpus.get(index) else {
                     return Ok::<_, Broken>(own);
                 };
-                let begun = Instant::now();
-                let (status, answer) = ask(&client, expected.request.clone()).await?;
-                own.push((index, status, answer, begun.elapsed().as_secs_f64()));
+                let (status, answer, took) = asks.ask(&client, expected.request.clone()).await?;
+                own.push((index, status, answer, took.as_secs_f64()));
             }
         });
     }
@@ -463,7 +516,7 @@ async fn cut_off(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
     let limit = Duration::from_secs(STALE_AFTER_S.saturating_mul(2));
     let begun = Instant::now();
     let stale = loop {
-        let (status, answer) = ask(&client, read_action(asked)).await?;
+        let (status, answer) = stage.ask(&client, read_action(asked)).await?;
         must(status == 200, || format!("cut off, c answered {answer}"))?;
         asked += 1;
         if text(&answer, "/posture") == "stale" {
@@ -586,7 +639,7 @@ async fn killed(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
     stage.progress("c restarts");
     let recovery = site.start("c").await?;
     let begun = Instant::now();
-    let (status, answer) = ask(&site.node("c")?.client(), read_action(1)).await?;
+    let (status, answer) = stage.ask(&site.node("c")?.client(), read_action(1)).await?;
     must(
         status == 200 && number(&answer, "/bundle/epoch") == Some(1),
         || format!("after its restart c answered {answer}"),
@@ -662,6 +715,15 @@ fn urgency(kind: &str) -> u32 {
     }
 }
 
+/// Whether a session with a peer was closed after a line of the journal. What it had claimed is asked for
+/// again a moment before the journal tells of its end.
+fn closed(entries: &[Value], from: usize, peer: &str) -> bool {
+    entries
+        .iter()
+        .skip(from)
+        .any(|e| text(e, "/event") == "session_closed" && text(e, "/peer") == peer)
+}
+
 /// INV-08 and INV-11 in a node's journal: nothing came twice, and of each peer the urgent was asked
 /// before the rest and each origin's segments in their order. Answers how many were stored.
 fn check_exchange(id: &str, entries: &[Value]) -> Result<usize, Broken> {
@@ -686,10 +748,11 @@ fn check_exchange(id: &str, entries: &[Value]) -> Result<usize, Broken> {
     must(all, || {
         format!("{id} stored what it had not asked for: {stored:?}")
     })?;
-    let mut last: BTreeMap<(String, String), u64> = BTreeMap::new();
+    // Of a peer's origin the last request, and where the journal goes on after it.
+    let mut last: BTreeMap<(String, String), (u64, usize)> = BTreeMap::new();
     let mut worst: BTreeMap<String, u32> = BTreeMap::new();
     // The order is a session's: of two that met at once, one is kept and asks anew.
-    for entry in entries {
+    for (at, entry) in entries.iter().enumerate() {
         let peer = text(entry, "/peer");
         match text(entry, "/event").as_str() {
             "session_established" => {
@@ -701,9 +764,12 @@ fn check_exchange(id: &str, entries: &[Value]) -> Result<usize, Broken> {
             _ => continue,
         }
         let sequence = number(entry, "/sequence").unwrap_or_default();
-        let before = last.insert((peer.clone(), text(entry, "/origin")), sequence);
-        // The same one again: the session that was closed had asked for it and will not get it.
-        must(before.is_none_or(|b| b <= sequence), || {
+        let before = last.insert((peer.clone(), text(entry, "/origin")), (sequence, at));
+        // The same one again only where a session was closed that had asked for it and will not get it.
+        let in_order = before.is_none_or(|(before, from)| {
+            before < sequence || (before == sequence && closed(entries, from, &peer))
+        });
+        must(in_order, || {
             format!("{id} asked for a segment out of its origin's order: {entry}")
         })?;
         let class = urgency(&text(entry, "/kind"));
@@ -834,7 +900,7 @@ async fn revoked(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
     must(connected(&status_b) == 0, || {
         "b still has a session".to_owned()
     })?;
-    let (status, answer) = ask(&site.node("b")?.client(), read_action(7)).await?;
+    let (status, answer) = stage.ask(&site.node("b")?.client(), read_action(7)).await?;
     must(status == 200, || format!("shut out, b answered {answer}"))?;
     stage.progress("b gets a new certificate under a new key");
     let begun = Instant::now();
@@ -894,12 +960,12 @@ async fn damaged(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
     must(lkg_epoch < epoch, || {
         format!("LKG has epoch {lkg_epoch}, active had {epoch}")
     })?;
-    let (_, read) = ask(&node.client(), read_action(1)).await?;
+    let (_, read) = stage.ask(&node.client(), read_action(1)).await?;
     must(
         text(&read, "/decision") == "allow" && text(&read, "/posture") == "restricted",
         || format!("LKG answered {read}"),
     )?;
-    let (_, write) = ask(&node.client(), write_action(1)).await?;
+    let (_, write) = stage.ask(&node.client(), write_action(1)).await?;
     must(text(&write, "/reason") == "POSTURE_RESTRICTED", || {
         format!("LKG answered {write}")
     })?;
@@ -908,7 +974,7 @@ async fn damaged(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
     stage.progress("c restarts with its LKG damaged too");
     site.start("c").await?;
     for request in [read_action(2), write_action(2)] {
-        let (_, answer) = ask(&site.node("c")?.client(), request).await?;
+        let (_, answer) = stage.ask(&site.node("c")?.client(), request).await?;
         must(text(&answer, "/reason") == "NO_POLICY", || {
             format!("without any bundle: {answer}")
         })?;
@@ -926,7 +992,9 @@ async fn damaged(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fa
         || format!("another bundle came back: {status}"),
     )?;
     let mended = begun.elapsed();
-    let (code, answer) = ask(&site.node("c")?.client(), write_action(3)).await?;
+    let (code, answer) = stage
+        .ask(&site.node("c")?.client(), write_action(3))
+        .await?;
     must(code == 200, || {
         format!("after the mend c answered {answer}")
     })?;
@@ -983,7 +1051,7 @@ async fn filled(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
                 seen.denied
             )
         })?;
-        let (status, answer) = ask(&site.node("c")?.client(), read_action(1)).await?;
+        let (status, answer) = stage.ask(&site.node("c")?.client(), read_action(1)).await?;
         must(
             status == 503 && text(&answer, "/reason") == "AUDIT_CAPACITY",
             || format!("full, c answered {answer}"),
@@ -993,7 +1061,7 @@ async fn filled(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
         site.network.heal("c").map_err(|e| broken(e.to_string()))?;
         let client = site.node("c")?.client();
         let again = until(LONG, || async {
-            let (status, _) = ask(&client, read_action(2)).await.ok()?;
+            let (status, _) = stage.ask(&client, read_action(2)).await.ok()?;
             (status == 200).then(|| begun.elapsed())
         })
         .await;
@@ -1031,4 +1099,49 @@ async fn filled(site: &mut Site<'_>, stage: &mut Stage<'_>) -> Result<Facts, Fai
         ("denied", json!(seen.denied("AUDIT_CAPACITY"))),
         ("decides_again_seconds", rounded(again.as_secs_f64())),
     ]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn requested(sequence: u64) -> Value {
+        json!({
+            "event": "segment_requested", "peer": "b", "segment": format!("s{sequence}"),
+            "kind": "audit", "origin": "audit/b", "sequence": sequence,
+        })
+    }
+
+    fn of_b(event: &str) -> Value {
+        json!({"event": event, "peer": "b"})
+    }
+
+    #[test]
+    fn inv_11_a_segment_is_asked_for_again_only_after_a_session_was_closed() {
+        let journal = |between: &[Value]| {
+            let mut entries = vec![of_b("session_established"), requested(1), requested(2)];
+            entries.extend_from_slice(between);
+            check_exchange("a", &entries)
+        };
+        assert!(journal(&[requested(3)]).is_ok(), "the control");
+        assert!(journal(&[of_b("session_closed"), requested(2)]).is_ok());
+        assert!(
+            journal(&[requested(2), of_b("session_closed")]).is_ok(),
+            "the journal hears of the end a moment later"
+        );
+        assert!(journal(&[requested(2)]).is_err());
+        let other = json!({"event": "session_closed", "peer": "c"});
+        assert!(journal(&[other, requested(2)]).is_err());
+        assert!(journal(&[of_b("session_closed"), requested(1)]).is_err());
+    }
+
+    #[test]
+    fn denials_for_want_of_time_are_few_or_the_story_fails() {
+        let asks = Asks::default();
+        asks.first.store(1_000, Ordering::Relaxed);
+        asks.again.store(13, Ordering::Relaxed);
+        assert!(asks.check().is_ok());
+        asks.again.store(14, Ordering::Relaxed);
+        assert!(asks.check().is_err());
+    }
 }
