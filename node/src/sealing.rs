@@ -8,15 +8,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tidelock_segments::{
-    AgeIdentity, CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SealOptions, SiteKey,
-};
+use tidelock_segments::{CryptError, KEY_BYTES, KeyUnwrap, KeyWrap, SealOptions, SiteKey};
 use zeroize::Zeroizing;
 
 use crate::config::AuditSection;
 
 /// Most bytes of a key file: a site key is 32, an identity file of age a few lines.
-const MAX_KEY_FILE_BYTES: u64 = 16 * 1024;
+const MAX_KEY_FILE_BYTES: usize = 16 * 1024;
 
 /// Why the keys to seal or read segments with cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -110,26 +108,11 @@ pub fn key_bytes(path: &Path) -> Result<Zeroizing<[u8; KEY_BYTES]>, SealingError
         })
 }
 
-/// Reads a key to open segments with: a site key, or an identity of age.
+/// The bytes of a key file that only its owner may read.
 ///
 /// # Errors
-/// [`SealingError`] if the file is not private or neither of the two.
-pub fn reading_key(path: &Path) -> Result<Box<dyn KeyUnwrap>, SealingError> {
-    let bytes = private(path)?;
-    if bytes.len() == KEY_BYTES {
-        return Ok(Box::new(SiteKey::from_slice(&bytes)?));
-    }
-    let identity = std::str::from_utf8(&bytes)
-        .ok()
-        .and_then(|text| AgeIdentity::parse(text).ok())
-        .ok_or_else(|| SealingError::NoKey {
-            path: path.to_owned(),
-        })?;
-    Ok(Box::new(identity))
-}
-
-/// The bytes of a file that only its owner may read.
-fn private(path: &Path) -> Result<Zeroizing<Vec<u8>>, SealingError> {
+/// [`SealingError`] if it cannot be read, others have rights to it, or it is too long for a key.
+pub fn private(path: &Path) -> Result<Zeroizing<Vec<u8>>, SealingError> {
     let failed = |source| SealingError::Read {
         path: path.to_owned(),
         source,
@@ -143,11 +126,12 @@ fn private(path: &Path) -> Result<Zeroizing<Vec<u8>>, SealingError> {
             mode,
         });
     }
-    let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
-    file.take(MAX_KEY_FILE_BYTES + 1)
+    // Of its full length from the start: a buffer that grows leaves copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(MAX_KEY_FILE_BYTES + 1));
+    file.take(MAX_KEY_FILE_BYTES as u64 + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
-    if bytes.len() as u64 > MAX_KEY_FILE_BYTES {
+    if bytes.len() > MAX_KEY_FILE_BYTES {
         return Err(SealingError::NoKey {
             path: path.to_owned(),
         });
@@ -162,9 +146,6 @@ mod tests {
     use tidelock_segments::{AgeRecipients, Compression, SegmentKey};
 
     use super::*;
-
-    const IDENTITY: &str =
-        "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";
 
     fn file(dir: &Path, name: &str, bytes: &[u8], mode: u32) -> PathBuf {
         let path = dir.join(name);
@@ -229,23 +210,6 @@ mod tests {
             seal_options(&audit),
             Err(SealingError::Mode { mode: 0o644, .. })
         ));
-    }
-
-    #[test]
-    fn a_key_file_is_a_site_key_or_an_identity() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = file(dir.path(), "site", &[1; 32], 0o600);
-        assert!(format!("{:?}", reading_key(&path).unwrap()).contains("SiteKey(secret)"));
-        let path = file(dir.path(), "age", IDENTITY.as_bytes(), 0o600);
-        assert!(format!("{:?}", reading_key(&path).unwrap()).contains("AgeIdentity(1 secret)"));
-        for bad in [&b"short"[..], &[0xff; 31], &[b'#'; 20_000]] {
-            let path = file(dir.path(), "bad", bad, 0o600);
-            assert!(matches!(
-                reading_key(&path),
-                Err(SealingError::NoKey { .. })
-            ));
-            assert!(site_key(&path).is_err());
-        }
     }
 
     #[test]

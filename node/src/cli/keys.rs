@@ -1,21 +1,15 @@
 //! Keys that a reader brings: a site key or an age identity, for encrypted records.
 
 use std::{
-    fs::File,
-    io::Read as _,
-    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use clap::{Args, ValueHint};
 use tidelock_segments::{AgeIdentity, KEY_BYTES, KeyUnwrap, Sha256Hash, SiteKey};
-use zeroize::Zeroizing;
 
 use super::Failure;
-
-/// Largest key file: 16 identities and what is written around them.
-const KEY_FILE_BYTES_MAX: usize = 16 * 1024;
+use crate::sealing::private;
 
 /// With what encrypted records are read.
 #[derive(Debug, Args)]
@@ -54,24 +48,33 @@ pub(super) fn identity(path: &Path) -> Result<AgeIdentity, Failure> {
     AgeIdentity::parse(text).map_err(|e| Failure::at(path, &e))
 }
 
-/// The bytes of a file that only its owner may read. The mode is that of the file that is read, whatever
-/// has its name by then.
-fn private(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    let at = |e: &dyn std::fmt::Display| Failure::at(path, e);
-    let file = File::open(path).map_err(|e| at(&e))?;
-    let mode = file.metadata().map_err(|e| at(&e))?.permissions().mode();
-    if mode & 0o077 != 0 {
-        return Err(at(
-            &"group or others have rights to this key; run chmod go= on it",
-        ));
-    }
-    // Of its full length from the start: a buffer that grows leaves copies behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(KEY_FILE_BYTES_MAX + 1));
-    file.take(KEY_FILE_BYTES_MAX as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(|e| at(&e))?;
-    match bytes.len() > KEY_FILE_BYTES_MAX {
-        true => Err(at(&"too long for a key")),
-        false => Ok(bytes),
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt as _};
+
+    use super::*;
+
+    const IDENTITY: &str =
+        "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";
+
+    #[test]
+    fn a_key_file_is_a_site_key_or_an_identity_and_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let load = |bytes: &[u8], mode: u32| {
+            let path = dir.path().join("key");
+            fs::write(&path, bytes).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let loaded = KeyArg { key: Some(path) }.load();
+            loaded.map(|key| format!("{:?}", key.unwrap()))
+        };
+        for site in [vec![1; 32], "0a".repeat(32).into_bytes()] {
+            assert!(load(&site, 0o600).unwrap().contains("SiteKey(secret)"));
+            assert!(load(&site, 0o640).is_err());
+        }
+        let identity = load(IDENTITY.as_bytes(), 0o400).unwrap();
+        assert!(identity.contains("AgeIdentity(1 secret)"));
+        for bad in [&b"short"[..], &[0xff; 31], &[b'#'; 20_000]] {
+            assert!(load(bad, 0o600).is_err());
+        }
     }
 }

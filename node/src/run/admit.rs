@@ -22,8 +22,6 @@ use super::{
     policy::policy_segment,
 };
 
-/// What a newer endorsement of the same log key may stand in for.
-const STANDS_IN_FOR: [&str; 3] = ["CERT_REVOKED", "KEY_REVOKED", "CERT_EXPIRED"];
 /// Origins that are remembered as forked (INV-07); more than the mesh has peers.
 const FORKED_MAX: usize = 1_024;
 
@@ -51,6 +49,16 @@ impl Denied {
             bringer: false,
             ..Self::bringer(code, message)
         }
+    }
+
+    /// Whether the certificate or its key is known to be revoked.
+    pub(super) fn is_revoked(&self) -> bool {
+        ["CERT_REVOKED", "KEY_REVOKED"].contains(&self.code)
+    }
+
+    /// Whether a newer endorsement of the same log key may stand in.
+    fn may_be_stood_in_for(&self) -> bool {
+        self.is_revoked() || self.code == "CERT_EXPIRED"
     }
 }
 
@@ -449,7 +457,7 @@ impl Node {
     fn drop_receipts_of_the_revoked(&self) {
         let removed = self.store.remove_receipts_by(&|receipt: &CustodyReceipt| {
             self.check_endorsement(&receipt.endorsement, receipt.issued_unix_ms)
-                .is_err_and(|denied| ["CERT_REVOKED", "KEY_REVOKED"].contains(&denied.code))
+                .is_err_and(|denied| denied.is_revoked())
         });
         match removed {
             Ok(0) => {}
@@ -517,7 +525,7 @@ impl Node {
     ) -> Result<NodeId, Denied> {
         self.judge_endorsement(endorsement, signed_at_unix_ms)
             .or_else(|first| {
-                if !STANDS_IN_FOR.contains(&first.code) {
+                if !first.may_be_stood_in_for() {
                     return Err(first);
                 }
                 let key = (endorsement.node_id.clone(), endorsement.log_key);
@@ -657,7 +665,7 @@ impl Node {
         // The log key itself has signed it, and that is in this node's hands: a certificate that has
         // expired or was revoked since takes nothing from it.
         match self.judge_endorsement(endorsement, segment.header().created_unix_ms) {
-            Err(denied) if !STANDS_IN_FOR.contains(&denied.code) => return Err(denied),
+            Err(denied) if !denied.may_be_stood_in_for() => return Err(denied),
             Ok(_) | Err(_) => {}
         }
         let was_superseded = self.log.is_superseded();
