@@ -16,7 +16,10 @@ use tidelock_transport::{
     shell::{Answer, MeshHandle, PeerStatus, SegmentStanding},
 };
 
-use super::node::Node;
+use super::{
+    doors::{bad, unknown_peer},
+    node::Node,
+};
 
 /// Reasons of refused peers and segments that are told apart; their codes are words of this program,
 /// of which there are fewer (INV-07).
@@ -429,46 +432,35 @@ impl Why {
     }
 }
 
-fn bad(code: &str, status: u16, message: String) -> OperatorError {
-    OperatorError {
-        status,
-        code: code.to_owned(),
-        message,
-    }
-}
-
-fn parsed<T: std::str::FromStr>(body: &Value, field: &str) -> Result<T, OperatorError>
-where
-    T::Err: std::fmt::Display,
-{
-    body.get(field)
-        .and_then(Value::as_str)
-        .ok_or_else(|| bad("INVALID_REQUEST", 400, format!("`{field}` is required")))
-        .and_then(|text| {
-            text.parse()
-                .map_err(|e| bad("INVALID_REQUEST", 400, format!("`{field}`: {e}")))
-        })
+/// Whether a session has it in hand, or will ask for it.
+fn is_under_way(standing: &Standing) -> bool {
+    matches!(
+        standing,
+        Standing::Requested
+            | Standing::Receiving
+            | Standing::Admitting
+            | Standing::Queued { .. }
+            | Standing::Deferred
+    )
 }
 
 impl Node {
     /// Why a segment is not at a peer yet, or not here from that peer.
     pub(super) fn operate_why(&self, body: &Value) -> Result<Value, OperatorError> {
-        let id: SegmentId = parsed(body, "segment")?;
-        let name = body
-            .get("peer")
-            .and_then(Value::as_str)
-            .ok_or_else(|| bad("INVALID_REQUEST", 400, "`peer` is required".to_owned()))?;
-        let peer =
-            NodeId::new(name).map_err(|e| bad("INVALID_REQUEST", 400, format!("`peer`: {e}")))?;
+        let field = |name: &str| {
+            body.get(name)
+                .and_then(Value::as_str)
+                .ok_or_else(|| bad(format!("`{name}` is required")))
+        };
+        let id: SegmentId = field("segment")?
+            .parse()
+            .map_err(|e| bad(format!("`segment`: {e}")))?;
+        let peer = NodeId::new(field("peer")?).map_err(|e| bad(format!("`peer`: {e}")))?;
         let statuses = self.mesh.get().map(MeshHandle::peers).unwrap_or_default();
         let status = statuses.iter().find(|status| status.node_id == peer);
         let configured = self.config.load().mesh.peers.iter().any(|p| p.id == peer);
         if status.is_none() && !configured {
-            return Err(bad(
-                "UNKNOWN_PEER",
-                404,
-                format!("{peer} is not in mesh.peers and was not met since the start"),
-            ));
+            return Err(unknown_peer(&peer));
         }
         let held = self.store.reference(&id);
         let why = match &held {
@@ -576,7 +568,7 @@ impl Node {
             .collect();
         shown.iter().any(|endorsement| {
             self.judge_endorsement(endorsement, self.clock.unix_ms())
-                .is_err_and(|denied| ["CERT_REVOKED", "KEY_REVOKED"].contains(&denied.code))
+                .is_err_and(|denied| denied.is_revoked())
         })
     }
 
@@ -600,7 +592,7 @@ impl Node {
             }
             (Standing::OwnLog, _) => Why::new(
                 "own_log",
-                "it is of the peer's own log, of which a node takes nothing back",
+                "it is of the peer's own log: it takes back only what damage or a restored root has cost it",
             ),
             (Standing::KindNotKept, _) => {
                 Why::new("kind_not_kept", "the peer does not keep this kind")
@@ -651,25 +643,30 @@ impl Node {
     }
 
     fn why_not_here(&self, id: &SegmentId, peer: &NodeId, status: Option<&PeerStatus>) -> Why {
-        let refused = self.seen.refusal(peer, id);
-        if let Some(refused) = &refused {
+        let said = self.ask_session(peer, id, None, status);
+        // What was refused before is no answer while it is on its way again.
+        let refused = match &said {
+            Ok(said) if is_under_way(&said.standing) => None,
+            Ok(_) | Err(_) => self.seen.refusal(peer, id),
+        };
+        if let Some(refused) = refused {
             let fork = ["AUDIT_FORK", "AUDIT_LINEAGE"].contains(&refused.code)
                 || self.is_forked(&refused.origin);
-            let (code, message) = if fork {
-                (
+            let why = match (fork, said) {
+                (true, _) => Why::new(
                     "fork",
                     "its log contradicts what is held here and waits for an operator: tidelock audit accept",
-                )
-            } else {
-                ("refused", "it came from this peer and was not taken")
+                ),
+                (false, Ok(_)) => Why::new("refused", "it came from this peer and was not taken"),
+                (false, Err(why)) => why,
             };
-            return Why::new(code, message)
+            return why
                 .fact("origin", json!(refused.origin))
                 .fact("refusal", json!(refused.code))
                 .fact("refusal_message", json!(refused.message))
                 .fact("refused_unix_ms", json!(refused.unix_ms));
         }
-        let said = match self.ask_session(peer, id, None, status) {
+        let said = match said {
             Ok(said) => said,
             Err(why) => return why,
         };
@@ -777,6 +774,26 @@ mod tests {
         assert_eq!(newest.message.len(), TEXT_MAX);
         assert!(seen.refusal(&node("b"), &segment(0).id).is_none());
         assert!(seen.refusal(&node("c"), &segment(1_999).id).is_none());
+    }
+
+    #[test]
+    fn a_refusal_is_history_only_while_the_segment_is_on_its_way_again() {
+        for standing in [
+            Standing::Requested,
+            Standing::Receiving,
+            Standing::Admitting,
+            Standing::Queued { held_until: None },
+            Standing::Deferred,
+        ] {
+            assert!(is_under_way(&standing), "{standing:?}");
+        }
+        for standing in [
+            Standing::SetAside,
+            Standing::NotListed,
+            Standing::NotEstablished,
+        ] {
+            assert!(!is_under_way(&standing), "{standing:?}");
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub enum Standing {
     HeldThere,
     /// The peer holds a newer one of an origin of which only the newest counts.
     Superseded,
-    /// It is the peer's own log, of which it takes nothing.
+    /// It is the peer's own log, of which it takes back only what it has lost.
     OwnLog,
     /// The peer has asked for it, and it is being sent or waits for its quota.
     Serving,
