@@ -38,8 +38,13 @@ impl Decider for Doors {
             return Err("NO_POLICY: no bundle verifies; tidelock bundle install one".to_owned());
         }
         if let Some(why) = self.0.log.latched() {
+            // A superseded log is completed by a start only (decision 0022).
+            let way_out = match self.0.log.is_superseded() {
+                true => "restart the node",
+                false => "tidelock audit reopen --apply",
+            };
             return Err(format!(
-                "AUDIT_UNAVAILABLE: {why}; when the disk is sound, tidelock audit reopen --apply"
+                "AUDIT_UNAVAILABLE: {why}; when the disk is sound, {way_out}"
             ));
         }
         if self.0.root.ledger().ladder() == Ladder::Sealed {
@@ -251,6 +256,13 @@ impl Node {
                 code: "AUDIT_UNAVAILABLE".to_owned(),
                 message,
             };
+            if self.log.latched().is_some() && self.log.is_superseded() {
+                return Err(unavailable(
+                    "the disk failed while a peer's later part of this log was being fetched; when \
+                     it is sound, restart the node"
+                        .to_owned(),
+                ));
+            }
             if self.store.latched().is_some() {
                 self.store
                     .reopen()
