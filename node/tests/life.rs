@@ -15,7 +15,9 @@ use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
 
-use common::{FailingSyncs, Site, not_run, over_unix, read_action, request, until};
+use common::{
+    FailingSyncs, Site, chmod, free_udp, not_run, over_unix, read_action, request, until,
+};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -334,4 +336,69 @@ fn a_killed_node_starts_again_and_loses_nothing() {
     assert!(site.events("stopped").is_empty());
     site.decides();
     site.ok(&["audit", "verify"]);
+}
+
+#[test]
+fn a_quota_that_cannot_be_kept_is_told_and_the_old_one_holds() {
+    let site = Site::new();
+    let peer = format!(
+        "\n[[mesh.peers]]\nid = \"b\"\naddress = \"{}\"\n",
+        free_udp()
+    );
+    site.write("tidelock.toml", &format!("{}{peer}", site.config()));
+    let _node = site.start();
+    let own = || site.status()["mesh"]["own_quotas"].clone();
+    let change = [
+        "peers",
+        "quota",
+        "b",
+        "--requests-per-second",
+        "77",
+        "--apply",
+    ];
+
+    // Where its file lies there is a directory: nothing replaces that.
+    let in_the_way = site.path("root/state/quotas");
+    fs::create_dir_all(&in_the_way).unwrap();
+    chmod(&in_the_way, 0o700);
+    site.tidelock(&change).ended(1).says(&["STATE_NOT_WRITTEN"]);
+    assert_eq!(own(), serde_json::json!([]));
+    assert_eq!(site.events("peer_quota_set").len(), 1);
+    let not_set = site.events("peer_quota_not_set");
+    assert_eq!(not_set.len(), 1, "{not_set:?}");
+    assert_eq!(not_set[0]["code"], "STATE_NOT_WRITTEN");
+    assert_eq!(not_set[0]["peer"], "b");
+
+    // The control.
+    fs::remove_dir(&in_the_way).unwrap();
+    site.ok(&change);
+    assert_eq!(own(), serde_json::json!(["b"]));
+    assert_eq!(site.events("peer_quota_set").len(), 2);
+    assert_eq!(site.events("peer_quota_not_set").len(), 1);
+    assert!(in_the_way.is_file());
+}
+
+#[test]
+fn damage_that_a_start_finds_is_recorded() {
+    let site = Site::new();
+    assert!(site.start_deciding().stop().success());
+    assert!(site.start().stop().success());
+    let policy = fs::read_dir(site.path("root/segments/policy")).unwrap();
+    let stored = policy.map(|e| e.unwrap().path()).next().unwrap();
+    let mut bytes = fs::read(&stored).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&stored, bytes).unwrap();
+    let _node = site.start();
+    // One, of the start that found it: the two before it found nothing.
+    let found = site.events("files_quarantined");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(found[0]["count"], 1);
+    let file = found[0]["files"][0].as_str().unwrap();
+    assert!(site.path("root").join(file).is_file(), "{file}");
+    let (_, metrics) = over_unix(&site.path("s"), &request("GET", "/metrics", &[], b"")).unwrap();
+    assert!(
+        metrics.contains("\ntidelock_segments_damaged 1\n"),
+        "{metrics}"
+    );
+    site.decides();
 }

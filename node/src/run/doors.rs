@@ -269,6 +269,7 @@ impl Node {
                     .map_err(|e| unavailable(e.to_string()))?;
             }
             self.log.reopen().map_err(|e| unavailable(e.to_string()))?;
+            self.record_put_aside();
         }
         Ok(json!({"was_shut": shut, "records": self.log.size()}))
     }

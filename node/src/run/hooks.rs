@@ -64,16 +64,8 @@ impl MeshHooks for Hooks {
     }
 
     fn read(&self, id: &SegmentId) -> Option<Vec<u8>> {
-        match self.0.store.get(id) {
-            Ok(segment) => Some(segment.into_bytes()),
-            Err(error) => {
-                self.0.event(
-                    "segment_unreadable",
-                    json!({"segment": id, "why": error.to_string()}),
-                );
-                None
-            }
-        }
+        let segment = self.0.readable(id, self.0.store.get(id))?;
+        Some(segment.into_bytes())
     }
 
     fn wants_origin(&self, origin: &Origin) -> bool {
@@ -103,16 +95,8 @@ impl MeshHooks for Hooks {
     }
 
     fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {
-        match self.0.store.read_range_encoded(id, range) {
-            Ok(slice) => Some(slice),
-            Err(error) => {
-                self.0.event(
-                    "segment_unreadable",
-                    json!({"segment": id, "why": error.to_string()}),
-                );
-                None
-            }
-        }
+        self.0
+            .readable(id, self.0.store.read_range_encoded(id, range))
     }
 
     fn partial(&self, reference: &SegmentRef) -> Result<Partial, PartialError> {
@@ -196,6 +180,22 @@ impl Node {
     /// Whether it is a log of this very node.
     pub(super) fn is_own(&self, origin: &Origin) -> bool {
         origin.audit_node() == Some(self.config.load().node.id.as_str())
+    }
+
+    /// What was read for a peer. That it is held no longer is no fault, and damage is told where it is
+    /// found ([`Node::note_damage`]); what is left is the disk.
+    fn readable<T>(&self, id: &SegmentId, read: Result<T, StoreError>) -> Option<T> {
+        match read {
+            Ok(read) => Some(read),
+            Err(StoreError::NotHeld(_) | StoreError::Damaged { .. }) => None,
+            Err(error) => {
+                self.event(
+                    "segment_unreadable",
+                    json!({"segment": id, "why": error.to_string()}),
+                );
+                None
+            }
+        }
     }
 
     pub(super) fn wants(&self, reference: &SegmentRef) -> bool {

@@ -64,6 +64,8 @@ const OWNER_FILE: &str = "owner";
 const ENDORSEMENT_FILE: &str = "keys/endorsement";
 /// Most steps of one repair that its record names; the plan's digest covers all of them.
 const REPAIR_STEPS_RECORDED: usize = 64;
+/// Most quarantined files that one record names; it has the count of all.
+const PUT_ASIDE_NAMED: usize = 64;
 /// Distinct (peer, reason) pairs of refusals counted in one window (INV-07).
 const REFUSALS_MAX: usize = 256;
 
@@ -135,6 +137,8 @@ pub(super) struct Node {
     pub(super) damaged: AtomicU64,
     /// Some of them were not asked for again yet.
     damage_waits: AtomicBool,
+    /// How many files that the store put aside are recorded.
+    aside_recorded: Mutex<usize>,
     pub(super) disk_watch: Mutex<DiskWatch>,
     scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
@@ -346,6 +350,7 @@ impl Node {
             own_ahead: Mutex::default(),
             damaged: AtomicU64::new(0),
             damage_waits: AtomicBool::new(false),
+            aside_recorded: Mutex::default(),
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
@@ -364,6 +369,7 @@ impl Node {
         for (path, why) in damaged {
             node.event("state_damaged", json!({"file": path, "why": why}));
         }
+        node.record_put_aside();
         node.record_repairs();
         if let Some(policy) = node.slots.current() {
             // A lost floor is made up for by what the authority has signed.
@@ -429,6 +435,27 @@ impl Node {
                 "sequence": reference.sequence,
             }),
         );
+    }
+
+    /// Records the files that the store has put aside unasked: what it found when it was opened, or built
+    /// its index again. No reference of them was known, so nobody was told of them by then.
+    pub(super) fn record_put_aside(&self) {
+        let files = self.store.recovery().quarantined;
+        let mut recorded = self
+            .aside_recorded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let fresh = files.get(*recorded..).unwrap_or_default();
+        // A log that is shut takes no record: told when it is open again.
+        if fresh.is_empty() || self.log.latched().is_some() {
+            return;
+        }
+        let count = u64::try_from(fresh.len()).unwrap_or(u64::MAX);
+        self.damaged.fetch_add(count, Ordering::Relaxed);
+        self.damage_waits.store(true, Ordering::Release);
+        let named: Vec<&String> = fresh.iter().take(PUT_ASIDE_NAMED).collect();
+        self.event("files_quarantined", json!({"files": named, "count": count}));
+        *recorded = files.len();
     }
 
     /// Asks the connected peers for what damage took; others are asked when they are met.
@@ -793,6 +820,7 @@ impl Node {
         self.warn_of_endings();
         self.drop_stale_parts();
         self.keep_quotas();
+        self.record_put_aside();
         let floor = self.clock.kept();
         let mut kept = self
             .kept_floor
