@@ -350,8 +350,8 @@ impl Dialer {
     /// beacons say, all dials together stay within the budgets of those who are missing.
     ///
     /// # Errors
-    /// The time after which it may be asked again: nobody is missing, a dial there is under way, or the
-    /// budgets are spent.
+    /// The time after which it may be asked again: nobody is missing, whoever is known to be there is
+    /// connected, being dialled or left alone, or the budgets are spent.
     pub fn try_hinted(&mut self, address: SocketAddr, now: Duration) -> Result<(), Duration> {
         if !self.enabled {
             return Err(HINT_WAIT);
@@ -359,12 +359,16 @@ impl Dialer {
         self.shorten(now);
         let cooling = &self.cooling;
         let (mut known, mut richest) = (None, None::<&mut Peer>);
+        let mut is_elses = false;
         for (id, peer) in &mut self.peers {
             let is_there = peer.is_at(address);
             match peer.state {
                 State::Dialing { .. } if is_there => return Err(HINT_WAIT),
                 State::Waiting { .. } if cooling.get(id).is_none_or(|until| *until <= now) => {}
-                _ => continue,
+                _ => {
+                    is_elses |= is_there;
+                    continue;
+                }
             }
             if is_there {
                 known = Some(peer);
@@ -375,7 +379,8 @@ impl Dialer {
                 richest = Some(peer);
             }
         }
-        let payer = known.or(richest).ok_or(HINT_WAIT)?;
+        // Nobody else pays for a dial to a peer that is not wanted now.
+        let payer = known.or(richest.filter(|_| !is_elses)).ok_or(HINT_WAIT)?;
         // INV-12
         payer
             .budget
@@ -798,14 +803,41 @@ mod tests {
         assert_eq!(met.try_hinted(there, now), Ok(()), "the control");
         met.set_enabled(false, now);
         assert_eq!(met.try_hinted(there, now), Err(HINT_WAIT));
-        // Nor where a dial is under way, nor for whoever misbehaved.
-        met.set_enabled(true, now);
-        assert_eq!(met.poll_dial(now).unwrap().peer, node("c"));
-        met.poll_dial(now);
-        assert_eq!(met.try_hinted(there, now), Err(HINT_WAIT));
-        met.cool_down(&node("c"), now);
-        met.on_failed(&node("c"), now, 0);
-        assert_eq!(met.try_hinted(elsewhere, now), Err(HINT_WAIT));
+    }
+
+    /// The story: a beacon from where a peer is that nobody wants dialled was charged to another one
+    /// that is missing. Here `b` always is, and could pay.
+    #[test]
+    fn inv_12_a_beacon_of_a_peer_that_is_not_wanted_is_charged_to_nobody() {
+        let full = CONFIG.budget_dials;
+        let [there, elsewhere] = ["10.0.0.9:7", "10.0.0.8:7"].map(|a| a.parse().unwrap());
+        type Doing = fn(&mut Dialer);
+        let unwanted: [(&str, Doing); 3] = [
+            ("connected", |d| d.on_established(&node("c"), MS)),
+            ("left alone", |d| d.cool_down(&node("c"), MS)),
+            ("being dialled", |d| {
+                d.cool_down(&node("b"), Duration::ZERO);
+                assert_eq!(d.poll_dial(MS).unwrap().peer, node("c"));
+                d.cooling.clear();
+            }),
+        ];
+        for (what, doing) in unwanted {
+            let mut dialer = dialer("a", &["b", "c"]);
+            let left = |dialer: &Dialer| dialer.status(&node("b"), MS).unwrap().budget_left;
+            dialer.learn(&node("c"), there);
+            assert_eq!(dialer.try_hinted(there, MS), Ok(()), "the control");
+            doing(&mut dialer);
+            assert_eq!(dialer.try_hinted(there, MS), Err(HINT_WAIT), "{what}");
+            assert_eq!(left(&dialer), full, "{what}");
+            // The control: where nobody is known to be, b pays; and so it does where it is known too.
+            assert_eq!(dialer.try_hinted(elsewhere, MS), Ok(()), "{what}");
+            assert_eq!(left(&dialer), full - 1, "{what}");
+            if what != "being dialled" {
+                dialer.learn(&node("b"), there);
+                assert_eq!(dialer.try_hinted(there, MS), Ok(()), "{what}");
+                assert_eq!(left(&dialer), full - 2, "{what}");
+            }
+        }
     }
 
     /// What happens to a node whose link is a cellular one, in virtual time.
