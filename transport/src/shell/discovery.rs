@@ -172,7 +172,7 @@ pub(super) async fn run(
     mut beacons: Beacons<MonotonicClock>,
 ) {
     let dials = Arc::new(Semaphore::new(MAX_BEACON_DIALS));
-    let mut told = None;
+    let mut told = Told::default();
     loop {
         let opened = shared
             .endpoint
@@ -180,22 +180,14 @@ pub(super) async fn run(
             .and_then(|listen| Sockets::open(&config, listen));
         let error = match opened {
             Ok(sockets) => {
-                if told != Some(None) {
-                    told = Some(None);
-                    tell(&shared, None);
-                }
-                match serve(&shared, &config, &mut beacons, &sockets, &dials).await {
+                match serve(&shared, &config, &mut beacons, &sockets, &dials, &mut told).await {
                     Ok(()) => break,
                     Err(error) => error,
                 }
             }
             Err(error) => error,
         };
-        let fault = Some(error.to_string());
-        if told != Some(fault.clone()) {
-            told = Some(fault.clone());
-            tell(&shared, fault);
-        }
+        told.tell(&shared, Some(error.to_string()));
         tokio::select! {
             () = tokio::time::sleep(config.interval) => {}
             () = stopped(&shared) => break,
@@ -203,9 +195,20 @@ pub(super) async fn run(
     }
 }
 
-fn tell(shared: &Shared, fault: Option<String>) {
-    lock(&shared.beacon).fault.clone_from(&fault);
-    shared.event(MeshEvent::Discovery { fault });
+/// What was told last of how discovery fares, if anything was.
+#[derive(Default)]
+struct Told(Option<Option<String>>);
+
+impl Told {
+    /// Tells what is news.
+    fn tell(&mut self, shared: &Shared, fault: Option<String>) {
+        if self.0.as_ref() == Some(&fault) {
+            return;
+        }
+        self.0 = Some(fault.clone());
+        lock(&shared.beacon).fault.clone_from(&fault);
+        shared.event(MeshEvent::Discovery { fault });
+    }
 }
 
 /// Sends and hears until the mesh stops. An error: a socket is of no more use.
@@ -215,6 +218,7 @@ async fn serve(
     beacons: &mut Beacons<MonotonicClock>,
     sockets: &Sockets,
     dials: &Arc<Semaphore>,
+    told: &mut Told,
 ) -> io::Result<()> {
     let mut packet = [0; PACKET_ROOM];
     let mut may_read = false;
@@ -230,6 +234,8 @@ async fn serve(
             if !silent {
                 sockets.speaks.send_to(&beacon, config.group).await?;
                 lock(&shared.beacon).sent += 1;
+                // Sockets that open say nothing of the way to the group: only a beacon that went out does.
+                told.tell(shared, None);
             }
         }
         while let Ok(permit) = Arc::clone(dials).try_acquire_owned() {
