@@ -305,16 +305,30 @@ async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
         .await
         .unwrap_or_else(|failure| panic!("{}", failure.message));
     let journal = site.node("a").unwrap().operate("journal", &json!({})).await;
-    let journal = journal.unwrap().to_string();
-    assert!(
-        journal.contains("state_damaged") && journal.contains("state/quotas"),
-        "{journal}"
-    );
+    let journal = journal.unwrap();
+    let damaged: Vec<&Value> = journal
+        .pointer("/entries")
+        .and_then(Value::as_array)
+        .unwrap()
+        .iter()
+        .filter(|entry| entry.get("event") == Some(&json!("state_damaged")))
+        .filter_map(|entry| entry.get("file"))
+        .collect();
+    assert_eq!(damaged, [&json!("state/quotas")], "{journal}");
+    let lost = quota(&site, "a", &["b"]).await;
+    assert_eq!(lost.get("own"), Some(&json!(false)), "{lost}");
+    assert_eq!(lost.get("after"), shown.get("after"), "as in the config");
+    let status = site.node("a").unwrap().status().await.unwrap();
+    assert_eq!(status.pointer("/mesh/own_quotas"), Some(&json!([])));
     connected(&site, "a", 1).await;
     let next = sealed(&site, "b").await;
     why(&site, "b", &next, "a", "held").await;
+    // Set again, and taken back.
+    let again = quota(&site, "a", &act).await;
+    assert_eq!(again.pointer("/after/bytes_per_day"), Some(&json!(day)));
     let common = quota(&site, "a", &["b", "--common", "--apply"]).await;
     assert_eq!(common.get("own"), Some(&json!(false)), "{common}");
+    assert_eq!(common.get("after"), shown.get("after"), "{common}");
     let stranger = json!({"peer": "nobody"});
     let refused = site.node("a").unwrap().operate("peers.quota", &stranger);
     assert!(refused.await.unwrap_err().0.contains("UNKNOWN_PEER"));
