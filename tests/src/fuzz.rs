@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tidelock_link::Random;
 use tidelock_segments::{
     SegmentId,
     decoders::{Decoder, Verdict},
@@ -26,35 +27,16 @@ use tidelock_segments::{
 /// No changed input becomes longer than this.
 const INPUT_BYTES_MAX: usize = 256 * 1024;
 
-/// A sequence of pseudo-random numbers (splitmix64).
-#[derive(Debug, Clone)]
-pub struct Random(pub u64);
+fn pick<'a, T>(random: &mut Random, from: &'a [T]) -> Option<&'a T> {
+    from.get(random.below(from.len()))
+}
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, and 0 below 0.
-    pub fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % (bound as u64).max(1)).unwrap_or(0)
-    }
-
-    fn pick<'a, T>(&mut self, from: &'a [T]) -> Option<&'a T> {
-        from.get(self.below(from.len()))
-    }
-
-    /// A range within `len`, mostly short.
-    fn span(&mut self, len: usize) -> std::ops::Range<usize> {
-        let from = self.below(len + 1);
-        let longest = if self.below(4) == 0 { len } else { 16 };
-        let to = from + self.below((len - from).min(longest) + 1);
-        from..to
-    }
+/// A range within `len`, mostly short.
+fn span(random: &mut Random, len: usize) -> std::ops::Range<usize> {
+    let from = random.below(len + 1);
+    let longest = if random.below(4) == 0 { len } else { 16 };
+    let to = from + random.below((len - from).min(longest) + 1);
+    from..to
 }
 
 /// Lengths that are worth trying in a length field.
@@ -84,7 +66,7 @@ const PIECES: [&str; 22] = [
 /// Changes a corpus entry, once to five times.
 #[must_use]
 pub fn mutate(random: &mut Random, corpus: &[Vec<u8>]) -> Vec<u8> {
-    let mut bytes = random.pick(corpus).cloned().unwrap_or_default();
+    let mut bytes = pick(random, corpus).cloned().unwrap_or_default();
     for _ in 0..=random.below(5) {
         mutate_once(random, &mut bytes, corpus);
         bytes.truncate(INPUT_BYTES_MAX);
@@ -102,34 +84,34 @@ fn mutate_once(random: &mut Random, bytes: &mut Vec<u8>, corpus: &[Vec<u8>]) {
         }
         2 => {
             if let Some(byte) = bytes.get_mut(at) {
-                *byte = random.next().to_le_bytes()[0];
+                *byte = random.any().to_le_bytes()[0];
             }
         }
         3 => bytes.truncate(at),
         4 => {
             let more = random.below(9);
-            let byte = random.pick(&[0, 0xff, b' ', b'a']).copied().unwrap_or(0);
+            let byte = pick(random, &[0, 0xff, b' ', b'a']).copied().unwrap_or(0);
             bytes.resize(bytes.len() + more, byte);
         }
         // The front of this one and the end of another.
         5 => {
-            if let Some(other) = random.pick(corpus) {
+            if let Some(other) = pick(random, corpus) {
                 bytes.truncate(at);
                 bytes.extend_from_slice(other.get(random.below(other.len())..).unwrap_or_default());
             }
         }
         // A piece twice, or one that is gone, or one in the place of another.
         6 => {
-            let span = random.span(bytes.len());
+            let span = span(random, bytes.len());
             let piece = bytes.get(span.clone()).unwrap_or_default().to_vec();
             bytes.splice(span.end..span.end, piece);
         }
         7 => {
-            let span = random.span(bytes.len());
+            let span = span(random, bytes.len());
             bytes.drain(span);
         }
         8 => {
-            let (from, to) = (random.span(bytes.len()), random.span(bytes.len()));
+            let (from, to) = (span(random, bytes.len()), span(random, bytes.len()));
             let piece = bytes.get(from).unwrap_or_default().to_vec();
             bytes.splice(to, piece);
         }
@@ -150,13 +132,13 @@ fn mutate_once(random: &mut Random, bytes: &mut Vec<u8>, corpus: &[Vec<u8>]) {
                     0 => old.wrapping_add(1),
                     1 => old.wrapping_sub(1),
                     2 => old.wrapping_shl(8),
-                    _ => random.pick(&LENGTHS).copied().unwrap_or(0),
+                    _ => pick(random, &LENGTHS).copied().unwrap_or(0),
                 };
                 field.copy_from_slice(new.to_le_bytes().get(..width).unwrap_or_default());
             }
         }
         _ => {
-            let piece = random.pick(&PIECES).copied().unwrap_or_default();
+            let piece = pick(random, &PIECES).copied().unwrap_or_default();
             bytes.splice(at..at, piece.bytes());
         }
     }
@@ -323,7 +305,7 @@ pub fn run(
         .collect();
     let mut report = Report::default();
     let end = Instant::now() + time;
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     while report.tried < most && report.faults.len() < 3 && Instant::now() < end {
         let mut bytes = mutate(&mut random, &corpus);
         if let Some(reseal) = decoder.reseal

@@ -29,12 +29,13 @@ use std::{
 
 use tidelock::config::Config;
 use tidelock_interceptor::{Action, Caller};
+use tidelock_link::Random;
 use tidelock_policy::{Package, TrustFile, decode_signature, inspect};
 use tidelock_segments::{
     DomainId, Endorsement,
     decoders::{self, Decoder, Verdict},
 };
-use tidelock_tests::fuzz::{self, Random, UnderWay};
+use tidelock_tests::fuzz::{self, UnderWay};
 use tidelock_transport::{
     beacon::{BEACON_KEY_BYTES, BeaconKey},
     endorse::verify_endorsement,
@@ -327,7 +328,7 @@ fn the_harness_sees_a_panic_and_a_second_spelling() {
     // One seed, one course; and it reaches what is one change away.
     let corpus = [vec![0, 0, 1, 2]];
     let inputs = |seed| {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         (0..2000)
             .map(|_| fuzz::mutate(&mut random, &corpus))
             .collect::<Vec<_>>()

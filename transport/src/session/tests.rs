@@ -5,6 +5,8 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
 };
 
+use tidelock_link::Random;
+
 use super::*;
 use crate::{
     frame::{Channel, FrameDecoder},
@@ -34,23 +36,6 @@ fn policy_origin() -> Origin {
 
 fn crl_origin() -> Origin {
     Origin::crl(&[9; 32])
-}
-
-/// A seeded source, so that a failing run can be played again.
-struct Seeded(u64);
-
-impl Seeded {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.next() % bound as u64).unwrap()
-    }
 }
 
 type Content = Vec<u8>;
@@ -978,7 +963,7 @@ fn inv_11_urgent_kinds_overtake_a_bulk_transfer_in_flight() {
 fn inv_11_fetches_are_made_in_the_order_of_urgency_then_age() {
     // Many origins with very different lengths: lists arrive in pages, the order must not show it.
     let mut world = World::new(&["a", "z"]);
-    let mut seeded = Seeded(11);
+    let mut seeded = Random::new(11);
     for origin in 0..8 {
         // One of them is longer than a page.
         let length = if origin == 3 {
@@ -1071,7 +1056,7 @@ fn random_world(size: usize, seed: u64) -> World {
     let names: Vec<String> = (0..size).map(|at| format!("n{at}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let mut world = World::new(&names);
-    let mut seeded = Seeded(seed);
+    let mut seeded = Random::new(seed);
     for (at, name) in names.iter().enumerate() {
         for sequence in 0..seeded.below(60) as u64 {
             let size = 100 + seeded.below(3_000);
@@ -1096,7 +1081,7 @@ fn inv_08_many_peers_cuts_and_restarts_and_still_everything_is_stored_once() {
     for seed in 0..12 {
         let size = 6;
         let mut world = random_world(size, seed);
-        let mut seeded = Seeded(seed ^ 0xfeed);
+        let mut seeded = Random::new(seed ^ 0xfeed);
         let mut next_sequence = vec![1_000u64; size];
         for _ in 0..200 {
             world.run_for(MS * u32::try_from(seeded.below(40)).unwrap());
@@ -2414,7 +2399,7 @@ fn listing_ahead_is_bounded_over_all_origins() {
             .collect();
         bench.give(heads(entries));
     }
-    let mut seeded = Seeded(5);
+    let mut seeded = Random::new(5);
     let mut served = VecDeque::new();
     for _ in 0..20_000 {
         served.extend(bench.frames());
@@ -2427,7 +2412,7 @@ fn listing_ahead_is_bounded_over_all_origins() {
                 .map(|sequence| {
                     let mut id = [0; 32];
                     id.iter_mut()
-                        .for_each(|byte| *byte = seeded.next().to_le_bytes()[0]);
+                        .for_each(|byte| *byte = seeded.any().to_le_bytes()[0]);
                     RefEntry {
                         id,
                         sequence,
