@@ -30,9 +30,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::{LONG, MIB};
+use common::{LONG, MIB, not_run};
 use faults::{Injection, Start};
-use mounts::{KINDS, Kind, Mounted, may_mount, missing, not_run, try_sh};
+use mounts::{KINDS, Kind, Mounted, may_mount, missing, try_sh};
 use parent::{
     Polled, Poller, Promises, Running, leave_foreign, orders, put_one, quick_dir, reopen,
 };

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use crate::common::not_run;
+
 /// Set in the process that has a mount namespace of its own.
 const INSIDE: &str = "TIDELOCK_KERNEL_MOUNTS";
 
@@ -21,16 +23,6 @@ pub(crate) fn missing(programs: &[&str]) -> Option<String> {
     };
     let absent: Vec<_> = programs.iter().filter(absent).copied().collect();
     (!absent.is_empty()).then(|| format!("{} not installed", absent.join(", ")))
-}
-
-/// Says, past the test runner, that a test could not run; where CI says that it can run everything,
-/// that is a failure.
-pub(crate) fn not_run(test: &str, why: &str) {
-    use std::io::Write as _;
-    let mut past = std::io::stderr();
-    writeln!(past, "not run: {test}: {why}").unwrap();
-    let ci = std::env::var_os("CI").is_some_and(|ci| ci == "true");
-    assert!(!ci, "{test} must run in CI: {why}");
 }
 
 /// Whether this process may mount. If not yet, the test is run again in a process that may, and this
