@@ -1,9 +1,10 @@
-//! What tests of more than one crate share: the built program, and network namespaces.
+//! What tests of more than one crate share: the built program, a site of it, and network namespaces.
 //!
 //! Not a test itself: look in `tests/tests/`.
 
 pub mod fuzz;
 pub mod namespaces;
+pub mod site;
 
 use std::{io, path::PathBuf, process::Command};
 

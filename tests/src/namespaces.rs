@@ -147,7 +147,25 @@ impl Namespaces {
         self.exec(node, "nft", &["-f", "-"], rules).map(|_| ())
     }
 
-    /// The packets that a named counter of the table `watch` has seen on the host of a node.
+    /// Counts from now on what leaves the host of a node: to these addresses (`inside`), to any other
+    /// (`foreign`), and what an nftables expression names (`named`), which counts as neither.
+    ///
+    /// # Errors
+    /// What `nft` said.
+    pub fn watch(&self, node: &str, allowed: &[String], named: Option<&str>) -> io::Result<()> {
+        let named = named
+            .map(|named| format!("  {named} counter name \"named\" accept\n"))
+            .unwrap_or_default();
+        let rules = format!(
+            "table inet watch {{\n counter inside {{}}\n counter named {{}}\n counter foreign {{}}\n \
+             chain leaving {{\n  type filter hook output priority 0; policy accept;\n{named}  \
+             ip daddr {{ {} }} counter name \"inside\" accept\n  counter name \"foreign\"\n }}\n}}\n",
+            allowed.join(", ")
+        );
+        self.nft(node, &rules)
+    }
+
+    /// The packets that a counter of [`Namespaces::watch`] has seen on the host of a node.
     ///
     /// # Errors
     /// What `nft` said, or an answer without such a counter.

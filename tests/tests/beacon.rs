@@ -4,7 +4,6 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::panic,
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
@@ -17,19 +16,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tidelock::demo::{
     network::Network as _,
     site::{NODES, Site},
 };
 use tidelock_tests::{
     namespaces::{self, Namespaces},
-    not_run, program,
+    not_run,
+    site::{
+        LIMIT, ask, await_epoch, await_sessions, directory, events, good, install, prepared,
+        sessions,
+    },
 };
-
-/// Far above anything that a healthy run needs.
-const LIMIT: Duration = Duration::from_secs(120);
 
 /// The group, its port, and where the kernel sends its own membership reports (RFC 3376).
 const GROUP: &str = "239.255.74.11";
@@ -60,8 +59,7 @@ fn key_file(path: &Path, byte: u8) {
 
 /// A site whose nodes know their peers by name only, and have the beacon's key.
 fn site<'n>(dir: &Path, network: &'n Namespaces) -> Site<'n> {
-    let site = Site::prepare(dir, &program().unwrap(), network, &NODES)
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let site = prepared(dir, network, &NODES);
     for id in NODES {
         let path = site.node(id).unwrap().config_path();
         let text = fs::read_to_string(&path).unwrap();
@@ -76,76 +74,56 @@ fn site<'n>(dir: &Path, network: &'n Namespaces) -> Site<'n> {
     site
 }
 
-async fn start(site: &mut Site<'_>, id: &str) {
-    site.start(id)
-        .await
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
-}
-
-fn sessions(status: &Value) -> usize {
-    let peers = status.pointer("/mesh/peers").and_then(Value::as_array);
-    peers.map_or(0, |peers| {
-        let up = |p: &&Value| p.get("state") == Some(&json!("connected"));
-        peers.iter().filter(up).count()
-    })
-}
-
-async fn await_sessions(site: &Site<'_>, id: &str, count: usize) -> Value {
-    let node = site.node(id).unwrap();
-    node.await_status("its sessions", LIMIT, |s| sessions(s) == count)
-        .await
-        .unwrap()
-}
-
 fn beacon(status: &Value, field: &str) -> u64 {
     let at = format!("/mesh/beacon/{field}");
     status.pointer(&at).and_then(Value::as_u64).unwrap_or(0)
 }
 
-/// Counts what leaves a host: to these addresses, and to any other.
-fn watch(network: &Namespaces, node: &str, allowed: &[&str]) {
-    let rules = format!(
-        "table inet watch {{\n counter inside {{}}\n counter group {{}}\n counter foreign {{}}\n \
-         chain leaving {{\n  type filter hook output priority 0; policy accept;\n  \
-         ip daddr {GROUP} udp dport {PORT} udp length 58 counter name \"group\" accept\n  \
-         ip daddr {{ {} }} counter name \"inside\" accept\n  counter name \"foreign\"\n }}\n}}\n",
-        allowed.join(", ")
-    );
-    network.nft(node, &rules).unwrap();
+/// Counts what leaves a host: beacons, what goes to one other and the kernel's reports, and the rest.
+fn watch(network: &Namespaces, node: &str, other: &str) {
+    let allowed = [network.listen(other).ip().to_string(), REPORTS.to_owned()];
+    let beacons = format!("ip daddr {GROUP} udp dport {PORT} udp length 58");
+    network.watch(node, &allowed, Some(&beacons)).unwrap();
+}
+
+/// Plays a scene on three hosts, if that can be had here.
+fn play(name: &str, scene: impl AsyncFnOnce(&Path, &Namespaces)) {
+    if let Some(why) = why_not() {
+        not_run(name, &why).unwrap();
+        return;
+    }
+    let dir = directory();
+    let network = Namespaces::new(&NODES).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(scene(dir.path(), &network));
+}
+
+/// Starts `a` and `b` and waits until they have found each other.
+async fn a_and_b(site: &mut Site<'_>) {
+    for id in ["a", "b"] {
+        good(site.start(id).await);
+    }
+    for id in ["a", "b"] {
+        await_sessions(site, id, 1).await;
+    }
 }
 
 #[test]
 fn nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobody() {
     let name = "nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobody";
-    if let Some(why) = why_not() {
-        not_run(name, &why).unwrap();
-        return;
-    }
-    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
-    let network = Namespaces::new(&NODES).unwrap();
-    let ip = |id: &str| network.listen(id).ip().to_string();
-    watch(&network, "a", &[&ip("b"), REPORTS]);
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let mut site = site(dir.path(), &network);
+    play(name, async |dir, network| {
+        watch(network, "a", "b");
+        let mut site = site(dir, network);
         let other_key = site.node("c").unwrap().dir.join("site.beacon");
         key_file(&other_key, 8);
         for id in NODES {
-            start(&mut site, id).await;
+            good(site.start(id).await);
         }
         await_sessions(&site, "a", 1).await;
         await_sessions(&site, "b", 1).await;
         // A session like any other: a bundle crosses it.
-        let package = site
-            .bundle(1)
-            .and_then(|p| Ok(p.encode()?))
-            .unwrap_or_else(|failure| panic!("{}", failure.message));
-        let body = json!({"package": BASE64_STANDARD.encode(package)});
-        let node = site.node("a").unwrap();
-        node.operate("bundle.install", &body).await.unwrap();
-        let epoch = |s: &Value| s.pointer("/bundle/epoch") == Some(&json!(1));
-        let b = site.node("b").unwrap();
-        b.await_status("the bundle", LIMIT, epoch).await.unwrap();
+        install(&site, "a", 1).await;
+        await_epoch(&site, "b", 1).await;
         // c hears them, and they hear c, and nothing comes of it.
         let c = site.node("c").unwrap();
         let deaf = c
@@ -155,24 +133,26 @@ fn nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobod
             .await
             .unwrap();
         assert_eq!((sessions(&deaf), beacon(&deaf, "dials")), (0, 0), "{deaf}");
-        let hearing = node
+        let hearing = site
+            .node("a")
+            .unwrap()
             .await_status("beacons of c", LIMIT, |s| beacon(s, "refused/tag") >= 2)
             .await
             .unwrap();
         assert_eq!(sessions(&hearing), 1, "{hearing}");
-        let beacons = network.packets("a", "group").unwrap();
+        let beacons = network.packets("a", "named").unwrap();
         assert!(beacons >= 2, "{beacons} beacons of 50 bytes");
         assert_eq!(network.packets("a", "foreign").unwrap(), 0);
         // A peer that was found is dialled again where it was met, after a restart of it too.
         site.kill("b").unwrap();
         await_sessions(&site, "a", 0).await;
-        start(&mut site, "b").await;
+        good(site.start("b").await);
         await_sessions(&site, "a", 1).await;
         assert_eq!(network.packets("a", "foreign").unwrap(), 0);
         // The control: with the key, c is found by both; and the counter counts.
         site.kill("c").unwrap();
         key_file(&other_key, 7);
-        start(&mut site, "c").await;
+        good(site.start("c").await);
         await_sessions(&site, "a", 2).await;
         await_sessions(&site, "b", 2).await;
         assert!(network.packets("a", "foreign").unwrap() > 0);
@@ -182,15 +162,8 @@ fn nodes_without_addresses_find_each_other_and_whoever_lacks_the_key_finds_nobod
 #[test]
 fn what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended() {
     let name = "what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended";
-    if let Some(why) = why_not() {
-        not_run(name, &why).unwrap();
-        return;
-    }
-    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
-    let network = Namespaces::new(&NODES).unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let mut site = site(dir.path(), &network);
+    play(name, async |dir, network| {
+        let mut site = site(dir, network);
         // a listens on all addresses, and its kernel knows no way to the group: its sockets do not open.
         // Those of b do, and nothing that it sends there may leave.
         let path = site.node("a").unwrap().config_path();
@@ -204,7 +177,7 @@ fn what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended() {
         );
         network.nft("b", &stop).unwrap();
         for id in ["a", "b"] {
-            start(&mut site, id).await;
+            good(site.start(id).await);
         }
         for id in ["a", "b"] {
             let fault = |s: &Value| {
@@ -224,17 +197,10 @@ fn what_keeps_beacons_from_going_out_is_told_and_they_go_when_it_is_mended() {
             let seen = await_sessions(&site, id, 1).await;
             assert_eq!(seen.pointer("/mesh/beacon/fault"), Some(&Value::Null));
             // Told once, and mended once, though it was tried again every second.
-            let node = site.node(id).unwrap();
-            let journal = node.operate("journal", &json!({})).await.unwrap();
-            let told: Vec<bool> = journal
-                .pointer("/entries")
-                .and_then(Value::as_array)
-                .unwrap()
-                .iter()
-                .filter(|entry| entry.get("event") == Some(&json!("discovery")))
-                .map(|entry| entry.get("fault").is_some_and(Value::is_string))
-                .collect();
-            assert_eq!(told, [true, false], "{journal}");
+            let told = events(&site, id, "discovery").await;
+            let faults = told.iter().map(|event| event.get("fault"));
+            let faults: Vec<bool> = faults.map(|f| f.is_some_and(Value::is_string)).collect();
+            assert_eq!(faults, [true, false], "{told:?}");
         }
     });
 }
@@ -382,38 +348,20 @@ fn attack(network: &Namespaces, script: &str, more: &[&str]) {
 /// It decides, and its session with the other one is up.
 async fn is_well(site: &Site<'_>, id: &str, status: &Value) {
     assert_eq!(sessions(status), 1, "{id}: {status}");
-    let ask = json!({
-        "principal": {"type": "Agent", "id": "coder-1"},
-        "action": "fs.read",
-        "resource": {"type": "File", "id": "/srv/app/src/main.rs"},
-    });
-    let client = site.node(id).unwrap().client();
-    let answered = client.post_json("/v1/decide", ask.to_string()).await;
-    assert!(answered.is_ok(), "{id}: {answered:?}");
+    // Without a bundle: a decision too.
+    assert_eq!(ask(site, id, "/srv/app/src/main.rs").await, 403, "{id}");
 }
 
 #[test]
 fn inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm() {
     let name = "inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm";
-    if let Some(why) = why_not() {
-        not_run(name, &why).unwrap();
-        return;
-    }
-    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
-    let network = Namespaces::new(&NODES).unwrap();
-    let ip = |id: &str| network.listen(id).ip().to_string();
-    watch(&network, "a", &[&ip("b"), REPORTS]);
-    watch(&network, "b", &[&ip("a"), REPORTS]);
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let mut site = site(dir.path(), &network);
+    play(name, async |dir, network| {
+        watch(network, "a", "b");
+        watch(network, "b", "a");
+        let mut site = site(dir, network);
         // c is in both configs and never there: both go on looking for it.
-        for id in ["a", "b"] {
-            start(&mut site, id).await;
-        }
-        await_sessions(&site, "a", 1).await;
-        await_sessions(&site, "b", 1).await;
-        attack(&network, OUTSIDER, &[]);
+        a_and_b(&mut site).await;
+        attack(network, OUTSIDER, &[]);
         for id in ["a", "b"] {
             let node = site.node(id).unwrap();
             // Recordings are refused as such, under another sender and forgeries by their tag, most of
@@ -431,7 +379,7 @@ fn inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm() {
             assert_eq!(network.packets(id, "foreign").unwrap(), 0, "{id}");
         }
         // The control: the real c is found in spite of it all, and a's packets to it are counted.
-        start(&mut site, "c").await;
+        good(site.start("c").await);
         await_sessions(&site, "a", 2).await;
         await_sessions(&site, "b", 2).await;
         assert!(network.packets("a", "foreign").unwrap() > 0);
@@ -441,24 +389,13 @@ fn inv_13_recorded_forged_and_flooding_beacons_cause_no_packet_and_no_harm() {
 #[test]
 fn inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dials_and_no_trust() {
     let name = "inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dials_and_no_trust";
-    if let Some(why) = why_not() {
-        not_run(name, &why).unwrap();
-        return;
-    }
-    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
-    let elsewhere = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
-    let network = Namespaces::new(&NODES).unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let mut site = site(dir.path(), &network);
-        for id in ["a", "b"] {
-            start(&mut site, id).await;
-        }
-        await_sessions(&site, "a", 1).await;
-        await_sessions(&site, "b", 1).await;
+    play(name, async |dir, network| {
+        let elsewhere = directory();
+        let mut site = site(dir, network);
+        a_and_b(&mut site).await;
         // A node of the same name and domain, with the key, and papers of another CA.
-        let mut foreign = self::site(elsewhere.path(), &network);
-        start(&mut foreign, "c").await;
+        let mut foreign = self::site(elsewhere.path(), network);
+        good(foreign.start("c").await);
         for id in ["a", "b"] {
             let seen = site
                 .node(id)
@@ -484,7 +421,7 @@ fn inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dial
             let seen = site.node(id).unwrap().status().await.unwrap();
             before.push(beacon(&seen, "dials"));
         }
-        attack(&network, INSIDER, &[&"07".repeat(32)]);
+        attack(network, INSIDER, &[&"07".repeat(32)]);
         for (id, before) in ["a", "b"].into_iter().zip(before) {
             let seen = site
                 .node(id)
@@ -501,7 +438,7 @@ fn inv_12_whoever_has_the_key_and_no_certificate_causes_a_bounded_number_of_dial
             assert!(dials >= 32, "{dials} dials: {seen}");
         }
         // The control: the real c calls, and is let in.
-        start(&mut site, "c").await;
+        good(site.start("c").await);
         await_sessions(&site, "a", 2).await;
         await_sessions(&site, "b", 2).await;
     });

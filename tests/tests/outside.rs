@@ -7,10 +7,7 @@
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
@@ -18,70 +15,17 @@ use tidelock::demo::{
     network::{Loopback, Network},
     site::{NODES, Site},
 };
-use tidelock_tests::{namespaces, not_run, program};
-
-/// Far above anything that a healthy run needs.
-const LIMIT: Duration = Duration::from_secs(60);
-
-async fn running<'n>(dir: &Path, network: &'n dyn Network, ids: &[&'static str]) -> Site<'n> {
-    let mut site = Site::prepare(dir, &program().unwrap(), network, ids)
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
-    for id in ids {
-        site.start(id)
-            .await
-            .unwrap_or_else(|failure| panic!("{}", failure.message));
-    }
-    site
-}
-
-fn directory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("tl").tempdir().unwrap()
-}
-
-async fn install(site: &Site<'_>, at: &str, epoch: u64) {
-    let package = site
-        .bundle(epoch)
-        .and_then(|p| Ok(p.encode()?))
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
-    let body = json!({"package": BASE64_STANDARD.encode(package)});
-    let node = site.node(at).unwrap();
-    node.operate("bundle.install", &body).await.unwrap();
-}
-
-async fn connected(site: &Site<'_>, id: &str, peers: usize) {
-    let count = |s: &Value| {
-        let peers = s.pointer("/mesh/peers").and_then(Value::as_array);
-        peers.map_or(0, |peers| {
-            let up = |p: &&Value| p.get("state") == Some(&json!("connected"));
-            peers.iter().filter(up).count()
-        })
-    };
-    site.node(id)
-        .unwrap()
-        .await_status("its sessions", LIMIT, |s| count(s) == peers)
-        .await
-        .unwrap();
-}
+use tidelock_tests::{
+    namespaces, not_run,
+    site::{
+        LIMIT, ask, await_epoch, await_sessions, directory, events, good, install, running, seal,
+    },
+};
 
 /// Makes a record and seals it; the id of the segment.
 async fn sealed(site: &Site<'_>, id: &str) -> String {
-    let node = site.node(id).unwrap();
-    let action = json!({
-        "principal": {"type": "Agent", "id": "coder-1"},
-        "action": "fs.read",
-        "resource": {"type": "File", "id": "/srv/app/src/main.rs"},
-    });
-    let client = node.client();
-    client
-        .post_json("/v1/decide", action.to_string())
-        .await
-        .unwrap();
-    let answer = node.operate("audit.seal", &json!({})).await.unwrap();
-    answer
-        .get("sealed")
-        .and_then(Value::as_str)
-        .unwrap()
-        .to_owned()
+    ask(site, id, "/srv/app/src/main.rs").await;
+    seal(site, id).await.unwrap()
 }
 
 /// Asks by the command line, as an operator does, until the answer has this code.
@@ -89,7 +33,7 @@ async fn why(site: &Site<'_>, at: &str, segment: &str, peer: &str, code: &str) -
     let begun = Instant::now();
     loop {
         let asked = site.tidelock(at, &["peers", "why", segment, peer]).await;
-        let (_, answer) = asked.unwrap_or_else(|failure| panic!("{}", failure.message));
+        let (_, answer) = good(asked);
         if answer.get("code") == Some(&json!(code)) {
             return answer;
         }
@@ -127,7 +71,7 @@ async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_
     let network = Loopback::new(&["a", "b"]).await.unwrap();
     let mut site = running(dir.path(), &network, &["a", "b"]).await;
     install(&site, "a", 1).await;
-    connected(&site, "a", 1).await;
+    await_sessions(&site, "a", 1).await;
     let first = sealed(&site, "a").await;
     let held = why(&site, "a", &first, "b", "held").await;
     assert_eq!(held.get("direction"), Some(&json!("to_peer")), "{held}");
@@ -174,9 +118,7 @@ async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_
         assert!(begun.elapsed() < LIMIT, "no dial that failed: {asked}");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    site.start("b")
-        .await
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    good(site.start("b").await);
     why(&site, "a", &second, "b", "held").await;
     metric(&site, "a", to_peer, 0.0, 0.0).await;
     let nobody = format!("blake3:{}", "0".repeat(64));
@@ -191,9 +133,7 @@ async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_
     assert!(refused.unwrap_err().0.contains("UNKNOWN_PEER"));
 
     // Revoked: its session is closed, and that is the reason from then on.
-    let (_, crl) = site
-        .revoke("b")
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let (_, crl) = good(site.revoke("b"));
     let body = json!({"crl": BASE64_STANDARD.encode(crl)});
     site.node("a")
         .unwrap()
@@ -218,10 +158,7 @@ async fn quota(site: &Site<'_>, at: &str, arguments: &[&str]) -> Value {
         .chain(arguments)
         .copied()
         .collect();
-    let asked = site.tidelock(at, &command).await;
-    asked
-        .unwrap_or_else(|failure| panic!("{}", failure.message))
-        .1
+    good(site.tidelock(at, &command).await).1
 }
 
 /// Ends a node as its operator does, so that it writes what it keeps.
@@ -244,7 +181,7 @@ async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
     let network = Loopback::new(&["a", "b"]).await.unwrap();
     let mut site = running(dir.path(), &network, &["a", "b"]).await;
     install(&site, "a", 1).await;
-    connected(&site, "a", 1).await;
+    await_sessions(&site, "a", 1).await;
     let day = 1_u64 << 30;
     let shown = quota(&site, "a", &["b"]).await;
     assert_eq!(shown.get("own"), Some(&json!(false)), "{shown}");
@@ -277,10 +214,8 @@ async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
     let used = used.get("used_today_bytes").and_then(Value::as_u64);
     assert!(used.is_some_and(|bytes| bytes > 0), "{used:?}");
     stop(&mut site, "a").await;
-    site.start("a")
-        .await
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
-    connected(&site, "b", 1).await;
+    good(site.start("a").await);
+    await_sessions(&site, "b", 1).await;
     let after = quota(&site, "a", &["b"]).await;
     assert_eq!(after.get("own"), Some(&json!(true)), "{after}");
     assert_eq!(
@@ -301,26 +236,16 @@ async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
     let file = site.node("a").unwrap().root().join("state/quotas");
     let text = std::fs::read_to_string(&file).unwrap();
     std::fs::write(&file, text.replacen("1048576", "9048576", 1)).unwrap();
-    site.start("a")
-        .await
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
-    let journal = site.node("a").unwrap().operate("journal", &json!({})).await;
-    let journal = journal.unwrap();
-    let damaged: Vec<&Value> = journal
-        .pointer("/entries")
-        .and_then(Value::as_array)
-        .unwrap()
-        .iter()
-        .filter(|entry| entry.get("event") == Some(&json!("state_damaged")))
-        .filter_map(|entry| entry.get("file"))
-        .collect();
-    assert_eq!(damaged, [&json!("state/quotas")], "{journal}");
+    good(site.start("a").await);
+    let damaged = events(&site, "a", "state_damaged").await;
+    let files: Vec<_> = damaged.iter().map(|event| event.get("file")).collect();
+    assert_eq!(files, [Some(&json!("state/quotas"))], "{damaged:?}");
     let lost = quota(&site, "a", &["b"]).await;
     assert_eq!(lost.get("own"), Some(&json!(false)), "{lost}");
     assert_eq!(lost.get("after"), shown.get("after"), "as in the config");
     let status = site.node("a").unwrap().status().await.unwrap();
     assert_eq!(status.pointer("/mesh/own_quotas"), Some(&json!([])));
-    connected(&site, "a", 1).await;
+    await_sessions(&site, "a", 1).await;
     let next = sealed(&site, "b").await;
     why(&site, "b", &next, "a", "held").await;
     // Set again, and taken back.
@@ -334,29 +259,6 @@ async fn inv_13_a_peers_quota_is_changed_live_recorded_and_outlives_restarts() {
     assert!(refused.await.unwrap_err().0.contains("UNKNOWN_PEER"));
 }
 
-/// What a node sends, counted in its own namespace by the kernel: to its peers, and to anybody else.
-struct Watch<'n> {
-    network: &'n namespaces::Namespaces,
-    node: &'static str,
-}
-
-impl<'n> Watch<'n> {
-    fn new(network: &'n namespaces::Namespaces, node: &'static str, allowed: &[String]) -> Self {
-        let rules = format!(
-            "table inet watch {{\n counter inside {{}}\n counter foreign {{}}\n \
-             chain leaving {{\n  type filter hook output priority 0; policy accept;\n  \
-             ip daddr {{ {} }} counter name \"inside\" accept\n  counter name \"foreign\"\n }}\n}}\n",
-            allowed.join(", ")
-        );
-        network.nft(node, &rules).unwrap();
-        Self { network, node }
-    }
-
-    fn count(&self, counter: &str) -> u64 {
-        self.network.packets(self.node, counter).unwrap()
-    }
-}
-
 #[test]
 fn a_syncing_node_sends_no_packet_to_anybody_but_its_peers() {
     let name = "a_syncing_node_sends_no_packet_to_anybody_but_its_peers";
@@ -366,47 +268,41 @@ fn a_syncing_node_sends_no_packet_to_anybody_but_its_peers() {
     }
     let dir = directory();
     let network = namespaces::Namespaces::new(&NODES).unwrap();
-    let watches: Vec<Watch<'_>> = NODES
-        .into_iter()
-        .map(|node| {
-            let others = NODES.into_iter().filter(|other| *other != node);
-            let allowed: Vec<String> = others.map(|o| network.listen(o).ip().to_string()).collect();
-            Watch::new(&network, node, &allowed)
-        })
-        .collect();
+    for node in NODES {
+        let others = NODES.into_iter().filter(|other| *other != node);
+        let allowed: Vec<String> = others.map(|o| network.listen(o).ip().to_string()).collect();
+        network.watch(node, &allowed, None).unwrap();
+    }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let mut site = running(dir.path(), &network, &NODES).await;
         for id in NODES {
-            connected(&site, id, 2).await;
+            await_sessions(&site, id, 2).await;
         }
         // Policy and audit move, a link goes down and comes back, a node dies and is dialled.
         install(&site, "a", 1).await;
         for id in NODES {
-            let epoch = |s: &Value| s.pointer("/bundle/epoch") == Some(&json!(1));
-            let node = site.node(id).unwrap();
-            node.await_status("the bundle", LIMIT, epoch).await.unwrap();
+            await_epoch(&site, id, 1).await;
         }
         let segment = sealed(&site, "b").await;
         why(&site, "b", &segment, "a", "held").await;
         network.cut("c").unwrap();
-        connected(&site, "a", 1).await;
+        await_sessions(&site, "a", 1).await;
         let meanwhile = sealed(&site, "a").await;
         network.heal("c").unwrap();
         why(&site, "a", &meanwhile, "c", "held").await;
         site.kill("b").unwrap();
-        connected(&site, "a", 1).await;
-        site.start("b")
-            .await
-            .unwrap_or_else(|failure| panic!("{}", failure.message));
-        connected(&site, "a", 2).await;
+        await_sessions(&site, "a", 1).await;
+        good(site.start("b").await);
+        await_sessions(&site, "a", 2).await;
     });
-    for watch in &watches {
-        let (inside, foreign) = (watch.count("inside"), watch.count("foreign"));
-        assert!(inside > 20, "{}: {inside} packets to peers", watch.node);
-        assert_eq!(foreign, 0, "{}: packets to others", watch.node);
+    for node in NODES {
+        let count = |counter| network.packets(node, counter).unwrap();
+        let (inside, foreign) = (count("inside"), count("foreign"));
+        assert!(inside > 20, "{node}: {inside} packets to peers");
+        assert_eq!(foreign, 0, "{node}: packets to others");
         // The control: one packet to anybody else is counted.
-        network.send_to(watch.node, "10.77.0.200", 9).unwrap();
-        assert_eq!(watch.count("foreign"), 1, "{}", watch.node);
+        network.send_to(node, "10.77.0.200", 9).unwrap();
+        assert_eq!(count("foreign"), 1, "{node}");
     }
 }

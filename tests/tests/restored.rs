@@ -4,7 +4,6 @@
 
 #![expect(
     clippy::unwrap_used,
-    clippy::panic,
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
@@ -15,32 +14,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
-use tidelock::{
-    cli::Failure,
-    demo::{
-        network::{Loopback, Network as _},
-        site::{DOMAIN, Site},
-    },
+use tidelock::demo::{
+    network::{Loopback, Network as _},
+    site::{DOMAIN, Site},
 };
 use tidelock_segments::{
     AuditLog, Charge, DomainId, LogConfig, NodeId, RealDisk, Root, RootOptions, SealOptions, Store,
     VerifiedSegment,
     testing::{SimDisk, unchecked_endorsement},
 };
-use tidelock_tests::program;
+use tidelock_tests::site::{LIMIT, ask, directory, events, good, install, running, seal};
 
-const LIMIT: Duration = Duration::from_secs(60);
 const PAIR: [&str; 2] = ["a", "b"];
-
-fn good<T>(result: Result<T, Failure>) -> T {
-    result.unwrap_or_else(|failure| panic!("{}", failure.message))
-}
-
-fn directory() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("tl").tempdir().unwrap()
-}
 
 /// Copies what lies below `from`, but for the lock, whose inode marks the place.
 fn copy_root(from: &Path, to: &Path) {
@@ -83,22 +69,7 @@ fn newest(status: &Value, origin: &str) -> Option<u64> {
 
 /// An allowed action at a node, found again by its path.
 async fn read_file(site: &Site<'_>, id: &str, path: &str) {
-    let request = json!({
-        "principal": {"type": "Agent", "id": "coder-1"},
-        "action": "fs.read",
-        "resource": {"type": "File", "id": path},
-    });
-    let client = site.node(id).unwrap().client();
-    let (status, answer) = client
-        .post_json("/v1/decide", request.to_string())
-        .await
-        .unwrap();
-    assert_eq!(status, 200, "{}", String::from_utf8_lossy(&answer));
-}
-
-async fn seal(site: &Site<'_>, id: &str) {
-    let node = site.node(id).unwrap();
-    node.operate("audit.seal", &json!({})).await.unwrap();
+    assert_eq!(ask(site, id, path).await, 200);
 }
 
 async fn status(site: &Site<'_>, id: &str) -> Value {
@@ -116,39 +87,23 @@ async fn held_by_b(site: &Site<'_>) {
         .unwrap();
 }
 
-/// Events of one kind in the journal of a running node: facts since its start.
-async fn events(site: &Site<'_>, id: &str, kind: &str) -> Vec<Value> {
-    let node = site.node(id).unwrap();
-    let journal = node.operate("journal", &json!({})).await.unwrap();
-    let entries = journal.pointer("/entries").and_then(Value::as_array);
-    entries
-        .unwrap()
-        .iter()
-        .filter(|entry| entry.get("event").and_then(Value::as_str) == Some(kind))
-        .cloned()
-        .collect()
-}
-
 /// Two nodes, of which `a` has a first segment that `b` holds.
 async fn pair<'n>(dir: &Path, network: &'n Loopback) -> Site<'n> {
-    let mut site = good(Site::prepare(dir, &program().unwrap(), network, &PAIR));
-    for id in PAIR {
-        good(site.start(id).await);
-    }
-    let package = good(site.bundle(1).and_then(|p| Ok(p.encode()?)));
-    let body = json!({"package": BASE64_STANDARD.encode(package)});
-    let a = site.node("a").unwrap();
-    a.operate("bundle.install", &body).await.unwrap();
+    let site = running(dir, network, &PAIR).await;
+    install(&site, "a", 1).await;
     read_file(&site, "a", "/srv/app/src/before.rs").await;
     seal(&site, "a").await;
     held_by_b(&site).await;
     site
 }
 
-/// Stops `a` and copies its root.
-fn copy_of_a(site: &mut Site<'_>, copy: &Path) {
+/// Such a pair, of which `a` is stopped and its root copied; the name of its log.
+async fn pair_and_copy<'n>(dir: &Path, copy: &Path, network: &'n Loopback) -> (Site<'n>, String) {
+    let mut site = pair(dir, network).await;
+    let log = text(&status(&site, "a").await, "/audit/origin");
     good(site.kill("a"));
     copy_root(&site.node("a").unwrap().root(), copy);
+    (site, log)
 }
 
 /// Every file of the quarantine of a node, one after the other.
@@ -172,9 +127,7 @@ async fn inv_17_a_root_put_back_in_place_fetches_its_later_head_and_begins_the_n
     let dir = directory();
     let copy = dir.path().join("copy");
     let network = Loopback::new(&PAIR).await.unwrap();
-    let mut site = pair(dir.path(), &network).await;
-    let old = text(&status(&site, "a").await, "/audit/origin");
-    copy_of_a(&mut site, &copy);
+    let (mut site, old) = pair_and_copy(dir.path(), &copy, &network).await;
 
     // What the copy will not know.
     good(site.start("a").await);
@@ -294,9 +247,7 @@ async fn a_root_put_back_of_which_no_peer_knows_more_goes_on_and_a_forged_log_ch
     let dir = directory();
     let copy = dir.path().join("copy");
     let network = Loopback::new(&PAIR).await.unwrap();
-    let mut site = pair(dir.path(), &network).await;
-    let old = text(&status(&site, "a").await, "/audit/origin");
-    copy_of_a(&mut site, &copy);
+    let (mut site, old) = pair_and_copy(dir.path(), &copy, &network).await;
     network.cut("a").unwrap();
     good(site.start("a").await);
     read_file(&site, "a", "/srv/app/src/seen_by_nobody.rs").await;

@@ -2,7 +2,10 @@
 //! down. Needs root and `ip`; says `not run` elsewhere. `tidelock demo` plays the same over loopback.
 
 use tidelock::demo::{Listener, StepReport, site::NODES, steps};
-use tidelock_tests::{namespaces, not_run, program};
+use tidelock_tests::{
+    namespaces, not_run, program,
+    site::{directory, good},
+};
 
 struct Lines;
 
@@ -26,12 +29,11 @@ fn the_story_holds_in_network_namespaces() {
         return;
     }
     let program = program().unwrap();
-    let dir = tempfile::Builder::new().prefix("tl").tempdir().unwrap();
+    let dir = directory();
     let network = namespaces::Namespaces::new(&NODES).unwrap();
-    let report = tokio::runtime::Runtime::new()
-        .unwrap()
-        .block_on(steps::play(dir.path(), &program, &network, &mut Lines))
-        .unwrap_or_else(|failure| panic!("{}", failure.message));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let played = runtime.block_on(steps::play(dir.path(), &program, &network, &mut Lines));
+    let report = good(played);
     assert!(
         report.ok,
         "{}",
