@@ -157,6 +157,15 @@ pub struct RetryBudget {
     immediate: bool,
 }
 
+/// Whether an interval has passed since then.
+fn rested(since: Option<Duration>, interval: Duration, now: Duration) -> Result<(), BudgetSpent> {
+    let elapsed = since.map_or(interval, |since| now.saturating_sub(since));
+    match interval.checked_sub(elapsed) {
+        None | Some(Duration::ZERO) => Ok(()),
+        Some(retry_after) => Err(BudgetSpent { retry_after }),
+    }
+}
+
 impl RetryBudget {
     /// A full budget.
     ///
@@ -203,14 +212,9 @@ impl RetryBudget {
             self.immediate = false;
         } else if self.left > 0 {
             self.left -= 1;
-        } else if let Some(last) = self.last_dial {
+        } else {
             // INV-12: time grants single dials at the slow pace; it never refills the budget.
-            let elapsed = now.saturating_sub(last);
-            if elapsed < self.config.cap {
-                return Err(BudgetSpent {
-                    retry_after: self.config.cap - elapsed,
-                });
-            }
+            rested(self.last_dial, self.config.cap, now)?;
         }
         self.last_dial = Some(now);
         Ok(())
@@ -230,14 +234,12 @@ impl RetryBudget {
     /// link-up interval. The budget is not refilled. Returns whether the dial was granted.
     pub fn on_link_up(&mut self, now: Duration) -> bool {
         self.observe(now);
-        let rested = self
-            .last_grant
-            .is_none_or(|last| now.saturating_sub(last) >= self.config.link_up_interval);
-        if rested {
+        let granted = rested(self.last_grant, self.config.link_up_interval, now).is_ok();
+        if granted {
             self.last_grant = Some(now);
             self.immediate = true;
         }
-        rested
+        granted
     }
 
     /// Asks for one dial because of a hint that anybody may have given, and charges it when it is granted:
@@ -253,14 +255,7 @@ impl RetryBudget {
             return Ok(());
         }
         // INV-12: time grants single dials; it never refills the budget.
-        if let Some(last) = self.last_grant {
-            let elapsed = now.saturating_sub(last);
-            if elapsed < self.config.link_up_interval {
-                return Err(BudgetSpent {
-                    retry_after: self.config.link_up_interval - elapsed,
-                });
-            }
-        }
+        rested(self.last_grant, self.config.link_up_interval, now)?;
         self.last_grant = Some(now);
         Ok(())
     }
