@@ -1658,6 +1658,20 @@ impl Bench {
         self.machine.handle_timeout(now, &view);
     }
 
+    /// The other side has listed one big segment of `b`'s audit.
+    fn listed_big() -> Self {
+        let mut bench = Self::established();
+        bench.give(heads(vec![new_head(0, &audit_origin("b"), &[(1, 1)])]));
+        let mut entry = reference_entry(1);
+        entry.size_bytes = BIG as u64;
+        bench.give(Frame::Refs(Refs {
+            origin: 0,
+            refs: vec![entry],
+            done: true,
+        }));
+        bench
+    }
+
     fn established() -> Self {
         let mut bench = Self::new();
         bench.give(hello(|_| {})).give(ack());
@@ -2163,16 +2177,7 @@ fn ranges_of_a_session_that_dies_go_to_the_other() {
 
 #[test]
 fn a_refused_range_gives_the_segment_up_and_costs_no_strike() {
-    let mut bench = Bench::established();
-    let origin = audit_origin("b");
-    bench.give(heads(vec![new_head(0, &origin, &[(1, 1)])]));
-    let mut entry = reference_entry(1);
-    entry.size_bytes = BIG as u64;
-    bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs: vec![entry],
-        done: true,
-    }));
+    let mut bench = Bench::listed_big();
     let want = bench.machine.poll_want(MS).cloned().unwrap();
     let (one, two) = (0..RANGE_BYTES, RANGE_BYTES..2 * RANGE_BYTES);
     assert_eq!(bench.machine.fetch_range(&want.id, &one, MS), Asked::First);

@@ -501,21 +501,15 @@ async fn read_segment(
         None => return Ok(false),
     };
     let id = SegmentId::from_bytes(id);
-    let (reply, answer) = oneshot::channel();
-    link.tell(Input::Announced {
+    // INV-07: memory is taken only for a segment that was asked for, of the size that was listed
+    // and allowed; untouched pages of it cost nothing until bytes arrive.
+    let announced = ask(link, |reply| Input::Announced {
         kind,
         id,
         size_bytes,
         reply,
-    })
-    .await
-    .map_err(|_| Broken::Lost)?;
-    // INV-07: memory is taken only for a segment that was asked for, of the size that was listed
-    // and allowed; untouched pages of it cost nothing until bytes arrive.
-    let reference = answer
-        .await
-        .map_err(|_| Broken::Lost)?
-        .map_err(|_| Broken::Refused)?;
+    });
+    let reference = announced.await?;
     *reading = Some((id, None));
     let content = read_bytes(link, stream, reference.size_bytes).await?;
     *reading = None;
@@ -537,21 +531,15 @@ async fn read_slice(
 ) -> Result<bool, Broken> {
     let id = SegmentId::from_bytes(slice.id);
     let range = slice.range.from..slice.range.to;
-    let (reply, answer) = oneshot::channel();
-    link.tell(Input::AnnouncedSlice {
+    // INV-07: of the length that the range of a listed segment demands, and asked for.
+    let announced = ask(link, |reply| Input::AnnouncedSlice {
         kind,
         id,
         range: range.clone(),
         slice_bytes: slice.slice_bytes,
         reply,
-    })
-    .await
-    .map_err(|_| Broken::Lost)?;
-    // INV-07: of the length that the range of a listed segment demands, and asked for.
-    let take = answer
-        .await
-        .map_err(|_| Broken::Lost)?
-        .map_err(|_| Broken::Refused)?;
+    });
+    let take = announced.await?;
     *reading = Some((id, Some(range.start)));
     let content = read_bytes(link, stream, slice.slice_bytes).await?;
     *reading = None;
@@ -563,6 +551,18 @@ async fn read_slice(
     }
     let handed = admission.hand_over(Arrived::Slice(id, range, content));
     handed.await.map(|()| true).map_err(|()| Broken::Lost)
+}
+
+/// What the session says to what a stream announces.
+async fn ask<T, E>(
+    link: &Link,
+    announced: impl FnOnce(oneshot::Sender<Result<T, E>>) -> Input,
+) -> Result<T, Broken> {
+    let (reply, answer) = oneshot::channel();
+    let told = link.tell(announced(reply)).await;
+    told.map_err(|()| Broken::Lost)?;
+    let answer = answer.await.map_err(|_| Broken::Lost)?;
+    answer.map_err(|_| Broken::Refused)
 }
 
 /// Reads so many bytes, which the session has allowed.

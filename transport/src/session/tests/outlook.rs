@@ -112,16 +112,7 @@ fn a_segment_that_was_asked_for_is_being_sent() {
 
 #[test]
 fn a_segment_in_ranges_stands_where_its_furthest_range_is() {
-    let mut bench = Bench::established();
-    let origin = audit_origin("b");
-    bench.give(heads(vec![new_head(0, &origin, &[(1, 1)])]));
-    let mut entry = reference_entry(1);
-    entry.size_bytes = BIG as u64;
-    bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs: vec![entry],
-        done: true,
-    }));
+    let mut bench = Bench::listed_big();
     let id = SegmentId::from_bytes(reference_entry(1).id);
     let (one, two) = (0..RANGE_BYTES, RANGE_BYTES..2 * RANGE_BYTES);
     let length = |range| bao::slice_len(BIG as u64, range).unwrap();
