@@ -8,6 +8,8 @@
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
+#[path = "support/ca.rs"]
+mod ca;
 #[path = "support/pair.rs"]
 mod pair;
 

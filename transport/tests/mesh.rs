@@ -12,6 +12,8 @@
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
+#[path = "support/ca.rs"]
+mod ca;
 #[path = "support/wire.rs"]
 mod wire;
 
@@ -28,19 +30,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ca::{Ca, NOW_UNIX_MS, Papers, domain, node_id};
 use quinn::{Connection, VarInt};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
-    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
-    date_time_ymd,
-};
 use tidelock_link::{Link, LinkConfig};
 use tidelock_quota::{ManualClock, MonotonicClock, Rate};
 use tidelock_segments::{
-    AuditLog, Charge, CustodyReceipt, Disk, DomainId, Head, Kind, LogConfig, NodeId, Origin,
-    Partial, PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions,
-    SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment, bao, seal_unsigned,
-    testing::SimDisk, verify_segment,
+    AuditLog, Charge, CustodyReceipt, Disk, Head, Kind, LogConfig, NodeId, Origin, Partial,
+    PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions, SegmentHeader,
+    SegmentId, SegmentRef, Store, VerifiedSegment, bao, seal_unsigned, testing::SimDisk,
+    verify_segment,
 };
 use tidelock_transport::{
     congestion::Congestion,
@@ -50,9 +48,8 @@ use tidelock_transport::{
         Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, HeadEntry, Heads, Hello,
         HelloAck, OriginRef, RefEntry, Refs, Segment, Slice, WireLimits,
     },
-    identity::IdentityRules,
     limits,
-    revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crl_segment},
+    revocation::{VerifiedCrl, crl_segment},
     session::{Fault, KindSet, PeerLimits, PeerPosture, Refusal},
     shell::{
         Admitted, HelloFacts, Mesh, MeshConfig, MeshError, MeshEvent, MeshHandle, MeshHooks,
@@ -61,109 +58,8 @@ use tidelock_transport::{
     tls::{Credentials, MeshTls, SERVER_NAME},
 };
 
-/// 2030-06-01: "now" for certificates and CRLs.
-const NOW_UNIX_MS: u64 = 1_906_502_400_000;
-
 /// Far above anything that a healthy run needs.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn domain() -> DomainId {
-    DomainId::new("site").unwrap()
-}
-
-fn node_id(name: &str) -> NodeId {
-    NodeId::new(name).unwrap()
-}
-
-/// The site's CA.
-struct Ca {
-    issuer: CertifiedIssuer<'static, KeyPair>,
-    next_serial: AtomicU64,
-}
-
-impl Ca {
-    fn new() -> Self {
-        let mut params = CertificateParams::default();
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "site CA");
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        Self {
-            issuer,
-            next_serial: AtomicU64::new(100),
-        }
-    }
-
-    fn pem(&self) -> String {
-        self.issuer.pem()
-    }
-
-    /// A node's papers under a new key.
-    fn papers(&self, node: &str) -> Papers {
-        self.papers_trusting(node, &self.pem())
-    }
-
-    /// Credentials of the node with another CA file.
-    fn issue_trusting(&self, node: &str, authorities: &str) -> (Credentials, u64) {
-        let papers = self.papers_trusting(node, authorities);
-        (papers.credentials(), papers.serial)
-    }
-
-    fn papers_trusting(&self, node: &str, authorities: &str) -> Papers {
-        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
-        let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, node);
-        params.serial_number = Some(SerialNumber::from(serial));
-        let uri = format!("spiffe://example.org/domains/site/peers/{node}");
-        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        Papers {
-            certificate: certificate.pem(),
-            key: key.serialize_pem(),
-            authorities: authorities.to_owned(),
-            crl: self.crl(1, &[]),
-            serial,
-        }
-    }
-
-    fn crl(&self, number: u64, revoked: &[u64]) -> Vec<u8> {
-        let revoked = revoked.iter().map(|serial| RevokedCertParams {
-            serial_number: SerialNumber::from(*serial),
-            revocation_time: date_time_ymd(2030, 1, 1),
-            reason_code: None,
-            invalidity_date: None,
-        });
-        let params = CertificateRevocationListParams {
-            this_update: date_time_ymd(2030, 1, 1),
-            next_update: date_time_ymd(2031, 1, 1),
-            crl_number: SerialNumber::from(number),
-            issuing_distribution_point: None,
-            revoked_certs: revoked.collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        params.signed_by(&self.issuer).unwrap().der().to_vec()
-    }
-}
-
-/// What a node needs of the site, as files would hold it.
-struct Papers {
-    certificate: String,
-    key: String,
-    authorities: String,
-    crl: Vec<u8>,
-    serial: u64,
-}
-
-impl Papers {
-    fn credentials(&self) -> Credentials {
-        let [certificate, key, authorities] =
-            [&self.certificate, &self.key, &self.authorities].map(|pem| pem.as_bytes());
-        Credentials::from_pem(certificate, key, authorities).unwrap()
-    }
-}
 
 /// A node without a gateway: store, log, papers and mesh.
 struct Node {
@@ -211,24 +107,8 @@ impl Node {
         segment_bytes: u64,
     ) -> Arc<Self> {
         let id = node_id(name);
-        let credentials = papers.credentials();
-        let revocation = Arc::new(Revocation::new(RevocationState::new(
-            RevocationOptions::default(),
-        )));
-        let crl = VerifiedCrl::verify(&papers.crl, credentials.trust()).unwrap();
-        revocation.import(crl, NOW_UNIX_MS).unwrap();
-        let rules = IdentityRules {
-            domain: domain(),
-            allow_without_domain: false,
-        };
-        let tls = MeshTls::new(
-            rules,
-            id.clone(),
-            credentials.clone(),
-            revocation,
-            Arc::new(|| NOW_UNIX_MS),
-            None,
-        );
+        let tls = papers.tls(name);
+        let credentials = tls.credentials();
         let options = RootOptions {
             ceiling_bytes,
             reserve_bytes: 64 << 20,
@@ -974,6 +854,17 @@ async fn a_site_changes_its_ca_node_by_node_while_both_are_trusted() {
     }
 }
 
+async fn until_revoked(node: &Node) {
+    let revoked = |event: &MeshEvent| {
+        let code = match event {
+            MeshEvent::SessionDown { code, .. } => *code,
+            _ => None,
+        };
+        code == Some(CloseCode::Revoked)
+    };
+    until("the session is over", || node.saw(revoked)).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
     let ca = Ca::new();
@@ -1005,18 +896,7 @@ async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
         a.import(crl_segment(&domain(), &crl).unwrap());
         sealed
     };
-    until("the session is over", || {
-        a.saw(|event| {
-            matches!(
-                event,
-                MeshEvent::SessionDown {
-                    code: Some(CloseCode::Revoked),
-                    ..
-                }
-            )
-        })
-    })
-    .await;
+    until_revoked(&a).await;
     until("the one that was being taken is", || {
         a.store.contains(&first.id)
     })
@@ -1059,18 +939,7 @@ async fn inv_09_slices_that_a_revoked_peer_has_already_sent_are_not_written() {
         a.import(crl_segment(&domain(), &crl).unwrap());
         big
     };
-    until("the session is over", || {
-        a.saw(|event| {
-            matches!(
-                event,
-                MeshEvent::SessionDown {
-                    code: Some(CloseCode::Revoked),
-                    ..
-                }
-            )
-        })
-    })
-    .await;
+    until_revoked(&a).await;
     until("the partial is let go", || a.store.partials().is_empty()).await;
     assert!(!a.store.contains(&big.id));
     assert_eq!(a.received_bytes(&big.id), 0, "nothing of it was written");

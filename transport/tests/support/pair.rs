@@ -16,22 +16,14 @@ use quinn_proto::{
     ClientConfig, Connection, ConnectionHandle, DatagramEvent, Dir, Endpoint, Event, ServerConfig,
     StreamId, Transmit, WriteError,
 };
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
-    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ED25519, SanType, SerialNumber,
-    date_time_ymd,
-};
+use rcgen::PKCS_ED25519;
 use tidelock_link::{Fate, Link, LinkConfig};
-use tidelock_segments::{DomainId, NodeId};
 use tidelock_transport::{
-    identity::IdentityRules,
-    revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl},
     shell::QuicConfig,
-    tls::{Credentials, MeshTls, SERVER_NAME},
+    tls::{MeshTls, SERVER_NAME},
 };
 
-/// 2030-06-01: "now" for certificates and CRLs.
-const NOW_UNIX_MS: u64 = 1_906_502_400_000;
+use crate::ca::Ca;
 
 /// Datagrams that quinn makes at once, as in its own shell.
 const SEGMENTS_MAX: usize = 10;
@@ -43,54 +35,8 @@ static DATA: [u8; 64 * 1024] = [7; 64 * 1024];
 pub(crate) fn papers() -> &'static [MeshTls; 2] {
     static PAPERS: OnceLock<[MeshTls; 2]> = OnceLock::new();
     PAPERS.get_or_init(|| {
-        let key = || KeyPair::generate_for(&PKCS_ED25519).unwrap();
-        let mut params = CertificateParams::default();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "site CA");
-        let issuer = CertifiedIssuer::self_signed(params, key()).unwrap();
-        let crl = CertificateRevocationListParams {
-            this_update: date_time_ymd(2030, 1, 1),
-            next_update: date_time_ymd(2031, 1, 1),
-            crl_number: SerialNumber::from(1),
-            issuing_distribution_point: None,
-            revoked_certs: Vec::new(),
-            key_identifier_method: KeyIdMethod::Sha256,
-        };
-        let crl = crl.signed_by(&issuer).unwrap().der().to_vec();
-        ["a", "b"].map(|node| {
-            let mut params = CertificateParams::default();
-            params.distinguished_name.push(DnType::CommonName, node);
-            let uri = format!("spiffe://example.org/domains/site/peers/{node}");
-            params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
-            let key = key();
-            let certificate = params.signed_by(&key, &issuer).unwrap();
-            let credentials = Credentials::from_pem(
-                certificate.pem().as_bytes(),
-                key.serialize_pem().as_bytes(),
-                issuer.pem().as_bytes(),
-            )
-            .unwrap();
-            let revocation = Arc::new(Revocation::new(RevocationState::new(
-                RevocationOptions::default(),
-            )));
-            let crl = VerifiedCrl::verify(&crl, credentials.trust()).unwrap();
-            revocation.import(crl, NOW_UNIX_MS).unwrap();
-            let rules = IdentityRules {
-                domain: DomainId::new("site").unwrap(),
-                allow_without_domain: false,
-            };
-            MeshTls::new(
-                rules,
-                NodeId::new(node).unwrap(),
-                credentials,
-                revocation,
-                Arc::new(|| NOW_UNIX_MS),
-                None,
-            )
-        })
+        let ca = Ca::with(&PKCS_ED25519);
+        ["a", "b"].map(|node| ca.papers(node).tls(node))
     })
 }
 
