@@ -488,6 +488,162 @@ async fn a_revoked_key_does_not_come_back_in_another_certificate() {
     assert_eq!(meet(&site.a, &c_new).await, Met::yes("c", "a"));
 }
 
+/// Order of the group of P-256.
+const P256_ORDER: [u8; 32] = [
+    0xff, 0xff, 0xff, 0xff, 0x00, 0x00, 0x00, 0x00, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+    0xbc, 0xe6, 0xfa, 0xad, 0xa7, 0x17, 0x9e, 0x84, 0xf3, 0xb9, 0xca, 0xc2, 0xfc, 0x63, 0x25, 0x51,
+];
+
+/// A DER element.
+fn der(tag: u8, content: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(content.len()).unwrap();
+    let [high, low] = length.to_be_bytes();
+    let mut element = match length {
+        0..0x80 => vec![tag, low],
+        0x80..0x100 => vec![tag, 0x81, low],
+        _ => vec![tag, 0x82, high, low],
+    };
+    element.extend(content);
+    element
+}
+
+/// The same certificate with the other half of its ECDSA signature changed, by whoever has no key.
+fn resigned(certificate: &[u8], other: impl Fn([u8; 32]) -> [u8; 32]) -> Vec<u8> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).unwrap();
+    let signature = &parsed.signature_value.data;
+    // SEQUENCE of two INTEGERs, each below 128 bytes.
+    let r_end = 4 + usize::from(signature[3]);
+    let (r, s) = (&signature[2..r_end], &signature[r_end + 2..]);
+    let mut number = [0; 32];
+    let digits = s.strip_prefix(&[0]).unwrap_or(s);
+    number[32 - digits.len()..].copy_from_slice(digits);
+    let number = other(number);
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
+    let mut digits = number[zeros..].to_vec();
+    if digits[0] >= 0x80 {
+        digits.insert(0, 0);
+    }
+    let pair = der(0x30, &[r, &der(0x02, &digits)].concat());
+    let bits = der(0x03, &[&[0], &pair[..]].concat());
+    let before = certificate.len() - der(0x03, &[&[0], signature.as_ref()].concat()).len();
+    der(0x30, &[&certificate[4..before], &bits].concat())
+}
+
+/// `order - number`, which verifies as well as the number does.
+fn negated(number: [u8; 32]) -> [u8; 32] {
+    let mut result = [0; 32];
+    let mut borrow = 0_i16;
+    for at in (0..32).rev() {
+        let digit = i16::from(P256_ORDER[at]) - i16::from(number[at]) - borrow;
+        borrow = i16::from(digit < 0);
+        result[at] = u8::try_from(digit.rem_euclid(256)).unwrap();
+    }
+    result
+}
+
+/// A certificate is known by issuer, serial and key. Its fingerprint says nothing: of every ECDSA
+/// signature anybody can make a second one, and so of every certificate another one.
+#[tokio::test]
+async fn a_malleated_certificate_is_revoked_with_the_one_that_it_was_made_from() {
+    let site = Site::new();
+    let original = site.b.tls.credentials().chain()[0].clone();
+    let node = |name: &str, certificate: &[u8]| {
+        let files = ["der", "pem"].map(|kind| site.dir.path().join(format!("{name}.{kind}")));
+        std::fs::write(&files[0], certificate).unwrap();
+        let [from, to] = files.each_ref().map(|file| file.to_str().unwrap());
+        support::openssl(&["x509", "-inform", "DER", "-in", from, "-out", to]);
+        let issued = Issued {
+            chain: files[1].clone(),
+            ..site.b_issued.clone()
+        };
+        let node = Node::new("b", &issued, &site.ca.pem());
+        node.crl(&site.ca.crl_now(1));
+        node
+    };
+    assert_eq!(resigned(&original, |same| same), original.as_ref());
+    let malleated = resigned(&original, negated);
+    assert_ne!(malleated, original.as_ref());
+    assert_eq!(resigned(&malleated, negated), original.as_ref());
+    let twin = node("twin", &malleated);
+    // The controls: it is a good certificate of the CA, and one whose signature is merely changed is not.
+    assert_eq!(meet(&site.a, &twin).await, Met::yes("b", "a"));
+    let spoilt = node(
+        "spoilt",
+        &resigned(&original, |mut number| {
+            number[31] ^= 1;
+            number
+        }),
+    );
+    assert_eq!(
+        meet(&site.a, &spoilt).await,
+        Met::server_refused("CERT_SIGNATURE")
+    );
+
+    site.ca.revoke(&site.b_issued.cert, Some("keyCompromise"));
+    site.a.crl(&site.ca.crl_now(2));
+    assert_eq!(
+        meet(&site.a, &twin).await,
+        Met::server_refused("CERT_REVOKED")
+    );
+    assert_eq!(
+        meet(&twin, &site.a).await,
+        Met::client_refused("CERT_REVOKED")
+    );
+    let c = site.node("c", &Request::node(DOMAIN, "c"));
+    assert_eq!(meet(&site.a, &c).await, Met::yes("c", "a"), "a bystander");
+}
+
+/// As step-ca makes them: a root for one intermediate, an intermediate for leaves only, a leaf for a day
+/// with the extension that names its provisioner, and CRLs that name where they lie.
+#[tokio::test]
+async fn certificates_and_crls_in_the_style_of_step_ca_work_and_end_where_they_say() {
+    let site = Site::new();
+    let issuing = site.ca.intermediate_with("Issuing CA", Key::P256, Some(0));
+    let both = [site.ca.pem(), issuing.pem()].concat();
+    let for_a_day = |id| Request {
+        start: "300531235900Z",
+        end: "300602000000Z",
+        more: "keyUsage = critical,digitalSignature\nsubjectKeyIdentifier = hash\n\
+               1.3.6.1.4.1.37476.9000.64.1 = DER:300B0201010404736974650400\n",
+        ..Request::node(DOMAIN, id)
+    };
+    let node = |id, ca: &Ca| {
+        let node = Node::new(id, &ca.issue(&for_a_day(id)), &both);
+        node.crl(&site.ca.crl_with("point", 1, MAY, JULY));
+        node.crl(&issuing.crl_with("point", 1, MAY, JULY));
+        node
+    };
+    let (c, d) = (node("c", &issuing), node("d", &issuing));
+    assert_eq!(meet(&c, &d).await, Met::yes("d", "c"));
+    c.at(NOW + DAY + 1_000);
+    assert_eq!(meet(&c, &d).await, Met::server_refused("CERT_EXPIRED"));
+    c.at(NOW);
+
+    // An authority below one that may have none, and a leaf that issues.
+    let below = issuing.intermediate("Below CA", Key::P256);
+    let leaf = issuing.issue(&for_a_day("f"));
+    let no_authority = issuing.with_papers("f", Key::P256, &leaf);
+    for (what, issuer) in [("too deep", &below), ("no authority", &no_authority)] {
+        let e = node("e", issuer);
+        assert_eq!(
+            meet(&c, &e).await,
+            Met::server_refused("CERT_CHAIN"),
+            "{what}"
+        );
+    }
+    assert_eq!(meet(&c, &d).await, Met::yes("d", "c"), "the control");
+    let revoked = issuing.issue(&for_a_day("e"));
+    let e = Node::new("e", &revoked, &both);
+    for ca in [&site.ca, &issuing] {
+        e.crl(&ca.crl_with("point", 1, MAY, JULY));
+    }
+    assert_eq!(meet(&c, &e).await, Met::yes("e", "c"));
+    issuing.revoke(&revoked.cert, None);
+    c.crl(&issuing.crl_with("point", 2, MAY, JULY));
+    assert_eq!(meet(&c, &e).await, Met::server_refused("CERT_REVOKED"));
+    assert_eq!(meet(&c, &d).await, Met::yes("d", "c"), "a bystander");
+}
+
 /// A root with an intermediate that issues: the roots' file, and the intermediate with it.
 struct Deep {
     site: Site,

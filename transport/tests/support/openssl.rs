@@ -107,6 +107,10 @@ pub(crate) struct Request<'a> {
     /// Certify this key again instead of a new one.
     pub(crate) reuse: Option<&'a Issued>,
     pub(crate) is_ca: bool,
+    /// Authorities that may stand below this one, where that is limited.
+    pub(crate) path_length: Option<u8>,
+    /// Further lines of extensions.
+    pub(crate) more: &'a str,
 }
 
 impl<'a> Request<'a> {
@@ -123,6 +127,8 @@ impl<'a> Request<'a> {
             kind: Key::P256,
             reuse: None,
             is_ca: false,
+            path_length: None,
+            more: "",
         }
     }
 }
@@ -224,10 +230,23 @@ impl Ca {
 
     /// An intermediate under this CA.
     pub(crate) fn intermediate(&self, name: &str, kind: Key) -> Self {
-        let mut request = Request::node("none", name);
-        request.is_ca = true;
-        request.kind = kind;
-        let issued = self.issue(&request);
+        self.intermediate_with(name, kind, None)
+    }
+
+    /// An intermediate that may have so many below it.
+    pub(crate) fn intermediate_with(&self, name: &str, kind: Key, path_length: Option<u8>) -> Self {
+        let request = Request {
+            is_ca: true,
+            kind,
+            path_length,
+            ..Request::node("none", name)
+        };
+        self.with_papers(name, kind, &self.issue(&request))
+    }
+
+    /// Whoever has these papers, which this CA issued, as an authority below it. It does not matter to
+    /// openssl whether they allow that.
+    pub(crate) fn with_papers(&self, name: &str, kind: Key, issued: &Issued) -> Self {
         let mut ca = Self::prepare(self.dir.join(name), kind);
         fs::copy(&issued.cert, ca.cert()).unwrap();
         fs::copy(&issued.key, ca.key()).unwrap();
@@ -281,9 +300,12 @@ impl Ca {
             path(&csr),
         ]);
         let mut extensions = if request.is_ca {
-            "basicConstraints = critical,CA:TRUE\nkeyUsage = critical,keyCertSign,cRLSign\n\
-             subjectKeyIdentifier = hash\n"
-                .to_owned()
+            let limit = request.path_length.map(|most| format!(",pathlen:{most}"));
+            format!(
+                "basicConstraints = critical,CA:TRUE{}\nkeyUsage = critical,keyCertSign,cRLSign\n\
+                 subjectKeyIdentifier = hash\n",
+                limit.unwrap_or_default()
+            )
         } else {
             let mut text = "basicConstraints = critical,CA:FALSE\n".to_owned();
             if let Some(eku) = request.eku {
@@ -294,6 +316,7 @@ impl Ca {
             }
             text
         };
+        extensions += request.more;
         extensions += "authorityKeyIdentifier = keyid\n";
         fs::write(&ext, extensions).unwrap();
         openssl(&[
