@@ -14,6 +14,8 @@
 
 #[path = "support/ca.rs"]
 mod ca;
+#[path = "support/raw.rs"]
+mod raw;
 #[path = "support/wire.rs"]
 mod wire;
 
@@ -31,7 +33,8 @@ use std::{
 };
 
 use ca::{Ca, NOW_UNIX_MS, Papers, domain, node_id};
-use quinn::{Connection, VarInt};
+use quinn::VarInt;
+use raw::{Raw, ack, close_code};
 use tidelock_link::{Link, LinkConfig};
 use tidelock_quota::{ManualClock, MonotonicClock, Rate};
 use tidelock_segments::{
@@ -45,8 +48,8 @@ use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
     endorse::endorse,
     frame::{
-        Channel, CloseCode, DataStream, Fetch, Frame, FrameDecoder, HeadEntry, Heads, Hello,
-        HelloAck, OriginRef, RefEntry, Refs, Segment, Slice, WireLimits,
+        CloseCode, DataStream, Fetch, Frame, HeadEntry, Heads, OriginRef, RefEntry, Refs, Segment,
+        Slice,
     },
     limits,
     revocation::{VerifiedCrl, crl_segment},
@@ -987,98 +990,6 @@ async fn settings_that_make_no_sense_and_a_port_in_use_are_errors_at_start() {
 
 // ---- A peer played by hand ----
 
-/// An authenticated QUIC client that says whatever a test wants.
-struct Raw {
-    connection: Connection,
-    send: quinn::SendStream,
-    recv: quinn::RecvStream,
-    decoder: FrameDecoder,
-    _endpoint: quinn::Endpoint,
-}
-
-fn ack() -> Frame {
-    Frame::HelloAck(HelloAck {
-        frames_per_second: 1,
-        in_bytes_per_second: 2,
-        in_bytes_left_today: 3,
-        out_bytes_per_second: 4,
-    })
-}
-
-impl Raw {
-    async fn connect(node: &Node, to: SocketAddr, expected: &str) -> Self {
-        let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
-        let tls = node
-            .tls
-            .quic_client_config(Some(&node_id(expected)))
-            .unwrap();
-        let client = quinn::ClientConfig::new(tls);
-        let connection = endpoint
-            .connect_with(client, to, SERVER_NAME)
-            .unwrap()
-            .await
-            .unwrap();
-        let (send, recv) = connection.open_bi().await.unwrap();
-        let decoder = FrameDecoder::new(Channel::Control);
-        Self {
-            connection,
-            send,
-            recv,
-            decoder,
-            _endpoint: endpoint,
-        }
-    }
-
-    async fn say(&mut self, frame: &Frame) {
-        // The other side may have hung up already; the test asks for its reason.
-        let _ = self.send.write_all(&frame.encode().unwrap()).await;
-    }
-
-    fn hello(name: &str) -> Frame {
-        Frame::Hello(Box::new(Hello {
-            version: limits::PROTOCOL_VERSION,
-            domain: "site".into(),
-            node_id: name.into(),
-            limits: WireLimits {
-                kinds: 0b1_1110,
-                max_segment_bytes: 1 << 20,
-                custody_free_bytes: 0,
-                max_in_flight: 8,
-            },
-            posture: 0,
-            endorsement: None,
-            state_digest: [0; 32],
-        }))
-    }
-
-    async fn hear(&mut self) -> Option<Frame> {
-        loop {
-            if let Some(frame) = self.decoder.next_frame().unwrap() {
-                return Some(frame);
-            }
-            let chunk = self.recv.read_chunk(65_536, true).await.ok()??;
-            self.decoder.push(&chunk.bytes);
-        }
-    }
-
-    async fn closed(&self) -> CloseCode {
-        close_code(&self.connection).await
-    }
-}
-
-/// Why the other side hung up.
-async fn close_code(connection: &Connection) -> CloseCode {
-    match tokio::time::timeout(PATIENCE, connection.closed())
-        .await
-        .unwrap()
-    {
-        quinn::ConnectionError::ApplicationClosed(close) => {
-            CloseCode::from_wire(close.error_code.into_inner()).unwrap()
-        }
-        other => panic!("closed by {other}"),
-    }
-}
-
 async fn lone_node(ca: &Ca) -> (Arc<Node>, SocketAddr) {
     let node = Node::new(ca, "a");
     let listen = address(1);
@@ -1101,8 +1012,8 @@ async fn inv_09_no_segment_byte_moves_before_hello_and_hello_ack_on_both_sides()
     });
 
     // Asked for without a Hello, and with a Hello but without the acknowledgement.
-    for opening in [vec![], vec![Raw::hello("p")]] {
-        let mut raw = Raw::connect(&peer, listen, "a").await;
+    for opening in [vec![], vec![Raw::hello("site", "p")]] {
+        let mut raw = Raw::connect(&peer.tls, listen, "a").await;
         for frame in &opening {
             raw.say(frame).await;
         }
@@ -1114,7 +1025,7 @@ async fn inv_09_no_segment_byte_moves_before_hello_and_hello_ack_on_both_sides()
     // Sent without a Hello: the stream is not even accepted, nothing is stored.
     let theirs = policy(2, b"unasked");
     let id = SegmentId::of(&theirs);
-    let raw = Raw::connect(&peer, listen, "a").await;
+    let raw = Raw::connect(&peer.tls, listen, "a").await;
     let mut stream = raw.connection.open_uni().await.unwrap();
     push_segment(&mut stream, &theirs).await;
     // The other side waits for a Hello until its patience ends; it has read none of this.
@@ -1123,8 +1034,8 @@ async fn inv_09_no_segment_byte_moves_before_hello_and_hello_ack_on_both_sides()
     raw.connection.close(VarInt::from_u32(0), b"");
 
     // The control: after the round trip the same fetch is answered.
-    let mut raw = Raw::connect(&peer, listen, "a").await;
-    raw.say(&Raw::hello("p")).await;
+    let mut raw = Raw::connect(&peer.tls, listen, "a").await;
+    raw.say(&Raw::hello("site", "p")).await;
     assert!(matches!(raw.hear().await, Some(Frame::Hello(_))));
     assert!(matches!(raw.hear().await, Some(Frame::HelloAck(_))));
     raw.say(&ack()).await;
@@ -1171,8 +1082,8 @@ async fn each_malformed_course_ends_with_its_code() {
     let ca = Ca::new();
     let (a, listen) = lone_node(&ca).await;
     let peer = Node::new(&ca, "p");
-    let mut other_domain = Raw::hello("p");
-    let mut other_version = Raw::hello("p");
+    let mut other_domain = Raw::hello("site", "p");
+    let mut other_version = Raw::hello("site", "p");
     if let Frame::Hello(hello) = &mut other_domain {
         hello.domain = "elsewhere".into();
     }
@@ -1182,20 +1093,20 @@ async fn each_malformed_course_ends_with_its_code() {
     let bytes: Vec<(Vec<u8>, CloseCode)> = vec![
         (other_domain.encode().unwrap(), CloseCode::Domain),
         (other_version.encode().unwrap(), CloseCode::Version),
-        (Raw::hello("q").encode().unwrap(), CloseCode::NodeId),
+        (Raw::hello("site", "q").encode().unwrap(), CloseCode::NodeId),
         (vec![0, 0, 0, 0, 99], CloseCode::Protocol),
         (vec![0xff, 0xff, 0xff, 0xff, 1], CloseCode::Protocol),
         (vec![1, 0, 0, 0, 2, 0], CloseCode::Protocol),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), CloseCode::Protocol),
     ];
     for (bytes, code) in bytes {
-        let mut raw = Raw::connect(&peer, listen, "a").await;
+        let mut raw = Raw::connect(&peer.tls, listen, "a").await;
         let _ = raw.send.write_all(&bytes).await;
         assert_eq!(raw.closed().await, code, "{bytes:?}");
     }
     // The control stream ended, and a second one is not even possible.
-    let mut raw = Raw::connect(&peer, listen, "a").await;
-    raw.say(&Raw::hello("p")).await;
+    let mut raw = Raw::connect(&peer.tls, listen, "a").await;
+    raw.say(&Raw::hello("site", "p")).await;
     let second = tokio::time::timeout(Duration::from_millis(100), raw.connection.open_bi()).await;
     assert!(second.is_err(), "one control stream is all there is");
     raw.send.finish().unwrap();
@@ -1233,8 +1144,8 @@ async fn inv_13_a_flood_of_frames_is_read_later_and_the_session_stays_up() {
     until("b is connected", || a.is_connected("b")).await;
 
     let flooder = Node::new(&ca, "f");
-    let mut raw = Raw::connect(&flooder, to_a, "a").await;
-    raw.say(&Raw::hello("f")).await;
+    let mut raw = Raw::connect(&flooder.tls, to_a, "a").await;
+    raw.say(&Raw::hello("site", "f")).await;
     raw.say(&ack()).await;
     until("the flooder is in", || a.is_connected("f")).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -1593,7 +1504,7 @@ async fn inv_13_what_cannot_be_asked_for_yet_costs_no_quota() {
 /// A peer played by hand that lists one segment and drips a byte of it now and then, so that it never
 /// stalls. Ends with its session.
 async fn drip(mut raw: Raw, listed: SegmentRef, peer: &'static str) {
-    raw.say(&Raw::hello(peer)).await;
+    raw.say(&Raw::hello("site", peer)).await;
     raw.say(&ack()).await;
     raw.say(&Frame::Heads(Heads {
         entries: vec![HeadEntry {
@@ -1684,7 +1595,7 @@ async fn inv_13_who_drips_keeps_no_segment_from_who_has_it_whatever_was_claimed_
         let mut played = Vec::new();
         for peer in ["l", "m"].into_iter().take(liars) {
             let liar = Node::new(&ca, peer);
-            let raw = Raw::connect(&liar, to_b, "b").await;
+            let raw = Raw::connect(&liar.tls, to_b, "b").await;
             played.push(tokio::spawn(drip(raw, listed.clone(), peer)));
             until("the liar is asked", || {
                 played.len() > 1
