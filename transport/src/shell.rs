@@ -25,7 +25,7 @@ use std::{
     time::Duration,
 };
 
-use quinn::{Endpoint, Incoming, ServerConfig, VarInt};
+use quinn::{AsyncUdpSocket, Endpoint, Incoming, ServerConfig, VarInt};
 use tidelock_quota::{MonotonicClock, RateError};
 use tidelock_segments::{
     DomainId, Head, NodeId, Origin, Partial, PartialError, SegmentId, SegmentRef, VerifiedSegment,
@@ -52,6 +52,7 @@ mod outlook;
 mod parts;
 mod quic;
 mod quotas;
+mod silence;
 mod throttle;
 
 pub use discovery::{BeaconConfig, BeaconStatus};
@@ -544,6 +545,8 @@ struct Shared {
     local: NodeId,
     domain: DomainId,
     endpoint: Endpoint,
+    // The endpoint's, where it is this machine's.
+    socket: Option<Arc<dyn AsyncUdpSocket>>,
     quotas: Quotas,
     registry: Mutex<Registry<VerifiedPeer, SessionHandle>>,
     claims: Mutex<Claims>,
@@ -555,6 +558,7 @@ struct Shared {
     peers_at: BTreeMap<SocketAddr, NodeId>,
     dial_wake: Notify,
     jitter: Mutex<u64>,
+    silences: silence::Silences,
     gate: Mutex<Gate>,
     stats: Mutex<BTreeMap<NodeId, PeerStats>>,
     refusals: Mutex<(RefusalCounts, RefusalCounts)>,
@@ -817,6 +821,9 @@ impl Shared {
 #[derive(Debug)]
 pub struct Mesh;
 
+/// An endpoint, and its socket where that is this machine's.
+type Opened = (Endpoint, Option<Arc<dyn AsyncUdpSocket>>);
+
 impl Mesh {
     /// Binds the socket and starts accepting and dialling. Must be called within a tokio runtime
     /// with time and I/O.
@@ -834,7 +841,9 @@ impl Mesh {
     ) -> Result<MeshHandle, MeshError> {
         Self::start_with(config, tls, hooks, clock, |config, tls, clock| {
             let server = config.quic.server(tls, None, None)?;
-            config.quic.open(config.listen, Some(server), clock)
+            let socket = config.quic.socket(config.listen, clock)?;
+            let endpoint = config.quic.quinn_on(Arc::clone(&socket), Some(server))?;
+            Ok((endpoint, Some(socket)))
         })
     }
 
@@ -850,7 +859,7 @@ impl Mesh {
         hooks: Arc<dyn MeshHooks>,
         clock: MonotonicClock,
     ) -> Result<MeshHandle, MeshError> {
-        Self::start_with(config, tls, hooks, clock, |_, _, _| Ok(endpoint))
+        Self::start_with(config, tls, hooks, clock, |_, _, _| Ok((endpoint, None)))
     }
 
     /// Opens the endpoint when nothing else can be wrong any more: a closed one keeps its port for a
@@ -860,7 +869,7 @@ impl Mesh {
         tls: Arc<MeshTls>,
         hooks: Arc<dyn MeshHooks>,
         clock: MonotonicClock,
-        open: impl FnOnce(&MeshConfig, &MeshTls, &MonotonicClock) -> Result<Endpoint, MeshError>,
+        open: impl FnOnce(&MeshConfig, &MeshTls, &MonotonicClock) -> Result<Opened, MeshError>,
     ) -> Result<MeshHandle, MeshError> {
         config.check()?;
         tokio::runtime::Handle::try_current().map_err(|_| MeshError::Start {
@@ -884,7 +893,7 @@ impl Mesh {
             Some(seed) => seed,
             None => random_seed()?,
         };
-        let endpoint = open(&config, &tls, &clock)?;
+        let (endpoint, socket) = open(&config, &tls, &clock)?;
         let (events, taken) = std_mpsc::sync_channel(EVENTS);
         let paths = config
             .peers
@@ -914,11 +923,13 @@ impl Mesh {
             local,
             domain,
             endpoint,
+            socket,
             quotas,
             registry: Mutex::default(),
             dialer: Mutex::new(dialer),
             dial_wake: Notify::new(),
             jitter: Mutex::new(seed),
+            silences: Mutex::default(),
             gate: Mutex::default(),
             stats: Mutex::default(),
             refusals: Mutex::default(),
@@ -1132,6 +1143,7 @@ async fn keep_house(shared: Arc<Shared>) {
         // A path is verified here, with signatures: not on a network thread.
         let _ = tokio::task::spawn_blocking(move || papers.check_own_papers()).await;
         shared.sample_lags();
+        shared.sample_silences();
         let now = shared.now();
         if now.saturating_sub(flushed) >= REFUSAL_WINDOW {
             flushed = now;
@@ -1245,10 +1257,22 @@ impl MeshHandle {
         self.shared.dial_wake.notify_one();
     }
 
-    /// A link of this machine came up: one immediate dial to whoever is not connected, rate-limited.
+    /// A link of this machine came up, or may carry by now: one immediate dial to whoever is not
+    /// connected, rate-limited; a packet to whoever is being dialled or connected; and the end of
+    /// sessions that have sent into the outage, for which it is called again a moment later.
     pub fn link_up(&self) {
-        lock(&self.shared.dialer).on_link_up(self.shared.now());
-        self.shared.dial_wake.notify_one();
+        let shared = &self.shared;
+        shared.close_unanswered();
+        lock(&shared.dialer).on_link_up(shared.now());
+        shared.dial_wake.notify_one();
+        if let Some(socket) = &shared.socket {
+            // The same socket: to quinn it is as if the own address had changed. Each connection pings,
+            // and asks for a new connection id, so that the other side has something to send as well.
+            // With the first acknowledgement either side knows what was lost.
+            if let Err(error) = shared.endpoint.rebind_abstract(Arc::clone(socket)) {
+                tracing::warn!(%error, "the sessions are not told that a link came up");
+            }
+        }
     }
 
     /// Opens or closes the transport. Closing ends every session with this reason; opening holds

@@ -202,6 +202,18 @@ impl QuicConfig {
         server: Option<ServerConfig>,
         clock: &MonotonicClock,
     ) -> Result<Endpoint, MeshError> {
+        self.quinn_on(self.socket(listen, clock)?, server)
+    }
+
+    /// A socket on `listen`, with this node's cap on what is sent.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Bind`].
+    pub(super) fn socket(
+        &self,
+        listen: SocketAddr,
+        clock: &MonotonicClock,
+    ) -> Result<Arc<dyn AsyncUdpSocket>, MeshError> {
         let failed = |error: io::Error| MeshError::Bind {
             address: listen,
             kind: error.kind(),
@@ -209,7 +221,18 @@ impl QuicConfig {
         let socket = TokioRuntime
             .wrap_udp_socket(self.bind(listen)?)
             .map_err(failed)?;
-        self.open_on(socket, server, clock)
+        self.capped(socket, clock)
+    }
+
+    fn capped(
+        &self,
+        socket: Arc<dyn AsyncUdpSocket>,
+        clock: &MonotonicClock,
+    ) -> Result<Arc<dyn AsyncUdpSocket>, MeshError> {
+        Ok(match self.send_bytes_per_second {
+            Some(cap) => Arc::new(ThrottledSocket::new(socket, cap, clock)?),
+            None => socket,
+        })
     }
 
     /// quinn on a socket that is there, with this node's cap on what is sent.
@@ -218,13 +241,22 @@ impl QuicConfig {
     /// [`MeshError::Config`] and [`MeshError::Start`].
     pub fn open_on(
         &self,
-        mut socket: Arc<dyn AsyncUdpSocket>,
+        socket: Arc<dyn AsyncUdpSocket>,
         server: Option<ServerConfig>,
         clock: &MonotonicClock,
     ) -> Result<Endpoint, MeshError> {
-        if let Some(cap) = self.send_bytes_per_second {
-            socket = Arc::new(ThrottledSocket::new(socket, cap, clock)?);
-        }
+        self.quinn_on(self.capped(socket, clock)?, server)
+    }
+
+    /// quinn on a socket as it is.
+    ///
+    /// # Errors
+    /// [`MeshError::Config`] and [`MeshError::Start`].
+    pub(super) fn quinn_on(
+        &self,
+        socket: Arc<dyn AsyncUdpSocket>,
+        server: Option<ServerConfig>,
+    ) -> Result<Endpoint, MeshError> {
         let runtime = Arc::new(TokioRuntime);
         Endpoint::new_with_abstract_socket(self.endpoint()?, server, socket, runtime)
             .map_err(|error| MeshError::Start { kind: error.kind() })
