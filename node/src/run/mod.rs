@@ -8,6 +8,7 @@ mod disk;
 mod doors;
 mod hooks;
 mod journal;
+mod links;
 pub(crate) mod media;
 mod node;
 mod papers;
@@ -101,6 +102,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     .await?;
     let doorkeeper = gateway.handle();
     hooks::ensure_mesh(&node).await?;
+    links::watch(&node);
     node.event(
         "started",
         json!({"version": env!("CARGO_PKG_VERSION"), "loosened": node.config.load().loosened()}),
