@@ -56,6 +56,10 @@ soak-sessions-replay SEED:
 kill-at-half MIB="1024":
     TIDELOCK_KILL_MIB={{MIB}} cargo test --release --locked -p tidelock-transport --test mesh -- --nocapture inv_12_a_process_killed_at_half
 
+# Two nodes whose link is down for so many seconds: how long from link-up to what was sealed meanwhile. Needs root and `ip`.
+link-up OUTAGES="5 60 600":
+    TIDELOCK_OUTAGES_S="{{OUTAGES}}" cargo test --release --locked -p tidelock-tests --test link_up -- --nocapture
+
 # Tidelock beside its peers in one run: `just bench`, or one area: decide, segments, transport; `just bench segments --long` fills 10 GiB.
 bench *AREA:
     cargo build --release --locked
