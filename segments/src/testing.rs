@@ -61,7 +61,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::disk::{
     Disk, DiskError, DiskFault, DiskFile, DiskOp, FileKind, FileStat, OpenMode, Volume,
 };
-use crate::id::NodeId;
+use crate::format::{FormatError, SegmentHeader, seal_unsigned};
+use crate::id::{DomainId, NodeId, Origin};
 use crate::keys::{Endorsement, LogPublicKey};
 
 mod content;
@@ -73,6 +74,28 @@ use self::survival::{Random, mix};
 
 const SECTOR_BYTES: usize = 512;
 const BLOCK_BYTES: u64 = 4096;
+
+/// A segment of policy or revocation, which carries no signature of its own: the bytes of it, first of
+/// its kind and with the time 0.
+///
+/// # Errors
+/// [`FormatError`]: an audit origin, or what no segment can hold.
+pub fn unsigned_segment(
+    domain: &DomainId,
+    origin: Origin,
+    sequence: u64,
+    body: &[u8],
+) -> Result<Vec<u8>, FormatError> {
+    let header = SegmentHeader {
+        kind: origin.kind(),
+        domain: domain.clone(),
+        origin,
+        sequence,
+        prev: None,
+        created_unix_ms: 0,
+    };
+    seal_unsigned(&header, body)
+}
 
 /// An endorsement with a chain and signature of nonsense: fits wherever only this crate looks, and
 /// is refused by whoever checks the certificate chain.

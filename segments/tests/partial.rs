@@ -24,11 +24,10 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tidelock_segments::bao::{self, BaoError, GROUP_BYTES, Item, Outboard};
 use tidelock_segments::limits::{MAP_INTERVAL_BYTES, MAX_PARTIALS, MAX_SEGMENT_BYTES};
-use tidelock_segments::testing::{SimDisk, Survival};
+use tidelock_segments::testing::{SimDisk, Survival, unsigned_segment};
 use tidelock_segments::{
     Charge, DiskFault, FormatError, Kind, Origin, Partial, PartialError, PutOutcome, RealDisk,
-    Root, RootOptions, SegmentHeader, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment,
-    seal_unsigned, verify_segment,
+    Root, RootOptions, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment, verify_segment,
 };
 
 /// Bytes in which no group is like another.
@@ -260,15 +259,9 @@ impl MemStore {
 }
 
 fn policy(sequence: u64, body: &[u8]) -> VerifiedSegment {
-    let header = SegmentHeader {
-        kind: Kind::Policy,
-        domain: domain(),
-        origin: Origin::policy("base").unwrap(),
-        sequence,
-        prev: None,
-        created_unix_ms: 0,
-    };
-    verify_segment(seal_unsigned(&header, body).unwrap(), None, &domain()).unwrap()
+    let base = Origin::policy("base").unwrap();
+    let bytes = unsigned_segment(&domain(), base, sequence, body).unwrap();
+    verify_segment(bytes, None, &domain()).unwrap()
 }
 
 /// Cuts a range into what one slice may carry.

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Barrier};
 
 use common::{KIB, MIB, ROOT, Settings, domain, foreign_segments};
-use tidelock_segments::testing::{SimDisk, Survival};
+use tidelock_segments::testing::{SimDisk, Survival, unsigned_segment};
 use tidelock_segments::{
     Charge, DiskFault, DomainId, FormatError, Head, Kind, LogError, Origin, PutOutcome, Root,
     RootError, RootOptions, SegmentHeader, SegmentId, Store, StoreError, VerifiedSegment,
@@ -21,23 +21,16 @@ use tidelock_segments::{
 };
 
 fn policy(name: &str, sequence: u64, body: &[u8]) -> VerifiedSegment {
-    segment(Kind::Policy, Origin::policy(name).unwrap(), sequence, body)
+    segment(Origin::policy(name).unwrap(), sequence, body)
 }
 
 fn crl(issuer: u8, number: u64, body: &[u8]) -> VerifiedSegment {
-    segment(Kind::Revocation, Origin::crl(&[issuer; 32]), number, body)
+    segment(Origin::crl(&[issuer; 32]), number, body)
 }
 
-fn segment(kind: Kind, origin: Origin, sequence: u64, body: &[u8]) -> VerifiedSegment {
-    let header = SegmentHeader {
-        kind,
-        domain: domain(),
-        origin,
-        sequence,
-        prev: None,
-        created_unix_ms: 0,
-    };
-    verify_segment(seal_unsigned(&header, body).unwrap(), None, &domain()).unwrap()
+fn segment(origin: Origin, sequence: u64, body: &[u8]) -> VerifiedSegment {
+    let bytes = unsigned_segment(&domain(), origin, sequence, body).unwrap();
+    verify_segment(bytes, None, &domain()).unwrap()
 }
 
 fn open(disk: &SimDisk) -> (Arc<Root>, Arc<Store>) {

@@ -17,11 +17,11 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use common::{KIB, MIB, ROOT, Settings, domain, foreign_segments, ids, node, receipt};
 use proptest::prelude::*;
-use tidelock_segments::testing::{SimDisk, Survival};
+use tidelock_segments::testing::{SimDisk, Survival, unsigned_segment};
 use tidelock_segments::{
     Charge, Disk, DiskError, DiskFault, DiskFile, FileStat, Kind, Ladder, OpenMode, Origin,
-    PutOutcome, Root, SegmentHeader, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment,
-    Volume, seal_unsigned, verify_segment,
+    PutOutcome, Root, SegmentId, SegmentRef, Store, StoreError, VerifiedSegment, Volume,
+    verify_segment,
 };
 
 fn open(disk: &Arc<dyn Disk>) -> (Arc<Root>, Arc<Store>) {
@@ -605,15 +605,9 @@ fn a_list_comes_in_pieces_in_the_same_order() {
         store.put(segment, Charge::Normal).unwrap();
     }
     let policy = |name: &str, epoch: u64, body: &[u8]| {
-        let header = SegmentHeader {
-            kind: Kind::Policy,
-            domain: domain(),
-            origin: Origin::policy(name).unwrap(),
-            sequence: epoch,
-            prev: None,
-            created_unix_ms: 0,
-        };
-        verify_segment(seal_unsigned(&header, body).unwrap(), None, &domain()).unwrap()
+        let origin = Origin::policy(name).unwrap();
+        let bytes = unsigned_segment(&domain(), origin, epoch, body).unwrap();
+        verify_segment(bytes, None, &domain()).unwrap()
     };
     // Three of one epoch, and others around them.
     for (name, epoch, body) in [

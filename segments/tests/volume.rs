@@ -20,7 +20,7 @@ use tidelock_segments::volume::{
     VolumeList, VolumeReader, VolumeWriter,
 };
 use tidelock_segments::{
-    AgeIdentity, AgeRecipients, CryptError, Kind, Origin, SegmentHeader, SegmentId, seal_unsigned,
+    AgeIdentity, AgeRecipients, CryptError, Origin, SegmentId, testing::unsigned_segment,
     verify_segment,
 };
 
@@ -41,15 +41,8 @@ fn header(number: u32) -> VolumeHeader {
 }
 
 fn segment(sequence: u64, body: &[u8]) -> VolumeEntry {
-    let header = SegmentHeader {
-        kind: Kind::Policy,
-        domain: domain(),
-        origin: Origin::policy("base").unwrap(),
-        sequence,
-        prev: None,
-        created_unix_ms: 0,
-    };
-    let bytes = seal_unsigned(&header, body).unwrap();
+    let base = Origin::policy("base").unwrap();
+    let bytes = unsigned_segment(&domain(), base, sequence, body).unwrap();
     let segment = verify_segment(bytes, None, &domain()).unwrap();
     VolumeEntry {
         mark: EntryMark::Segment(segment.reference()),

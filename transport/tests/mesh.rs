@@ -39,8 +39,9 @@ use tidelock_link::{Link, LinkConfig};
 use tidelock_quota::{ManualClock, MonotonicClock, Rate};
 use tidelock_segments::{
     AuditLog, Charge, CustodyReceipt, Disk, Head, Kind, LogConfig, NodeId, Origin, Partial,
-    PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions, SegmentHeader,
-    SegmentId, SegmentRef, Store, VerifiedSegment, bao, seal_unsigned, testing::SimDisk,
+    PartialError, PutOutcome, RealDisk, RecordClass, Root, RootOptions, SealOptions, SegmentId,
+    SegmentRef, Store, VerifiedSegment, bao,
+    testing::{SimDisk, unsigned_segment},
     verify_segment,
 };
 use tidelock_transport::{
@@ -496,15 +497,8 @@ fn three(ca: &Ca) -> [Arc<Node>; 3] {
 }
 
 fn policy(sequence: u64, body: &[u8]) -> Vec<u8> {
-    let header = SegmentHeader {
-        kind: Kind::Policy,
-        domain: domain(),
-        origin: Origin::policy("base").unwrap(),
-        sequence,
-        prev: None,
-        created_unix_ms: 0,
-    };
-    seal_unsigned(&header, body).unwrap()
+    let base = Origin::policy("base").unwrap();
+    unsigned_segment(&domain(), base, sequence, body).unwrap()
 }
 
 async fn all_connected(nodes: &[Arc<Node>; 3]) {
