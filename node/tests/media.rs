@@ -34,6 +34,12 @@ const IDENTITY: &str = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZ
 const OTHER_IDENTITY: &str =
     "AGE-SECRET-KEY-1UN4U694TUU4GW7LUEQW7PLFXN9LFY78JSGFE9R4XRQ45HG8XQP9QD95XA0";
 
+/// An export to a medium for a node.
+fn export_args<'a>(to: &'a str, addressee: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let args = ["segment", "export", "--to", to, "--for", addressee];
+    [&args[..], more].concat()
+}
+
 /// Two nodes that never meet: one config is in force at a time, so one of them can run.
 struct Pair {
     site: Site,
@@ -87,17 +93,8 @@ impl Pair {
 
     /// As [`Pair::export`], in volumes of this size.
     fn export_of(&self, volume: &str, more: &[&str]) -> Vec<String> {
-        let args = [
-            "segment",
-            "export",
-            "--to",
-            "m",
-            "--for",
-            "b",
-            "--volume-bytes",
-            volume,
-        ];
-        let answer = self.be("a").json(&[&args, more].concat());
+        let more = [&["--volume-bytes", volume], more].concat();
+        let answer = self.be("a").json(&export_args("m", "b", &more));
         assert_eq!(
             (&answer["left"], &answer["damaged"]),
             (&json!(0), &json!([]))
@@ -217,15 +214,7 @@ fn what_one_node_exports_another_takes_in_and_its_receipts_come_home() {
     assert_eq!(pair.site.events("media_import").len(), told.len());
 
     // The way home, from a running node, with receipts only.
-    let export = [
-        "segment",
-        "export",
-        "--to",
-        "back",
-        "--for",
-        "a",
-        "--receipts-only",
-    ];
+    let export = export_args("back", "a", &["--receipts-only"]);
     let home = pair.site.json(&export);
     assert_eq!(
         (&home["segments"], &home["receipts"]),
@@ -252,9 +241,7 @@ fn what_one_node_exports_another_takes_in_and_its_receipts_come_home() {
     // What `b` holds now is not carried to it again.
     fs::remove_dir_all(pair.site.path("m")).unwrap();
     fs::create_dir(pair.site.path("m")).unwrap();
-    let next = pair
-        .site
-        .json(&["segment", "export", "--to", "m", "--for", "b"]);
+    let next = pair.site.json(&export_args("m", "b", &[]));
     assert!(next["known"].as_u64() >= Some(6), "{next}");
     assert!(next["segments"].as_u64() < Some(4), "{next}");
 }
@@ -451,18 +438,11 @@ fn a_full_custody_share_refuses_and_room_lets_it_in() {
 fn an_export_that_was_killed_or_had_no_room_is_gone_on_with() {
     let pair = Pair::new(8);
     // Room for some of it only; urgent kinds first.
-    let first = pair.be("a").json(&[
-        "segment",
-        "export",
-        "--to",
+    let first = pair.be("a").json(&export_args(
         "m",
-        "--for",
         "any",
-        "--volume-bytes",
-        "8KiB",
-        "--max-bytes",
-        "20KiB",
-    ]);
+        &["--volume-bytes", "8KiB", "--max-bytes", "20KiB"],
+    ));
     assert!(
         first["left"].as_u64() > Some(0) && first["bytes"].as_u64() <= Some(20 << 10),
         "{first}"
@@ -475,19 +455,10 @@ fn an_export_that_was_killed_or_had_no_room_is_gone_on_with() {
     assert_eq!(first["bytes"].as_u64(), Some(written));
 
     // Killed at some moment; whatever it left, the next run goes on.
-    let export = [
-        "segment",
-        "export",
-        "--to",
-        "m",
-        "--for",
-        "b",
-        "--volume-bytes",
-        "4KiB",
-    ];
+    let export = export_args("m", "b", &["--volume-bytes", "4KiB"]);
     let mut child = Command::new(env!("CARGO_BIN_EXE_tidelock"))
         .current_dir(pair.site.path(""))
-        .args(export)
+        .args(&export)
         .stdout(Stdio::null())
         .spawn()
         .unwrap();
@@ -578,10 +549,7 @@ fn an_encrypted_medium_is_read_with_its_key_only() {
 #[test]
 fn a_medium_that_is_not_there_and_a_place_in_the_root_are_refused() {
     let pair = Pair::new(1);
-    let export = |to: &str| {
-        pair.be("a")
-            .tidelock(&["segment", "export", "--to", to, "--for", "any"])
-    };
+    let export = |to: &str| pair.be("a").tidelock(&export_args(to, "any", &[]));
     export("not-mounted").ended(2).says(&["mount the medium"]);
     export("root").ended(2).says(&["below the node's root"]);
     export("site-1.tar").ended(2).says(&["not a directory"]);
@@ -593,7 +561,7 @@ fn a_medium_that_is_not_there_and_a_place_in_the_root_are_refused() {
         ["--volume-bytes", "5GiB"],
         ["--encrypt-to", "age1x"],
     ] {
-        let args = ["segment", "export", "--to", "m", "--for", "any"];
+        let args = export_args("m", "any", &[]);
         let args: Vec<&str> = match bad[0] {
             "--for" => [&args[..4], &bad].concat(),
             _ => [&args[..], &bad].concat(),
@@ -660,7 +628,7 @@ fn what_else_lies_on_a_medium_stops_nothing_and_is_not_touched() {
     header.export_id = [9; 16];
     write(&medium("tide-many.tvol"), &header, &[], true);
 
-    let export = ["segment", "export", "--to", "m", "--for", "b"];
+    let export = export_args("m", "b", &[]);
     let (code, told) = ends(pair.be("a"), &export);
     assert_eq!(code, 1, "{told}");
     let import = ["segment", "import", "m", "--apply"];
@@ -703,8 +671,7 @@ fn what_a_medium_only_claims_to_hold_is_written() {
 
     // Receipts too.
     assert_eq!(pair.import(&["--apply"]).0, 1, "the lies are refused");
-    let home = ["segment", "export", "--to", "back", "--for", "a"];
-    let home = [&home[..], &["--receipts-only"]].concat();
+    let home = export_args("back", "a", &["--receipts-only"]);
     let answer = pair.be("b").json(&home);
     assert_eq!(answer["receipts"], 2, "{answer}");
     let path = pair
@@ -765,8 +732,7 @@ fn an_export_that_was_gone_on_with_is_whole() {
     let at = bytes.len() - 7;
     bytes[at] ^= 1;
     fs::write(&damaged, bytes).unwrap();
-    let args = ["segment", "export", "--to", "m", "--for", "b"];
-    let args = [&args[..], &["--encrypt-to", RECIPIENT, "--json"]].concat();
+    let args = export_args("m", "b", &["--encrypt-to", RECIPIENT, "--json"]);
     let ran = pair.be("a").tidelock(&args);
     assert_eq!(ran.code, 1, "{ran:?}");
     assert!(ran.json()["segments"].as_u64() > Some(0), "{ran:?}");
@@ -787,18 +753,9 @@ fn an_encrypted_export_keeps_within_its_bytes() {
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     for max in [9_000, 20_000, 30_000_u64] {
         let max_text = max.to_string();
-        let args = [
-            "segment",
-            "export",
-            "--to",
-            "m",
-            "--for",
-            "b",
-            "--max-bytes",
-            &max_text,
-        ];
-        let args = [&args[..], &["--volume-bytes", "8KiB"], &many].concat();
-        let answer = pair.be("a").json(&args);
+        let more = ["--max-bytes", &max_text, "--volume-bytes", "8KiB"];
+        let more = [&more[..], &many].concat();
+        let answer = pair.be("a").json(&export_args("m", "b", &more));
         let files = names(&pair.site.path("m"));
         let all: u64 = files.iter().map(|p| p.metadata().unwrap().len()).sum();
         assert!(all <= max, "{all} of {max}: {answer}");
@@ -859,16 +816,7 @@ fn receipts_go_whatever_the_age_and_what_is_held_leaves_no_record() {
     let pair = Pair::new(2);
     pair.export(&[]);
     assert_eq!(pair.import(&["--apply"]).0, 0);
-    let home = [
-        "segment",
-        "export",
-        "--to",
-        "back",
-        "--for",
-        "a",
-        "--since",
-        "2099-01-01",
-    ];
+    let home = export_args("back", "a", &["--since", "2099-01-01"]);
     let home = pair.be("b").json(&home);
     assert_eq!(home["receipts"], 2, "{home}");
     let _node = pair.be("b").start();
@@ -879,7 +827,7 @@ fn receipts_go_whatever_the_age_and_what_is_held_leaves_no_record() {
     assert_eq!(pair.import(&["--apply"]).0, 0);
     assert_eq!(records(), recorded);
     pair.site
-        .tidelock(&["segment", "export", "--to", "m", "--for", "b"])
+        .tidelock(&export_args("m", "b", &[]))
         .ended(2)
         .says(&["this node itself"]);
 }
@@ -937,8 +885,7 @@ fn receipts_of_the_revoked_license_nothing_and_an_old_medium_takes_nothing_back(
     let pair = Pair::new(2);
     pair.export_of("1MiB", &[]);
     assert_eq!(pair.import(&["--apply"]).0, 0);
-    let home = ["segment", "export", "--to", "back", "--for", "a"];
-    let home = [&home[..], &["--receipts-only"]].concat();
+    let home = export_args("back", "a", &["--receipts-only"]);
     assert_eq!(pair.be("b").json(&home)["receipts"], 2);
     let import = |more: &[&str]| {
         let args = [&["segment", "import", "back", "--json"], more].concat();
