@@ -224,6 +224,17 @@ fn endpoint() -> Endpoint {
     Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap()
 }
 
+/// A guest whom TLS does not let in.
+async fn turned_away(tls: &MeshTls, door: SocketAddr) {
+    let calling = endpoint().connect_with(client_config(tls), door, SERVER_NAME);
+    let ended = match calling.unwrap().await {
+        Err(error) => error,
+        Ok(connection) => connection.closed().await,
+    };
+    let by_tls = matches!(ended, ConnectionError::ConnectionClosed(_));
+    assert!(by_tls, "{ended}");
+}
+
 // ---- Initial packets ----
 
 /// The first packets of connections to somebody who never answers, all different.
@@ -483,31 +494,14 @@ async fn inv_10_a_node_decides_whatever_strangers_and_bad_peers_do_at_its_door()
     let elsewhere = directory();
     let mut foreign = prepared(elsewhere.path(), &network, &["a"]);
     let stranger = guest("stranger", &mut foreign, &own);
-    let calling = endpoint();
-    let connecting = calling.connect_with(client_config(&stranger), door, SERVER_NAME);
-    let ended = match connecting.unwrap().await {
-        Err(error) => error,
-        Ok(connection) => connection.closed().await,
-    };
-    assert!(
-        matches!(ended, ConnectionError::ConnectionClosed(_)),
-        "{ended}"
-    );
+    turned_away(&stranger, door).await;
     let held = greeted(&revoked, door).await;
     let (_, crl) = good(site.revoke("revoked"));
     let body = json!({"crl": BASE64_STANDARD.encode(crl)});
     let a = site.node("a").unwrap();
     a.operate("crl.import", &body).await.unwrap();
     assert_eq!(held.closed().await, CloseCode::Revoked);
-    let again = calling.connect_with(client_config(&revoked), door, SERVER_NAME);
-    let ended = match again.unwrap().await {
-        Err(error) => error,
-        Ok(connection) => connection.closed().await,
-    };
-    assert!(
-        matches!(ended, ConnectionError::ConnectionClosed(_)),
-        "{ended}"
-    );
+    turned_away(&revoked, door).await;
     let reasons: Vec<Value> = events(&site, "a", "peer_refused").await;
     for code in ["cert_signature", "cert_revoked"] {
         let has = |event: &Value| event.get("reason") == Some(&json!(code));
