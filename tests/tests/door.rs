@@ -7,11 +7,14 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::expect_used,
     clippy::panic,
     clippy::indexing_slicing,
     reason = "helpers of tests: a panic is how a test fails, outside #[test] as well"
 )]
 
+#[path = "../../transport/tests/support/openssl.rs"]
+mod openssl;
 #[path = "../../transport/tests/support/raw.rs"]
 mod raw;
 
@@ -28,6 +31,7 @@ use std::{
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use openssl::{AFTER, BEFORE, Ca, Issued, Key, Request};
 use quinn::{ClientConfig, ConnectionError, Endpoint};
 use raw::{Raw, ack};
 use serde_json::{Value, json};
@@ -84,13 +88,22 @@ fn guest(name: &str, site: &mut Site<'_>, hosts: &Path) -> MeshTls {
         true => authorities[0].clone(),
         false => authorities.concat(),
     };
-    let credentials = Credentials::from_pem(&file("crt"), &file("key"), &authorities).unwrap();
+    let crls = [site.dir.as_path(), hosts].map(|dir| fs::read(dir.join("ca/crl.pem")).unwrap());
+    let papers = [file("crt"), file("key"), authorities];
+    guest_with(name, &papers, &crls)
+}
+
+/// TLS of a guest with this certificate, key and file of authorities.
+fn guest_with(
+    name: &str,
+    [certificate, key, authorities]: &[Vec<u8>; 3],
+    crls: &[Vec<u8>],
+) -> MeshTls {
+    let credentials = Credentials::from_pem(certificate, key, authorities).unwrap();
     let revocation = Revocation::new(RevocationState::new(RevocationOptions::default()));
-    for dir in [site.dir.as_path(), hosts] {
-        for crl in crls_in_file(&fs::read(dir.join("ca/crl.pem")).unwrap()).unwrap() {
-            let crl = VerifiedCrl::verify(&crl, credentials.trust()).unwrap();
-            revocation.import(crl, wall_unix_ms()).unwrap();
-        }
+    for crl in crls.iter().flat_map(|file| crls_in_file(file).unwrap()) {
+        let crl = VerifiedCrl::verify(&crl, credentials.trust()).unwrap();
+        revocation.import(crl, wall_unix_ms()).unwrap();
     }
     let rules = IdentityRules {
         domain: DomainId::new(DOMAIN).unwrap(),
@@ -233,6 +246,20 @@ async fn turned_away(tls: &MeshTls, door: SocketAddr) {
     };
     let by_tls = matches!(ended, ConnectionError::ConnectionClosed(_));
     assert!(by_tls, "{ended}");
+}
+
+/// Waits until the node's journal tells of somebody who was refused for this reason.
+async fn until_told(site: &Site<'_>, reason: &str) {
+    let begun = Instant::now();
+    loop {
+        let told = events(site, "a", "peer_refused").await;
+        let has = |event: &Value| event.get("reason") == Some(&json!(reason));
+        if told.iter().any(has) {
+            return;
+        }
+        assert!(begun.elapsed() < LIMIT, "{reason}: {told:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 // ---- Initial packets ----
@@ -502,10 +529,8 @@ async fn inv_10_a_node_decides_whatever_strangers_and_bad_peers_do_at_its_door()
     a.operate("crl.import", &body).await.unwrap();
     assert_eq!(held.closed().await, CloseCode::Revoked);
     turned_away(&revoked, door).await;
-    let reasons: Vec<Value> = events(&site, "a", "peer_refused").await;
-    for code in ["cert_signature", "cert_revoked"] {
-        let has = |event: &Value| event.get("reason") == Some(&json!(code));
-        assert!(reasons.iter().any(has), "{code}: {reasons:?}");
+    for reason in ["cert_signature", "cert_revoked"] {
+        until_told(&site, reason).await;
     }
     asker.goes_on("bad papers").await;
 
@@ -520,4 +545,123 @@ async fn inv_10_a_node_decides_whatever_strangers_and_bad_peers_do_at_its_door()
     assert_eq!(self::cuts(&site).await, cuts, "the session with b");
     let grown = peak_bytes(&site).saturating_sub(peak);
     assert!(grown < GROWTH_MAX_BYTES, "{grown} bytes");
+}
+
+/// A node whose papers are made by openssl, and callers with such papers of every refused kind. What is
+/// refused, and with which word, `transport/tests/openssl.rs` tests of all of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_on_papers_of_openssl_turns_away_what_it_must_and_decides() {
+    let dir = directory();
+    let network = Loopback::new(&["a"]).await.unwrap();
+    let mut site = prepared(dir.path(), &network, &["a"]);
+    let made = directory();
+    let root = Ca::root(&made, "root", "Plant CA", Key::P256);
+    let issuing = root.intermediate_with("Issuing CA", Key::P256, Some(0));
+    let silent = root.intermediate("Silent CA", Key::P256);
+    let both = [root.pem(), issuing.pem()].concat();
+    let crls = |number| [&root, &issuing].map(|ca| ca.crl(number, BEFORE, AFTER));
+    let first = crls(1);
+
+    let node_dir = site.node("a").unwrap().dir.clone();
+    let own = issuing.issue(&Request::node(DOMAIN, "a"));
+    fs::write(node_dir.join("a.crt"), own.chain_pem()).unwrap();
+    fs::write(node_dir.join("a.key"), own.key_pem()).unwrap();
+    fs::write(site.dir.join("ca/ca.crt"), &both).unwrap();
+    for (name, crl) in ["site.crl", "issuing.crl"].iter().zip(&first) {
+        fs::write(node_dir.join(name), crl).unwrap();
+    }
+    let path = site.node("a").unwrap().config_path();
+    let config = fs::read_to_string(&path).unwrap();
+    let with_both = config.replace("[\"site.crl\"]", "[\"site.crl\", \"issuing.crl\"]");
+    assert_ne!(with_both, config);
+    fs::write(path, with_both).unwrap();
+    good(site.start("a").await);
+    install(&site, "a", 1).await;
+    let door = network.listen("a");
+    let asker = Asker::begin(&site);
+
+    let guest = |name: &str, issued: &Issued, authorities: &[u8]| {
+        let papers = [issued.chain_pem(), issued.key_pem(), authorities.to_vec()];
+        guest_with(name, &papers, &first)
+    };
+    let of = |issuer: &Ca, request: &Request<'_>| {
+        let authorities = [both.clone(), issuer.pem()].concat();
+        let known = both
+            .windows(issuer.pem().len())
+            .any(|part| part == issuer.pem());
+        let authorities = if known { &both } else { &authorities };
+        guest(request.cn, &issuer.issue(request), authorities)
+    };
+    let node = |name| Request::node(DOMAIN, name);
+    let twin = Ca::root(&made, "twin", "Plant CA", Key::P256);
+    let below = issuing.intermediate("Below CA", Key::P256);
+    let refused = [
+        (
+            "cert_expired",
+            of(
+                &issuing,
+                &Request {
+                    end: "210101000000Z",
+                    ..node("old")
+                },
+            ),
+        ),
+        (
+            "cert_not_yet_valid",
+            of(
+                &issuing,
+                &Request {
+                    start: "390101000000Z",
+                    ..node("new")
+                },
+            ),
+        ),
+        (
+            "domain_wrong",
+            of(&issuing, &Request::node("elsewhere", "other")),
+        ),
+        (
+            "domain_missing",
+            of(
+                &issuing,
+                &Request {
+                    san: None,
+                    ..node("nowhere")
+                },
+            ),
+        ),
+        (
+            "cert_usage",
+            of(
+                &issuing,
+                &Request {
+                    eku: Some("serverAuth"),
+                    ..node("server")
+                },
+            ),
+        ),
+        ("cert_signature", of(&twin, &node("twin"))),
+        ("cert_chain", of(&below, &node("deep"))),
+        ("crl_missing", of(&silent, &node("silent"))),
+    ];
+    let revoked = issuing.issue(&node("revoked"));
+    let (revoked_tls, welcome) = (
+        guest("revoked", &revoked, &both),
+        of(&issuing, &node("welcome")),
+    );
+    drop(greeted(&revoked_tls, door).await);
+    issuing.revoke(&revoked.cert, None);
+    for crl in crls(2) {
+        let body = json!({"crl": BASE64_STANDARD.encode(crl)});
+        let a = site.node("a").unwrap();
+        a.operate("crl.import", &body).await.unwrap();
+    }
+    let refused = refused.into_iter().chain([("cert_revoked", revoked_tls)]);
+    for (reason, tls) in refused {
+        turned_away(&tls, door).await;
+        until_told(&site, reason).await;
+        asker.goes_on(reason).await;
+        // The control, each time.
+        drop(greeted(&welcome, door).await);
+    }
 }
