@@ -108,6 +108,9 @@ pub enum StoreError {
     /// A write or sync failed earlier; nothing is written until the store is reopened.
     #[error("the store is latched after {0}; reopen it when the disk is sound")]
     Latched(String),
+    /// The index is damaged again after it was just built from the files.
+    #[error("the store's index cannot be relied on: {0}; look at the disk")]
+    Index(String),
     /// The receipt was refused.
     #[error(transparent)]
     Receipt(#[from] ReceiptError),
@@ -673,7 +676,7 @@ impl Store {
         else {
             return false;
         };
-        let count = self.read_receipts(id).len();
+        let count = self.readable_receipts(id).len();
         let after = ChainEntry {
             receipts: bytes,
             custodians: u16::try_from(count).unwrap_or(u16::MAX),
@@ -1788,7 +1791,8 @@ impl Store {
             .entry(&self.root, origin, sequence)
             .filter(|entry| entry.id == *id)
             .ok_or(StoreError::NotHeld(*id))?;
-        let mut all = self.read_receipts(id);
+        // What cannot be read now is not written over.
+        let mut all = self.read_receipts(id)?;
         change(&mut all)?;
         let rel = receipts_path(id);
         let done = (|| {
@@ -1833,16 +1837,18 @@ impl Store {
         done
     }
 
-    /// What lies in the file of a segment's receipts, unverified.
-    fn read_receipts(&self, id: &SegmentId) -> Vec<CustodyReceipt> {
-        match self.root.read(&receipts_path(id)) {
-            Ok(Some(bytes)) => receipts::decode(&bytes),
-            Ok(None) => Vec::new(),
-            Err(error) => {
-                tracing::error!(%error, "receipts cannot be read; they do not count");
-                Vec::new()
-            }
-        }
+    /// What lies in the file of a segment's receipts, unverified. One that is damaged is left out.
+    fn read_receipts(&self, id: &SegmentId) -> Result<Vec<CustodyReceipt>, StoreError> {
+        let bytes = self.root.read(&receipts_path(id))?;
+        Ok(bytes.map_or_else(Vec::new, |bytes| receipts::decode(&bytes)))
+    }
+
+    /// As [`Self::read_receipts`], where those that cannot be read just do not count.
+    fn readable_receipts(&self, id: &SegmentId) -> Vec<CustodyReceipt> {
+        self.read_receipts(id).unwrap_or_else(|error| {
+            tracing::error!(%error, "receipts cannot be read; they do not count");
+            Vec::new()
+        })
     }
 
     /// The receipts held for a segment, by custodian. One that is damaged does not count.
@@ -1858,7 +1864,7 @@ impl Store {
             return Vec::new();
         }
         let span = entry.span;
-        let mut all = self.read_receipts(id);
+        let mut all = self.readable_receipts(id);
         all.retain(|receipt| {
             receipt.segment_id == *id
                 && (receipt.first, receipt.last, receipt.root_at_last)
@@ -1875,7 +1881,7 @@ impl Store {
             Some(Held {
                 entry: Some(entry), ..
             }) if entry.receipts > 0 => self
-                .read_receipts(id)
+                .readable_receipts(id)
                 .into_iter()
                 .map(|receipt| receipt.custodian)
                 .collect(),
@@ -1938,7 +1944,7 @@ impl Store {
                 let given = without.is_some_and(|peer| {
                     entry.custodians > 0
                         && self
-                            .read_receipts(&entry.id)
+                            .readable_receipts(&entry.id)
                             .iter()
                             .any(|receipt| receipt.custodian == *peer)
                 });
@@ -1967,11 +1973,30 @@ impl Store {
     }
 
     /// Removes every receipt that the caller names, such as those of a revoked custodian (ruling 4),
-    /// and tells how many.
+    /// and tells how many. The receipts that it is asked about are not verified.
     ///
     /// # Errors
-    /// [`StoreError`] if a file cannot be written; those before it are gone.
+    /// [`StoreError`] if a file or the index cannot be read or written; those before it are gone.
     pub fn remove_receipts_by(
+        &self,
+        condemned: &dyn Fn(&CustodyReceipt) -> bool,
+    ) -> Result<usize, StoreError> {
+        let removed = self.remove_listed_receipts_by(condemned)?;
+        if self.index().suspect.is_none() {
+            return Ok(removed);
+        }
+        // What a damaged index did not list may be counted all the same: the files say what is held.
+        let mut writer = self.writer();
+        self.heal(&mut writer)?;
+        drop(writer);
+        let more = self.remove_listed_receipts_by(condemned)?;
+        match &self.index().suspect {
+            Some(why) => Err(StoreError::Index(why.clone())),
+            None => Ok(removed + more),
+        }
+    }
+
+    fn remove_listed_receipts_by(
         &self,
         condemned: &dyn Fn(&CustodyReceipt) -> bool,
     ) -> Result<usize, StoreError> {
@@ -1991,18 +2016,14 @@ impl Store {
                 if held.is_none_or(|entry| entry.receipts == 0) {
                     continue;
                 }
-                let doomed: Vec<NodeId> = self
-                    .receipts(&reference.id)
-                    .into_iter()
-                    .filter(|receipt| condemned(receipt))
-                    .map(|receipt| receipt.custodian)
-                    .collect();
+                let mut doomed = self.read_receipts(&reference.id)?;
+                doomed.retain(|receipt| condemned(receipt));
                 if doomed.is_empty() {
                     continue;
                 }
                 self.change_receipts(reference, |all| {
-                    for custodian in &doomed {
-                        receipts::remove(all, custodian);
+                    for receipt in &doomed {
+                        receipts::remove(all, &receipt.custodian);
                     }
                     Ok(())
                 })?;

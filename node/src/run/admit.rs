@@ -3,7 +3,12 @@
 //! Every way in ends here, so that a segment from a peer and a file from the operator pass the same
 //! checks. What is refused leaves nothing behind but an event.
 
-use std::{collections::BTreeMap, fs, sync::PoisonError, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fs,
+    sync::{PoisonError, atomic::Ordering},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use tidelock_policy::{Activation, ActivationKind, BundleError, Package, VerifiedBundle};
@@ -454,15 +459,21 @@ impl Node {
     }
 
     /// Ruling 4: a revoked custodian's receipts stop counting.
-    fn drop_receipts_of_the_revoked(&self) {
+    pub(super) fn drop_receipts_of_the_revoked(&self) {
         let removed = self.store.remove_receipts_by(&|receipt: &CustodyReceipt| {
             self.check_endorsement(&receipt.endorsement, receipt.issued_unix_ms)
                 .is_err_and(|denied| denied.is_revoked())
         });
+        let waits = removed.is_err();
+        let waited = self.revoked_receipts_wait.swap(waits, Ordering::Relaxed);
         match removed {
             Ok(0) => {}
             Ok(count) => self.event("receipts_dropped", json!({"count": count})),
-            Err(error) => tracing::error!(%error, "receipts of revoked custodians stay on disk"),
+            // Told once; it is tried again every second.
+            Err(error) if !waited => {
+                self.event("receipts_not_dropped", json!({"why": error.to_string()}));
+            }
+            Err(_) => {}
         }
     }
 

@@ -137,6 +137,8 @@ pub(super) struct Node {
     pub(super) damaged: AtomicU64,
     /// Some of them were not asked for again yet.
     damage_waits: AtomicBool,
+    /// Receipts of revoked custodians count still, because the disk did not let them go.
+    pub(super) revoked_receipts_wait: AtomicBool,
     /// How many files that the store put aside are recorded.
     aside_recorded: Mutex<usize>,
     pub(super) disk_watch: Mutex<DiskWatch>,
@@ -350,6 +352,7 @@ impl Node {
             own_ahead: Mutex::default(),
             damaged: AtomicU64::new(0),
             damage_waits: AtomicBool::new(false),
+            revoked_receipts_wait: AtomicBool::new(false),
             aside_recorded: Mutex::default(),
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
@@ -753,6 +756,9 @@ impl Node {
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();
+        if self.revoked_receipts_wait.load(Ordering::Relaxed) {
+            self.drop_receipts_of_the_revoked();
+        }
         self.scrub();
     }
 
