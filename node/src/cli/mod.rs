@@ -14,6 +14,7 @@ mod medium;
 mod node;
 mod output;
 mod proof;
+mod qlog;
 mod segment;
 mod stat;
 
@@ -123,7 +124,7 @@ pub enum Command {
     /// behind, what was lost on the way.
     #[command(
         args_conflicts_with_subcommands = true,
-        after_help = "Examples:\n  tidelock peers\n  tidelock peers why blake3:5f… harbour-b\n  tidelock peers quota harbour-b --bytes-per-second 2MiB --bytes-per-day 10GiB --apply"
+        after_help = "Examples:\n  tidelock peers\n  tidelock peers why blake3:5f… harbour-b\n  tidelock peers quota harbour-b --bytes-per-second 2MiB --bytes-per-day 10GiB --apply\n  tidelock peers qlog harbour-b --seconds 60 > harbour-b.sqlog"
     )]
     Peers {
         /// Without one, the table of all peers.

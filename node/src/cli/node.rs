@@ -1,6 +1,6 @@
 //! The commands that run a node or talk to a running one over its Unix socket.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Subcommand, ValueHint};
@@ -74,6 +74,23 @@ pub enum PeersCommand {
         /// Act on the printed plan.
         #[arg(long)]
         apply: bool,
+        #[command(flatten)]
+        config: ConfigArg,
+    },
+    /// Write the course of the sessions with a peer to standard output as qlog: round trip, window,
+    /// packets sent and lost, beginnings and ends. It samples the node's status; no packet waits for it.
+    #[command(
+        after_help = "Example:\n  tidelock peers qlog harbour-b --seconds 60 > harbour-b.sqlog"
+    )]
+    Qlog {
+        /// The peer's node id.
+        peer: String,
+        /// For how long.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
+        seconds: u64,
+        /// Time from one sample to the next.
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(20..=60_000))]
+        interval_ms: u64,
         #[command(flatten)]
         config: ConfigArg,
     },
@@ -341,7 +358,7 @@ pub(super) fn status(args: &ConfigArg, output: &Output) -> Result<Exit, Failure>
     Ok(Exit::Done)
 }
 
-fn at<'v>(value: &'v Value, pointer: &str) -> &'v Value {
+pub(super) fn at<'v>(value: &'v Value, pointer: &str) -> &'v Value {
     value.pointer(pointer).unwrap_or(&Value::Null)
 }
 
@@ -534,6 +551,17 @@ pub(super) fn peers(
             peer,
             config,
         }) => why(&segment, &peer, &config, output),
+        Some(PeersCommand::Qlog {
+            peer,
+            seconds,
+            interval_ms,
+            config,
+        }) => super::qlog::write(
+            &peer,
+            Duration::from_secs(seconds),
+            Duration::from_millis(interval_ms),
+            &config,
+        ),
         Some(PeersCommand::Quota {
             peer,
             bytes_per_second,
