@@ -1969,7 +1969,10 @@ impl SessionMachine {
         let Some(origin) = self.origins.get_mut(&name) else {
             return;
         };
-        origin.listed.insert(from, listed_to);
+        // What the peer holds no more, or not yet, is listed when it says that it has it (again).
+        for entry in &refs.refs {
+            origin.listed.insert(entry.sequence, entry.sequence);
+        }
         let mut missing = origin.missing.clone();
         missing.remove(from, listed_to);
         self.set_missing(&name, missing);

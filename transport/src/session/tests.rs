@@ -183,13 +183,10 @@ impl View for StoreView<'_> {
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
-        // Ruling 10.
-        is_urgent(reference.kind)
-            || self
-                .store
-                .borrow()
-                .no_room_above
-                .is_none_or(|max| reference.size_bytes <= max)
+        self.store
+            .borrow()
+            .no_room_above
+            .is_none_or(|max| reference.size_bytes <= max)
     }
 
     fn receipt_wants(&self) -> Vec<SegmentId> {
@@ -2598,6 +2595,37 @@ fn a_list_that_the_queue_waits_for_is_asked_for_however_much_is_queued() {
             .any(|frame| matches!(frame, Frame::ListRefs(list) if (list.from, list.to) == (0, 3))),
         "{asked:?}"
     );
+}
+
+#[test]
+fn what_was_not_there_when_it_was_listed_is_listed_when_it_is_there() {
+    // A peer had lost a segment when it answered for a range, and got it back before its next head: the
+    // range counted as listed, so nobody ever asked for the segment in this session.
+    let mut bench = Bench::established();
+    let log = audit_origin("x");
+    let head = |origin| {
+        heads(vec![HeadEntry {
+            origin,
+            ..new_head(0, &log, &[(0, 2)])
+        }])
+    };
+    let lists = |bench: &mut Bench| -> Vec<(u64, u64)> {
+        let lists = bench.frames().into_iter().filter_map(|frame| match frame {
+            Frame::ListRefs(list) => Some((list.from, list.to)),
+            _ => None,
+        });
+        lists.collect()
+    };
+    bench.give(head(OriginRef::New(0, log.as_str().to_owned())));
+    assert_eq!(lists(&mut bench), [(0, 2)]);
+    bench.give(Frame::Refs(Refs {
+        origin: 0,
+        refs: vec![fresh_entry(0, "0"), fresh_entry(2, "2")],
+        done: true,
+    }));
+    assert_eq!(lists(&mut bench), [], "nothing asks without news");
+    bench.give(head(OriginRef::Known(0)));
+    assert_eq!(lists(&mut bench), [(1, 1)]);
 }
 
 #[test]
