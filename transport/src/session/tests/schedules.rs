@@ -102,10 +102,10 @@ enum Op {
 }
 
 fn schedule(seed: u64) -> Vec<Op> {
-    let mut seeded = Seeded(seed);
+    let mut seeded = Random::new(seed);
     (0..OPS)
         .map(|_| {
-            let (a, b, pick) = (seeded.below(8), seeded.below(8), seeded.next());
+            let (a, b, pick) = (seeded.below(8), seeded.below(8), seeded.any());
             let ms = 1 + u32::try_from(seeded.below(400)).unwrap();
             match seeded.below(100) {
                 0..34 => Op::Deliver { ms },
@@ -179,7 +179,7 @@ impl Course {
         world.is_traced = is_traced;
         // Far from zero, so that clocks can step back.
         world.now = Duration::from_secs(100_000);
-        let mut seeded = Seeded(seed);
+        let mut seeded = Random::new(seed);
         let mut sealed = Vec::new();
         for (node, name) in names.iter().enumerate() {
             let mut store = world.store(node);
@@ -257,7 +257,7 @@ impl Course {
             Op::Crash { node, lost } => {
                 self.world.restart(of(node));
                 self.away.insert(of(node));
-                let mut lost = Seeded(lost);
+                let mut lost = Random::new(lost);
                 for (_, have) in self.world.store(of(node)).partials.values_mut() {
                     have.iter_mut().for_each(|have| *have &= lost.below(2) == 0);
                 }
