@@ -134,7 +134,7 @@ pub const MAX_SLICE_BYTES: u64 = 1024 * 1024;
 
 /// Content that a partial may have taken since its map was written last, and so the most that a kill
 /// can cost it.
-pub const MAP_INTERVAL_BYTES: u64 = 1024 * 1024;
+pub const MAP_INTERVAL_BYTES: u64 = 512 * 1024;
 
 /// Most partials below one root, in use or not.
 pub const MAX_PARTIALS: usize = 64;
