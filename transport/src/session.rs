@@ -497,6 +497,8 @@ enum Phase {
         digest: [u8; 32],
         hello: Option<Box<PeerHello>>,
         their_digest: [u8; 32],
+        /// Something of it was lost since, or may be taken only now.
+        is_outdated: bool,
     },
     Established,
     Closed(SessionClose),
@@ -652,6 +654,7 @@ impl SessionMachine {
                 digest,
                 hello: None,
                 their_digest: [0; 32],
+                is_outdated: false,
             },
             peer_limits: nothing,
             out: VecDeque::from([hello]),
@@ -801,7 +804,8 @@ impl SessionMachine {
             return;
         }
         self.offer_all(now, view);
-        if !self.is_established() {
+        if let Phase::Greeting { is_outdated, .. } = &mut self.phase {
+            *is_outdated = true;
             return;
         }
         self.start_waiting(now);
@@ -1366,6 +1370,7 @@ impl SessionMachine {
             digest,
             hello,
             their_digest,
+            is_outdated,
         } = &mut self.phase
         else {
             return;
@@ -1381,7 +1386,7 @@ impl SessionMachine {
             out_bytes_per_second: granted.out_bytes_per_second,
         };
         let heads = std::mem::take(heads);
-        let equal = digest == their_digest;
+        let (equal, is_outdated) = (digest == their_digest, *is_outdated);
         // INV-09: only from here on is anything but Hello, HelloAck and Bye accepted or sent.
         self.phase = Phase::Established;
         self.event(SessionEvent::Hello(*said));
@@ -1399,6 +1404,10 @@ impl SessionMachine {
                 );
             }
             self.heads_complete = true;
+            if is_outdated {
+                // Equal to what we greeted with, which is not what we hold: they name no heads unasked.
+                self.refresh(now, view);
+            }
         } else {
             self.offer_all(now, view);
             // The peer waits for the first heads, be they none.

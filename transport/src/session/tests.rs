@@ -994,6 +994,25 @@ fn inv_11_fetches_are_made_in_the_order_of_urgency_then_age() {
 }
 
 #[test]
+fn what_is_lost_while_a_session_opens_comes_back_over_it() {
+    let mut world = World::new(&["a", "b"]);
+    world.store(0).make(&audit_origin("x"), 0, "", 60);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(5));
+    assert_converged(&world);
+    world.cut(0, 1);
+    // Both greet as equals, and then one of them no longer holds what it greeted with.
+    world.connect(0, 1);
+    let lost = *world.store(1).ids().first().unwrap();
+    world.store(1).by_id.remove(&lost);
+    world.store(1).puts.remove(&lost);
+    world.refresh(1);
+    world.run_for(Duration::from_secs(5));
+    assert_converged(&world);
+    assert!(world.store(1).by_id.contains_key(&lost));
+}
+
+#[test]
 fn inv_11_nothing_overtakes_what_is_not_listed_yet() {
     let (first, second) = (audit_origin("x"), audit_origin("y"));
     let page = |origin, id: u8| {
