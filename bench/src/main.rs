@@ -18,24 +18,36 @@ const AREAS: [&str; 3] = ["decide", "segments", "transport"];
 const USAGE: &str = "usage: tidelock-bench [AREA] [--long] [--only TEXT]";
 
 fn help() -> String {
-    let groups: Vec<&str> = segments::groups().collect();
+    let list = |area| groups(area).join(", ");
     format!(
         "Tidelock beside its peers, interleaved in one run, as ratios. Prints a table and writes\n\
          target/bench/AREA.json. Nothing is asserted, nothing is fetched.\n\n\
          {USAGE}\n\n\
          Areas (all of them if none is named): {}\n\n\
          \x20 --long       segments: also the rows that fill 10 GiB and a million segments\n\
-         \x20 --only TEXT  segments: only the groups whose name has TEXT:\n\
-         \x20              {}\n\
+         \x20 --only TEXT  segments, transport: only the groups whose name has TEXT:\n\
+         \x20              segments: {}\n\
+         \x20              transport: {}\n\
          \x20 -h, --help   this text\n\n\
          Examples:\n\
          \x20 tidelock-bench                            everything but what --long adds\n\
          \x20 tidelock-bench decide                     one area\n\
          \x20 tidelock-bench segments --only append     one group of it\n\
+         \x20 tidelock-bench transport --only bulk      one group of it\n\
          \x20 just bench segments --long                built first, then the great stores too\n",
         AREAS.join(", "),
-        groups.join(", "),
+        list("segments"),
+        list("transport"),
     )
+}
+
+/// The groups of rows that `--only` chooses among.
+fn groups(area: &str) -> Vec<&'static str> {
+    match area {
+        "segments" => segments::groups().collect(),
+        "transport" => transport::groups().collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// What the command line asks for.
@@ -57,13 +69,6 @@ impl Wanted {
                 "--long" => wanted.long = true,
                 "--only" => {
                     let only = args.next().ok_or("--only needs a part of a group's name")?;
-                    let known: Vec<&str> = segments::groups().collect();
-                    if only.is_empty() || !known.iter().any(|name| name.contains(&only)) {
-                        return Err(format!(
-                            "no group has `{only}` in its name; there are {}",
-                            known.join(", ")
-                        ));
-                    }
                     wanted.only = Some(only);
                 }
                 option if option.starts_with('-') => {
@@ -81,8 +86,19 @@ impl Wanted {
             }
         }
         let elsewhere = wanted.area.is_some_and(|area| area != "segments");
-        if wanted.only.is_some() && wanted.area != Some("segments") {
-            return Err("--only chooses among the groups of `segments`: name that area".to_owned());
+        if let Some(only) = &wanted.only {
+            let known = wanted.area.map(groups).unwrap_or_default();
+            if known.is_empty() {
+                return Err(
+                    "--only chooses among groups of `segments` or `transport`: name one".to_owned(),
+                );
+            }
+            if only.is_empty() || !known.iter().any(|name| name.contains(only)) {
+                return Err(format!(
+                    "no group has `{only}` in its name; there are {}",
+                    known.join(", ")
+                ));
+            }
         }
         if wanted.long && elsewhere {
             return Err("--long adds rows to `segments` only".to_owned());
@@ -98,7 +114,14 @@ fn main() -> ExitCode {
         .map(|(first, rest)| (first.as_str(), rest))
     {
         // A process of its own, to be killed or weighed.
-        segments::child(rest);
+        if rest
+            .first()
+            .is_some_and(|name| name.starts_with("transport-"))
+        {
+            transport::child(rest);
+        } else {
+            segments::child(rest);
+        }
         return ExitCode::SUCCESS;
     }
     let wanted = match Wanted::parse(args) {
@@ -112,6 +135,12 @@ fn main() -> ExitCode {
         print!("{}", help());
         return ExitCode::SUCCESS;
     }
+    if wanted.area.is_none_or(|area| area == "transport")
+        && let Some(why) = transport::with_steady_allocator()
+    {
+        eprintln!("tidelock-bench: {why}");
+        return ExitCode::FAILURE;
+    }
     std::fs::create_dir_all("target").expect("target");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     for area in AREAS {
@@ -122,7 +151,7 @@ fn main() -> ExitCode {
         let rows = match area {
             "decide" => runtime.block_on(decide::rows()),
             "segments" => segments::rows(wanted.long, wanted.only.as_deref()),
-            _ => runtime.block_on(transport::rows()),
+            _ => transport::rows(wanted.only.as_deref()),
         };
         report::publish(area, machine, &rows);
     }
@@ -146,6 +175,7 @@ mod tests {
             help: false,
         };
         assert_eq!(parse("segments --only memo --long"), Ok(segments));
+        assert!(parse("transport --only bulk").is_ok());
         assert_eq!(parse(""), Ok(Wanted::default()));
         assert!(parse("--help").is_ok_and(|wanted| wanted.help));
         for line in [
@@ -155,6 +185,8 @@ mod tests {
             "segments --only",
             "segments --only nothing",
             "--only memory",
+            "decide --only memory",
+            "transport --only memory",
             "decide --long",
         ] {
             assert!(parse(line).is_err(), "{line}");

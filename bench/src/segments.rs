@@ -13,7 +13,8 @@ use std::path::Path;
 
 use crate::Row;
 
-pub use children::child;
+pub use children::{Running, child, say};
+pub use great::{chain, noise};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

@@ -1,11 +1,11 @@
 //! Great stores: opening one after SIGKILL, and the memory that a million segments take.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{ops::Range, path::Path, sync::Arc, time::Duration};
 
 use serde_json::{Value, json};
 use tidelock_segments::{
     Charge, Checkpoint, Kind, LogKey, NodeId, Origin, RealDisk, Root, RootOptions, SegmentHeader,
-    SegmentId, Store, merkle, origin_line, seal_signed, verify_segment,
+    SegmentId, Store, VerifiedSegment, merkle, origin_line, seal_signed, verify_segment,
 };
 
 use super::{
@@ -218,19 +218,33 @@ pub fn make(dir: &Path, from: u64, to: u64) -> Result<(), String> {
 }
 
 fn make_origin(store: &Store, origin: u64, from: u64, to: u64) -> Result<(), String> {
+    let (_, _, name) = origin_of(origin)?;
+    let before = from
+        .checked_sub(1)
+        .and_then(|last| store.find(&name, last))
+        .map(|reference| reference.id);
+    let record = |sequence: u64| decision(origin << 32 | sequence, 300);
+    chain(origin, (from..to, before), record, |segment| {
+        store.put(&segment, Charge::Normal).map(drop).map_err(text)
+    })
+}
+
+/// The audit segments with these numbers of one origin, of one record each, signed and linked to the
+/// one before.
+pub fn chain(
+    origin: u64,
+    (sequences, mut prev): (Range<u64>, Option<SegmentId>),
+    record: impl Fn(u64) -> Vec<u8>,
+    mut take: impl FnMut(VerifiedSegment) -> Result<(), String>,
+) -> Result<(), String> {
     let (node, key, name) = origin_of(origin)?;
     let line = origin_line(&domain(), &name).ok_or("no audit origin")?;
     let endorsed = endorsement(&node, &key.public(), 1);
     let mut tree = merkle::Frontier::new();
-    let record = |sequence: u64| decision(origin << 32 | sequence, 300);
-    for sequence in 0..from {
+    for sequence in 0..sequences.start {
         tree.append(merkle::leaf_hash(&record(sequence)));
     }
-    let mut prev: Option<SegmentId> = from
-        .checked_sub(1)
-        .and_then(|last| store.find(&name, last))
-        .map(|reference| reference.id);
-    for sequence in from..to {
+    for sequence in sequences {
         // The body by docs/src/format.md, version 1.
         let record = record(sequence);
         let mut body = 1_u16.to_le_bytes().to_vec();
@@ -261,7 +275,7 @@ fn make_origin(store: &Store, origin: u64, from: u64, to: u64) -> Result<(), Str
         let bytes = seal_signed(&header, &body, &key, &endorsed).map_err(text)?;
         let segment = verify_segment(bytes, None, &domain()).map_err(text)?;
         prev = Some(segment.id());
-        store.put(&segment, Charge::Normal).map_err(text)?;
+        take(segment)?;
     }
     Ok(())
 }
