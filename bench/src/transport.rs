@@ -2,6 +2,7 @@
 //! peers and reconciling cost. Everything speaks to loopback only.
 
 mod bulk;
+mod handshake;
 mod iroh;
 mod site;
 
@@ -12,8 +13,9 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 1] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 2] = [
     ("bulk", bulk::rows),
+    ("handshake", handshake::rows),
 ];
 
 /// The names of the groups.
