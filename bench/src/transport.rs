@@ -4,6 +4,7 @@
 mod bulk;
 mod handshake;
 mod iroh;
+mod reconcile;
 mod site;
 
 use std::{os::unix::process::CommandExt as _, path::Path};
@@ -13,9 +14,10 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 2] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 3] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
+    ("reconcile", reconcile::rows),
 ];
 
 /// The names of the groups.
