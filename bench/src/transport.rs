@@ -5,7 +5,9 @@ mod bulk;
 mod handshake;
 mod iroh;
 mod reconcile;
+mod revocation;
 mod site;
+mod swarm;
 
 use std::{os::unix::process::CommandExt as _, path::Path};
 
@@ -14,9 +16,10 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 3] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 4] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
+    ("revocation", revocation::rows),
     ("reconcile", reconcile::rows),
 ];
 
