@@ -7,6 +7,7 @@ mod iroh;
 mod reconcile;
 mod revocation;
 mod site;
+mod storm;
 mod swarm;
 
 use std::{os::unix::process::CommandExt as _, path::Path};
@@ -16,10 +17,11 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 4] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 5] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
     ("revocation", revocation::rows),
+    ("storm", storm::rows),
     ("reconcile", reconcile::rows),
 ];
 
