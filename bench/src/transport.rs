@@ -3,6 +3,7 @@
 
 mod bulk;
 mod handshake;
+mod idle;
 mod iroh;
 mod reconcile;
 mod revocation;
@@ -17,11 +18,12 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 5] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 6] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
     ("revocation", revocation::rows),
     ("storm", storm::rows),
+    ("idle", idle::rows),
     ("reconcile", reconcile::rows),
 ];
 
@@ -75,6 +77,7 @@ pub fn with_steady_allocator() -> Option<String> {
 pub fn child(args: &[String]) {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
+        ["transport-hold", dir, system] => idle::hold(Path::new(dir), system),
         _ => Err(format!("unknown: {words:?}")),
     };
     if let Err(why) = done {
