@@ -3,6 +3,7 @@
 
 mod bulk;
 mod handshake;
+mod hostile;
 mod idle;
 mod iroh;
 mod reconcile;
@@ -18,12 +19,13 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 6] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 7] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
     ("revocation", revocation::rows),
     ("storm", storm::rows),
     ("idle", idle::rows),
+    ("hostile", hostile::rows),
     ("reconcile", reconcile::rows),
 ];
 
@@ -78,6 +80,7 @@ pub fn child(args: &[String]) {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words.as_slice() {
         ["transport-hold", dir, system] => idle::hold(Path::new(dir), system),
+        ["transport-besieged", dir] => hostile::besieged(Path::new(dir)),
         _ => Err(format!("unknown: {words:?}")),
     };
     if let Err(why) = done {
