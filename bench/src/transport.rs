@@ -9,8 +9,10 @@ mod iroh;
 mod reconcile;
 mod revocation;
 mod site;
+mod small;
 mod storm;
 mod swarm;
+mod syncthing;
 
 use std::{os::unix::process::CommandExt as _, path::Path};
 
@@ -19,7 +21,7 @@ use tokio::runtime::Runtime;
 use crate::{Row, segments};
 
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 7] = [
+const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 8] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
     ("revocation", revocation::rows),
@@ -27,6 +29,7 @@ const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 7] = [
     ("idle", idle::rows),
     ("hostile", hostile::rows),
     ("reconcile", reconcile::rows),
+    ("small", small::rows),
 ];
 
 /// The names of the groups.
