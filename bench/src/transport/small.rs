@@ -113,7 +113,12 @@ async fn measure(dir: &Path) -> Result<Vec<Row>, String> {
     }
     let mut peer = syncthing::Pair::new(&dir.join("syncthing"), &files);
     let (mut rates, mut cpus, mut theirs, mut floor) = (vec![], vec![], vec![], vec![]);
+    let begun = Instant::now();
     for slice in 0..SLICES {
+        // On a slow disk one slice has to do.
+        if slice > 0 && begun.elapsed() > Duration::from_secs(50) {
+            break;
+        }
         floor.push(raw(&dir.join("raw"))?);
         let taker = dir.join("taker");
         let (seconds, cpu) = bulk::ours(&taker, &site, (&from, &tls)).await?;
@@ -133,7 +138,7 @@ async fn measure(dir: &Path) -> Result<Vec<Row>, String> {
     let detail = json!({
         "segments": count, "bytes_each": BYTES, "rates": rates, "cpu_us_each": cpus, "theirs": theirs.clone(),
         "write_and_fsync_files_per_s": floor,
-        "what": "from the first session to the last segment listed by the taker; each is verified, and durable when it is listed",
+        "what": "from the first session to the last segment counted by the taker; each is verified, and durable when it is counted",
     });
     let mut rows =
         vec![Row::absolute(ID, "segments/s", rate, None, AIM, rate >= 10_000.0).with(detail)];
