@@ -20,8 +20,11 @@ use tokio::runtime::Runtime;
 
 use crate::{Row, segments};
 
+/// A name and what runs under it.
+type Group = (&'static str, fn(&Runtime, &Path) -> Vec<Row>);
+
 /// What runs, in this order.
-const GROUPS: [(&str, fn(&Runtime, &Path) -> Vec<Row>); 8] = [
+const GROUPS: [Group; 8] = [
     ("bulk", bulk::rows),
     ("handshake", handshake::rows),
     ("revocation", revocation::rows),

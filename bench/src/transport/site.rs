@@ -206,11 +206,13 @@ pub fn store(dir: &std::path::Path, node: &NodeId) -> Result<Arc<Store>, String>
     Ok(store)
 }
 
+type Small = BTreeMap<(Origin, u64), (SegmentRef, Vec<u8>)>;
+
 /// Where a node keeps segments.
 pub enum Kept {
     Disk(Arc<Store>),
     /// Small ones only; for nodes of which there are a thousand.
-    Memory(Mutex<BTreeMap<(Origin, u64), (SegmentRef, Vec<u8>)>>),
+    Memory(Mutex<Small>),
 }
 
 /// What a node says.
@@ -409,9 +411,9 @@ pub fn start(
     Mesh::start(config, tls.clone(), hooks, MonotonicClock::default()).map_err(text)
 }
 
-/// A node's domain, for those who only name it.
-pub fn named(text_of: &str) -> Result<NodeId, String> {
-    NodeId::new(text_of).map_err(text)
+/// A node's id.
+pub fn named(name: &str) -> Result<NodeId, String> {
+    NodeId::new(name).map_err(text)
 }
 
 /// Resident KiB of this process.
