@@ -107,6 +107,17 @@ pub const MAX_RANGE_BYTES: u64 = segments::MAX_SLICE_BYTES;
 /// one is at most 1.5 KiB longer, and so much is held in memory for each range in flight.
 pub const RANGE_BYTES: u64 = 256 * 1024;
 
+/// A bulk segment or slice up to this size waits in its own session's memory to be written, and so
+/// behind no other peer's: all that a node asks for of other nodes' audit.
+pub const MAX_SMALL_SEND_BYTES: u64 = RANGE_BYTES + 2 * 1_024;
+
+/// Bytes of them in one session, in KiB: one that is written, one that is ready and one that is read,
+/// with room for a fourth. 256 MiB with [`MAX_SESSIONS`] that all read nothing.
+pub const MAX_SMALL_SENDS_KIB: usize = 1_024;
+
+/// Bytes of the bigger ones over all sessions, in KiB: the segments of a node that fetches its own log.
+pub const MAX_GREAT_SENDS_KIB: usize = 128 * 1_024;
+
 /// Ranges that a session asks for before it knows how long one takes, and the fewest that it ever has
 /// on their way. The most are [`MAX_IN_FLIGHT`] less [`URGENT_IN_FLIGHT`]: 7 MiB.
 pub const RANGES_AT_FIRST: usize = 4;
@@ -283,5 +294,8 @@ const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_BULK_BYTES_IN_FLIGHT);
 const _: () = assert!(MAX_URGENT_SEGMENT_BYTES <= segments::MAX_SEGMENT_BYTES);
 const _: () = assert!(MAX_REFS_PER_FRAME <= segments::MAX_REFS);
 const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_PARTIAL_BYTES_PER_SESSION);
+const _: () = assert!(3 * MAX_SMALL_SEND_BYTES <= MAX_SMALL_SENDS_KIB as u64 * 1_024);
+const _: () = assert!(MAX_WHOLE_BYTES <= MAX_SMALL_SEND_BYTES);
+const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_GREAT_SENDS_KIB as u64 * 1_024);
 const _: () = assert!(RANGE_BYTES.is_multiple_of(tidelock_segments::bao::GROUP_BYTES));
 const _: () = assert!(RANGE_BYTES <= MAX_RANGE_BYTES && MAX_WHOLE_BYTES >= RANGE_BYTES);

@@ -37,7 +37,7 @@ use crate::{
     congestion::{Congestion, PathMemory},
     dial::{Dial, DialConfig, DialConfigError, Dialer, PeerConfig},
     frame::CloseCode,
-    limits::{MAX_BULK_BYTES_NODE, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
+    limits::{MAX_BULK_BYTES_NODE, MAX_GREAT_SENDS_KIB, MAX_HANDSHAKES, MAX_PEERS, MAX_SESSIONS},
     registry::{Claims, Registry, SessionId},
     revocation::RevocationError,
     session::{AnnouncedQuota, Lag, PeerHello, PeerLimits, PeerPosture, Refusal, SessionConfig},
@@ -66,11 +66,6 @@ pub use quotas::{PeerDebt, PeerQuota, QuotaConfig, QuotaDebt};
 
 /// Events that wait for the node. Past it they are counted, and the count is told.
 const EVENTS: usize = 1_024;
-
-/// Segments that wait in memory to be written, in KiB over all sessions, beside the urgent ones.
-const SEND_MEMORY_KIB: usize = 256 * 1024;
-
-const _: () = assert!(SEND_MEMORY_KIB as u64 * 1024 >= crate::limits::MAX_BULK_SEGMENT_BYTES);
 
 /// Time that a closing socket stays open for the last packets.
 const LINGER: Duration = Duration::from_millis(250);
@@ -568,7 +563,8 @@ struct Shared {
     stored: Mutex<(u64, u64)>,
     beacon: Mutex<BeaconStatus>,
     handshakes: Arc<Semaphore>,
-    send_memory: Arc<Semaphore>,
+    /// Memory for what is too big for a session's own, in KiB.
+    great_sends: Arc<Semaphore>,
     stopping: watch::Sender<bool>,
     sessions_over: Notify,
 }
@@ -938,7 +934,7 @@ impl Mesh {
             stored: Mutex::default(),
             beacon: Mutex::default(),
             handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
-            send_memory: Arc::new(Semaphore::new(SEND_MEMORY_KIB)),
+            great_sends: Arc::new(Semaphore::new(MAX_GREAT_SENDS_KIB)),
             stopping: watch::Sender::new(false),
             sessions_over: Notify::new(),
         });

@@ -13,8 +13,8 @@ use tidelock_segments::{SegmentId, Store};
 use tidelock_transport::{
     frame::{Fetch, Frame, Hello, HelloAck, ListRefs, ReceiptWant, WireLimits},
     limits::{
-        MAX_BULK_BYTES_NODE, MAX_FRAME_BODY_BYTES, MAX_FRAMES_QUEUED, MAX_IN_FLIGHT,
-        MAX_LISTS_OUTSTANDING, MAX_RECEIPTS_PER_FRAME, PROTOCOL_VERSION,
+        MAX_FRAME_BODY_BYTES, MAX_FRAMES_QUEUED, MAX_GREAT_SENDS_KIB, MAX_IN_FLIGHT,
+        MAX_LISTS_OUTSTANDING, MAX_RECEIPTS_PER_FRAME, MAX_SMALL_SENDS_KIB, PROTOCOL_VERSION,
     },
     shell::{MeshConfig, QuicConfig},
     tls::{MeshTls, SERVER_NAME},
@@ -52,8 +52,9 @@ fn allowed_mib() -> f64 {
     let quic = QuicConfig::default();
     let windows = u64::from(quic.send_window_bytes) + u64::from(quic.receive_window_bytes);
     let frames = (MAX_FRAMES_QUEUED * MAX_FRAME_BODY_BYTES) as u64;
-    // Segments that wait to be written have the same bound over all sessions as those being received.
-    let bytes = HOSTILE as u64 * (windows + frames) + MAX_BULK_BYTES_NODE;
+    let small = MAX_SMALL_SENDS_KIB as u64 * 1_024;
+    let great = MAX_GREAT_SENDS_KIB as u64 * 1_024;
+    let bytes = HOSTILE as u64 * (windows + frames + small) + great;
     bytes as f64 / f64::from(1 << 20)
 }
 

@@ -25,7 +25,7 @@ use crate::{
         ByteRange, Channel, CloseCode, DataStream, FetchRefusal, Frame, FrameError, FrameHeader,
         Segment, Slice,
     },
-    limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT},
+    limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT, MAX_SMALL_SEND_BYTES},
     session::{Fault, Refusal, Serve, ServeKey, TakeSlice, is_urgent},
 };
 
@@ -125,15 +125,18 @@ async fn prepare(link: &Link, serve: Serve) -> Option<Prepared> {
             Err(Wait::Never) => return unreadable(serve),
         }
     }
-    // INV-07: bulk segments that wait in memory to be written are bounded over all sessions.
+    // INV-07: bulk segments that wait in memory to be written are bounded. INV-13: behind those of a
+    // peer that reads nothing stands nothing of another, unless both are great.
     let room = if is_urgent(serve.reference.kind) {
         None
     } else {
         let kib = u32::try_from(size_bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        let room = Arc::clone(&shared.send_memory)
-            .acquire_many_owned(kib)
-            .await;
-        Some(room.ok()?)
+        let memory = if size_bytes <= MAX_SMALL_SEND_BYTES {
+            &link.small_sends
+        } else {
+            &shared.great_sends
+        };
+        Some(Arc::clone(memory).acquire_many_owned(kib).await.ok()?)
     };
     let (hooks, id, range) = (
         Arc::clone(&shared.hooks),

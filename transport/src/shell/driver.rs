@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
 use tidelock_segments::{Head, Kind, NodeId, Origin, SegmentId, SegmentRef};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use super::{
     MeshEvent, MeshHooks, PeerStats, Shared, close_code,
@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     frame::{Channel, CloseCode, FetchRefusal, Frame, FrameDecoder},
-    limits::{MAX_FRAME_BODY_BYTES, MAX_MAILBOX, MAX_QUESTIONS},
+    limits::{MAX_FRAME_BODY_BYTES, MAX_MAILBOX, MAX_QUESTIONS, MAX_SMALL_SENDS_KIB},
     registry::{Busy, Entry, SessionId, Verdict},
     session::{
         Asked, Fault, LocalHello, PeerHello, Refusal, Serve, ServeKey, SessionClose, SessionEvent,
@@ -189,6 +189,8 @@ pub(super) struct Link {
     pub(super) peer: NodeId,
     session: SessionId,
     inputs: mpsc::Sender<Input>,
+    /// Memory for what waits to be written and is not great, in KiB.
+    pub(super) small_sends: Arc<Semaphore>,
     alive: Arc<AtomicBool>,
     over: watch::Receiver<bool>,
 }
@@ -672,6 +674,7 @@ pub(super) async fn run(shared: Arc<Shared>, connection: Connection, outbound: b
         peer: peer.clone(),
         session,
         inputs,
+        small_sends: Arc::new(Semaphore::new(MAX_SMALL_SENDS_KIB)),
         alive,
         over,
     };
