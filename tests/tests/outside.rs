@@ -16,7 +16,7 @@ use tidelock::demo::{
     site::{NODES, Site},
 };
 use tidelock_tests::{
-    namespaces, not_run,
+    namespaces, not_run, program,
     site::{
         LIMIT, ask, await_epoch, await_sessions, directory, events, good, install, running, seal,
     },
@@ -65,6 +65,30 @@ async fn metric(site: &Site<'_>, at: &str, name: &str, least: f64, most: f64) ->
     }
 }
 
+/// The names of the records of a qlog of this peer, one second long, the header's as "".
+async fn qlog(site: &Site<'_>, at: &str, peer: &str) -> Vec<String> {
+    let output = tokio::process::Command::new(program().unwrap())
+        .args(["peers", "qlog", peer, "--seconds", "1", "-c"])
+        .arg(site.node(at).unwrap().config_path())
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    // RFC 7464: each record begins with RS.
+    let (nothing, records) = text.split_once('\u{1e}').unwrap();
+    assert!(nothing.is_empty());
+    records
+        .split('\u{1e}')
+        .map(|record| {
+            let record: Value = serde_json::from_str(record).unwrap();
+            let name = record.get("name").and_then(Value::as_str);
+            name.unwrap_or_default().to_owned()
+        })
+        .collect()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_reason() {
     let dir = directory();
@@ -90,6 +114,14 @@ async fn a_peer_that_goes_and_comes_is_seen_in_metrics_and_each_segment_has_its_
         f64::MAX,
     )
     .await;
+    let course = qlog(&site, "a", "b").await;
+    let begins = [
+        "",
+        "tidelock:session_started",
+        "recovery:metrics_updated",
+        "tidelock:packets",
+    ];
+    assert!(course.starts_with(&begins.map(str::to_owned)), "{course:?}");
     let text = metrics(&site, "a").await;
     for name in [
         "tidelock_crl_age_seconds{issuer=",
