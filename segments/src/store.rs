@@ -1976,36 +1976,42 @@ impl Store {
     /// and tells how many. The receipts that it is asked about are not verified.
     ///
     /// # Errors
-    /// [`StoreError`] if a file or the index cannot be read or written; those before it are gone.
+    /// [`StoreError`] if a file or the index cannot be read or written; all others are gone.
     pub fn remove_receipts_by(
         &self,
         condemned: &dyn Fn(&CustodyReceipt) -> bool,
     ) -> Result<usize, StoreError> {
-        let removed = self.remove_listed_receipts_by(condemned)?;
-        if self.index().suspect.is_none() {
-            return Ok(removed);
+        let mut removed = self.remove_listed_receipts_by(condemned);
+        if self.index().suspect.is_some() {
+            // What a damaged index did not list may be counted all the same: the files say what is held.
+            let mut writer = self.writer();
+            self.heal(&mut writer)?;
+            drop(writer);
+            let more = self.remove_listed_receipts_by(condemned);
+            removed = (removed.0 + more.0, more.1);
+            if let Some(why) = &self.index().suspect {
+                return Err(StoreError::Index(why.clone()));
+            }
         }
-        // What a damaged index did not list may be counted all the same: the files say what is held.
-        let mut writer = self.writer();
-        self.heal(&mut writer)?;
-        drop(writer);
-        let more = self.remove_listed_receipts_by(condemned)?;
-        match &self.index().suspect {
-            Some(why) => Err(StoreError::Index(why.clone())),
-            None => Ok(removed + more),
+        match removed {
+            (_, Some(error)) => Err(error),
+            (count, None) => Ok(count),
         }
     }
 
+    /// How many were removed, and the first error. Fail closed: one file that cannot be read or written
+    /// keeps the receipts of no other segment.
     fn remove_listed_receipts_by(
         &self,
         condemned: &dyn Fn(&CustodyReceipt) -> bool,
-    ) -> Result<usize, StoreError> {
+    ) -> (usize, Option<StoreError>) {
         let mut removed = 0;
+        let mut failed = None;
         let mut after: Option<(Origin, u64)> = None;
         loop {
             let some = self.list_after(Kind::Audit, after.as_ref(), MAX_REFS);
             let Some(last) = some.last() else {
-                return Ok(removed);
+                return (removed, failed);
             };
             after = Some((last.origin.clone(), last.sequence));
             for reference in &some {
@@ -2016,20 +2022,30 @@ impl Store {
                 if held.is_none_or(|entry| entry.receipts == 0) {
                     continue;
                 }
-                let mut doomed = self.read_receipts(&reference.id)?;
-                doomed.retain(|receipt| condemned(receipt));
-                if doomed.is_empty() {
-                    continue;
+                match self.remove_receipts_of(reference, condemned) {
+                    Ok(count) => removed += count,
+                    Err(error) => failed = failed.or(Some(error)),
                 }
-                self.change_receipts(reference, |all| {
-                    for receipt in &doomed {
-                        receipts::remove(all, &receipt.custodian);
-                    }
-                    Ok(())
-                })?;
-                removed += doomed.len();
             }
         }
+    }
+
+    fn remove_receipts_of(
+        &self,
+        reference: &SegmentRef,
+        condemned: &dyn Fn(&CustodyReceipt) -> bool,
+    ) -> Result<usize, StoreError> {
+        let mut doomed = self.read_receipts(&reference.id)?;
+        doomed.retain(|receipt| condemned(receipt));
+        if !doomed.is_empty() {
+            self.change_receipts(reference, |all| {
+                for receipt in &doomed {
+                    receipts::remove(all, &receipt.custodian);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(doomed.len())
     }
 
     /// Allocated bytes of the audit that is held for other nodes, with its part of the index.

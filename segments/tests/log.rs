@@ -16,8 +16,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use common::{KIB, LONG, MIB, Node, ROOT, Settings, domain, foreign_segments, node, receipt};
 use tidelock_segments::testing::{SimDisk, Survival, unchecked_endorsement};
 use tidelock_segments::{
-    AppendError, AuditFault, Checkpoint, DiskFault, Ladder, LogError, RecordClass, StoreError,
-    merkle, origin_line, read_records, verify_log,
+    AppendError, AuditFault, Checkpoint, CustodyReceipt, DiskFault, Ladder, LogError, RecordClass,
+    StoreError, merkle, origin_line, read_records, verify_log,
 };
 
 fn active_file(disk: &SimDisk) -> std::path::PathBuf {
@@ -661,6 +661,58 @@ fn a_condemned_custodians_receipts_stop_counting() {
 }
 
 #[test]
+fn a_reading_error_keeps_no_other_receipt_of_a_condemned_custodian_and_hides_none() {
+    // What is told, what is licensed then, and how many reading calls it took.
+    let condemn = |fault: Option<u64>| {
+        let disk = SimDisk::new();
+        let n = small().sim(&disk);
+        let mut sealed = Vec::new();
+        for record in [b"one", b"two", b"six"] {
+            n.append(record).unwrap();
+            sealed.push(n.log.seal_now().unwrap().unwrap().id);
+        }
+        for id in &sealed {
+            n.licensed_by(&n.store.reference(id).unwrap(), &["n2", "n3"]);
+        }
+        let licensed = || {
+            let ids = sealed.iter();
+            ids.filter(|id| n.log.is_licensed(id, u64::MAX)).count()
+        };
+        assert_eq!(licensed(), 3);
+        let before = disk.readings();
+        if let Some(after) = fault {
+            disk.fail_reading(before + after, DiskFault::Os(5));
+        }
+        let revoked = |r: &CustodyReceipt| r.custodian.as_str() == "n3";
+        let told = n.store.remove_receipts_by(&revoked);
+        let (readings, left) = (disk.readings() - before, licensed());
+        if n.store.latched().is_some() {
+            // Nothing is evicted either until the disk is sound.
+            let evicted = n.store.remove(&sealed[0]);
+            assert!(matches!(evicted, Err(StoreError::Latched(_))));
+            return (told, 0, readings);
+        }
+        n.store.remove_receipts_by(&revoked).unwrap();
+        assert_eq!(licensed(), 0, "the next time all of them go");
+        n.assert_ledger();
+        (told, left, readings)
+    };
+    let (told, left, readings) = condemn(None);
+    assert_eq!((told, left), (Ok(3), 0), "the control");
+    let mut failed = 0;
+    for after in 1..=readings {
+        match condemn(Some(after)) {
+            (Ok(count), left, _) => assert_eq!((count, left), (3, 0), "reading {after}"),
+            (Err(_), left, _) => {
+                assert!(left <= 1, "reading {after}: {left} are licensed still");
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed >= 3, "the file of each: {failed}");
+}
+
+#[test]
 fn receipts_survive_a_restart_and_do_not_move_between_segments() {
     let disk = SimDisk::new();
     let settings = small();
@@ -766,7 +818,7 @@ fn a_receipt_is_given_for_foreign_audit_only() {
     let given = n.log.issue_receipt(&foreign.id()).unwrap();
     assert_eq!(given.verify_signature(), Ok(()));
     assert_eq!(given.custodian, node("n1"));
-    let again = tidelock_segments::CustodyReceipt::decode(&given.encode().unwrap()).unwrap();
+    let again = CustodyReceipt::decode(&given.encode().unwrap()).unwrap();
     assert_eq!(again, given);
     n.append(b"own").unwrap();
     let own = n.log.seal_now().unwrap().unwrap();

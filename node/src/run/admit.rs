@@ -469,7 +469,7 @@ impl Node {
         match removed {
             Ok(0) => {}
             Ok(count) => self.event("receipts_dropped", json!({"count": count})),
-            // Told once; it is tried again every second.
+            // Told once; it is tried again every minute.
             Err(error) if !waited => {
                 self.event("receipts_not_dropped", json!({"why": error.to_string()}));
             }

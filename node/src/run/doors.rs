@@ -270,6 +270,8 @@ impl Node {
             }
             self.log.reopen().map_err(|e| unavailable(e.to_string()))?;
             self.record_put_aside();
+            // What a latched store kept of a revoked custodian.
+            self.drop_receipts_of_the_revoked();
         }
         Ok(json!({"was_shut": shut, "records": self.log.size()}))
     }

@@ -756,9 +756,6 @@ impl Node {
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();
-        if self.revoked_receipts_wait.load(Ordering::Relaxed) {
-            self.drop_receipts_of_the_revoked();
-        }
         self.scrub();
     }
 
@@ -827,6 +824,9 @@ impl Node {
         self.drop_stale_parts();
         self.keep_quotas();
         self.record_put_aside();
+        if self.revoked_receipts_wait.load(Ordering::Relaxed) {
+            self.drop_receipts_of_the_revoked();
+        }
         let floor = self.clock.kept();
         let mut kept = self
             .kept_floor
