@@ -158,6 +158,30 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Runs the groups that are wanted, each in a directory of its own.
+fn in_turn<G>(
+    groups: &[(&'static str, G)],
+    only: Option<&str>,
+    run: impl Fn(&G, &std::path::Path) -> Vec<Row>,
+) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (name, group) in groups {
+        if only.is_some_and(|only| !name.contains(only)) {
+            continue;
+        }
+        let begun = std::time::Instant::now();
+        let dir = tempfile::Builder::new()
+            .prefix("tlb")
+            .tempdir_in("target")
+            .expect("a directory in target");
+        let path = dir.path().canonicalize().expect("a path");
+        rows.extend(run(group, &path));
+        drop(dir);
+        eprintln!("  {name}: {:.0} s", begun.elapsed().as_secs_f64());
+    }
+    rows
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

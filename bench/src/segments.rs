@@ -11,7 +11,7 @@ mod space;
 
 use std::path::Path;
 
-use crate::Row;
+use crate::{Row, in_turn};
 
 pub use children::{Running, child, say};
 pub use great::{chain, noise};
@@ -19,8 +19,11 @@ pub use great::{chain, noise};
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
+/// A name and what runs under it.
+type Group = (&'static str, fn(&Path, bool) -> Vec<Row>);
+
 /// What runs, in this order; a group shares what it made on the disk.
-const GROUPS: [(&str, fn(&Path, bool) -> Vec<Row>); 8] = [
+const GROUPS: [Group; 8] = [
     ("append", append::rows),
     ("tree-tax", append::tree_tax),
     ("device-bytes", append::device_bytes_rows),
@@ -37,20 +40,5 @@ pub fn groups() -> impl Iterator<Item = &'static str> {
 }
 
 pub fn rows(long: bool, only: Option<&str>) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for (name, group) in GROUPS {
-        if only.is_some_and(|only| !name.contains(only)) {
-            continue;
-        }
-        let begun = std::time::Instant::now();
-        let dir = tempfile::Builder::new()
-            .prefix("tlb")
-            .tempdir_in("target")
-            .expect("a directory in target");
-        let path = dir.path().canonicalize().expect("a path");
-        rows.extend(group(&path, long));
-        drop(dir);
-        eprintln!("  {name}: {:.0} s", begun.elapsed().as_secs_f64());
-    }
-    rows
+    in_turn(&GROUPS, only, |group, dir| group(dir, long))
 }

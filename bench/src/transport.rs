@@ -18,7 +18,7 @@ use std::{os::unix::process::CommandExt as _, path::Path};
 
 use tokio::runtime::Runtime;
 
-use crate::{Row, segments};
+use crate::{Row, in_turn, segments};
 
 /// A name and what runs under it.
 type Group = (&'static str, fn(&Runtime, &Path) -> Vec<Row>);
@@ -41,24 +41,13 @@ pub fn groups() -> impl Iterator<Item = &'static str> {
 }
 
 pub fn rows(only: Option<&str>) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for (name, group) in GROUPS {
-        if only.is_some_and(|only| !name.contains(only)) {
-            continue;
-        }
-        let begun = std::time::Instant::now();
-        let dir = tempfile::Builder::new()
-            .prefix("tlb")
-            .tempdir_in("target")
-            .expect("a directory in target");
-        let path = dir.path().canonicalize().expect("a path");
+    in_turn(&GROUPS, only, |group, dir| {
         // A runtime of its own: what a group leaves running ends with it.
         let runtime = Runtime::new().expect("a runtime");
-        rows.extend(group(&runtime, &path));
+        let rows = group(&runtime, dir);
         runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-        eprintln!("  {name}: {:.0} s", begun.elapsed().as_secs_f64());
-    }
-    rows
+        rows
+    })
 }
 
 /// Starts the program anew if its allocator may change its ways. Each endpoint of quinn allocates tens
