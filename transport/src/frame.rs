@@ -13,9 +13,10 @@ use tidelock_segments::bao::GROUP_BYTES;
 
 use crate::limits::{
     FRAME_HEADER_BYTES, MAX_DECODED_FRAME_BYTES, MAX_ENDORSEMENT_BYTES, MAX_FRAME_BODY_BYTES,
-    MAX_HEADS_PER_FRAME, MAX_HELLO_ACK_BYTES, MAX_HELLO_BYTES, MAX_NAME_BYTES, MAX_NEWEST_REFS,
-    MAX_ORIGIN_BYTES, MAX_RANGE_BYTES, MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES,
-    MAX_RECEIPTS_PER_FRAME, MAX_REFS_PER_FRAME,
+    MAX_HEADS_PER_FRAME, MAX_HELLO_ACK_BYTES, MAX_HELLO_BYTES, MAX_LIST_REFS_BYTES,
+    MAX_LISTS_PER_FRAME, MAX_NAME_BYTES, MAX_NEWEST_REFS, MAX_ORIGIN_BYTES, MAX_RANGE_BYTES,
+    MAX_RANGES, MAX_REASON_BYTES, MAX_RECEIPT_BYTES, MAX_RECEIPTS_PER_FRAME,
+    MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME,
 };
 
 /// A segment id as it stands on the wire.
@@ -87,9 +88,9 @@ frame_types! {
     GetHead = 4, Control, 8;
     /// A full head.
     FullHead = 5, Control, 1024;
-    /// Asks for references of one origin.
-    ListRefs = 6, Control, 32;
-    /// References of one origin.
+    /// Asks for references.
+    ListRefs = 6, Control, MAX_LIST_REFS_BYTES;
+    /// References.
     Refs = 7, Control, MAX_FRAME_BODY_BYTES;
     /// Asks for one segment, or for a range of it.
     Fetch = 8, Control, 56;
@@ -213,9 +214,9 @@ pub struct HeadBody {
     pub last_id: WireId,
 }
 
-/// Asks for references.
+/// One list that is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct ListRefs {
+pub struct ListAsked {
     /// The answering side's number of the origin.
     pub origin: u32,
     /// First sequence number.
@@ -224,6 +225,21 @@ pub struct ListRefs {
     pub to: u64,
     /// References wanted at most.
     pub max: u16,
+}
+
+/// Asks for references, of one origin or of many at once.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ListRefs {
+    /// At least one; together at most what one frame of answers holds.
+    pub lists: Vec<ListAsked>,
+}
+
+impl ListRefs {
+    /// References that the answer to one list may hold: a page keeps those of one number together.
+    #[must_use]
+    pub fn answer_refs(max: u16) -> usize {
+        usize::from(max) + MAX_REFS_OF_ONE_NUMBER
+    }
 }
 
 /// One segment in a list.
@@ -239,15 +255,22 @@ pub struct RefEntry {
     pub prev: Option<WireId>,
 }
 
-/// References, ascending.
+/// References of one origin, ascending.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-pub struct Refs {
+pub struct RefList {
     /// The sending side's number of the origin.
     pub origin: u32,
     /// The references.
     pub refs: Vec<RefEntry>,
     /// Whether the asked range holds no more.
     pub done: bool,
+}
+
+/// The answer to one [`ListRefs`], list for list in its order.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Refs {
+    /// The lists.
+    pub lists: Vec<RefList>,
 }
 
 /// A range of a segment's bytes: whole groups of 16 KiB, except that the last one of a segment may be
@@ -449,7 +472,7 @@ close_codes! {
     Untrusted = 18, "untrusted";
 }
 
-/// Every frame of version 2.
+/// Every frame of version 3.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "each variant is documented at its body")]
 pub enum Frame {
@@ -700,15 +723,25 @@ impl Frame {
                     .is_none_or(|head| ranges_are_valid(&head.ranges)),
                 "ranges are not ascending and apart",
             ),
-            Self::ListRefs(list) => {
-                require(list.from <= list.to, "range ends before it begins")?;
+            Self::ListRefs(asked) => {
+                let mut answer = 0;
+                for list in &asked.lists {
+                    require(list.from <= list.to, "range ends before it begins")?;
+                    require(list.max > 0, "number of references is out of bounds")?;
+                    answer += ListRefs::answer_refs(list.max);
+                }
                 require(
-                    list.max > 0 && usize::from(list.max) <= MAX_REFS_PER_FRAME,
+                    answer > 0 && answer <= MAX_REFS_PER_FRAME,
                     "number of references is out of bounds",
                 )
             }
             Self::Refs(refs) => {
-                require(refs.refs.len() <= MAX_REFS_PER_FRAME, "too many references")
+                let held: usize = refs.lists.iter().map(|list| list.refs.len()).sum();
+                require(held <= MAX_REFS_PER_FRAME, "too many references")?;
+                require(
+                    !refs.lists.is_empty() && refs.lists.len() <= MAX_LISTS_PER_FRAME,
+                    "number of lists is out of bounds",
+                )
             }
             Self::Fetch(fetch) => require(
                 fetch.range.is_none_or(ByteRange::is_valid),

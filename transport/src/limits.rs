@@ -8,7 +8,7 @@ use std::time::Duration;
 use tidelock_segments::limits as segments;
 
 /// Version of the wire protocol. A change of any byte of a frame bumps it.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 
 /// Bytes before the body of every frame: length and type.
 pub const FRAME_HEADER_BYTES: usize = 5;
@@ -58,6 +58,13 @@ pub const MAX_REFS_PER_FRAME: usize = 512;
 /// Segments of one origin with the same sequence number that a page keeps together, beyond its size.
 pub const MAX_REFS_OF_ONE_NUMBER: usize = 8;
 
+/// Lists in one frame: each may hold a reference and what is kept together with it, and the answer to
+/// all of them is one frame of at most [`MAX_REFS_PER_FRAME`].
+pub const MAX_LISTS_PER_FRAME: usize = MAX_REFS_PER_FRAME / (1 + MAX_REFS_OF_ONE_NUMBER);
+
+/// Body of a frame that asks for lists: a length, and four numbers a list.
+pub const MAX_LIST_REFS_BYTES: usize = 3 + MAX_LISTS_PER_FRAME * (5 + 9 + 9 + 3);
+
 /// Segment ids in one request for receipts. Worst case of the answers that wait to be written:
 /// 32 x 32 KiB = 1 MiB a session.
 pub const MAX_RECEIPTS_PER_FRAME: usize = 32;
@@ -70,8 +77,12 @@ pub const MAX_ORIGINS: usize = 8_192;
 /// each, so 3 MiB. What is listed beyond it is forgotten again, last in turn first.
 pub const MAX_LISTED_AHEAD: usize = 16_384;
 
-/// Lists that may be asked for before the first answer.
-pub const MAX_LISTS_OUTSTANDING: usize = 8;
+/// Frames that ask for lists before the first answer. A first contact with a thousand logs that all
+/// differ is 32 of them, and so one round trip. What they list counts against [`MAX_LISTED_AHEAD`].
+pub const MAX_LISTS_OUTSTANDING: usize = 32;
+
+/// Full heads that may be asked for before the first answer.
+pub const MAX_HEADS_OUTSTANDING: usize = 8;
 
 /// Fetches in flight in one session, and the number that is announced in Hello.
 pub const MAX_IN_FLIGHT: u16 = 32;
@@ -160,7 +171,7 @@ pub const MAX_SET_ASIDE: usize = 1_024;
 pub const MAX_FAULTS: u32 = 3;
 
 /// Frames that may wait to be written. A peer that keeps to [`MAX_LISTS_OUTSTANDING`],
-/// [`MAX_IN_FLIGHT`] and one receipt request at a time never causes more; one that does not is
+/// [`MAX_HEADS_OUTSTANDING`], [`MAX_IN_FLIGHT`] and one receipt request at a time never causes more; one that does not is
 /// disconnected. Worst case 128 x 64 KiB = 8 MiB a session.
 pub const MAX_FRAMES_QUEUED: usize = 128;
 
@@ -267,7 +278,9 @@ const HEAD_ENTRY_MAX: usize = (5 + 3 + MAX_ORIGIN_BYTES)
     + (1 + MAX_NEWEST_REFS * REF_ENTRY_MAX);
 const REF_ENTRY_MAX: usize = 32 + 9 + 9 + 33;
 const _: () = assert!(16 + MAX_HEADS_PER_FRAME * HEAD_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);
-const _: () = assert!(32 + MAX_REFS_PER_FRAME * REF_ENTRY_MAX <= MAX_FRAME_BODY_BYTES);
+const _: () = assert!(
+    8 + MAX_LISTS_PER_FRAME * 16 + MAX_REFS_PER_FRAME * REF_ENTRY_MAX <= MAX_FRAME_BODY_BYTES
+);
 const _: () = assert!(8 + MAX_RECEIPTS_PER_FRAME * 32 <= MAX_FRAME_BODY_BYTES);
 const _: () = assert!(64 + MAX_RECEIPT_BYTES <= MAX_FRAME_BODY_BYTES);
 const _: () = assert!(MAX_ENDORSEMENT_BYTES + 2 * MAX_NAME_BYTES + 128 <= MAX_HELLO_BYTES);
@@ -276,6 +289,7 @@ const _: () = assert!(MAX_FRAME_BODY_BYTES <= MAX_DECODED_FRAME_BYTES);
 // Everything that a well-behaved peer can have asked for fits the queue, heads beside it.
 const _: () = assert!(
     MAX_LISTS_OUTSTANDING
+        + MAX_HEADS_OUTSTANDING
         + MAX_RECEIPTS_PER_FRAME
         + MAX_IN_FLIGHT as usize
         + MAX_HEADS_FRAMES_QUEUED

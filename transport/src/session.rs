@@ -24,17 +24,17 @@ use tidelock_segments::{DomainId, Head, Kind, NodeId, Origin, SegmentId, Segment
 use crate::{
     frame::{
         Bye, ByteRange, CloseCode, Fetch, FetchRefusal, FetchRefused, Frame, FullHead, GetHead,
-        HeadBody, HeadEntry, HeadTag, Heads, Hello, HelloAck, ListRefs, OriginRef, Receipt,
-        ReceiptWant, RefEntry, Refs, WireLimits, bounded_reason,
+        HeadBody, HeadEntry, HeadTag, Heads, Hello, HelloAck, ListAsked, ListRefs, OriginRef,
+        Receipt, ReceiptWant, RefEntry, RefList, Refs, WireLimits, bounded_reason,
     },
     limits::{
         HEADS_DELAY, HELLO_TIMEOUT, MAX_BULK_BYTES_IN_FLIGHT, MAX_BULK_SEGMENT_BYTES,
         MAX_EVENTS_QUEUED, MAX_FAULTS, MAX_FRAMES_QUEUED, MAX_HEADS_FRAMES_QUEUED,
-        MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD, MAX_LISTS_OUTSTANDING,
-        MAX_NEWEST_REFS, MAX_ORIGINS, MAX_RECEIPTS_PER_FRAME, MAX_REFS_OF_ONE_NUMBER,
-        MAX_REFS_PER_FRAME, MAX_SET_ASIDE, MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES,
-        PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK, RANGES_AT_FIRST, RANGES_AT_LEAST,
-        STALL_TIMEOUT, URGENT_IN_FLIGHT,
+        MAX_HEADS_OUTSTANDING, MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD,
+        MAX_LISTS_OUTSTANDING, MAX_NEWEST_REFS, MAX_ORIGINS, MAX_RECEIPTS_PER_FRAME,
+        MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME, MAX_SET_ASIDE, MAX_URGENT_SEGMENT_BYTES,
+        MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK, RANGES_AT_FIRST,
+        RANGES_AT_LEAST, STALL_TIMEOUT, URGENT_IN_FLIGHT,
     },
 };
 
@@ -379,6 +379,34 @@ fn newest_refs(head: &Head, view: &dyn View) -> Vec<RefEntry> {
     held.iter().map(RefEntry::from).collect()
 }
 
+/// One page of what is held.
+fn list_of(name: &Origin, asked: &ListAsked, view: &dyn View) -> RefList {
+    let max = usize::from(asked.max);
+    // A page is never cut between two segments of one number (conflicting lists of a CA, a
+    // policy with one more signature), because the next page begins at the next number.
+    let most = ListRefs::answer_refs(asked.max);
+    let mut held = view.refs(name, asked.from, asked.to, most);
+    let all = held.len() < most;
+    let same = |at: usize| match (held.get(at.wrapping_sub(1)), held.get(at)) {
+        (Some(before), Some(next)) => before.sequence == next.sequence,
+        _ => false,
+    };
+    let cut = (max..most)
+        .find(|at| !same(*at))
+        .unwrap_or(most)
+        .min(held.len());
+    let done = (all && cut == held.len())
+        || held
+            .get(cut.wrapping_sub(1))
+            .is_some_and(|last| last.sequence >= asked.to);
+    held.truncate(cut);
+    RefList {
+        origin: asked.origin,
+        refs: held.iter().map(RefEntry::from).collect(),
+        done,
+    }
+}
+
 /// Whether a segment is fetched in ranges: a bulk one above [`MAX_WHOLE_BYTES`]. Revocation and policy
 /// go in one piece, because they never wait for room (ruling 10), and what comes back of this node's
 /// own log (ruling 8), because it is the log that takes it and not the store.
@@ -483,8 +511,8 @@ struct PeerOrigin {
     listed: Ranges,
     /// What is still to be listed.
     missing: Ranges,
-    /// The request that is out: first and last number and the page size.
-    asked: Option<(u64, u64, u16)>,
+    /// A list of it was asked for and has not come.
+    is_asked: bool,
     /// Wants of this origin that wait for their turn.
     queued: usize,
 }
@@ -537,7 +565,10 @@ pub struct SessionMachine {
     their_names: Vec<Origin>,
     more_heads: Option<Kind>,
     open_lists: BTreeSet<ListKey>,
-    lists_asked: usize,
+    /// The frames that are out, oldest first, each with its lists in their order.
+    lists_asked: VecDeque<Vec<(Origin, ListAsked)>>,
+    /// References that their answers may hold.
+    refs_asked: usize,
     heads_asked: BTreeSet<Origin>,
 
     // What we want.
@@ -672,7 +703,8 @@ impl SessionMachine {
             their_names: Vec::new(),
             more_heads: None,
             open_lists: BTreeSet::new(),
-            lists_asked: 0,
+            lists_asked: VecDeque::new(),
+            refs_asked: 0,
             heads_asked: BTreeSet::new(),
             known: BTreeMap::new(),
             parts: BTreeMap::new(),
@@ -740,7 +772,7 @@ impl SessionMachine {
             (Frame::AskHeads, true) => self.offer_all(now, view),
             (Frame::GetHead(get), true) => self.on_get_head(get, view),
             (Frame::FullHead(head), true) => self.on_full_head(&head, view),
-            (Frame::ListRefs(list), true) => self.on_list_refs(list, view),
+            (Frame::ListRefs(asked), true) => self.on_list_refs(&asked, view),
             (Frame::Refs(refs), true) => self.on_refs(&refs, view),
             (Frame::Fetch(fetch), true) => self.on_fetch(fetch, view),
             (Frame::FetchRefused(refused), true) => self.on_fetch_refused(refused),
@@ -1687,7 +1719,7 @@ impl SessionMachine {
         // are seen in full; a policy with one more signature is the same policy.
         if differs
             && matches!(kind, Kind::Audit | Kind::Witness)
-            && self.heads_asked.len() < MAX_LISTS_OUTSTANDING
+            && self.heads_asked.len() < MAX_HEADS_OUTSTANDING
             && let Some(index) = self.origins.get(name).and_then(|origin| origin.index)
             && self.heads_asked.insert(name.clone())
         {
@@ -1828,9 +1860,29 @@ impl SessionMachine {
             return;
         }
         self.start_waiting(now);
+        while self.lists_asked.len() < MAX_LISTS_OUTSTANDING {
+            let ask = self.next_lists();
+            if ask.is_empty() {
+                return;
+            }
+            for (name, list) in &ask {
+                if let Some(origin) = self.origins.get_mut(name) {
+                    origin.is_asked = true;
+                }
+                self.refs_asked += ListRefs::answer_refs(list.max);
+            }
+            let lists = ask.iter().map(|(_, list)| *list).collect();
+            self.lists_asked.push_back(ask);
+            self.push(Frame::ListRefs(ListRefs { lists }));
+        }
+    }
+
+    /// What the next frame may ask for.
+    fn next_lists(&self) -> Vec<(Origin, ListAsked)> {
         let open = self.open_lists.len().max(1);
         let page = (MAX_LISTED_AHEAD / open).clamp(1, MAX_REFS_PER_FRAME - MAX_REFS_OF_ONE_NUMBER);
-        let mut ask = Vec::new();
+        let mut ask: Vec<(Origin, ListAsked)> = Vec::new();
+        let mut answer = 0;
         let first = self
             .queue
             .first()
@@ -1840,26 +1892,40 @@ impl SessionMachine {
             .last()
             .map(|(kind, at, name, _)| (kind, at, name));
         for (kind, cursor, name) in &self.open_lists {
-            let asked = self.lists_asked + ask.len();
-            if asked >= MAX_LISTS_OUTSTANDING {
+            let Some(origin) = self.origins.get(name).filter(|origin| !origin.is_asked) else {
+                continue;
+            };
+            let (Some((from, to)), Some(index)) = (origin.missing.first_range(), origin.index)
+            else {
+                continue;
+            };
+            // No more than the range has numbers; of revocation and policy many may bear one.
+            let numbers = usize::try_from((to - from).saturating_add(1)).unwrap_or(usize::MAX);
+            let most = if is_urgent(*kind) {
+                page
+            } else {
+                page.min(numbers)
+            };
+            let max = u16::try_from(most).unwrap_or(1);
+            let its_answer = ListRefs::answer_refs(max);
+            if answer + its_answer > MAX_REFS_PER_FRAME {
                 break;
             }
             let key = (kind, cursor, name);
             // What the queue waits for is always listed, else neither would ever go on.
             let holds_up = first.is_some_and(|first| key <= first);
             // INV-07: of what is not more urgent than all that is listed, only what there is room for.
-            let room = self.queue.len() + (asked + 1) * page <= MAX_LISTED_AHEAD;
-            let fits = room || last.is_some_and(|last| key < last);
-            if let Some(origin) = self.origins.get(name)
-                && origin.asked.is_none()
-                && (holds_up || (fits && origin.queued * 2 <= page))
-                && let Some((from, to)) = origin.missing.first_range()
-                && let Some(index) = origin.index
-            {
-                let max = u16::try_from(page).unwrap_or(1);
+            let ahead = self.queue.len() + self.refs_asked + answer + its_answer;
+            let fits = ahead <= MAX_LISTED_AHEAD || last.is_some_and(|last| key < last);
+            if !holds_up && !fits {
+                // Nor does any after it.
+                break;
+            }
+            if holds_up || origin.queued * 2 <= page {
+                answer += its_answer;
                 ask.push((
                     name.clone(),
-                    ListRefs {
+                    ListAsked {
                         origin: index,
                         from,
                         to,
@@ -1868,13 +1934,7 @@ impl SessionMachine {
                 ));
             }
         }
-        for (name, list) in ask {
-            if let Some(origin) = self.origins.get_mut(&name) {
-                origin.asked = Some((list.from, list.to, list.max));
-                self.lists_asked += 1;
-                self.push(Frame::ListRefs(list));
-            }
-        }
+        ask
     }
 
     /// INV-07: what was listed beyond the bound is forgotten, last in turn first, as if it had not been
@@ -1900,91 +1960,87 @@ impl SessionMachine {
         }
     }
 
-    fn on_list_refs(&mut self, list: ListRefs, view: &dyn View) {
-        let name = usize::try_from(list.origin)
-            .ok()
-            .and_then(|at| self.my_names.get(at))
-            .cloned();
-        let Some(name) = name else {
-            return self.close(
-                CloseCode::Protocol,
-                "list of an unknown origin was asked for",
-            );
-        };
-        let max = usize::from(list.max);
-        // A page is never cut between two segments of one number (conflicting lists of a CA, a
-        // policy with one more signature), because the next page begins at the next number.
-        let most = (max + MAX_REFS_OF_ONE_NUMBER).min(MAX_REFS_PER_FRAME);
-        let mut held = view.refs(&name, list.from, list.to, most);
-        let all = held.len() < most;
-        let same = |at: usize| match (held.get(at.wrapping_sub(1)), held.get(at)) {
-            (Some(before), Some(next)) => before.sequence == next.sequence,
-            _ => false,
-        };
-        let cut = (max..most)
-            .find(|at| !same(*at))
-            .unwrap_or(most)
-            .min(held.len());
-        let done = (all && cut == held.len())
-            || held
-                .get(cut.wrapping_sub(1))
-                .is_some_and(|last| last.sequence >= list.to);
-        held.truncate(cut);
-        let refs = held.iter().map(RefEntry::from).collect();
-        self.push(Frame::Refs(Refs {
-            origin: list.origin,
-            refs,
-            done,
-        }));
+    fn on_list_refs(&mut self, asked: &ListRefs, view: &dyn View) {
+        let mut lists = Vec::with_capacity(asked.lists.len());
+        for list in &asked.lists {
+            let name = usize::try_from(list.origin)
+                .ok()
+                .and_then(|at| self.my_names.get(at));
+            let Some(name) = name else {
+                return self.close(
+                    CloseCode::Protocol,
+                    "list of an unknown origin was asked for",
+                );
+            };
+            lists.push(list_of(name, list, view));
+        }
+        self.push(Frame::Refs(Refs { lists }));
     }
 
     fn on_refs(&mut self, refs: &Refs, view: &dyn View) {
-        let name = usize::try_from(refs.origin)
-            .ok()
-            .and_then(|at| self.their_names.get(at));
-        let Some(name) = name.cloned() else {
-            return self.close(CloseCode::Protocol, "list of an unknown origin");
-        };
-        let asked = self
-            .origins
-            .get_mut(&name)
-            .and_then(|origin| origin.asked.take());
-        let Some((from, to, max)) = asked else {
+        let Some(asked) = self.lists_asked.pop_front() else {
             return self.close(CloseCode::Protocol, "list was not asked for");
         };
-        self.lists_asked = self.lists_asked.saturating_sub(1);
-        let ascending = refs.refs.windows(2).all(|pair| match pair {
+        for (name, list) in &asked {
+            if let Some(origin) = self.origins.get_mut(name) {
+                origin.is_asked = false;
+            }
+            self.refs_asked = self
+                .refs_asked
+                .saturating_sub(ListRefs::answer_refs(list.max));
+        }
+        if refs.lists.len() != asked.len() {
+            return self.close(CloseCode::Protocol, "lists are others than were asked for");
+        }
+        for ((name, asked), list) in asked.iter().zip(&refs.lists) {
+            if let Err(detail) = self.take_list(name, asked, list, view) {
+                return self.close(CloseCode::Protocol, detail);
+            }
+        }
+    }
+
+    fn take_list(
+        &mut self,
+        name: &Origin,
+        asked: &ListAsked,
+        list: &RefList,
+        view: &dyn View,
+    ) -> Result<(), &'static str> {
+        let ascending = list.refs.windows(2).all(|pair| match pair {
             [before, after] => (before.sequence, before.id) < (after.sequence, after.id),
             _ => false,
         });
-        let inside = refs
+        let inside = list
             .refs
             .iter()
-            .all(|entry| (from..=to).contains(&entry.sequence));
-        let last = refs.refs.last().map(|last| last.sequence);
-        if !ascending || !inside || refs.refs.len() > usize::from(max) + MAX_REFS_OF_ONE_NUMBER {
-            return self.close(CloseCode::Protocol, "list differs from what was asked for");
+            .all(|entry| (asked.from..=asked.to).contains(&entry.sequence));
+        let last = list.refs.last().map(|last| last.sequence);
+        if list.origin != asked.origin
+            || !ascending
+            || !inside
+            || list.refs.len() > ListRefs::answer_refs(asked.max)
+        {
+            return Err("list differs from what was asked for");
         }
-        let listed_to = match (refs.done, last) {
-            (true, _) => to,
+        let listed_to = match (list.done, last) {
+            (true, _) => asked.to,
             (false, Some(last)) => last,
-            (false, None) => {
-                return self.close(CloseCode::Protocol, "empty list with more to come");
-            }
+            (false, None) => return Err("empty list with more to come"),
         };
-        for entry in &refs.refs {
-            self.consider(&name, entry, view);
+        for entry in &list.refs {
+            self.consider(name, entry, view);
         }
-        let Some(origin) = self.origins.get_mut(&name) else {
-            return;
+        let Some(origin) = self.origins.get_mut(name) else {
+            return Ok(());
         };
         // What the peer holds no more, or not yet, is listed when it says that it has it (again).
-        for entry in &refs.refs {
+        for entry in &list.refs {
             origin.listed.insert(entry.sequence, entry.sequence);
         }
         let mut missing = origin.missing.clone();
-        missing.remove(from, listed_to);
-        self.set_missing(&name, missing);
+        missing.remove(asked.from, listed_to);
+        self.set_missing(name, missing);
+        Ok(())
     }
 
     fn consider(&mut self, name: &Origin, entry: &RefEntry, view: &dyn View) {
@@ -2244,7 +2300,7 @@ impl SessionMachine {
     /// Whether the peer owes this side anything.
     fn owes(&self) -> bool {
         self.owed > 0
-            || self.lists_asked > 0
+            || !self.lists_asked.is_empty()
             || self.more_heads.is_some()
             || !self.heads_asked.is_empty()
             || !self.receipts_asked.is_empty()

@@ -49,8 +49,8 @@ use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
     endorse::endorse,
     frame::{
-        CloseCode, DataStream, Fetch, Frame, HeadEntry, Heads, OriginRef, RefEntry, Refs, Segment,
-        Slice,
+        CloseCode, DataStream, Fetch, Frame, HeadEntry, Heads, OriginRef, RefEntry, RefList, Refs,
+        Segment, Slice,
     },
     limits,
     revocation::{VerifiedCrl, crl_segment},
@@ -1515,14 +1515,16 @@ async fn drip(mut raw: Raw, listed: SegmentRef, peer: &'static str) {
         match frame {
             Frame::ListRefs(_) => {
                 raw.say(&Frame::Refs(Refs {
-                    origin: 0,
-                    refs: vec![RefEntry {
-                        id: *listed.id.as_bytes(),
-                        sequence: listed.sequence,
-                        size_bytes: listed.size_bytes,
-                        prev: listed.prev.map(|prev| *prev.as_bytes()),
+                    lists: vec![RefList {
+                        origin: 0,
+                        refs: vec![RefEntry {
+                            id: *listed.id.as_bytes(),
+                            sequence: listed.sequence,
+                            size_bytes: listed.size_bytes,
+                            prev: listed.prev.map(|prev| *prev.as_bytes()),
+                        }],
+                        done: true,
                     }],
-                    done: true,
                 }))
                 .await;
             }

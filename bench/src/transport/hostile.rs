@@ -11,7 +11,7 @@ use quinn::{Connection, SendStream, VarInt};
 use serde_json::json;
 use tidelock_segments::{SegmentId, Store};
 use tidelock_transport::{
-    frame::{Fetch, Frame, Hello, HelloAck, ListRefs, ReceiptWant, WireLimits},
+    frame::{Fetch, Frame, Hello, HelloAck, ListAsked, ListRefs, ReceiptWant, WireLimits},
     limits::{
         MAX_FRAME_BODY_BYTES, MAX_FRAMES_QUEUED, MAX_GREAT_SENDS_KIB, MAX_IN_FLIGHT,
         MAX_LISTS_OUTSTANDING, MAX_RECEIPTS_PER_FRAME, MAX_SMALL_SENDS_KIB, PROTOCOL_VERSION,
@@ -146,12 +146,12 @@ async fn besiege(
     });
     let mut frames = vec![hello, granted, Frame::AskHeads];
     frames.extend((0..MAX_LISTS_OUTSTANDING).map(|_| {
-        Frame::ListRefs(ListRefs {
+        Frame::ListRefs(ListRefs { lists: vec![ListAsked {
             origin: 0,
             from: 0,
             to: u64::MAX,
-            max: 512,
-        })
+            max: 504,
+        }] })
     }));
     frames.extend(ids.iter().take(usize::from(MAX_IN_FLIGHT)).map(|id| {
         Frame::Fetch(Fetch {

@@ -8,7 +8,7 @@ fn samples() -> Vec<(&'static str, Frame)> {
         (
             "hello",
             Frame::Hello(Box::new(Hello {
-                version: 2,
+                version: 3,
                 domain: "site-1".into(),
                 node_id: "a".into(),
                 limits: WireLimits {
@@ -70,31 +70,50 @@ fn samples() -> Vec<(&'static str, Frame)> {
         (
             "list_refs",
             Frame::ListRefs(ListRefs {
-                origin: 3,
-                from: 12,
-                to: 5_000_000_000,
-                max: 512,
+                lists: vec![
+                    ListAsked {
+                        origin: 3,
+                        from: 12,
+                        to: 5_000_000_000,
+                        max: 400,
+                    },
+                    ListAsked {
+                        origin: 4,
+                        from: 0,
+                        to: 0,
+                        max: 1,
+                    },
+                ],
             }),
         ),
         (
             "refs",
             Frame::Refs(Refs {
-                origin: 3,
-                refs: vec![
-                    RefEntry {
-                        id: [4; 32],
-                        sequence: 12,
-                        size_bytes: 250,
-                        prev: None,
+                lists: vec![
+                    RefList {
+                        origin: 3,
+                        refs: vec![
+                            RefEntry {
+                                id: [4; 32],
+                                sequence: 12,
+                                size_bytes: 250,
+                                prev: None,
+                            },
+                            RefEntry {
+                                id: [5; 32],
+                                sequence: 13,
+                                size_bytes: 251,
+                                prev: Some([4; 32]),
+                            },
+                        ],
+                        done: true,
                     },
-                    RefEntry {
-                        id: [5; 32],
-                        sequence: 13,
-                        size_bytes: 251,
-                        prev: Some([4; 32]),
+                    RefList {
+                        origin: 4,
+                        refs: Vec::new(),
+                        done: true,
                     },
                 ],
-                done: true,
             }),
         ),
         (
@@ -267,7 +286,7 @@ fn frames_arrive_in_any_pieces() {
 fn the_vectors_hold() {
     let path = concat!(
         env!("CARGO_MANIFEST_DIR"),
-        "/../tests/vectors/frames/v2.json"
+        "/../tests/vectors/frames/v3.json"
     );
     let text = std::fs::read_to_string(path).unwrap();
     let vectors: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -412,18 +431,20 @@ fn fields_have_limits_of_their_own_in_both_directions() {
     }
     let list = |from, to, max| {
         Frame::ListRefs(ListRefs {
-            origin: 0,
-            from,
-            to,
-            max,
+            lists: vec![ListAsked {
+                origin: 0,
+                from,
+                to,
+                max,
+            }],
         })
         .encode()
     };
     assert!(
-        list(1, 1, 1).is_ok() && list(1, 1, 512).is_ok(),
+        list(1, 1, 1).is_ok() && list(1, 1, 504).is_ok(),
         "the control"
     );
-    assert!(list(2, 1, 1).is_err() && list(1, 1, 0).is_err() && list(1, 1, 513).is_err());
+    assert!(list(2, 1, 1).is_err() && list(1, 1, 0).is_err() && list(1, 1, 505).is_err());
     let bye = |reason: String| Frame::Bye(Bye { code: 0, reason }).encode();
     assert!(bye("x".repeat(MAX_REASON_BYTES)).is_ok(), "the control");
     assert!(bye("x".repeat(MAX_REASON_BYTES + 1)).is_err());
@@ -538,13 +559,38 @@ fn the_widest_frames_fit() {
     });
     let bytes = heads.encode().unwrap();
     assert_eq!(decode_one(Channel::Control, &bytes), Ok(Some(heads)));
-    let refs = Frame::Refs(Refs {
+    let list = |refs| RefList {
         origin: u32::MAX,
-        refs: vec![reference; MAX_REFS_PER_FRAME],
+        refs: vec![reference; refs],
         done: false,
+    };
+    // As many references as there may be, over as many lists as there may be.
+    let mut lists = vec![list(1); MAX_LISTS_PER_FRAME - 1];
+    lists.push(list(MAX_REFS_PER_FRAME - lists.len()));
+    let refs = Frame::Refs(Refs {
+        lists: lists.clone(),
     });
     let bytes = refs.encode().unwrap();
     assert_eq!(decode_one(Channel::Control, &bytes), Ok(Some(refs)));
+    lists.push(list(0));
+    assert!(Frame::Refs(Refs { lists }).encode().is_err());
+    let asked = |lists| {
+        let list = ListAsked {
+            origin: u32::MAX,
+            from: u64::MAX,
+            to: u64::MAX,
+            max: 1,
+        };
+        Frame::ListRefs(ListRefs {
+            lists: vec![list; lists],
+        })
+    };
+    let bytes = asked(MAX_LISTS_PER_FRAME).encode().unwrap();
+    assert_eq!(
+        decode_one(Channel::Control, &bytes),
+        Ok(Some(asked(MAX_LISTS_PER_FRAME)))
+    );
+    assert!(asked(MAX_LISTS_PER_FRAME + 1).encode().is_err());
 }
 
 #[test]

@@ -1023,21 +1023,21 @@ fn inv_11_nothing_overtakes_what_is_not_listed_yet() {
             prev: None,
         };
         Frame::Refs(Refs {
-            origin,
-            refs: vec![entry],
-            done: true,
+            lists: vec![RefList {
+                origin,
+                refs: vec![entry],
+                done: true,
+            }],
         })
     };
     let want = |bench: &Bench| bench.machine.poll_want(MS).map(|want| want.origin.clone());
     // The list of the second origin comes first: its segment waits for the first one's.
     let mut bench = Bench::established();
-    bench.give(heads(vec![
-        new_head(0, &first, &[(0, 0)]),
-        new_head(1, &second, &[(0, 0)]),
-    ]));
-    bench.give(page(1, 1));
+    bench.give(heads(vec![new_head(0, &second, &[(0, 0)])]));
+    bench.give(heads(vec![new_head(1, &first, &[(0, 0)])]));
+    bench.give(page(0, 1));
     assert_eq!(want(&bench), None);
-    bench.give(page(0, 2));
+    bench.give(page(1, 2));
     assert_eq!(want(&bench), Some(first.clone()));
     // A round of heads that is not complete yet may still name something more urgent.
     let mut bench = Bench::established();
@@ -1408,14 +1408,17 @@ fn segments_of_one_number_are_never_split_by_a_page() {
         let (mut from, mut seen) = (0, BTreeSet::new());
         loop {
             bench.give(Frame::ListRefs(ListRefs {
-                origin: 0,
-                from,
-                to: u64::MAX,
-                max,
+                lists: vec![ListAsked {
+                    origin: 0,
+                    from,
+                    to: u64::MAX,
+                    max,
+                }],
             }));
-            let Some(Frame::Refs(page)) = bench.frames().pop() else {
-                panic!("no page")
+            let Some(Frame::Refs(mut answer)) = bench.frames().pop() else {
+                panic!("no answer")
             };
+            let page = answer.lists.pop().unwrap();
             seen.extend(page.refs.iter().map(|entry| entry.id));
             if page.done {
                 break;
@@ -1681,9 +1684,11 @@ impl Bench {
         let mut entry = reference_entry(1);
         entry.size_bytes = BIG as u64;
         bench.give(Frame::Refs(Refs {
-            origin: 0,
-            refs: vec![entry],
-            done: true,
+            lists: vec![RefList {
+                origin: 0,
+                refs: vec![entry],
+                done: true,
+            }],
         }));
         bench
     }
@@ -1859,10 +1864,12 @@ fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
             range: None,
         }),
         Frame::ListRefs(ListRefs {
-            origin: 0,
-            from: 0,
-            to: 9,
-            max: 9,
+            lists: vec![ListAsked {
+                origin: 0,
+                from: 0,
+                to: 9,
+                max: 9,
+            }],
         }),
         Frame::ReceiptWant(ReceiptWant {
             ids: vec![*id.as_bytes()],
@@ -1908,7 +1915,7 @@ fn inv_09_nothing_but_the_hello_round_trip_is_spoken_before_it_is_complete() {
 #[test]
 fn each_wrong_hello_has_its_code() {
     let cases: Vec<(Frame, CloseCode)> = vec![
-        (hello(|hello| hello.version = 3), CloseCode::Version),
+        (hello(|hello| hello.version = 4), CloseCode::Version),
         (
             hello(|hello| hello.domain = "other".into()),
             CloseCode::Domain,
@@ -1959,9 +1966,11 @@ fn the_first_reason_stays_and_nothing_follows_it() {
 fn each_answer_that_was_not_asked_for_ends_the_session() {
     let wrong: Vec<Frame> = vec![
         Frame::Refs(Refs {
-            origin: 0,
-            refs: vec![],
-            done: true,
+            lists: vec![RefList {
+                origin: 0,
+                refs: vec![],
+                done: true,
+            }],
         }),
         Frame::FullHead(FullHead {
             origin: 0,
@@ -1982,10 +1991,12 @@ fn each_answer_that_was_not_asked_for_ends_the_session() {
             receipt: None,
         }),
         Frame::ListRefs(ListRefs {
-            origin: 9,
-            from: 0,
-            to: 1,
-            max: 1,
+            lists: vec![ListAsked {
+                origin: 9,
+                from: 0,
+                to: 1,
+                max: 1,
+            }],
         }),
         Frame::GetHead(GetHead { origin: 9 }),
         heads(vec![HeadEntry {
@@ -2030,9 +2041,11 @@ fn a_list_that_differs_from_the_question_ends_the_session() {
         let mut bench = Bench::established();
         bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
         bench.give(Frame::Refs(Refs {
-            origin: 0,
-            refs: refs.clone(),
-            done,
+            lists: vec![RefList {
+                origin: 0,
+                refs: refs.clone(),
+                done,
+            }],
         }));
         assert_eq!(bench.code(), Some(CloseCode::Protocol), "{refs:?}");
     }
@@ -2040,14 +2053,43 @@ fn a_list_that_differs_from_the_question_ends_the_session() {
     let mut bench = Bench::established();
     bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
     let refs = Refs {
-        origin: 0,
-        refs: vec![reference_entry(1), reference_entry(2)],
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs: vec![reference_entry(1), reference_entry(2)],
+            done: true,
+        }],
     };
     bench.give(Frame::Refs(refs.clone()));
     assert_eq!((bench.code(), bench.machine.backlog()), (None, 2));
     bench.give(Frame::Refs(refs));
     assert_eq!(bench.code(), Some(CloseCode::Protocol));
+}
+
+/// The answer to a frame that asks for lists.
+fn answered(asked: &ListRefs, mut list: impl FnMut(&ListAsked) -> (Vec<RefEntry>, bool)) -> Frame {
+    let lists = asked.lists.iter().map(|asked| {
+        let (refs, done) = list(asked);
+        RefList {
+            origin: asked.origin,
+            refs,
+            done,
+        }
+    });
+    Frame::Refs(Refs {
+        lists: lists.collect(),
+    })
+}
+
+/// First and last number of each list that a frame asks for.
+fn asked_ranges(frame: &Frame) -> Vec<(u64, u64)> {
+    match frame {
+        Frame::ListRefs(asked) => asked
+            .lists
+            .iter()
+            .map(|list| (list.from, list.to))
+            .collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// Bytes of a segment that comes in four ranges, fewer than one session may have in flight.
@@ -2257,19 +2299,19 @@ fn a_range_outside_of_a_segment_ends_the_session() {
 }
 
 #[test]
-fn a_node_of_version_1_is_told_so() {
+fn a_node_of_an_earlier_version_is_told_so() {
     let mut bench = Bench::new();
-    bench.give(hello(|hello| hello.version = 1));
+    bench.give(hello(|hello| hello.version = 2));
     assert_eq!(bench.code(), Some(CloseCode::Version));
     let Some(Frame::Bye(bye)) = bench.frames().pop() else {
         panic!("no Bye");
     };
-    assert_eq!(bye.reason, "peer speaks version 1, this node 2");
+    assert_eq!(bye.reason, "peer speaks version 2, this node 3");
     // And the other way round: its word is taken, and is no misconduct.
     let mut bench = Bench::new();
     bench.give(Frame::Bye(Bye {
         code: CloseCode::Version as u32,
-        reason: "peer speaks version 2, this node 1".into(),
+        reason: "peer speaks version 3, this node 2".into(),
     }));
     let close = bench.machine.closed().cloned().unwrap();
     assert_eq!((close.code, close.by_peer), (CloseCode::Version, true));
@@ -2283,9 +2325,11 @@ fn unexpected_segments_count_and_the_third_ends_the_session() {
     bench.give(heads(vec![new_head(0, &origin, &[(0, 99)])]));
     let refs = (1..6).map(reference_entry).collect();
     bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs,
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs,
+            done: true,
+        }],
     }));
     let id = |sequence| SegmentId::from_bytes(reference_entry(sequence).id);
     let first = bench.machine.poll_want(MS).unwrap().id;
@@ -2427,25 +2471,23 @@ fn listing_ahead_is_bounded_over_all_origins() {
         let Some(frame) = served.pop_front() else {
             break;
         };
-        if let Frame::ListRefs(list) = frame {
-            let refs = (list.from..=list.to)
-                .take(usize::from(list.max))
-                .map(|sequence| {
-                    let mut id = [0; 32];
-                    id.iter_mut()
-                        .for_each(|byte| *byte = seeded.any().to_le_bytes()[0]);
-                    RefEntry {
-                        id,
-                        sequence,
-                        size_bytes: 10,
-                        prev: None,
-                    }
-                })
-                .collect();
-            bench.give(Frame::Refs(Refs {
-                origin: list.origin,
-                refs,
-                done: false,
+        if let Frame::ListRefs(asked) = frame {
+            bench.give(answered(&asked, |list| {
+                let refs = (list.from..=list.to)
+                    .take(usize::from(list.max))
+                    .map(|sequence| {
+                        let mut id = [0; 32];
+                        id.iter_mut()
+                            .for_each(|byte| *byte = seeded.any().to_le_bytes()[0]);
+                        RefEntry {
+                            id,
+                            sequence,
+                            size_bytes: 10,
+                            prev: None,
+                        }
+                    })
+                    .collect();
+                (refs, false)
             }));
         }
         assert!(bench.machine.backlog() <= 2 * MAX_LISTED_AHEAD);
@@ -2503,18 +2545,16 @@ fn inv_07_heads_that_name_new_ids_each_time_fill_nothing() {
     let mut named = 0;
     for at in 0..60 {
         for frame in told_anew(&mut bench, at) {
-            let Frame::ListRefs(list) = frame else {
+            let Frame::ListRefs(asked) = frame else {
                 continue;
             };
-            let mut refs: Vec<RefEntry> = (0..list.max)
-                .map(|of| fresh_entry(7, &format!("list {at} {of}")))
-                .collect();
-            refs.sort_by_key(|entry| entry.id);
-            named += refs.len();
-            bench.give(Frame::Refs(Refs {
-                origin: list.origin,
-                refs,
-                done: true,
+            bench.give(answered(&asked, |list| {
+                let mut refs: Vec<RefEntry> = (0..list.max)
+                    .map(|of| fresh_entry(7, &format!("list {at} {of}")))
+                    .collect();
+                refs.sort_by_key(|entry| entry.id);
+                named += refs.len();
+                (refs, true)
             }));
         }
         assert!(bench.machine.backlog() <= MAX_LISTED_AHEAD);
@@ -2533,17 +2573,15 @@ fn inv_07_origins_listed_one_after_the_other_fill_no_more_than_all_at_once() {
     let answer = |bench: &mut Bench| {
         let mut lists = 0;
         for frame in bench.frames() {
-            if let Frame::ListRefs(list) = frame {
-                lists += 1;
-                let refs: Vec<RefEntry> = (list.from..=list.to)
-                    .take(usize::from(list.max))
-                    .map(|sequence| entry(list.origin, sequence))
-                    .collect();
-                let done = refs.last().is_none_or(|last| last.sequence == list.to);
-                bench.give(Frame::Refs(Refs {
-                    origin: list.origin,
-                    refs,
-                    done,
+            if let Frame::ListRefs(asked) = frame {
+                bench.give(answered(&asked, |list| {
+                    lists += 1;
+                    let refs: Vec<RefEntry> = (list.from..=list.to)
+                        .take(usize::from(list.max))
+                        .map(|sequence| entry(list.origin, sequence))
+                        .collect();
+                    let done = refs.last().is_none_or(|last| last.sequence == list.to);
+                    (refs, done)
                 }));
             }
         }
@@ -2596,9 +2634,11 @@ fn a_list_that_the_queue_waits_for_is_asked_for_however_much_is_queued() {
         .map(|sequence| fresh_entry(sequence, &sequence.to_string()))
         .collect();
     bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs,
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs,
+            done: true,
+        }],
     }));
     assert_eq!(bench.machine.poll_want(MS).unwrap().sequence, 100);
     bench.frames();
@@ -2611,9 +2651,73 @@ fn a_list_that_the_queue_waits_for_is_asked_for_however_much_is_queued() {
     assert!(
         asked
             .iter()
-            .any(|frame| matches!(frame, Frame::ListRefs(list) if (list.from, list.to) == (0, 3))),
+            .flat_map(asked_ranges)
+            .any(|range| range == (0, 3)),
         "{asked:?}"
     );
+}
+
+/// A thousand logs of one segment each, in the frames of heads that a peer sends.
+fn wide_heads(bench: &mut Bench) -> usize {
+    let logs: Vec<u32> = (0..1_000).collect();
+    for some in logs.chunks(MAX_HEADS_PER_FRAME) {
+        let entries = some.iter().map(|index| {
+            let origin = audit_origin(&format!("n{index:04}"));
+            new_head(*index, &origin, &[(5, 5)])
+        });
+        bench.give(heads(entries.collect()));
+    }
+    logs.len()
+}
+
+#[test]
+fn a_thousand_logs_that_differ_are_listed_in_one_round_trip() {
+    let mut bench = Bench::established();
+    let logs = wide_heads(&mut bench);
+    // Nothing is answered before all of it is asked for.
+    let mut frames = bench.frames();
+    frames.retain(|frame| matches!(frame, Frame::ListRefs(_)));
+    let asked: usize = frames.iter().map(|frame| asked_ranges(frame).len()).sum();
+    assert_eq!(asked, logs);
+    assert!(frames.len() <= MAX_LISTS_OUTSTANDING, "{}", frames.len());
+    for frame in frames {
+        let Frame::ListRefs(asked) = frame else {
+            panic!("{frame:?}");
+        };
+        bench.give(answered(&asked, |list| {
+            (vec![fresh_entry(5, &list.origin.to_string())], true)
+        }));
+    }
+    assert_eq!((bench.code(), bench.machine.backlog()), (None, logs));
+}
+
+#[test]
+fn an_answer_with_other_lists_than_were_asked_for_ends_the_session() {
+    let spoil: [fn(&mut Vec<RefList>); 5] = [
+        |_| {},
+        |lists| lists.swap(0, 1),
+        |lists| drop(lists.pop()),
+        |lists| lists.push(lists[0].clone()),
+        |lists| lists[1].origin = 999,
+    ];
+    for (at, spoil) in spoil.into_iter().enumerate() {
+        let mut bench = Bench::established();
+        wide_heads(&mut bench);
+        let asked = bench.frames().into_iter().find_map(|frame| match frame {
+            Frame::ListRefs(asked) => Some(asked),
+            _ => None,
+        });
+        let right = answered(&asked.unwrap(), |list| {
+            (vec![fresh_entry(5, &list.origin.to_string())], true)
+        });
+        let Frame::Refs(mut refs) = right else {
+            panic!("{right:?}");
+        };
+        spoil(&mut refs.lists);
+        bench.give(Frame::Refs(refs));
+        let expected = (at > 0).then_some(CloseCode::Protocol);
+        assert_eq!(bench.code(), expected, "{at}; the first is the control");
+    }
 }
 
 #[test]
@@ -2629,18 +2733,16 @@ fn what_was_not_there_when_it_was_listed_is_listed_when_it_is_there() {
         }])
     };
     let lists = |bench: &mut Bench| -> Vec<(u64, u64)> {
-        let lists = bench.frames().into_iter().filter_map(|frame| match frame {
-            Frame::ListRefs(list) => Some((list.from, list.to)),
-            _ => None,
-        });
-        lists.collect()
+        bench.frames().iter().flat_map(asked_ranges).collect()
     };
     bench.give(head(OriginRef::New(0, log.as_str().to_owned())));
     assert_eq!(lists(&mut bench), [(0, 2)]);
     bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs: vec![fresh_entry(0, "0"), fresh_entry(2, "2")],
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs: vec![fresh_entry(0, "0"), fresh_entry(2, "2")],
+            done: true,
+        }],
     }));
     assert_eq!(lists(&mut bench), [], "nothing asks without news");
     bench.give(head(OriginRef::Known(0)));
@@ -2679,9 +2781,11 @@ fn inv_13_a_spent_quota_holds_its_class_back_and_the_session_stays() {
     let mut bench = Bench::established();
     bench.give(heads(vec![new_head(0, &audit_origin("x"), &[(0, 9)])]));
     bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs: vec![reference_entry(1)],
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs: vec![reference_entry(1)],
+            done: true,
+        }],
     }));
     assert!(bench.machine.poll_want(MS).is_some(), "the control");
     let later = Duration::from_secs(7);
@@ -2691,9 +2795,11 @@ fn inv_13_a_spent_quota_holds_its_class_back_and_the_session_stays() {
     // A CRL does not wait for the bulk quota.
     bench.give(heads(vec![new_head(1, &crl_origin(), &[(4, 4)])]));
     bench.give(Frame::Refs(Refs {
-        origin: 1,
-        refs: vec![reference_entry(4)],
-        done: true,
+        lists: vec![RefList {
+            origin: 1,
+            refs: vec![reference_entry(4)],
+            done: true,
+        }],
     }));
     let urgent = bench.machine.poll_want(MS).unwrap().clone();
     assert_eq!(urgent.kind, Kind::Revocation);
@@ -2712,9 +2818,11 @@ fn ruling_10_a_full_pipe_of_audit_leaves_room_for_a_crl() {
     bench.give(heads(vec![new_head(0, &audit_origin("x"), &[(0, 99)])]));
     let refs = (1..90).map(reference_entry).collect();
     bench.give(Frame::Refs(Refs {
-        origin: 0,
-        refs,
-        done: true,
+        lists: vec![RefList {
+            origin: 0,
+            refs,
+            done: true,
+        }],
     }));
     let mut flying = 0;
     while let Some(want) = bench.machine.poll_want(MS).cloned() {
@@ -2724,9 +2832,11 @@ fn ruling_10_a_full_pipe_of_audit_leaves_room_for_a_crl() {
     assert_eq!(flying, local("a").limits.max_in_flight - URGENT_IN_FLIGHT);
     bench.give(heads(vec![new_head(1, &crl_origin(), &[(95, 95)])]));
     bench.give(Frame::Refs(Refs {
-        origin: 1,
-        refs: vec![reference_entry(95)],
-        done: true,
+        lists: vec![RefList {
+            origin: 1,
+            refs: vec![reference_entry(95)],
+            done: true,
+        }],
     }));
     assert_eq!(
         bench.machine.poll_want(MS).map(|want| want.kind),
@@ -2880,10 +2990,12 @@ mod random {
             })),
             (small.clone(), sequence.clone(), 1u16..9).prop_map(|(origin, from, max)| {
                 Frame::ListRefs(ListRefs {
-                    origin,
-                    from,
-                    to: u64::MAX,
-                    max,
+                    lists: vec![ListAsked {
+                        origin,
+                        from,
+                        to: u64::MAX,
+                        max,
+                    }],
                 })
             }),
             (
@@ -2892,17 +3004,19 @@ mod random {
                 any::<bool>()
             )
                 .prop_map(|(origin, refs, done)| Frame::Refs(Refs {
-                    origin,
-                    refs: refs
-                        .into_iter()
-                        .map(|(id, sequence, size_bytes)| RefEntry {
-                            id,
-                            sequence,
-                            size_bytes,
-                            prev: None
-                        })
-                        .collect(),
-                    done,
+                    lists: vec![RefList {
+                        origin,
+                        refs: refs
+                            .into_iter()
+                            .map(|(id, sequence, size_bytes)| RefEntry {
+                                id,
+                                sequence,
+                                size_bytes,
+                                prev: None
+                            })
+                            .collect(),
+                        done,
+                    }]
                 })),
             (id.clone(), any::<bool>()).prop_map(|(id, part)| Frame::Fetch(Fetch {
                 id,

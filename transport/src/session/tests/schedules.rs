@@ -382,7 +382,7 @@ impl Course {
                 assert!(machine.queue.len() <= MAX_LISTED_AHEAD);
                 assert!(machine.set_aside.len() <= MAX_SET_ASIDE);
                 assert!(machine.in_flight <= 8 && machine.serving.len() <= 16);
-                assert!(machine.lists_asked <= MAX_LISTS_OUTSTANDING);
+                assert!(machine.lists_asked.len() <= MAX_LISTS_OUTSTANDING);
                 let flying = |known: &&Known| known.stage.is_in_flight();
                 let flying = machine.known.values().filter(flying).count();
                 let is_open = machine.closed().is_none();
