@@ -12,7 +12,9 @@ use std::{
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use cedar_policy::{Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema};
+use cedar_policy::{
+    Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema,
+};
 use serde_json::{Value, json};
 use tidelock::demo::{
     network::Loopback,
@@ -87,7 +89,9 @@ impl Plain {
             Some(&self.schema),
         )
         .expect("request");
-        let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
+        let response = self
+            .authorizer
+            .is_authorized(&request, &self.policies, &entities);
         response.decision() == Decision::Allow
     }
 }
@@ -135,7 +139,11 @@ fn in_process() -> Row {
     };
     let requests: Vec<Vec<u8>> = (0..POLICIES + 10).map(request).collect();
     for (n, bytes) in requests.iter().enumerate() {
-        assert_eq!(ours(&*engine, &caller, bytes), n < POLICIES, "answers are checked before they are timed");
+        assert_eq!(
+            ours(&*engine, &caller, bytes),
+            n < POLICIES,
+            "answers are checked before they are timed"
+        );
         assert_eq!(plain.decide(bytes), n < POLICIES);
     }
     let time = |decide: &dyn Fn(&[u8]) -> bool| {
@@ -179,19 +187,27 @@ fn raw_syncs(dir: &Path) -> f64 {
     let begun = Instant::now();
     let mut count = 0_u64;
     while begun.elapsed() < SLICE {
-        file.write_all_at(&block, (count % 2_000) * 512).expect("a write");
+        file.write_all_at(&block, (count % 2_000) * 512)
+            .expect("a write");
         file.sync_data().expect("a sync");
         count += 1;
     }
     count as f64 / begun.elapsed().as_secs_f64()
 }
 
-async fn site<'n>(dir: &Path, network: &'n Loopback, ids: &[&'static str]) -> Result<Site<'n>, String> {
+async fn site<'n>(
+    dir: &Path,
+    network: &'n Loopback,
+    ids: &[&'static str],
+) -> Result<Site<'n>, String> {
     let mut site = Site::prepare(dir, &program()?, network, ids).map_err(|f| f.message)?;
     for id in ids {
         site.start(id).await.map_err(|f| f.message)?;
     }
-    let package = site.bundle(1).and_then(|p| Ok(p.encode()?)).map_err(|f| f.message)?;
+    let package = site
+        .bundle(1)
+        .and_then(|p| Ok(p.encode()?))
+        .map_err(|f| f.message)?;
     let body = json!({"package": BASE64_STANDARD.encode(package)});
     site.node("a")
         .map_err(|e| e.to_string())?
@@ -204,7 +220,10 @@ async fn site<'n>(dir: &Path, network: &'n Loopback, ids: &[&'static str]) -> Re
 /// Decisions a second with `connections` callers.
 async fn throughput(site: &Site<'_>, connections: usize, slice: Duration) -> Result<f64, String> {
     let client = site.node("a").map_err(|e| e.to_string())?.client();
-    let (stop, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (stop, count) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+    );
     let mut tasks = tokio::task::JoinSet::new();
     for n in 0..connections {
         let (client, stop, count) = (client.clone(), stop.clone(), count.clone());
@@ -215,10 +234,15 @@ async fn throughput(site: &Site<'_>, connections: usize, slice: Duration) -> Res
         .to_string();
         tasks.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
-                let (status, answer) =
-                    client.post_json("/v1/decide", body.clone()).await.map_err(|e| e.to_string())?;
+                let (status, answer) = client
+                    .post_json("/v1/decide", body.clone())
+                    .await
+                    .map_err(|e| e.to_string())?;
                 if status != 200 {
-                    return Err(format!("status {status}: {}", String::from_utf8_lossy(&answer)));
+                    return Err(format!(
+                        "status {status}: {}",
+                        String::from_utf8_lossy(&answer)
+                    ));
                 }
                 count.fetch_add(1, Ordering::Relaxed);
             }
@@ -238,7 +262,10 @@ async fn throughput(site: &Site<'_>, connections: usize, slice: Duration) -> Res
 async fn over_http() -> Vec<Row> {
     const IDS: [(&str, &str); 2] = [("http-durable-64", ">= 8"), ("http-durable-1", ">= 0.33")];
     let run = async {
-        let dir = tempfile::Builder::new().prefix("tlb").tempdir_in("target").map_err(|e| e.to_string())?;
+        let dir = tempfile::Builder::new()
+            .prefix("tlb")
+            .tempdir_in("target")
+            .map_err(|e| e.to_string())?;
         let dir = dir.path().canonicalize().map_err(|e| e.to_string())?;
         let network = Loopback::new(&["a"]).await.map_err(|e| e.to_string())?;
         let site = site(&dir, &network, &["a"]).await?;
@@ -253,8 +280,20 @@ async fn over_http() -> Vec<Row> {
     };
     match run.await {
         Ok((many, one, raw)) => vec![
-            Row::measured(IDS[0].0, "per s", (many, "raw pwrite + fdatasync", raw), IDS[0].1, |r| r >= 8.0),
-            Row::measured(IDS[1].0, "per s", (one, "raw pwrite + fdatasync", raw), IDS[1].1, |r| r >= 0.33),
+            Row::measured(
+                IDS[0].0,
+                "per s",
+                (many, "raw pwrite + fdatasync", raw),
+                IDS[0].1,
+                |r| r >= 8.0,
+            ),
+            Row::measured(
+                IDS[1].0,
+                "per s",
+                (one, "raw pwrite + fdatasync", raw),
+                IDS[1].1,
+                |r| r >= 0.33,
+            ),
         ],
         Err(why) => IDS
             .iter()
@@ -273,7 +312,10 @@ fn resident_mib(process: u32) -> Option<f64> {
 async fn idle() -> Row {
     const AIM_MIB: f64 = 40.0;
     let run = async {
-        let dir = tempfile::Builder::new().prefix("tlb").tempdir_in("target").map_err(|e| e.to_string())?;
+        let dir = tempfile::Builder::new()
+            .prefix("tlb")
+            .tempdir_in("target")
+            .map_err(|e| e.to_string())?;
         let dir = dir.path().canonicalize().map_err(|e| e.to_string())?;
         let ids = [NODES[0], NODES[1], NODES[2], "d"];
         let network = Loopback::new(&ids).await.map_err(|e| e.to_string())?;
@@ -287,10 +329,18 @@ async fn idle() -> Row {
         .await
         .map_err(|e| e.to_string())?;
         tokio::time::sleep(Duration::from_secs(5)).await;
-        node.process_id().and_then(resident_mib).ok_or("no VmRSS".to_owned())
+        node.process_id()
+            .and_then(resident_mib)
+            .ok_or("no VmRSS".to_owned())
     };
     match run.await {
-        Ok(mib) => Row::measured("idle-rss-3-peers", "MiB", (mib, "the limit", AIM_MIB), "<= 1.0", |r| r <= 1.0),
+        Ok(mib) => Row::measured(
+            "idle-rss-3-peers",
+            "MiB",
+            (mib, "the limit", AIM_MIB),
+            "<= 1.0",
+            |r| r <= 1.0,
+        ),
         Err(why) => Row::not_run("idle-rss-3-peers", "the limit", "<= 1.0", why),
     }
 }

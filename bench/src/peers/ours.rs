@@ -1,10 +1,6 @@
 //! Our log, with leaf hashes, tree, signed checkpoints and sealing on, as a node runs it.
 
-use std::{
-    path::Path,
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{path::Path, sync::Arc, time::SystemTime};
 
 use tidelock_segments::{
     AuditLog, Disk, DomainId, Endorsement, LogConfig, LogPublicKey, NodeId, RealDisk, RecordClass,
