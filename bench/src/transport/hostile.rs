@@ -146,12 +146,14 @@ async fn besiege(
     });
     let mut frames = vec![hello, granted, Frame::AskHeads];
     frames.extend((0..MAX_LISTS_OUTSTANDING).map(|_| {
-        Frame::ListRefs(ListRefs { lists: vec![ListAsked {
-            origin: 0,
-            from: 0,
-            to: u64::MAX,
-            max: 504,
-        }] })
+        Frame::ListRefs(ListRefs {
+            lists: vec![ListAsked {
+                origin: 0,
+                from: 0,
+                to: u64::MAX,
+                max: 504,
+            }],
+        })
     }));
     frames.extend(ids.iter().take(usize::from(MAX_IN_FLIGHT)).map(|id| {
         Frame::Fetch(Fetch {

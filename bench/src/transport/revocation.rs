@@ -20,7 +20,7 @@ use tidelock_transport::{
 use tokio::runtime::Runtime;
 
 use super::{
-    site::{self, ANY, Hooks, Said, Site, p99, store},
+    site::{self, ANY, Hooks, Said, Site, lock, p99, store},
     swarm::{self, EACH, Hubs},
 };
 use crate::{
@@ -68,6 +68,9 @@ async fn measure(dir: &Path) -> Result<Row, String> {
         let store = store(&dir.join(format!("hub-{number}")), tls.node_id())?;
         Ok(Hooks::disk(&store, tls))
     })?;
+    for hub in &hubs.hubs {
+        *lock(&hub.hooks.mesh) = Some(hub.mesh.clone());
+    }
     // Where the lists come from.
     let (_, courier_tls) = site.tls("courier")?;
     let courier_hooks = Arc::new(Hooks::memory(&courier_tls, None));
@@ -135,6 +138,9 @@ async fn measure(dir: &Path) -> Result<Row, String> {
         }
     }
     swarm::end(peers.into_iter().map(|peer| peer.mesh).collect()).await;
+    for hub in &hubs.hubs {
+        lock(&hub.hooks.mesh).take();
+    }
     let (worst, met) = (p99(found.closed.clone()), found.bystanders.is_empty());
     let detail = json!({
         "sessions": PEERS, "hubs": HUBS, "rounds": ROUNDS, "revoked_a_round": REVOKED,

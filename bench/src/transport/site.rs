@@ -232,6 +232,9 @@ pub struct Hooks {
     pub tls: Arc<MeshTls>,
     /// Who listens to this node, and under which number.
     pub notes: Option<(usize, mpsc::Sender<Note>)>,
+    /// Told of a revocation before the list is stored, as a node does it; none: the mesh sees to it
+    /// after that. Whoever sets it takes it out again: the mesh holds the hooks.
+    pub mesh: Mutex<Option<MeshHandle>>,
 }
 
 impl Hooks {
@@ -240,6 +243,7 @@ impl Hooks {
             kept: Kept::Disk(store.clone()),
             tls: tls.clone(),
             notes: None,
+            mesh: Mutex::default(),
         }
     }
 
@@ -248,6 +252,7 @@ impl Hooks {
             kept: Kept::Memory(Mutex::default()),
             tls: tls.clone(),
             notes,
+            mesh: Mutex::default(),
         }
     }
 
@@ -267,7 +272,11 @@ impl Hooks {
         let credentials = self.tls.credentials();
         let crl = VerifiedCrl::from_segment(segment, credentials.trust()).map_err(refused)?;
         let imported = self.tls.revocation().import(crl, wall_unix_ms());
-        imported.map(drop).map_err(refused)
+        imported.map_err(refused)?;
+        if let Some(mesh) = lock(&self.mesh).as_ref() {
+            mesh.revocation_changed();
+        }
+        Ok(())
     }
 }
 

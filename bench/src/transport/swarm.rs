@@ -29,6 +29,7 @@ const BATCH: usize = 50;
 
 pub struct Hub {
     pub mesh: MeshHandle,
+    pub hooks: Arc<Hooks>,
     pub id: NodeId,
     pub address: SocketAddr,
 }
@@ -48,11 +49,13 @@ impl Hubs {
         let hubs = papers.iter().enumerate().map(|(number, tls)| {
             let mut hooks = hooks(number, tls)?;
             hooks.notes = Some((number, sender.clone()));
-            let mesh = site::start(MeshConfig::new(ANY, Vec::new()), tls, Arc::new(hooks))?;
+            let hooks = Arc::new(hooks);
+            let mesh = site::start(MeshConfig::new(ANY, Vec::new()), tls, hooks.clone())?;
             Ok::<_, String>(Hub {
                 id: tls.node_id().clone(),
                 address: mesh.local_addr().map_err(text)?,
                 mesh,
+                hooks,
             })
         });
         Ok(Self {
