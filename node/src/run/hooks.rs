@@ -1,6 +1,7 @@
 //! What the mesh asks of the node, and what it tells it.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddrV4,
     ops::Range,
     sync::{Arc, PoisonError},
@@ -19,8 +20,8 @@ use tidelock_transport::{
     dial::{DialConfig, PeerConfig},
     session::{Fault, KindSet, PeerHello, PeerLimits, PeerPosture, Refusal},
     shell::{
-        Admitted, BeaconConfig, HelloFacts, Mesh, MeshConfig, MeshEvent, MeshHooks, PeerStatus,
-        QuicConfig, QuotaConfig,
+        Admitted, BeaconConfig, HelloFacts, Mesh, MeshConfig, MeshEvent, MeshHooks, PeerQuota,
+        PeerStatus, QuicConfig, QuotaConfig,
     },
 };
 
@@ -419,11 +420,26 @@ pub(super) fn peer_json(peer: &PeerStatus, configured: &MeshSection) -> Value {
 
 /// Starts the mesh as soon as there is an identity to start it with.
 pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
-    let Some(tls) = node.tls.load_full() else {
+    let Some(began_with) = start_mesh(node)? else {
         return Ok(());
     };
+    let node = node.clone();
+    tokio::task::spawn_blocking(move || node.catch_up_quotas(&began_with)).await?;
+    Ok(())
+}
+
+/// The quotas that the mesh began with, if it was started here.
+fn start_mesh(node: &Arc<Node>) -> Result<Option<BTreeMap<NodeId, PeerQuota>>, Failure> {
+    let Some(tls) = node.tls.load_full() else {
+        return Ok(None);
+    };
+    // Nothing is left half-done by whoever panicked here.
+    let _turn = node
+        .mesh_start
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
     if node.mesh.get().is_some() {
-        return Ok(());
+        return Ok(None);
     }
     let mut config = mesh_config(&node.config.load())?;
     let kept = node.quotas.kept();
@@ -441,11 +457,9 @@ pub(super) async fn ensure_mesh(node: &Arc<Node>) -> Result<(), Failure> {
     let sealed = mesh.clone();
     node.log
         .on_seal(Box::new(move |reference| sealed.notify_stored(&reference)));
-    // Only this function sets it, and only the main loop calls this function.
+    // Only this function sets it, one caller after the other.
     let _ = node.mesh.set(mesh);
-    let node = node.clone();
-    tokio::task::spawn_blocking(move || node.catch_up_quotas(&began_with)).await?;
-    Ok(())
+    Ok(Some(began_with))
 }
 
 fn mesh_config(config: &Config) -> Result<MeshConfig, Failure> {

@@ -118,6 +118,8 @@ pub(super) struct Node {
     pub(super) identity_fault: ArcSwapOption<String>,
     pub(super) journal: Arc<Journal>,
     pub(super) mesh: OnceLock<MeshHandle>,
+    /// Held while the mesh is started: a hang-up and the watch of papers may both be about to.
+    pub(super) mesh_start: Mutex<()>,
     /// Log keys that peers have vouched for in an authenticated Hello.
     pub(super) endorsements: Mutex<BTreeMap<(NodeId, LogPublicKey), Endorsement>>,
     /// Audit origins that contradict what is held; nothing more of them is taken.
@@ -340,6 +342,7 @@ impl Node {
             identity_fault: ArcSwapOption::empty(),
             journal,
             mesh: OnceLock::new(),
+            mesh_start: Mutex::default(),
             endorsements: Mutex::default(),
             forked: Mutex::default(),
             accepted: Mutex::new(accepted.value_or_default()),
