@@ -132,9 +132,13 @@ pub const MAX_FOREIGN_PATHS: usize = 16;
 /// hashes, once by whoever serves it and once by whoever takes it.
 pub const MAX_SLICE_BYTES: u64 = 1024 * 1024;
 
-/// Content that a partial may have taken since its map was written last, and so the most that a kill
-/// can cost it.
-pub const MAP_INTERVAL_BYTES: u64 = 512 * 1024;
+/// Content that a partial may have taken since it was made durable last, and so the most that a loss of
+/// power can cost it.
+pub const MAP_INTERVAL_BYTES: u64 = 2 * 1024 * 1024;
+
+/// Content that a partial may have taken since it noted last, without a sync, what is there: the most
+/// that a kill of the process can cost it.
+pub const NOTE_INTERVAL_BYTES: u64 = 256 * 1024;
 
 /// Most partials below one root, in use or not.
 pub const MAX_PARTIALS: usize = 64;

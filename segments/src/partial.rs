@@ -1,11 +1,13 @@
-//! Segments that are still arriving: `partial/<hex>.part` and `partial/<hex>.map`.
+//! Segments that are still arriving: `partial/<hex>.part`, `.map` and `.note`.
 //!
 //! A [`Partial`] takes slices of a segment (see [`crate::bao`]) in any order and from several
 //! callers, and checks every group of 16 KiB against the segment's id before it writes it. The room
 //! for the whole segment is reserved and allocated first. Every [`MAP_INTERVAL_BYTES`] the content is
 //! synced, and then the map, which tells what is there and carries the hashes to prove it, is
-//! replaced. After a kill the next holder goes on from the map, and every group that the map claims
-//! is checked against the id again; one that does not fit is dropped and fetched anew.
+//! replaced. Every [`NOTE_INTERVAL_BYTES`] in between the same is noted without a sync: what the kernel
+//! was told outlives the process, and most kills are of the process only. The next holder goes on from
+//! whichever claims more, and every group that it claims is checked against the id again; one that
+//! does not fit is dropped and fetched anew.
 //! [`Partial::finish`] verifies the whole segment and gives the file its place in the store by a
 //! rename: the bytes are on the disk once at any time.
 //!
@@ -23,7 +25,7 @@ use crate::disk::{DiskError, DiskFault, DiskFile, DiskOp, OpenMode};
 use crate::format::{FormatError, SegmentRef, VerifiedSegment, verify_segment};
 use crate::id::SegmentId;
 use crate::ledger::{CeilingReached, Charge, Reservation};
-use crate::limits::{MAP_INTERVAL_BYTES, MAX_PARTIAL_BYTES, MAX_PARTIALS};
+use crate::limits::{MAP_INTERVAL_BYTES, MAX_PARTIAL_BYTES, MAX_PARTIALS, NOTE_INTERVAL_BYTES};
 use crate::root::{Root, RootError};
 use crate::store::{PutOutcome, Store, StoreError};
 
@@ -31,7 +33,7 @@ mod map;
 mod serve;
 
 pub(crate) use self::map::reencode_map;
-use self::map::{Map, Progress, Recheck, any, received_bytes};
+use self::map::{Map, Progress, Recheck, any, note, received_bytes};
 use self::serve::Outboards;
 
 const DIR: &str = "partial";
@@ -133,8 +135,10 @@ const PART: &str = "part";
 const MAP: &str = "map";
 /// A map before it replaces the one before it.
 const NEW_MAP: &str = "new";
+/// Two places for a map, written in turn and never synced.
+const NOTE: &str = "note";
 /// In the order in which they are removed: what claims before what is claimed.
-const ENDINGS: [&str; 3] = [MAP, NEW_MAP, PART];
+const ENDINGS: [&str; 4] = [MAP, NEW_MAP, NOTE, PART];
 
 /// The segment and the kind of file, of a name that a partial can have.
 fn parse_name(name: &str) -> Option<(SegmentId, &'static str)> {
@@ -194,8 +198,25 @@ fn remove_file(root: &Root, rel: &str, account: Charge) -> Result<u64, RootError
 
 fn remove_files(root: &Root, id: &SegmentId, account: Charge) -> Result<u64, RootError> {
     ENDINGS.into_iter().try_fold(0u64, |sum, ending| {
-        Ok(sum.saturating_add(remove_file(root, &rel(id, ending), account)?))
+        let bytes = if ending == NOTE {
+            remove_note(root, id, account)?
+        } else {
+            remove_file(root, &rel(id, ending), account)?
+        };
+        Ok(sum.saturating_add(bytes))
     })
+}
+
+/// A note that comes back after a loss of power claims what is not there, which is found out; so
+/// nothing waits for a sync.
+fn remove_note(root: &Root, id: &SegmentId, account: Charge) -> Result<u64, RootError> {
+    let name = rel(id, NOTE);
+    if !root.exists(&name)? {
+        return Ok(0);
+    }
+    let bytes = allocated_by(root, id, NOTE)?;
+    root.unlink(&name, bytes, account)?;
+    Ok(bytes)
 }
 
 fn allocated_by(root: &Root, id: &SegmentId, ending: &str) -> Result<u64, RootError> {
@@ -207,6 +228,50 @@ fn allocated_by(root: &Root, id: &SegmentId, ending: &str) -> Result<u64, RootEr
         })) => Ok(0),
         Err(error) => Err(error),
     }
+}
+
+/// What of a partial is claimed to be there. Whether it is so nobody has looked at yet.
+struct Claimed {
+    map: Map,
+    have: Vec<bool>,
+    /// Whether a note claims it and the map does not.
+    is_noted: bool,
+}
+
+impl Claimed {
+    /// By the map, or by a note if that claims more.
+    fn read(root: &Root, id: &SegmentId) -> Result<Option<Self>, RootError> {
+        let map = root.read(&rel(id, MAP))?;
+        let notes = root.read(&rel(id, NOTE))?;
+        let notes = notes.as_deref().map(note::places).unwrap_or_default();
+        let claim = |bytes: &[u8], is_noted| {
+            let (map, have) = Map::decode(bytes)?;
+            (map.reference.id == *id).then_some(Self {
+                map,
+                have,
+                is_noted,
+            })
+        };
+        let map = map.as_deref().and_then(|bytes| claim(bytes, false));
+        let notes = notes.into_iter().filter_map(|bytes| claim(bytes, true));
+        Ok(map.into_iter().chain(notes).reduce(|best, next| {
+            if next.bytes() > best.bytes() {
+                next
+            } else {
+                best
+            }
+        }))
+    }
+
+    fn bytes(&self) -> u64 {
+        received_bytes(self.map.reference.size_bytes, &self.have)
+    }
+}
+
+/// What there is to go on with.
+struct Resumed {
+    progress: Progress,
+    is_noted: bool,
 }
 
 /// Reserve and normal charges come out of one account.
@@ -261,17 +326,14 @@ impl Store {
         }
         for (id, part) in found {
             remove_file(root, &rel(&id, NEW_MAP), Charge::Normal)?;
-            let map = root.read(&rel(&id, MAP))?;
-            let usable = map
-                .as_deref()
-                .and_then(Map::decode)
-                .filter(|(map, _)| part && map.reference.id == id && !self.contains(&id));
-            let Some((map, have)) = usable else {
+            let usable = Claimed::read(root, &id)?.filter(|_| part && !self.contains(&id));
+            let Some(claimed) = usable else {
                 remove_files(root, &id, Charge::Normal)?;
                 tracing::debug!(%id, "removed a partial that cannot be resumed");
                 continue;
             };
-            let received = AtomicU64::new(received_bytes(map.reference.size_bytes, &have));
+            let received = AtomicU64::new(claimed.bytes());
+            let map = claimed.map;
             let mut registry = self.transfers.registry();
             registry.last_serial = registry.last_serial.max(map.serial);
             registry.known.insert(
@@ -445,7 +507,9 @@ impl Store {
                 None
             }
         };
-        let body = self.open_body(reference, groups, account, resumed)?;
+        let is_noted = resumed.as_ref().is_some_and(|resumed| resumed.is_noted);
+        let progress = resumed.map(|resumed| resumed.progress);
+        let body = self.open_body(reference, groups, account, progress)?;
         received.store(
             received_bytes(reference.size_bytes, &body.have),
             Ordering::Relaxed,
@@ -454,7 +518,7 @@ impl Store {
             known.reference = reference.clone();
         }
         hold.keep = true;
-        Ok(Partial {
+        let partial = Partial {
             store: Arc::clone(self),
             reference: reference.clone(),
             charge,
@@ -462,7 +526,12 @@ impl Store {
             serial,
             received,
             body: Mutex::new(Ok(body)),
-        })
+        };
+        if is_noted {
+            // The places of the notes are free again for what comes.
+            partial.with_body(|body| partial.write_map(body))?;
+        }
+        Ok(partial)
     }
 
     /// Marks the partial as in use, INV-07: within the limits, for which others are given up.
@@ -515,12 +584,12 @@ impl Store {
     }
 
     /// The groups and pairs that are on the disk and fit the id, if there is anything to go on with.
-    fn resumable(&self, reference: &SegmentRef) -> Result<Option<Progress>, PartialError> {
+    fn resumable(&self, reference: &SegmentRef) -> Result<Option<Resumed>, PartialError> {
         let (root, id) = (self.root(), reference.id);
-        let map = root.read(&rel(&id, MAP))?;
-        let Some((map, have)) = map.as_deref().and_then(Map::decode) else {
+        let Some(claimed) = Claimed::read(root, &id)? else {
             return Ok(None);
         };
+        let (map, have) = (claimed.map, claimed.have);
         let size_bytes = map.reference.size_bytes;
         let file = match root.open_file(&rel(&id, PART), OpenMode::Read) {
             Ok(file) if file.stat()?.len <= size_bytes => file,
@@ -541,7 +610,10 @@ impl Store {
         let checked = Recheck::run(&id, size_bytes, &have, &pairs, &*file);
         let proven = checked.0.last() == Some(&true);
         if size_bytes == reference.size_bytes {
-            return Ok(Some(checked));
+            return Ok(Some(Resumed {
+                progress: checked,
+                is_noted: claimed.is_noted,
+            }));
         }
         if proven {
             let why = "the end of the segment has arrived and proves another size";
@@ -561,13 +633,23 @@ impl Store {
         let (root, id) = (self.root(), reference.id);
         let part_allocated = allocated_by(root, &id, PART)?;
         let map_allocated = allocated_by(root, &id, MAP)?;
-        // INV-04: the whole file, two maps (one replaces the other), and room for the directories of
-        // the partials and of the segments to grow.
+        // One of another length is not of this claim.
+        let note_bytes = note::file_bytes(groups);
+        let note = match root.stat(&rel(&id, NOTE)) {
+            Ok(stat) if stat.len == note_bytes => stat.allocated_bytes,
+            _ => {
+                remove_note(root, &id, account)?;
+                0
+            }
+        };
+        // INV-04: the whole file, two maps (one replaces the other), the notes, and room for the
+        // directories of the partials and of the segments to grow.
         let wanted = root
             .allocation_bound(reference.size_bytes)
             .saturating_sub(part_allocated)
             .saturating_add(root.allocation_bound(Map::bound(groups)).saturating_mul(2))
             .saturating_sub(map_allocated)
+            .saturating_add(root.allocation_bound(note_bytes).saturating_sub(note))
             .saturating_add(root.slack().saturating_mul(2));
         let room = loop {
             match root.ledger().reserve(wanted, account) {
@@ -593,6 +675,9 @@ impl Store {
             have,
             pairs,
             unsynced_bytes: 0,
+            unnoted_bytes: 0,
+            notes: None,
+            notes_written: 0,
             room,
             part_allocated,
             map_allocated,
@@ -617,6 +702,11 @@ struct Body {
     pairs: Vec<Option<Pair>>,
     /// Content written since the last sync.
     unsynced_bytes: u64,
+    /// Content written since the last map or note.
+    unnoted_bytes: u64,
+    /// The file of the notes, once there is something to note.
+    notes: Option<Box<dyn DiskFile>>,
+    notes_written: u64,
     room: Reservation,
     /// Booked for the part and for the map.
     part_allocated: u64,
@@ -679,7 +769,8 @@ impl Partial {
 
     /// Takes the slice for a range (widened to whole groups), in any order and from any thread. Each
     /// group is checked against the id before it is written; one that is there already is not written
-    /// again. Whenever [`MAP_INTERVAL_BYTES`] have arrived they are made durable here.
+    /// again. Whenever [`MAP_INTERVAL_BYTES`] have arrived they are made durable here, and noted every
+    /// [`NOTE_INTERVAL_BYTES`].
     ///
     /// # Errors
     /// [`PartialError::Slice`] at the first group that does not fit: those before it were taken.
@@ -736,8 +827,11 @@ impl Partial {
         }
         self.received.fetch_add(count, Ordering::Relaxed);
         body.unsynced_bytes = body.unsynced_bytes.saturating_add(count);
+        body.unnoted_bytes = body.unnoted_bytes.saturating_add(count);
         if body.unsynced_bytes >= MAP_INTERVAL_BYTES {
             self.write_map(body)?;
+        } else if body.unnoted_bytes >= NOTE_INTERVAL_BYTES {
+            self.write_note(body)?;
         }
         Ok(count)
     }
@@ -755,15 +849,55 @@ impl Partial {
         })
     }
 
+    fn map_of(&self, body: &Body) -> Result<Vec<u8>, PartialError> {
+        let map = Map::new(&self.reference, self.serial, &body.have, &body.pairs);
+        map.encode()
+            .map_err(|fault| PartialError::Format(FormatError::Codec { part: "map", fault }))
+    }
+
+    /// Tells the kernel what is there, in the place that does not hold the note before this one: a kill
+    /// in the middle of a write leaves that one.
+    fn write_note(&self, body: &mut Body) -> Result<(), PartialError> {
+        let (root, groups) = (self.store.root(), body.have.len());
+        let bytes = note::encode(&self.map_of(body)?);
+        let notes = match body.notes.take() {
+            Some(notes) => notes,
+            None => self.open_notes(root, body, groups)?,
+        };
+        let second = !body.notes_written.is_multiple_of(2);
+        let offset = u64::from(second) * note::place_bytes(groups);
+        let written = notes.write_at(offset, &bytes);
+        body.notes = Some(notes);
+        written?;
+        body.notes_written += 1;
+        body.unnoted_bytes = 0;
+        Ok(())
+    }
+
+    fn open_notes(
+        &self,
+        root: &Root,
+        body: &mut Body,
+        groups: usize,
+    ) -> Result<Box<dyn DiskFile>, PartialError> {
+        let name = rel(&self.reference.id, NOTE);
+        if root.exists(&name)? {
+            return Ok(root.open_file(&name, OpenMode::ReadWrite)?);
+        }
+        let notes = root.create_file(&name)?;
+        let allocated = notes.allocate(note::file_bytes(groups));
+        body.room.book(notes.stat()?.allocated_bytes);
+        root.book_dir(DIR)?;
+        allocated?;
+        Ok(notes)
+    }
+
     /// Syncs the content, and only then replaces the map that claims it.
     fn write_map(&self, body: &mut Body) -> Result<(), PartialError> {
         let (root, id) = (self.store.root(), &self.reference.id);
         body.file.sync_data()?;
         body.settle()?;
-        let map = Map::new(&self.reference, self.serial, &body.have, &body.pairs);
-        let bytes = map
-            .encode()
-            .map_err(|fault| PartialError::Format(FormatError::Codec { part: "map", fault }))?;
+        let bytes = self.map_of(body)?;
         let new = rel(id, NEW_MAP);
         let file = root.create_file(&new)?;
         let written = file
@@ -785,6 +919,7 @@ impl Partial {
         renamed?;
         body.map_allocated = allocated;
         body.unsynced_bytes = 0;
+        body.unnoted_bytes = 0;
         Ok(())
     }
 

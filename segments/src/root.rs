@@ -891,7 +891,7 @@ pub(crate) fn is_ours(rel: &str, kind: FileKind) -> bool {
             None => [LOCK, BALLAST, "owner", "clock"].contains(&rel),
             Some((dir, _)) if PLAIN_DIRS.contains(&dir) => true,
             Some(("log", name)) => ["state", "refused"].contains(&name) || name.ends_with(".log"),
-            Some(("partial", name)) => of_segment(name, &[".part", ".map", ".new"]),
+            Some(("partial", name)) => of_segment(name, &[".part", ".map", ".new", ".note"]),
             Some(("index", name)) => ["catalog", "journal"].contains(&name),
             Some((dir, name)) if dir == RECEIPTS_DIR => of_segment(name, &[".rcpts"]),
             Some((dir, name)) if dir == CHAIN_DIR => name

@@ -1202,8 +1202,8 @@ async fn a_peer_that_goes_dark_is_met_again_when_it_returns() {
 
 // ---- Big segments in ranges ----
 
-/// What a map of a partial may not have told yet.
-const MAP_BYTES: u64 = tidelock_segments::limits::MAP_INTERVAL_BYTES;
+/// What the notes of a partial may not have told yet.
+const NOTE_BYTES: u64 = tidelock_segments::limits::NOTE_INTERVAL_BYTES;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_12_after_a_kill_at_half_of_a_big_segment_only_the_rest_is_sent() {
@@ -1230,7 +1230,7 @@ async fn inv_12_after_a_kill_at_half_of_a_big_segment_only_the_rest_is_sent() {
     let b = Node::on(&ca, "b", &image);
     let kept = b.received_bytes(&sealed.id);
     assert!(
-        kept + 2 * MAP_BYTES > before,
+        kept + 2 * NOTE_BYTES > before,
         "{kept} of {before} bytes are kept"
     );
     a.ranges_allowed.store(u64::MAX, Ordering::SeqCst);
@@ -1243,8 +1243,8 @@ async fn inv_12_after_a_kill_at_half_of_a_big_segment_only_the_rest_is_sent() {
         "{} bytes, {before} sent at the kill, {kept} kept, {again} sent again",
         sealed.size_bytes
     );
-    // One map interval, and what was on the way.
-    assert!(again <= MAP_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64) * limits::RANGE_BYTES);
+    // One interval of notes, and what was on the way.
+    assert!(again <= NOTE_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64) * limits::RANGE_BYTES);
     // The store shows the segment a moment before the session lets go of what it came in.
     until("no partial is left", || b.store.partials().is_empty()).await;
     b.store.get(&sealed.id).unwrap();
@@ -1450,7 +1450,9 @@ async fn a_big_segment_without_room_is_offered_again_when_there_is_room() {
     until("all of it is there", || b.store.contains(&sealed.id)).await;
     let again = a.range_bytes_out(&sealed.id) - sealed.size_bytes;
     println!("{again} bytes were sent again after the disk had been full");
-    assert!(again <= MAP_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64 + 1) * limits::RANGE_BYTES);
+    assert!(
+        again <= NOTE_BYTES + (limits::MAX_LEASES_PER_SEGMENT as u64 + 1) * limits::RANGE_BYTES
+    );
     b.ledger_is_exact().await;
     for node in [&a, &b] {
         node.mesh().shutdown(PATIENCE).await;
@@ -1776,7 +1778,7 @@ async fn inv_12_a_process_killed_at_half_is_sent_the_rest_only() {
     // All that one session may have asked for, and what no map told yet of the segments that it was of.
     let in_flight = u64::from(limits::MAX_IN_FLIGHT - limits::URGENT_IN_FLIGHT);
     let at_once = in_flight.div_ceil(limits::MAX_LEASES_PER_SEGMENT as u64);
-    assert!(again <= in_flight * limits::RANGE_BYTES + at_once * MAP_BYTES);
+    assert!(again <= in_flight * limits::RANGE_BYTES + at_once * NOTE_BYTES);
     println!(
         "{} segments of {all} bytes; at the kill {before} were sent and {kept} kept, {partial} of them in \
          {partials} partials; {again} sent again, {}.{:03} %",

@@ -164,12 +164,14 @@ fn is_known(rel: &str, stat: &FileStat, known: &[String]) -> bool {
     rel.is_empty() || known.iter().any(|name| name == rel) || is_ours(rel, stat.kind)
 }
 
-/// The id in the name of a partial segment or its map.
+/// The endings of what claims that some of a partial segment is there.
+const CLAIMS: [&str; 2] = ["map", "note"];
+
+/// The id in the name of a partial segment, its map or its notes.
 fn partial_name(name: &str) -> Option<SegmentId> {
-    let hex = name
-        .strip_suffix(".part")
-        .or_else(|| name.strip_suffix(".map"))?;
-    SegmentId::from_hex(hex).ok()
+    let (hex, ending) = name.split_once('.')?;
+    let is_known = ending == "part" || CLAIMS.contains(&ending);
+    SegmentId::from_hex(hex).ok().filter(|_| is_known)
 }
 
 impl Entry {
@@ -919,13 +921,15 @@ fn partial_findings(entries: &[Entry], findings: &mut Vec<Finding>) {
         let Some(id) = partial_name(name) else {
             continue;
         };
-        let other = match name.strip_suffix(".part") {
-            Some(hex) => format!("{hex}.map"),
-            None => format!("{}.part", id.hex()),
+        let is_there = |ending| names.contains(format!("{}.{ending}", id.hex()).as_str());
+        let is_half = if name.ends_with(".part") {
+            !CLAIMS.into_iter().any(is_there)
+        } else {
+            !is_there("part")
         };
         let why = if held.contains(&id) {
             "a part of a segment that is held whole by now"
-        } else if !names.contains(other.as_str()) {
+        } else if is_half {
             "a half of a transfer whose other half is gone"
         } else {
             continue;

@@ -86,6 +86,39 @@ impl Map {
     }
 }
 
+/// Notes: two places of one length, each with the length of a map and the map.
+pub(super) mod note {
+    use super::Map;
+
+    const LENGTH: usize = 4;
+
+    /// Length of one place.
+    pub(in super::super) fn place_bytes(groups: usize) -> u64 {
+        LENGTH as u64 + Map::bound(groups)
+    }
+
+    /// Length of the file.
+    pub(in super::super) fn file_bytes(groups: usize) -> u64 {
+        2 * place_bytes(groups)
+    }
+
+    /// What is written into a place.
+    pub(in super::super) fn encode(map: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(map.len()).unwrap_or(u32::MAX);
+        [&length.to_le_bytes(), map].concat()
+    }
+
+    /// What the two places hold, maps or not.
+    pub(in super::super) fn places(file: &[u8]) -> Vec<&[u8]> {
+        let (first, second) = file.split_at(file.len() / 2);
+        let places = [first, second].into_iter().filter_map(|place| {
+            let (length, rest) = place.split_first_chunk::<LENGTH>()?;
+            rest.get(..usize::try_from(u32::from_le_bytes(*length)).ok()?)
+        });
+        places.collect()
+    }
+}
+
 /// Reads a map and writes it again, for the check that it has one encoding only.
 pub(crate) fn reencode_map(bytes: &[u8]) -> Option<Vec<u8>> {
     Map::decode(bytes)?.0.encode().ok()
