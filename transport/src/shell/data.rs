@@ -273,14 +273,14 @@ pub(super) enum Arrived {
 
 /// Where readers hand over what they read: urgent kinds do not queue behind bulk ones.
 #[derive(Clone)]
-pub(super) struct Admission {
+struct Admission {
     urgent: mpsc::Sender<Arrived>,
     bulk: mpsc::Sender<Arrived>,
 }
 
 impl Admission {
     /// Starts the two workers. One segment waits while one is looked at.
-    pub(super) fn start(link: &Link) -> Self {
+    fn start(link: &Link) -> Self {
         let worker = |link: &Link| {
             let (sender, arrived) = mpsc::channel(1);
             link.spawn(admit_all(link.clone(), arrived));
@@ -405,10 +405,13 @@ fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Re
     Ok(())
 }
 
-/// Accepts the peer's data streams, from the moment that it is authenticated.
-pub(super) async fn accept_streams(link: Link, connection: Connection, admission: Admission) {
+/// Accepts the peer's data streams, from the moment that it is authenticated. What takes their content
+/// in starts with the first of them: many sessions never have one.
+pub(super) async fn accept_streams(link: Link, connection: Connection) {
     let open = Arc::new(Mutex::new(BTreeSet::new()));
+    let mut admission = None;
     while let Ok(stream) = connection.accept_uni().await {
+        let admission = admission.get_or_insert_with(|| Admission::start(&link));
         let (link, admission, open) = (link.clone(), admission.clone(), Arc::clone(&open));
         let reader = link.clone();
         link.spawn(async move { read_stream(reader, stream, admission, open).await });

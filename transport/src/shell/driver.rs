@@ -20,7 +20,7 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 
 use super::{
     MeshEvent, MeshHooks, PeerStats, Shared, close_code,
-    data::{Admission, CONTROL_PRIORITY, Senders, accept_streams},
+    data::{CONTROL_PRIORITY, Senders, accept_streams},
     lock,
     outlook::Question,
     parts::{Attached, Opened, finish},
@@ -918,8 +918,7 @@ fn on_established(
     if let Some(hello) = hello {
         shared.hooks.authenticated(hello);
     }
-    let admission = Admission::start(link);
-    link.spawn(accept_streams(link.clone(), connection.clone(), admission));
+    link.spawn(accept_streams(link.clone(), connection.clone()));
     link.counted(|stats| {
         stats.sessions += 1;
         stats.hello.clone_from(hello);
