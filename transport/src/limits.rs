@@ -188,10 +188,23 @@ pub const MAX_SESSIONS: usize = 256;
 /// Handshakes from outside at once. Each holds TLS state of about 30 KiB: 2 MiB.
 pub const MAX_HANDSHAKES: usize = 64;
 
-/// Connection attempts that quinn may hold before the accept loop has seen them.
-pub const MAX_INCOMING: usize = 256;
+/// Of these, the ones from one address (INV-13): strangers that stall their handshakes need four addresses
+/// to keep anybody waiting at all. With four or more, every place comes free within the time for a
+/// handshake and goes, of those that wait then, to an address that has none before one that has any. A
+/// call waits for 6/10 of that time, so a caller that dials again at once is kept out for one such time,
+/// longer only where strangers stall with more than [`MAX_HANDSHAKES`] addresses.
+pub const MAX_HANDSHAKES_ADDRESS: usize = MAX_HANDSHAKES / 4;
 
-/// Bytes of early packets that quinn may buffer for them, over all of them.
+/// Calls that wait for a place, each for 6/10 of the time for a handshake: a first packet and its keys,
+/// about 3 KiB, and what [`MAX_INCOMING_BUFFER_BYTES`] allows. Less than 2 MiB. When there are more, the
+/// address that has most of them loses its last one.
+pub const MAX_CALLS_WAITING: usize = 256;
+
+/// Calls that quinn may hold: those that wait, and as many that nobody has looked at yet.
+pub const MAX_INCOMING: usize = 2 * MAX_CALLS_WAITING;
+
+/// Bytes of early packets that quinn may buffer for them, over all of them. Each may have as much as a
+/// waiting one can without taking from another: 4 KiB, a first flight with a post-quantum key share twice.
 pub const MAX_INCOMING_BUFFER_BYTES: u64 = 1024 * 1024;
 
 /// Lowest cap on what a node sends. A handshake with a post-quantum key share is about 6 KiB each
@@ -304,6 +317,7 @@ const _: () = assert!(MAX_REFS_OF_ONE_NUMBER < MAX_REFS_PER_FRAME);
 const _: () = assert!(URGENT_IN_FLIGHT < MAX_IN_FLIGHT);
 const _: () = assert!(MAX_LISTED_AHEAD >= 2 * MAX_ORIGINS);
 const _: () = assert!(MAX_HANDSHAKES <= MAX_SESSIONS);
+const _: () = assert!(MAX_INCOMING_BUFFER_BYTES / MAX_CALLS_WAITING as u64 >= 3 * 1_200);
 const _: () = assert!(MAX_BULK_SEGMENT_BYTES <= MAX_BULK_BYTES_IN_FLIGHT);
 const _: () = assert!(MAX_URGENT_SEGMENT_BYTES <= segments::MAX_SEGMENT_BYTES);
 const _: () = assert!(MAX_REFS_PER_FRAME <= segments::MAX_REFS);

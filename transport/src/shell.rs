@@ -5,11 +5,11 @@
 //! asks through [`MeshHooks`]; what the node wants of it goes through [`MeshHandle`].
 //!
 //! Order of checks for whoever knocks, each before anything that costs more: transport open, address
-//! validated by a Retry, quota of the address, room for a handshake, TLS 1.3 with certificates on
+//! validated by a Retry, quota of the address, a place for a handshake, TLS 1.3 with certificates on
 //! both sides (chain, revocation, domain), own id, cool-down, room for a session, Hello round trip.
 //! Only then does a segment byte move (INV-09).
 //!
-//! Where to start: [`MeshHooks`] for what the node gives, `driver.rs` for the life of a session,
+//! Where to start: [`MeshHooks`] for what the node gives, `door.rs` for whoever knocks, `driver.rs` for the life of a session,
 //! `data.rs` for segments on their streams, `parts.rs` for big ones in ranges, `quic.rs` for how quinn is configured.
 
 use std::{
@@ -47,6 +47,7 @@ use crate::{
 
 mod data;
 mod discovery;
+mod door;
 mod driver;
 mod outlook;
 mod parts;
@@ -169,7 +170,7 @@ pub struct RefusalCounts {
     pub closed: u64,
     /// Past the quota of the address.
     pub address_quota: u64,
-    /// No room for another handshake.
+    /// No place for a handshake came free in time, or too many waited for one.
     pub busy: u64,
     /// TLS did not complete: no certificate, a refused one, wrong protocol, silence.
     pub handshake: u64,
@@ -562,7 +563,6 @@ struct Shared {
     /// Segments stored here since the start, and their bytes.
     stored: Mutex<(u64, u64)>,
     beacon: Mutex<BeaconStatus>,
-    handshakes: Arc<Semaphore>,
     /// Memory for what is too big for a session's own, in KiB.
     great_sends: Arc<Semaphore>,
     stopping: watch::Sender<bool>,
@@ -933,7 +933,6 @@ impl Mesh {
             events_lost: AtomicU64::new(0),
             stored: Mutex::default(),
             beacon: Mutex::default(),
-            handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
             great_sends: Arc::new(Semaphore::new(MAX_GREAT_SENDS_KIB)),
             stopping: watch::Sender::new(false),
             sessions_over: Notify::new(),
@@ -945,7 +944,7 @@ impl Mesh {
             .map_err(|error| MeshError::Start { kind: error.kind() })?;
         shared.watch_configured();
         shared.check_own_papers();
-        tokio::spawn(accept_all(Arc::clone(&shared)));
+        tokio::spawn(door::accept_all(Arc::clone(&shared)));
         tokio::spawn(dial_all(Arc::clone(&shared)));
         tokio::spawn(keep_house(Arc::clone(&shared)));
         if let Some(beacon) = shared.config.beacon.clone() {
@@ -973,62 +972,6 @@ async fn stopped(shared: &Shared) {
 /// An address in its one form: IPv4 as such, without what only IPv6 routing wants.
 fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
-}
-
-// ---- Whoever knocks ----
-
-async fn accept_all(shared: Arc<Shared>) {
-    loop {
-        let incoming = tokio::select! {
-            incoming = shared.endpoint.accept() => incoming,
-            () = stopped(&shared) => None,
-        };
-        let Some(incoming) = incoming else { break };
-        if shared.closed_because().is_some() {
-            shared.refused(|counts| counts.closed += 1);
-            incoming.refuse();
-            continue;
-        }
-        if !incoming.remote_address_validated() {
-            // Nothing is kept for an address that has not shown that it receives.
-            if incoming.may_retry() {
-                let _ = incoming.retry();
-            } else {
-                incoming.refuse();
-            }
-            continue;
-        }
-        if !shared.quotas.handshake(incoming.remote_address().ip()) {
-            shared.refused(|counts| counts.address_quota += 1);
-            incoming.ignore();
-            continue;
-        }
-        let Ok(permit) = Arc::clone(&shared.handshakes).try_acquire_owned() else {
-            shared.refused(|counts| counts.busy += 1);
-            incoming.refuse();
-            continue;
-        };
-        let shared = Arc::clone(&shared);
-        tokio::spawn(async move {
-            let timeout = shared.config.quic.handshake_timeout;
-            let accepted = match shared.server_config(&incoming) {
-                Some(config) => incoming.accept_with(config),
-                None => incoming.accept(),
-            };
-            let connected = match accepted {
-                Ok(connecting) => tokio::time::timeout(timeout, connecting).await.ok(),
-                Err(_) => None,
-            };
-            drop(permit);
-            match connected {
-                Some(Ok(connection)) => {
-                    driver::run(shared, connection, false).await;
-                }
-                // Which certificate was refused, and why, the verifier's observer has told.
-                Some(Err(_)) | None => shared.refused(|counts| counts.handshake += 1),
-            }
-        });
-    }
 }
 
 // ---- Whom to call ----

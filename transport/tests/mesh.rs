@@ -33,7 +33,7 @@ use std::{
 };
 
 use ca::{Ca, NOW_UNIX_MS, Papers, domain, node_id};
-use quinn::VarInt;
+use quinn::{ClientConfig, Endpoint, VarInt};
 use raw::{Raw, ack, close_code};
 use tidelock_link::{Link, LinkConfig};
 use tidelock_quota::{ManualClock, MonotonicClock, Rate};
@@ -57,7 +57,7 @@ use tidelock_transport::{
     session::{Fault, KindSet, PeerLimits, PeerPosture, Refusal},
     shell::{
         Admitted, HelloFacts, Mesh, MeshConfig, MeshError, MeshEvent, MeshHandle, MeshHooks,
-        PeerStatus,
+        PeerStatus, RefusalCounts,
     },
     tls::{Credentials, MeshTls, SERVER_NAME},
 };
@@ -683,6 +683,138 @@ async fn two_nodes_that_dial_each_other_keep_one_connection() {
     }
 }
 
+/// Whether it is an Initial packet that shows a Retry's token.
+fn has_token(packet: &[u8]) -> bool {
+    let Some(length) = packet.get(5).filter(|_| packet[0] & 0xf0 == 0xc0) else {
+        return false;
+    };
+    let source = 6 + usize::from(*length);
+    packet
+        .get(source)
+        .and_then(|length| packet.get(source + 1 + usize::from(*length)))
+        .is_some_and(|token| *token != 0)
+}
+
+/// Callers from one address whose lines go dead as soon as they have shown that the address is theirs: of
+/// what each says after that, one packet arrives. Waits until all are dead.
+async fn stall(callers: usize, tls: &MeshTls, from: [u8; 4], door: SocketAddr) -> Vec<Endpoint> {
+    let (told, mut dead) = tokio::sync::mpsc::channel(callers);
+    let mut clients = Vec::new();
+    for _ in 0..callers {
+        let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let far = tokio::net::UdpSocket::bind(SocketAddr::from((from, 0)));
+        let (far, told) = (far.await.unwrap(), told.clone());
+        let client = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+        let config = ClientConfig::new(tls.quic_client_config(None).unwrap());
+        let calling = client.connect_with(config, near.local_addr().unwrap(), SERVER_NAME);
+        let calling = calling.unwrap();
+        clients.push(client);
+        tokio::spawn(async move {
+            let _calling = calling;
+            let (mut there, mut back) = ([0; 2_048], [0; 2_048]);
+            let mut caller = None;
+            loop {
+                tokio::select! {
+                    Ok((length, who)) = near.recv_from(&mut there) => {
+                        caller = Some(who);
+                        let _ = far.send_to(&there[..length], door).await;
+                        if has_token(&there[..length]) {
+                            let _ = told.send(()).await;
+                            return std::future::pending().await;
+                        }
+                    }
+                    Ok((length, _)) = far.recv_from(&mut back) => {
+                        if let Some(caller) = caller {
+                            let _ = near.send_to(&back[..length], caller).await;
+                        }
+                    }
+                }
+            }
+        });
+    }
+    for _ in 0..callers {
+        let told = tokio::time::timeout(PATIENCE, dead.recv());
+        assert_eq!(told.await.unwrap(), Some(()));
+    }
+    clients
+}
+
+/// A node at whose door so many may knock, each with this much time for its handshake.
+fn host(ca: &Ca, handshake_timeout: Duration) -> (Arc<Node>, SocketAddr) {
+    let node = Node::new(ca, "a");
+    let mut of_host = config(address(1), &[]);
+    of_host.quic.handshake_timeout = handshake_timeout;
+    of_host.quotas.handshakes_per_address = Rate {
+        per_second: 1_000,
+        burst: 1_000,
+    };
+    node.start(of_host);
+    let door = node.mesh().local_addr().unwrap();
+    (node, door)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_callers_than_there_are_places_wait_and_all_come_in() {
+    let ca = Ca::new();
+    let (node, door) = host(&ca, Duration::from_secs(60));
+    let tls = Arc::new(ca.papers("b").tls("b"));
+    // All from one address, of which sixteen at a time have a place.
+    let calls: Vec<_> = (0..6 * limits::MAX_HANDSHAKES_ADDRESS)
+        .map(|_| {
+            let tls = Arc::clone(&tls);
+            tokio::spawn(async move { Raw::connect(&tls, door, "a").await })
+        })
+        .collect();
+    let mut met = Vec::new();
+    for call in calls {
+        met.push(tokio::time::timeout(PATIENCE, call).await.unwrap().unwrap());
+    }
+    assert_eq!(node.mesh().refusals(), RefusalCounts::default());
+    drop(met);
+    node.mesh().shutdown(PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_handshakes_that_stall_at_one_address_keep_no_other_out() {
+    let ca = Ca::new();
+    let (node, door) = host(&ca, Duration::from_secs(60));
+    let tls = ca.papers("b").tls("b");
+    let stalling = 4 * limits::MAX_HANDSHAKES_ADDRESS;
+    let _stalling = stall(stalling, &tls, [127, 0, 0, 8], door).await;
+    // More than there are places at all, were they not shared out; a minute until the first is free.
+    let more = limits::MAX_HANDSHAKES;
+    let _more = stall(more, &tls, [127, 0, 0, 9], door).await;
+    let connected = tokio::time::timeout(PATIENCE / 3, Raw::connect(&tls, door, "a"));
+    let met = connected.await.unwrap();
+    // The control: nobody had given up by then.
+    assert_eq!(node.mesh().refusals(), RefusalCounts::default());
+    drop(met);
+    node.mesh().shutdown(PATIENCE).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_07_who_waits_too_long_for_a_place_is_sent_away_and_whoever_stalls_in_one_too() {
+    let ca = Ca::new();
+    let (node, door) = host(&ca, Duration::from_secs(1));
+    let tls = ca.papers("b").tls("b");
+    let stalling = 4 * limits::MAX_HANDSHAKES_ADDRESS;
+    let _stalling = stall(stalling, &tls, [127, 0, 0, 8], door).await;
+    until("each is sent away or timed out", || {
+        let refused = node.mesh().refusals();
+        refused.busy + refused.handshake == stalling as u64
+    })
+    .await;
+    let refused = node.mesh().refusals();
+    assert!(refused.busy > 0, "{refused:?}");
+    assert!(
+        refused.handshake >= limits::MAX_HANDSHAKES_ADDRESS as u64,
+        "{refused:?}"
+    );
+    // The control: there is room again.
+    drop(Raw::connect(&tls, door, "a").await);
+    node.mesh().shutdown(PATIENCE).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn inv_13_a_lying_peer_is_closed_and_left_alone_and_the_others_go_on() {
     let ca = Ca::new();
@@ -1107,9 +1239,9 @@ async fn each_malformed_course_ends_with_its_code() {
     assert_eq!(raw.closed().await, CloseCode::Protocol);
     // A node that presents this node's own id.
     let double = Node::new(&ca, "a");
-    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     let tls = double.tls.quic_client_config(Some(&node_id("a"))).unwrap();
-    let client = quinn::ClientConfig::new(tls);
+    let client = ClientConfig::new(tls);
     let connection = endpoint
         .connect_with(client, listen, SERVER_NAME)
         .unwrap()

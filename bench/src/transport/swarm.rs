@@ -24,7 +24,7 @@ pub const EACH: usize = 250;
 const _: () = assert!(EACH < MAX_SESSIONS);
 
 /// Peers that begin to dial at once where the pace does not matter: a hub takes 64 handshakes at a
-/// time and would send the rest away.
+/// time, and the rest would wait.
 const BATCH: usize = 50;
 
 pub struct Hub {

@@ -823,7 +823,7 @@ async fn drive(
     }
 }
 
-async fn sleep_until(due: Option<tokio::time::Instant>) {
+pub(super) async fn sleep_until(due: Option<tokio::time::Instant>) {
     if let Some(due) = due {
         tokio::time::sleep_until(due).await;
     }

@@ -13,7 +13,9 @@ use tidelock_segments::NodeId;
 use super::{MeshError, throttle::ThrottledSocket};
 use crate::{
     congestion::{Congestion, PathMemory},
-    limits::{MAX_INCOMING, MAX_INCOMING_BUFFER_BYTES, MIN_SEND_BYTES_PER_SECOND},
+    limits::{
+        MAX_CALLS_WAITING, MAX_INCOMING, MAX_INCOMING_BUFFER_BYTES, MIN_SEND_BYTES_PER_SECOND,
+    },
     tls::MeshTls,
 };
 
@@ -159,7 +161,7 @@ impl QuicConfig {
         server
             .transport_config(self.transport(congestion.unwrap_or(self.congestion), memory)?)
             .max_incoming(MAX_INCOMING)
-            .incoming_buffer_size(MAX_INCOMING_BUFFER_BYTES / 16)
+            .incoming_buffer_size(MAX_INCOMING_BUFFER_BYTES / MAX_CALLS_WAITING as u64)
             .incoming_buffer_size_total(MAX_INCOMING_BUFFER_BYTES)
             .validation_token_config(tokens)
             .migration(false);
