@@ -924,3 +924,42 @@ fn receipts_of_the_revoked_license_nothing_and_an_old_medium_takes_nothing_back(
         "a stopped node agrees: {still}"
     );
 }
+
+/// Receipts that the disk does not give up: told once, and gone as soon as the disk lets go of them.
+#[test]
+fn receipts_of_the_revoked_that_cannot_be_read_are_told_and_go_when_they_can() {
+    let pair = Pair::new(2);
+    pair.export_of("1MiB", &[]);
+    assert_eq!(pair.import(&["--apply"]).0, 0);
+    let home = export_args("back", "a", &["--receipts-only"]);
+    assert_eq!(pair.be("b").json(&home)["receipts"], 2);
+    let site = pair.be("a");
+    let node = site.start();
+    site.ok(&["segment", "import", "back", "--apply"]);
+    let unlicensed = || site.status()["audit"]["unlicensed_segments"].as_u64();
+    let recorded = |event: &str| site.events(event).len();
+    assert_eq!(unlicensed(), Some(0), "the control");
+
+    // A directory stands where one of the files was.
+    let receipts = names(&site.path("root/receipts"));
+    let [unreadable, _] = &receipts[..] else {
+        panic!("{receipts:?}")
+    };
+    let aside = site.path("aside");
+    fs::rename(unreadable, &aside).unwrap();
+    fs::create_dir(unreadable).unwrap();
+    site.ok(&["ca", "revoke", "--dir", "ca", "b", "--apply"]);
+    site.ok(&["ca", "crl", "--dir", "ca"]);
+    site.ok(&["crl", "import", "ca/crl.pem", "--apply"]);
+    assert_eq!(recorded("receipts_not_dropped"), 1);
+    assert_eq!(unlicensed(), Some(1), "the other ones are gone");
+    site.operate("audit.reopen");
+    assert_eq!(recorded("receipts_not_dropped"), 1, "told once");
+
+    fs::remove_dir(unreadable).unwrap();
+    fs::rename(&aside, unreadable).unwrap();
+    site.operate("audit.reopen");
+    assert_eq!(unlicensed(), Some(2));
+    assert_eq!(recorded("receipts_dropped"), 1);
+    assert!(node.stop().success());
+}
