@@ -188,7 +188,8 @@ pub(super) struct Link {
     pub(super) shared: Arc<Shared>,
     pub(super) peer: NodeId,
     session: SessionId,
-    inputs: mpsc::Sender<Input>,
+    // In boxes: a queue of tokio has room for 32 from the start.
+    inputs: mpsc::Sender<Box<Input>>,
     /// Memory for what waits to be written and is not great, in KiB.
     pub(super) small_sends: Arc<Semaphore>,
     alive: Arc<AtomicBool>,
@@ -199,6 +200,8 @@ impl Link {
     /// Starts a task that ends with the session at the latest.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut over = self.over.clone();
+        // What is captured and then moved has its room in the task twice.
+        let task = Box::pin(task);
         tokio::spawn(async move {
             tokio::select! {
                 () = task => {}
@@ -210,12 +213,12 @@ impl Link {
 
     /// Tells the session, waiting for its turn. An error: the session is over.
     pub(super) async fn tell(&self, input: Input) -> Result<(), ()> {
-        self.inputs.send(input).await.map_err(|_| ())
+        self.inputs.send(Box::new(input)).await.map_err(|_| ())
     }
 
     /// Tells the session if it has time.
     pub(super) fn tell_later(&self, input: Input) {
-        let _ = self.inputs.try_send(input);
+        let _ = self.inputs.try_send(Box::new(input));
     }
 
     pub(super) fn is_alive(&self) -> bool {
@@ -322,7 +325,8 @@ impl Ended {
     }
 }
 
-/// Machine and link, moved to where blocking is allowed and back.
+/// Machine and link, moved to where blocking is allowed and back. In a box: a kibibyte that would stand
+/// in the task of each session as often as it is moved.
 struct Core {
     machine: SessionMachine,
     link: Link,
@@ -667,6 +671,8 @@ pub(super) async fn run(shared: Arc<Shared>, connection: Connection, outbound: b
     // Asked again after the registry knows of it: a CRL or a closed gate that came in between found
     // nothing to close.
     shared.recheck(session, &papers);
+    // The registry has them; this task stays as long as the session.
+    drop(papers);
     let (end, over) = watch::channel(false);
     let (inputs, received) = mpsc::channel(INPUTS);
     let link = Link {
@@ -709,7 +715,7 @@ async fn drive(
     outbound: bool,
     address: SocketAddr,
     mailbox: &Mailbox,
-    mut inputs: mpsc::Receiver<Input>,
+    mut inputs: mpsc::Receiver<Box<Input>>,
 ) -> Ended {
     let shared = &link.shared;
     let control = async {
@@ -793,6 +799,7 @@ async fn drive(
                 continue;
             }
         }
+        let batch = batch.into_iter().map(|input| *input).collect();
         let mail = mailbox.take();
         let (next, stepped) = match step(core, batch, mail).await {
             Ok(done) => done,
@@ -829,7 +836,7 @@ pub(super) async fn sleep_until(due: Option<tokio::time::Instant>) {
     }
 }
 
-async fn new_core(link: Link, key: [u8; 32]) -> Option<Core> {
+async fn new_core(link: Link, key: [u8; 32]) -> Option<Box<Core>> {
     let made = tokio::task::spawn_blocking(move || {
         let shared = Arc::clone(&link.shared);
         let facts = shared.hooks.hello_local();
@@ -848,21 +855,21 @@ async fn new_core(link: Link, key: [u8; 32]) -> Option<Core> {
         };
         let config = shared.config.session;
         let machine = SessionMachine::new(config, local, peer.clone(), key, shared.now(), &view);
-        Core {
+        Box::new(Core {
             machine,
             link,
             lag_stale: true,
-        }
+        })
     });
     made.await.ok()
 }
 
 /// Runs a step, elsewhere if it may look at the node.
 async fn step(
-    mut core: Core,
+    mut core: Box<Core>,
     batch: Vec<Input>,
     mail: Mail,
-) -> Result<(Core, Stepped), &'static str> {
+) -> Result<(Box<Core>, Stepped), &'static str> {
     let quiet = mail.stored.is_empty()
         && mail.released.is_empty()
         && !mail.refresh
@@ -1027,6 +1034,10 @@ async fn read_control(link: Link, mut stream: RecvStream) {
                 Err(error) => break Some(error.to_string()),
             }
         };
+        if decoder.held_bytes() == 0 {
+            // It keeps the room of the longest frame, and a session may be quiet for days.
+            decoder = FrameDecoder::new(Channel::Control);
+        }
         let broken = match broken {
             Some(reason) => Some(reason),
             None => match stream.read_chunk(MAX_FRAME_BODY_BYTES, true).await {
