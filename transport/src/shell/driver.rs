@@ -601,8 +601,13 @@ fn too_big() -> Refusal {
     }
 }
 
+/// Whether the machine may look at the node for it. Until the Hello round trip is over it has no reason to.
 fn needs_view(input: &Input) -> bool {
-    matches!(input, Input::Frame(_))
+    match input {
+        Input::Frame(Frame::Hello(_) | Frame::Bye(_)) => false,
+        Input::Frame(_) => true,
+        _ => false,
+    }
 }
 
 /// Runs a session from the end of the handshake to the end of the connection.
@@ -1065,5 +1070,99 @@ impl Shared {
         } else if let Err((code, _, reason)) = self.judge(papers) {
             self.close(session, code, &reason);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tidelock_segments::DomainId;
+
+    use super::*;
+    use crate::session::{AnnouncedQuota, KindSet, PeerLimits, PeerPosture, SessionConfig};
+
+    /// A node that has nothing, and counts how often it is looked at.
+    #[derive(Default)]
+    struct Looked(Cell<u32>);
+
+    impl Looked {
+        fn nothing<T: Default>(&self) -> T {
+            self.0.set(self.0.get() + 1);
+            T::default()
+        }
+    }
+
+    impl View for Looked {
+        fn heads(&self) -> Vec<Head> {
+            self.nothing()
+        }
+        fn refs(&self, _: &Origin, _: u64, _: u64, _: usize) -> Vec<SegmentRef> {
+            self.nothing()
+        }
+        fn reference(&self, _: &SegmentId) -> Option<SegmentRef> {
+            self.nothing()
+        }
+        fn wants_origin(&self, _: &Origin) -> bool {
+            self.nothing()
+        }
+        fn wants(&self, _: &SegmentRef) -> bool {
+            self.nothing()
+        }
+        fn receipt_wants(&self) -> Vec<SegmentId> {
+            self.nothing()
+        }
+        fn receipt_for(&self, _: &SegmentId) -> Option<Vec<u8>> {
+            self.nothing()
+        }
+        fn take_receipt(&self, _: &[u8]) -> Result<(), Refusal> {
+            self.nothing::<()>();
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_hello_is_taken_without_a_look_at_the_node_and_so_on_a_network_thread() {
+        let (now, view) = (Duration::ZERO, Looked::default());
+        let machine = |name: &str, peer: &str| {
+            let local = LocalHello {
+                domain: DomainId::new("site").unwrap(),
+                node_id: NodeId::new(name).unwrap(),
+                limits: PeerLimits {
+                    kinds: KindSet::ALL,
+                    max_segment_bytes: 1,
+                    custody_free_bytes: 1,
+                    max_in_flight: 1,
+                },
+                quota: AnnouncedQuota::default(),
+                posture: PeerPosture::Normal,
+                endorsement: None,
+            };
+            let peer = NodeId::new(peer).unwrap();
+            SessionMachine::new(SessionConfig::default(), local, peer, [0; 32], now, &view)
+        };
+        let (mut here, mut there) = (machine("a", "b"), machine("b", "a"));
+        let hello = there.poll_frame().unwrap();
+        assert!(!needs_view(&Input::Frame(hello.clone())));
+        view.0.set(0);
+        here.handle_frame(hello.clone(), now, &view);
+        assert_eq!(view.0.get(), 0);
+        // A second one, which ends the session.
+        let mut again = machine("a", "b");
+        view.0.set(0);
+        for _ in 0..2 {
+            again.handle_frame(hello.clone(), now, &view);
+        }
+        assert!(again.closed().is_some());
+        assert_eq!(view.0.get(), 0);
+        // The control: with the acknowledgement the comparison begins.
+        here.refresh(now, &view);
+        there.handle_frame(here.poll_frame().unwrap(), now, &view);
+        let granted = there.poll_frame().unwrap();
+        assert!(needs_view(&Input::Frame(granted.clone())));
+        view.0.set(0);
+        here.handle_frame(granted, now, &view);
+        assert!(here.is_established());
+        assert!(view.0.get() > 0);
     }
 }
