@@ -155,6 +155,24 @@ fn share(first: Congestion, second: Congestion, rung: Rung, queue_percent: u64) 
 }
 
 #[test]
+fn the_packets_of_an_ethernet_are_found_nearly_and_the_longest_ones_exactly() {
+    // Over IPv4 and IPv6; the control is a path that carries everything.
+    for (carries, found) in [(1_472, 1_446), (1_452, 1_446), (65_535, 6_500)] {
+        let links = LADDER[0].links(100).map(|link| LinkConfig {
+            mtu_bytes: carries,
+            queue_bytes: link.queue_bytes.max(65_535),
+            loss: Loss::NONE,
+            ..link
+        });
+        let control = Congestion::Cubic;
+        let flows = vec![flow(control, None)];
+        let mut run = Run::new(&links[0], &links[1], &quic(control), flows, 1);
+        run.run(Duration::from_secs(5));
+        assert_eq!(run.packet_bytes(0), found, "of {carries}");
+    }
+}
+
+#[test]
 fn edge_fills_every_rung_and_sends_little_more_than_the_loss_forces() {
     for rung in LADDER {
         let shown = climb(rung, Congestion::Edge, 100, 1);

@@ -22,6 +22,11 @@ use crate::{
 /// Above this a path MTU stalls for ever while segmentation offload is on: seen at 6,552.
 pub(super) const MTU_MAX: u16 = 6_500;
 
+/// Step below which no better path MTU is looked for. quinn reads the padding of a probe byte by byte: of
+/// a session that carries nothing else it is the greater part of the cost. From 6,500 down this finds 1,446
+/// on an Ethernet of 1,500, with probes of 40 KiB instead of 53 where everything passes.
+const MTU_STEP: u16 = 64;
+
 /// Data streams that a peer may have open: one of each kind, and one that replaces an abandoned one
 /// of the same kind before it is gone.
 const DATA_STREAMS: u32 = 8;
@@ -112,7 +117,7 @@ impl QuicConfig {
             detail: "idle timeout is out of bounds",
         })?;
         let mut mtu = MtuDiscoveryConfig::default();
-        mtu.upper_bound(self.mtu_max);
+        mtu.upper_bound(self.mtu_max).minimum_change(MTU_STEP);
         let mut transport = TransportConfig::default();
         transport
             .max_concurrent_bidi_streams(VarInt::from_u32(1))

@@ -144,6 +144,12 @@ impl Run {
         }
     }
 
+    /// Bytes of the longest packet that the sender of a flow has found its path to carry.
+    pub(crate) fn packet_bytes(&self, flow: usize) -> u16 {
+        let sender = self.flows[flow].hosts[0].connection.as_ref();
+        sender.unwrap().1.stats().path.current_mtu
+    }
+
     /// Lets so much time pass, or less where every flow is finished; answers for each flow.
     pub(crate) fn run(&mut self, duration: Duration) -> Vec<Outcome> {
         let mut half = Some(duration / 2);
