@@ -218,6 +218,11 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DiskError`].
     fn sync_dir(&self, path: &Path) -> Result<(), DiskError>;
+    /// Makes the content of several files durable, each as [`DiskFile::sync_data`] does; the answers are
+    /// in the order of the files. Many at once may cost less than one after the other.
+    fn sync_files(&self, files: &[&dyn DiskFile]) -> Vec<Result<(), DiskError>> {
+        files.iter().map(|file| file.sync_data()).collect()
+    }
     /// The names in a directory, sorted, without `.` and `..`. Names that are not UTF-8 are given in
     /// a lossy form: they are foreign.
     ///

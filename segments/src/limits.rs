@@ -110,6 +110,11 @@ pub const MAX_CHAIN_RANGES: usize = 262_144;
 /// Most audit logs of which anything is held: about 600 bytes each in memory.
 pub const MAX_AUDIT_LOGS: usize = 16_384;
 
+/// Segments that are stored together, with shared syncs: as many files are open and as many threads
+/// sync them at once, over all sessions, with 64 KiB of stack each: 2 MiB. What follows the catalog's
+/// last announcement in the journal must have room in it.
+pub const MAX_PUT_GROUP: usize = 32;
+
 /// Most pages of the index in memory, 16 KiB and one open file each: 1 MiB.
 pub const MAX_CACHED_PAGES: usize = 64;
 

@@ -813,6 +813,35 @@ impl Root {
         })
     }
 
+    /// Syncs the content of files that were written, at once.
+    pub(crate) fn sync_staged<'s>(
+        &self,
+        all: impl Iterator<Item = &'s mut Staged>,
+    ) -> Vec<Result<(), RootError>> {
+        let mut all: Vec<&mut Staged> = all.collect();
+        let files: Result<Vec<&dyn DiskFile>, RootError> =
+            all.iter().map(|staged| staged.file()).collect();
+        let synced = match files {
+            Ok(files) => self.disk.sync_files(&files),
+            Err(error) => return all.iter().map(|_| Err(error.clone())).collect(),
+        };
+        all.iter_mut()
+            .zip(synced)
+            .map(|(staged, synced)| synced.map_err(RootError::from).and_then(|()| staged.book()))
+            .collect()
+    }
+
+    /// Counts what this directory has grown by through names that are durable. An error from here on
+    /// would say that they are not, and whoever then goes on as before writes the same place of a log
+    /// twice.
+    pub(crate) fn named_in(&self, dir: &str) {
+        for dir in [TMP, dir] {
+            if let Err(error) = self.book_dir(dir) {
+                tracing::warn!(%error, dir, "cannot measure a directory; the next write in it does");
+            }
+        }
+    }
+
     /// Takes a file that has served from its place, to be given another name: its blocks stay
     /// allocated and charged. What is in it is stale.
     pub(crate) fn restage(self: &Arc<Self>, rel: &str) -> Result<Staged, RootError> {
@@ -957,6 +986,13 @@ impl Staged {
 
     /// Writes and syncs the whole content.
     pub(crate) fn fill(&mut self, bytes: &[u8]) -> Result<(), RootError> {
+        self.write(bytes)?;
+        self.file()?.sync_data()?;
+        self.book()
+    }
+
+    /// Writes the whole content; it is synced by [`Root::sync_staged`].
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), RootError> {
         let file = self.file()?;
         if self.len > 0 {
             self.root.with_ballast(self.charge, || {
@@ -965,8 +1001,7 @@ impl Staged {
                 file.write_at(0, bytes)
             })?;
         }
-        file.sync_data()?;
-        self.book()
+        Ok(())
     }
 
     /// Allocated bytes booked for it so far.
@@ -1002,12 +1037,24 @@ impl Staged {
 
     /// Gives it its name, durably.
     pub(crate) fn publish(mut self) -> Result<Published, RootError> {
+        let file = self.name()?;
+        let dir = parent_of(&self.rel);
+        self.root.disk.sync_dir(&self.root.path.join(dir))?;
+        self.root.named_in(dir);
+        Ok(Published {
+            file,
+            allocated: self.booked,
+        })
+    }
+
+    /// Gives it its name. It is durable once the directory is synced, and then [`Root::named_in`] counts
+    /// what the directory has grown by.
+    pub(crate) fn name(&mut self) -> Result<Box<dyn DiskFile>, RootError> {
         self.book()?;
-        let allocated = self.booked;
         let (Some(file), Some(temp)) = (self.file.take(), self.temp.clone()) else {
             return Err(RootError::Path(self.rel.clone()));
         };
-        let root = Arc::clone(&self.root);
+        let root = &self.root;
         let from = root.absolute(&temp)?;
         let to = root.absolute(&self.rel)?;
         let replaced = match root.disk.stat(&to) {
@@ -1021,15 +1068,7 @@ impl Staged {
         root.disk.rename(&from, &to)?;
         self.temp = None;
         root.ledger.freed(replaced, Charge::Normal);
-        root.disk.sync_dir(to.parent().unwrap_or(&root.path))?;
-        // It has its name, durably. An error from here on would say that it has not, and whoever then
-        // goes on as before writes the same place of a log twice.
-        for dir in [TMP, parent_of(&self.rel)] {
-            if let Err(error) = root.book_dir(dir) {
-                tracing::warn!(%error, dir, "cannot measure a directory; the next write in it does");
-            }
-        }
-        Ok(Published { file, allocated })
+        Ok(file)
     }
 }
 

@@ -20,6 +20,7 @@
 
 pub(crate) mod catalog;
 pub(crate) mod chain;
+mod group;
 mod index;
 pub(crate) mod journal;
 pub(crate) mod receipts;
@@ -48,6 +49,7 @@ use crate::receipt::{CustodyReceipt, ReceiptError};
 use crate::root::{Root, RootError, Staged};
 use catalog::CATALOG_PATH;
 use chain::ChainEntry;
+use group::UnderWay;
 use index::{COUNTED_CUSTODIANS, Index, Small};
 use journal::{Change, JOURNAL_BLOCKS, JOURNAL_BYTES};
 
@@ -197,7 +199,7 @@ struct Writer {
     /// The journal. `None` while the index on disk is none to start from: then nothing is announced,
     /// for the next start reads all files.
     journal: Option<Box<dyn DiskFile>>,
-    /// The last announcement.
+    /// The number of the last announcement.
     number: u64,
     /// Announcements since the catalog was written.
     since: u64,
@@ -218,6 +220,8 @@ pub struct Store {
     /// Taken before `index` where both are.
     writer: Mutex<Writer>,
     put_ended: Condvar,
+    /// The turn of the group whose files are being synced.
+    syncing: Mutex<()>,
     recovery: Mutex<StoreRecovery>,
     on_damage: Mutex<Option<Hook>>,
     survey: Mutex<scrub::Survey>,
@@ -322,6 +326,7 @@ impl Store {
                 doubtful: BTreeSet::new(),
             }),
             put_ended: Condvar::new(),
+            syncing: Mutex::default(),
             recovery: Mutex::default(),
             on_damage: Mutex::new(None),
             survey: Mutex::default(),
@@ -456,7 +461,7 @@ impl Store {
         };
         writer.journal = Some(journal);
         writer.number = loaded.number;
-        writer.since = loaded.replayed;
+        writer.since = loaded.since;
         let mut index = self.index();
         index.logs = loaded.logs;
         index.scrubbed = loaded.scrubbed;
@@ -839,11 +844,14 @@ impl Store {
         Ok(())
     }
 
-    /// Announces a change durably before it is made.
-    fn announce(&self, writer: &mut Writer, change: &Change) -> Result<(), StoreError> {
+    /// Announces changes durably before they are made, all with one sync: at most [`MAX_PUT_GROUP`],
+    /// each of another place.
+    fn announce(&self, writer: &mut Writer, changes: &[Change]) -> Result<(), StoreError> {
+        let more = changes.len() as u64;
         if writer.journal.is_none() {
-            writer.unannounced = writer.unannounced.saturating_add(1);
-            if writer.unannounced.is_multiple_of(RETRY_AFTER) {
+            writer.unannounced = writer.unannounced.saturating_add(more);
+            if writer.unannounced >= RETRY_AFTER {
+                writer.unannounced = 0;
                 self.write_anew(writer)?;
             }
         }
@@ -851,7 +859,7 @@ impl Store {
             match self.checkpoint(writer) {
                 Ok(()) => {}
                 Err(error) if error.is_room() => {
-                    if writer.since >= JOURNAL_BLOCKS {
+                    if writer.since.saturating_add(more) > JOURNAL_BLOCKS {
                         // No more may be announced. Without a catalog the next start reads all files.
                         tracing::warn!(%error, "no room for the catalog; it is given up for now");
                         self.root.remove(CATALOG_PATH)?;
@@ -864,18 +872,21 @@ impl Store {
         let Some(journal) = &writer.journal else {
             return Ok(());
         };
-        let number = writer.number.saturating_add(1);
-        let Some(block) = change.encode(number) else {
-            return Err(StoreError::TooScattered(change.origin.clone()));
-        };
-        journal
-            .write_at(journal::offset(number), &block)
-            .map_err(RootError::Disk)?;
+        let mut number = writer.number;
+        for (change, of_group) in changes.iter().zip(0u8..) {
+            number = number.saturating_add(1);
+            let Some(block) = change.encode(number, of_group) else {
+                return Err(StoreError::TooScattered(change.origin.clone()));
+            };
+            journal
+                .write_at(journal::offset(number), &block)
+                .map_err(RootError::Disk)?;
+        }
         journal
             .sync_data()
             .map_err(|error| StoreError::Root(RootError::Disk(error)))?;
         writer.number = number;
-        writer.since = writer.since.saturating_add(1);
+        writer.since = writer.since.saturating_add(more);
         Ok(())
     }
 
@@ -1018,6 +1029,10 @@ impl Store {
             index.under_way.insert(id);
             index.account(reference.kind, &reference.origin, charge)
         };
+        let under_way = UnderWay {
+            store: self,
+            ids: vec![id],
+        };
         let rel = segment_path(reference.kind, &id);
         let outcome = stage(&rel, account).and_then(|(staged, allocated)| {
             match ChainEntry::of(segment, allocated) {
@@ -1035,8 +1050,7 @@ impl Store {
         if let Err(error) = &outcome {
             self.latch_on(error);
         }
-        self.index().under_way.remove(&id);
-        self.put_ended.notify_all();
+        drop(under_way);
         outcome.map(|()| PutOutcome::Stored)
     }
 
@@ -1065,12 +1079,12 @@ impl Store {
         }
         self.announce(
             &mut writer,
-            &Change {
+            &[Change {
                 origin: origin.clone(),
                 sequence,
                 before: None,
                 after: Some(entry),
-            },
+            }],
         )?;
         self.index()
             .ready_page(&self.root, origin, sequence, &mut writer.spare, false)?;
@@ -1086,13 +1100,7 @@ impl Store {
                 self.index()
                     .drop_page_if_empty(&self.root, origin, chain::place(sequence).0);
                 if was_named(&error) {
-                    // It may have its name, and the ledger counts it; reopening finds out.
-                    if account == Charge::Custody {
-                        let ledger = self.root.ledger();
-                        ledger.found(entry.allocated, Charge::Normal);
-                        ledger.freed(entry.allocated, account);
-                    }
-                    writer.doubtful_bytes = writer.doubtful_bytes.saturating_add(entry.allocated);
+                    self.may_be_named(&mut writer, account, entry.allocated);
                 }
                 writer.doubtful.insert(entry.id);
                 return Err(error);
@@ -1104,6 +1112,16 @@ impl Store {
         drop(index);
         self.arm(&mut writer);
         Ok(())
+    }
+
+    /// A file may have its name although nobody holds it, and the ledger counts it; reopening finds out.
+    fn may_be_named(&self, writer: &mut Writer, account: Charge, allocated: u64) {
+        if account == Charge::Custody {
+            let ledger = self.root.ledger();
+            ledger.found(allocated, Charge::Normal);
+            ledger.freed(allocated, account);
+        }
+        writer.doubtful_bytes = writer.doubtful_bytes.saturating_add(allocated);
     }
 
     /// Whether exactly this segment is held.
@@ -1304,6 +1322,14 @@ impl Store {
     #[must_use]
     pub fn contains(&self, id: &SegmentId) -> bool {
         self.reference(id).is_some()
+    }
+
+    /// Whether anything is held of an audit log.
+    #[must_use]
+    pub fn holds_log(&self, log: &Origin) -> bool {
+        let index = self.index();
+        let held = index.logs.get(log);
+        held.is_some_and(|log| !log.ranges.is_empty())
     }
 
     /// Its reference, if it is held; see [`Store::contains`].
@@ -1662,7 +1688,7 @@ impl Store {
             before: Some(entry),
             after: None,
         };
-        let done = self.announce(&mut writer, &change).and_then(|()| {
+        let done = self.announce(&mut writer, &[change]).and_then(|()| {
             let rel = segment_path(Kind::Audit, id);
             match away(&rel, account) {
                 Ok(()) => {}
@@ -1808,7 +1834,7 @@ impl Store {
                 after: Some(after),
             };
             if all.is_empty() {
-                self.announce(&mut writer, &announced)?;
+                self.announce(&mut writer, std::slice::from_ref(&announced))?;
                 if before.receipts > 0 {
                     self.root.remove(&rel).map_err(StoreError::Root)?;
                 }
@@ -1816,7 +1842,7 @@ impl Store {
                 let bytes = receipts::encode(&all)?;
                 let staged = self.root.stage(&rel, bytes.len() as u64, Charge::Reserve)?;
                 let (staged, allocated) = fill(staged, &bytes)?;
-                self.announce(&mut writer, &announced)?;
+                self.announce(&mut writer, std::slice::from_ref(&announced))?;
                 after.receipts = allocated;
                 if let Err(error) = staged.publish() {
                     let error = StoreError::from(error);

@@ -27,6 +27,9 @@ impl RealDisk {
     }
 }
 
+/// A thread that makes one system call.
+const SYNC_STACK_BYTES: usize = 64 * 1024;
+
 /// Zeros are written in pieces of this size.
 static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
@@ -257,6 +260,35 @@ impl Disk for RealDisk {
     fn sync_dir(&self, path: &Path) -> Result<(), DiskError> {
         let fd = open_at(DiskOp::SyncDir, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
         rustix::fs::fsync(&fd).map_err(failed(DiskOp::SyncDir, path))
+    }
+
+    fn sync_files(&self, files: &[&dyn DiskFile]) -> Vec<Result<(), DiskError>> {
+        let Some((own, others)) = files.split_first() else {
+            return Vec::new();
+        };
+        // A thread for each: syncs that wait at the same time share the file system's journal commits
+        // and the device's flushes, and one after the other would pay for each of both.
+        std::thread::scope(|scope| {
+            let begun: Vec<_> = others
+                .iter()
+                .map(|file| {
+                    let sync = || file.sync_data();
+                    let thread = std::thread::Builder::new().stack_size(SYNC_STACK_BYTES);
+                    // No thread to be had: it is done by this one.
+                    thread.spawn_scoped(scope, sync).map_err(|_| file)
+                })
+                .collect();
+            let mut done = vec![own.sync_data()];
+            done.extend(begun.into_iter().map(|begun| {
+                match begun {
+                    Ok(thread) => thread
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                    Err(file) => file.sync_data(),
+                }
+            }));
+            done
+        })
     }
 
     fn read_dir(&self, path: &Path) -> Result<Vec<String>, DiskError> {

@@ -732,8 +732,10 @@ pub(crate) struct Loaded {
     pub(super) domain: DomainId,
     pub(super) logs: BTreeMap<Origin, LogIndex>,
     pub(super) scrubbed: Option<(Origin, u64)>,
-    /// The last announcement in the journal, and how many there were after the catalog.
+    /// The last announcement in the journal, by how much it is beyond the catalog's, and how many of
+    /// those are there.
     pub(super) number: u64,
+    pub(super) since: u64,
     pub(super) replayed: u64,
     /// Entries that the journal names and that are held: their pages may have missed them.
     pub(super) fixups: Vec<(Origin, u64, ChainEntry)>,
@@ -768,14 +770,14 @@ pub(crate) fn load(disk: &dyn Disk, root: &Path) -> Result<Loaded, Unusable> {
     if ring.len() as u64 != JOURNAL_BYTES {
         return Err(damaged("the journal is truncated".to_owned()));
     }
-    let changes = journal::after(&ring, catalog.number).map_err(|why| damaged(why.to_owned()))?;
-    let replayed = changes.len() as u64;
+    let tail = journal::after(&ring, catalog.number).map_err(|why| damaged(why.to_owned()))?;
     let mut loaded = Loaded {
         domain: catalog.domain,
         logs: BTreeMap::new(),
         scrubbed: catalog.scrubbed,
-        number: catalog.number.saturating_add(replayed),
-        replayed,
+        number: tail.number,
+        since: tail.number.saturating_sub(catalog.number),
+        replayed: tail.changes.len() as u64,
         fixups: Vec::new(),
         touched: Vec::new(),
         unmade: Vec::new(),
@@ -788,7 +790,7 @@ pub(crate) fn load(disk: &dyn Disk, root: &Path) -> Result<Loaded, Unusable> {
         loaded.logs.insert(origin, log);
     }
     let mut places: BTreeMap<(Origin, u64), Vec<Change>> = BTreeMap::new();
-    for change in changes {
+    for change in tail.changes {
         let place = (change.origin.clone(), change.sequence);
         places.entry(place).or_default().push(change);
     }

@@ -385,7 +385,7 @@ impl Store {
             let forks = self.check_fork(&mut self.index(), &reference);
             match (forks, peeked.entry(*id)) {
                 (Ok(()), Some(entry)) => {
-                    self.announce(&mut writer, &announcement(&origin, sequence, entry))?;
+                    self.announce(&mut writer, &[announcement(&origin, sequence, entry)])?;
                     let mut index = self.index();
                     index.ready_page(&self.root, &origin, sequence, &mut writer.spare, false)?;
                     index.write(&self.root, &origin, sequence, &entry);

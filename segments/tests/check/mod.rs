@@ -32,6 +32,8 @@ pub(crate) enum Op {
     Seal,
     /// Put a foreign segment.
     Put,
+    /// Put up to three of them together.
+    Group,
     /// A receipt for the oldest own segment that has none, which licenses its eviction.
     License,
     /// A ceiling so low that what is licensed is evicted, then the old ceiling again.
@@ -42,11 +44,12 @@ pub(crate) enum Op {
     Reopen,
 }
 
-pub(crate) const OPS: [Op; 8] = [
+pub(crate) const OPS: [Op; 9] = [
     Op::Append,
     Op::Batch,
     Op::Seal,
     Op::Put,
+    Op::Group,
     Op::License,
     Op::Evict,
     Op::Rotate,
@@ -481,6 +484,24 @@ impl<'a> Run<'a> {
                 match node.store.put(segment, Charge::Normal) {
                     Ok(_) => self.note(Fact::Stored(segment.id())),
                     Err(error) => self.refuse(error),
+                }
+            }
+            Op::Group => {
+                let Some(node) = &self.node else {
+                    return Ok(());
+                };
+                let lacking = |segment: &&VerifiedSegment| !node.store.contains(&segment.id());
+                let foreign = self.world.foreign.iter().filter(lacking).take(3);
+                let group: Vec<&VerifiedSegment> = foreign.collect();
+                for segment in &group {
+                    self.note(Fact::Offered(segment.id()));
+                }
+                let outcomes = node.store.put_group(&group, Charge::Normal);
+                for (segment, outcome) in group.iter().zip(outcomes) {
+                    match outcome {
+                        Ok(_) => self.note(Fact::Stored(segment.id())),
+                        Err(error) => self.refuse(error),
+                    }
                 }
             }
             Op::License => {

@@ -16,9 +16,10 @@ use std::time::Duration;
 
 use tidelock_segments::testing::{SimDisk, unchecked_endorsement};
 use tidelock_segments::{
-    AppendError, Appended, AuditLog, Compression, CustodyReceipt, Disk, DomainId, Endorsement,
-    LogConfig, LogError, LogKey, NodeId, RecordClass, Recovery, Root, RootOptions, SealOptions,
-    SegmentId, SegmentRef, Store, VerifiedSegment,
+    AppendError, Appended, AuditLog, Checkpoint, Compression, CustodyReceipt, Disk, DomainId,
+    Endorsement, Kind, LogConfig, LogError, LogKey, NodeId, Origin, RecordClass, Recovery, Root,
+    RootOptions, SealOptions, SegmentHeader, SegmentId, SegmentRef, Store, VerifiedSegment, merkle,
+    origin_line, seal_signed, verify_segment,
 };
 
 /// Long enough for a loaded machine; a test that waits for it has failed.
@@ -279,4 +280,45 @@ pub(crate) fn foreign_segments(name: &'static str, count: usize) -> Vec<Verified
 
 pub(crate) fn ids(refs: &[SegmentRef]) -> Vec<SegmentId> {
     refs.iter().map(|reference| reference.id).collect()
+}
+
+/// Segments of a node's log with one record each, in a form made by hand: two histories of one log
+/// have the same records up to where they part.
+pub(crate) fn history(name: &str, records: &[&str]) -> Vec<VerifiedSegment> {
+    let key = key_of(name);
+    let origin = Origin::audit(&node(name), &key.public(), 1);
+    let line = origin_line(&domain(), &origin).unwrap();
+    let mut tree = merkle::Frontier::new();
+    let mut out: Vec<VerifiedSegment> = Vec::new();
+    for (sequence, record) in (0u64..).zip(records) {
+        // The body by docs/src/format.md, version 1.
+        let mut body = 1_u16.to_le_bytes().to_vec();
+        body.extend(sequence.to_le_bytes());
+        body.extend(1_u32.to_le_bytes());
+        for hash in tree.hashes() {
+            body.extend(hash.as_bytes());
+        }
+        tree.append(merkle::leaf_hash(record.as_bytes()));
+        let note = Checkpoint {
+            origin_line: line.clone(),
+            size: tree.size(),
+            root: tree.root(),
+        }
+        .sign(&key);
+        for part in [note.as_bytes(), record.as_bytes()] {
+            body.extend(u32::try_from(part.len()).unwrap().to_le_bytes());
+            body.extend(part);
+        }
+        let header = SegmentHeader {
+            kind: Kind::Audit,
+            domain: domain(),
+            origin: origin.clone(),
+            sequence,
+            prev: out.last().map(VerifiedSegment::id),
+            created_unix_ms: 1_700_000_000_000 + sequence,
+        };
+        let bytes = seal_signed(&header, &body, &key, &endorsement_of(name)).unwrap();
+        out.push(verify_segment(bytes, None, &domain()).unwrap());
+    }
+    out
 }
