@@ -91,6 +91,11 @@ pub const MAX_IN_FLIGHT: u16 = 32;
 /// stands before a CRL (ruling 10).
 pub const URGENT_IN_FLIGHT: u16 = 4;
 
+/// Segments of a bulk kind that are looked at and stored together, so that they share syncs. As many
+/// more may wait meanwhile; all of them are in flight, and bounded by [`MAX_IN_FLIGHT`] and
+/// [`MAX_BULK_BYTES_IN_FLIGHT`].
+pub const MAX_ADMITTED_TOGETHER: usize = segments::MAX_PUT_GROUP;
+
 /// Bytes of bulk segments (witness, audit) that one session may have in flight; a single bigger
 /// segment goes alone.
 pub const MAX_BULK_BYTES_IN_FLIGHT: u64 = 64 * 1024 * 1024;

@@ -128,6 +128,22 @@ pub trait MeshHooks: Send + Sync + 'static {
     /// # Errors
     /// Why it was not taken, and whose fault that is.
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal>;
+    /// Stores segments of one peer, each judged as by [`admit`](Self::admit) and as if those before it
+    /// were stored already; at most [`crate::limits::MAX_ADMITTED_TOGETHER`]. The answers are in their
+    /// order, and one that says that a segment is stored means that it is durable. Segments that are
+    /// stored together may share what storing costs. `alive` is asked before each that is stored alone
+    /// and each group that is stored together; from when it refuses, its refusal is the answer (INV-09).
+    fn admit_all(
+        &self,
+        peer: &NodeId,
+        segments: Vec<VerifiedSegment>,
+        alive: &dyn Fn() -> Result<(), Refusal>,
+    ) -> Vec<Result<Admitted, Refusal>> {
+        segments
+            .into_iter()
+            .map(|segment| alive().and_then(|()| self.admit(peer, segment)))
+            .collect()
+    }
     /// Begins to receive a segment in ranges, or goes on where an earlier contact ended. What is
     /// claimed of it was told by a peer and proves itself later.
     ///

@@ -76,8 +76,11 @@ struct Node {
     events: Mutex<Vec<MeshEvent>>,
     admissions: Mutex<BTreeMap<SegmentId, u32>>,
     duplicates: AtomicU64,
-    /// Sends one flipped bit in every segment.
+    /// How many segments it was handed together, each time.
+    groups: Mutex<Vec<usize>>,
+    /// Sends one flipped bit in every segment, or in this one.
     lies: AtomicBool,
+    lies_about: Mutex<Option<SegmentId>>,
     /// Held by a test that wants the node to be slow in taking a segment.
     slow: Mutex<()>,
     /// Ranges that were read for peers.
@@ -148,7 +151,9 @@ impl Node {
             events: Mutex::default(),
             admissions: Mutex::default(),
             duplicates: AtomicU64::new(0),
+            groups: Mutex::default(),
             lies: AtomicBool::new(false),
+            lies_about: Mutex::default(),
             slow: Mutex::new(()),
             ranges_out: Mutex::default(),
             ranges_allowed: AtomicU64::new(u64::MAX),
@@ -299,7 +304,8 @@ impl MeshHooks for Hooks {
 
     fn read(&self, id: &SegmentId) -> Option<Vec<u8>> {
         let mut bytes = self.0.store.get(id).ok()?.into_bytes();
-        if self.0.lies.load(Ordering::Relaxed) {
+        let about_it = *self.0.lies_about.lock().unwrap() == Some(*id);
+        if about_it || self.0.lies.load(Ordering::Relaxed) {
             bytes[40] ^= 1;
         }
         Some(bytes)
@@ -392,6 +398,19 @@ impl MeshHooks for Hooks {
             }
             Err(error) => Err(refusal(error.to_string())),
         }
+    }
+
+    fn admit_all(
+        &self,
+        peer: &NodeId,
+        segments: Vec<VerifiedSegment>,
+        alive: &dyn Fn() -> Result<(), Refusal>,
+    ) -> Vec<Result<Admitted, Refusal>> {
+        self.0.groups.lock().unwrap().push(segments.len());
+        segments
+            .into_iter()
+            .map(|segment| alive().and_then(|()| self.admit(peer, segment)))
+            .collect()
     }
 
     fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>> {
@@ -1032,6 +1051,54 @@ async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
     .await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(!a.store.contains(&second.id), "the one that waited is not");
+    for node in [&a, &b] {
+        node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn inv_13_a_bad_segment_in_a_group_is_the_only_one_that_is_refused() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    let sealed: Vec<SegmentRef> = (0..16).map(|_| b.seal(2)).collect();
+    let bad = sealed[9].id;
+    *b.lies_about.lock().unwrap() = Some(bad);
+    a.start(config(to_a, &[]));
+    {
+        // What arrives while the first ones are being taken is taken together.
+        let _slow = a.slow.lock().unwrap();
+        b.start(config(to_b, &[("a", to_a)]));
+        let started = Instant::now();
+        while a.admissions.lock().unwrap().is_empty() || b.status("a").segments_out < 16 {
+            assert!(started.elapsed() < PATIENCE, "the segments do not arrive");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    until("all but the bad one are stored", || {
+        let good = sealed.iter().filter(|one| one.id != bad);
+        good.into_iter().all(|one| a.store.contains(&one.id))
+    })
+    .await;
+    let failed = || {
+        let events = a.events.lock().unwrap();
+        let failed = events.iter().filter_map(|event| match event {
+            MeshEvent::TransferFailed {
+                reference, refusal, ..
+            } => Some((reference.id, refusal.code, refusal.fault)),
+            _ => None,
+        });
+        failed.collect::<Vec<_>>()
+    };
+    until("the bad one is refused", || !failed().is_empty()).await;
+    assert_eq!(failed(), [(bad, "format", Fault::Peer)]);
+    assert!(!a.store.contains(&bad));
+    assert!(a.is_connected("b"), "one fault ends no session");
+    // INV-08: each was handed over once, and most of them with others.
+    let groups = a.groups.lock().unwrap().clone();
+    assert_eq!(groups.iter().sum::<usize>(), 15, "{groups:?}");
+    assert!(groups.iter().any(|group| *group > 1), "{groups:?}");
     for node in [&a, &b] {
         node.mesh().shutdown(PATIENCE).await;
     }

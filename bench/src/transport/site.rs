@@ -23,7 +23,7 @@ use tidelock::clock::wall_unix_ms;
 use tidelock_quota::MonotonicClock;
 use tidelock_segments::{
     Charge, Head, NodeId, Origin, Partial, PartialError, PutOutcome, RealDisk, Root, RootOptions,
-    SegmentId, SegmentRef, Store, VerifiedSegment,
+    SegmentId, SegmentRef, Store, StoreError, VerifiedSegment,
 };
 use tidelock_transport::{
     identity::IdentityRules,
@@ -280,6 +280,18 @@ impl Hooks {
     }
 }
 
+fn stored(put: Result<PutOutcome, StoreError>) -> Result<Admitted, Refusal> {
+    match put {
+        Ok(PutOutcome::Stored) => Ok(Admitted::Stored),
+        Ok(PutOutcome::AlreadyHeld) => Ok(Admitted::AlreadyHeld),
+        Err(e) => Err(Refusal {
+            code: "STORE",
+            message: e.to_string(),
+            fault: Fault::Local,
+        }),
+    }
+}
+
 impl MeshHooks for Hooks {
     fn heads(&self) -> Vec<Head> {
         match &self.kept {
@@ -342,15 +354,7 @@ impl MeshHooks for Hooks {
             self.take_crl(&segment)?;
         }
         match &self.kept {
-            Kept::Disk(store) => match store.put(&segment, Charge::Normal) {
-                Ok(PutOutcome::Stored) => Ok(Admitted::Stored),
-                Ok(PutOutcome::AlreadyHeld) => Ok(Admitted::AlreadyHeld),
-                Err(e) => Err(Refusal {
-                    code: "STORE",
-                    message: e.to_string(),
-                    fault: Fault::Local,
-                }),
-            },
+            Kept::Disk(store) => stored(store.put(&segment, Charge::Normal)),
             Kept::Memory(kept) => {
                 let reference = segment.reference();
                 let key = (reference.origin.clone(), reference.sequence);
@@ -359,6 +363,25 @@ impl MeshHooks for Hooks {
                     Some(_) => Ok(Admitted::AlreadyHeld),
                 }
             }
+        }
+    }
+    fn admit_all(
+        &self,
+        peer: &NodeId,
+        segments: Vec<VerifiedSegment>,
+        _: &dyn Fn() -> Result<(), Refusal>,
+    ) -> Vec<Result<Admitted, Refusal>> {
+        match &self.kept {
+            // A CRL comes alone.
+            Kept::Disk(store) if segments.len() > 1 => {
+                let group: Vec<&VerifiedSegment> = segments.iter().collect();
+                let outcomes = store.put_group(&group, Charge::Normal);
+                outcomes.into_iter().map(stored).collect()
+            }
+            Kept::Disk(_) | Kept::Memory(_) => segments
+                .into_iter()
+                .map(|segment| self.admit(peer, segment))
+                .collect(),
         }
     }
     fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {

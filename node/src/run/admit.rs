@@ -20,6 +20,7 @@ use tidelock_segments::{
 use tidelock_transport::{
     endorse::verify_endorsement,
     revocation::{CrlError, Imported, Outcome, VerifiedCrl, crl_segment, crls_in_file},
+    session::Refusal,
 };
 
 use super::{
@@ -923,6 +924,61 @@ impl Node {
         };
         self.note_admitted(peer, &reference, &admitted);
         admitted
+    }
+
+    /// Lets segments from a peer in, each as [`Node::admit`] would after those before it. Audit of logs
+    /// that are known is stored together. What begins a log is stored alone, because its lineage and that
+    /// of all that follows are judged by what is held then. `alive` tells whether the peer's session is.
+    pub(super) fn admit_all(
+        &self,
+        peer: &NodeId,
+        segments: &[VerifiedSegment],
+        alive: &dyn Fn() -> Result<(), Refusal>,
+    ) -> Vec<Result<PutOutcome, Refusal>> {
+        let mut answers = Vec::with_capacity(segments.len());
+        while let Some((first, more)) = segments.get(answers.len()..).and_then(<[_]>::split_first) {
+            let continues = |segment: &&VerifiedSegment| {
+                let origin = &segment.header().origin;
+                origin.kind() == Kind::Audit
+                    && !self.is_own_log(origin)
+                    && self.store.holds_log(origin)
+            };
+            let together: Vec<&VerifiedSegment> = std::iter::once(first)
+                .chain(more)
+                .take_while(continues)
+                .collect();
+            if together.len() < 2 {
+                let alone = || self.admit(peer, first).map_err(Refusal::from);
+                answers.push(alive().and_then(|()| alone()));
+                continue;
+            }
+            let judged: Vec<Result<(), Denied>> = together
+                .iter()
+                .map(|segment| {
+                    // INV-08: what is held is not judged again.
+                    match self.store.contains(&segment.id()) {
+                        true => Ok(()),
+                        false => self.check_audit(segment),
+                    }
+                })
+                .collect();
+            let good = together
+                .iter()
+                .zip(&judged)
+                .filter(|(_, judged)| judged.is_ok());
+            let good: Vec<&VerifiedSegment> = good.map(|(segment, _)| *segment).collect();
+            let mut put = self.store.put_group(&good, Charge::Custody).into_iter();
+            for (segment, judged) in together.into_iter().zip(judged) {
+                let reference = segment.reference();
+                let answer = judged.and_then(|()| match put.next() {
+                    Some(put) => put.map_err(|e| self.audit_not_stored(&reference.origin, &e)),
+                    None => Err(Denied::local("STORE", "the store gave no answer")),
+                });
+                self.note_admitted(peer, &reference, &answer);
+                answers.push(answer.map_err(Refusal::from));
+            }
+        }
+        answers
     }
 
     fn note_admitted(

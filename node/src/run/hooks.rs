@@ -51,6 +51,13 @@ impl From<Denied> for Refusal {
     }
 }
 
+fn admitted(put: PutOutcome) -> Admitted {
+    match put {
+        PutOutcome::Stored => Admitted::Stored,
+        PutOutcome::AlreadyHeld => Admitted::AlreadyHeld,
+    }
+}
+
 impl MeshHooks for Hooks {
     fn heads(&self) -> Vec<Head> {
         self.0.store.heads()
@@ -89,10 +96,23 @@ impl MeshHooks for Hooks {
     }
 
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {
-        match self.0.admit(peer, &segment)? {
-            PutOutcome::Stored => Ok(Admitted::Stored),
-            PutOutcome::AlreadyHeld => Ok(Admitted::AlreadyHeld),
-        }
+        self.0
+            .admit(peer, &segment)
+            .map(admitted)
+            .map_err(Refusal::from)
+    }
+
+    fn admit_all(
+        &self,
+        peer: &NodeId,
+        segments: Vec<VerifiedSegment>,
+        alive: &dyn Fn() -> Result<(), Refusal>,
+    ) -> Vec<Result<Admitted, Refusal>> {
+        let answers = self.0.admit_all(peer, &segments, alive);
+        answers
+            .into_iter()
+            .map(|answer| answer.map(admitted))
+            .collect()
     }
 
     fn read_range(&self, id: &SegmentId, range: &Range<u64>) -> Option<Vec<u8>> {
@@ -110,10 +130,8 @@ impl MeshHooks for Hooks {
         partial: &Partial,
     ) -> Result<(SegmentRef, Admitted), Refusal> {
         let reference = partial.reference().clone();
-        match self.0.admit_partial(peer, partial)? {
-            PutOutcome::Stored => Ok((reference, Admitted::Stored)),
-            PutOutcome::AlreadyHeld => Ok((reference, Admitted::AlreadyHeld)),
-        }
+        let put = self.0.admit_partial(peer, partial)?;
+        Ok((reference, admitted(put)))
     }
 
     fn receipt_for(&self, id: &SegmentId) -> Option<Vec<u8>> {

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, VarInt};
-use tidelock_segments::{Kind, SegmentId, SegmentRef, bao, verify_segment};
+use tidelock_segments::{Kind, SegmentId, SegmentRef, VerifiedSegment, bao, verify_segment};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{
@@ -25,7 +25,7 @@ use crate::{
         ByteRange, Channel, CloseCode, DataStream, FetchRefusal, Frame, FrameError, FrameHeader,
         Segment, Slice,
     },
-    limits::{FRAME_HEADER_BYTES, MAX_IN_FLIGHT, MAX_SMALL_SEND_BYTES},
+    limits::{FRAME_HEADER_BYTES, MAX_ADMITTED_TOGETHER, MAX_IN_FLIGHT, MAX_SMALL_SEND_BYTES},
     session::{Fault, Refusal, Serve, ServeKey, TakeSlice, is_urgent},
 };
 
@@ -279,16 +279,17 @@ struct Admission {
 }
 
 impl Admission {
-    /// Starts the two workers. One segment waits while one is looked at.
+    /// Starts the two workers. One urgent segment waits while one is looked at; of the others as many as
+    /// are looked at together.
     fn start(link: &Link) -> Self {
-        let worker = |link: &Link| {
-            let (sender, arrived) = mpsc::channel(1);
-            link.spawn(admit_all(link.clone(), arrived));
+        let worker = |link: &Link, together: usize| {
+            let (sender, arrived) = mpsc::channel(together);
+            link.spawn(admit_all(link.clone(), arrived, together));
             sender
         };
         Self {
-            urgent: worker(link),
-            bulk: worker(link),
+            urgent: worker(link, 1),
+            bulk: worker(link, MAX_ADMITTED_TOGETHER),
         }
     }
 
@@ -301,44 +302,79 @@ impl Admission {
     }
 }
 
-async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>) {
-    while let Some(next) = arrived.recv().await {
-        let worker = link.clone();
-        let broken = || Refusal {
-            code: "internal",
-            message: "admission was cut short by a fault of this node".to_owned(),
-            fault: Fault::Local,
-        };
-        let told = match next {
-            Arrived::Whole(reference, content) => {
-                let id = reference.id;
-                let admitted =
-                    tokio::task::spawn_blocking(move || admit(&worker, &reference, content)).await;
-                match admitted.unwrap_or_else(|_| Err(broken())) {
-                    Ok(()) => Input::Admitted(id),
-                    Err(refusal) => Input::Failed(id, refusal),
+/// Takes what has arrived meanwhile, in its order, and nothing waits for more. What is here counts as in
+/// flight, so the session's bounds of that hold for it (INV-07).
+async fn admit_all(link: Link, mut arrived: mpsc::Receiver<Arrived>, together: usize) {
+    let mut waiting = Vec::with_capacity(together);
+    while arrived.recv_many(&mut waiting, together).await > 0 {
+        let mut group = Vec::with_capacity(waiting.len());
+        for next in waiting.drain(..) {
+            match next {
+                Arrived::Whole(reference, content) => group.push((reference, content)),
+                Arrived::Slice(id, range, slice) => {
+                    let before = std::mem::take(&mut group);
+                    if admit_wholes(&link, before).await.is_err()
+                        || admit_part(&link, id, range, slice).await.is_err()
+                    {
+                        return;
+                    }
                 }
             }
-            Arrived::Slice(id, range, slice) => {
-                let from = range.start;
-                let admitted =
-                    tokio::task::spawn_blocking(move || admit_slice(&worker, &id, &range, &slice));
-                let admitted = admitted.await.unwrap_or_else(|_| Err(broken()));
-                let stored = admitted == Ok(true);
-                let over = Input::SliceOver(id, from, admitted.err());
-                if !stored {
-                    over
-                } else if link.tell(over).await.is_ok() {
-                    Input::Admitted(id)
-                } else {
-                    break;
-                }
-            }
-        };
-        if link.tell(told).await.is_err() {
-            break;
+        }
+        if admit_wholes(&link, group).await.is_err() {
+            return;
         }
     }
+}
+
+fn broken() -> Refusal {
+    Refusal {
+        code: "internal",
+        message: "admission was cut short by a fault of this node".to_owned(),
+        fault: Fault::Local,
+    }
+}
+
+/// Admits segments and tells the session of each. An error: the session is over.
+async fn admit_wholes(link: &Link, group: Vec<(SegmentRef, Vec<u8>)>) -> Result<(), ()> {
+    if group.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<SegmentId> = group.iter().map(|(reference, _)| reference.id).collect();
+    let worker = link.clone();
+    let admitted = tokio::task::spawn_blocking(move || admit(&worker, group));
+    let admitted = admitted.await.unwrap_or_default();
+    // One for which there is no answer was cut short.
+    let answers = admitted
+        .into_iter()
+        .chain(std::iter::repeat_with(|| Err(broken())));
+    for (id, answer) in ids.into_iter().zip(answers) {
+        let told = match answer {
+            Ok(()) => Input::Admitted(id),
+            Err(refusal) => Input::Failed(id, refusal),
+        };
+        link.tell(told).await?;
+    }
+    Ok(())
+}
+
+/// The same for a slice.
+async fn admit_part(
+    link: &Link,
+    id: SegmentId,
+    range: Range<u64>,
+    slice: Vec<u8>,
+) -> Result<(), ()> {
+    let (worker, from) = (link.clone(), range.start);
+    let admitted = tokio::task::spawn_blocking(move || admit_slice(&worker, &id, &range, &slice));
+    let admitted = admitted.await.unwrap_or_else(|_| Err(broken()));
+    let stored = admitted == Ok(true);
+    link.tell(Input::SliceOver(id, from, admitted.err()))
+        .await?;
+    if stored {
+        link.tell(Input::Admitted(id)).await?;
+    }
+    Ok(())
 }
 
 /// A claim that outlives its session while the node looks at the segment (INV-08). Given back on every
@@ -362,17 +398,54 @@ impl Drop for Looking<'_> {
     }
 }
 
-/// Checks and stores one segment. Runs where blocking is allowed.
-fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Refusal> {
+/// Checks segments, each for itself, and stores those that are sound together. The answers are in the order
+/// of the segments. Runs where blocking is allowed.
+fn admit(link: &Link, group: Vec<(SegmentRef, Vec<u8>)>) -> Vec<Result<(), Refusal>> {
     let shared = &link.shared;
-    let _looking = Looking::begin(link, reference.id);
-    alive(link)?;
+    let _looking: Vec<Looking<'_>> = group
+        .iter()
+        .map(|(reference, _)| Looking::begin(link, reference.id))
+        .collect();
+    let (mut answers, mut sound) = (Vec::with_capacity(group.len()), Vec::new());
+    for (reference, content) in group {
+        let checked = alive(link).and_then(|()| check(link, &reference, content));
+        answers.push(checked.map(|segment| sound.push(segment)));
+    }
+    let held: Vec<SegmentRef> = sound.iter().map(VerifiedSegment::reference).collect();
+    let admitted = shared.hooks.admit_all(&link.peer, sound, &|| alive(link));
+    let mut admitted = held.into_iter().zip(
+        admitted
+            .into_iter()
+            .map(Some)
+            .chain(std::iter::repeat(None)),
+    );
+    for answer in answers.iter_mut().filter(|answer| answer.is_ok()) {
+        *answer = match admitted.next() {
+            Some((held, Some(Ok(admitted)))) => {
+                taken(link, &held, admitted);
+                Ok(())
+            }
+            Some((_, Some(Err(refusal)))) => Err(refusal),
+            Some((_, None)) | None => Err(broken()),
+        };
+    }
+    answers
+}
+
+/// Verifies a segment's bytes, and that it is what was listed.
+fn check(
+    link: &Link,
+    reference: &SegmentRef,
+    content: Vec<u8>,
+) -> Result<VerifiedSegment, Refusal> {
     // The one hash over the content is made here, in a single pass and off the network's threads.
     let segment =
-        verify_segment(content, Some(reference.id), &shared.domain).map_err(|error| Refusal {
-            code: "format",
-            message: error.to_string(),
-            fault: Fault::Peer,
+        verify_segment(content, Some(reference.id), &link.shared.domain).map_err(|error| {
+            Refusal {
+                code: "format",
+                message: error.to_string(),
+                fault: Fault::Peer,
+            }
         })?;
     let header = segment.header();
     if header.origin != reference.origin || header.sequence != reference.sequence {
@@ -385,8 +458,12 @@ fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Re
             fault: Fault::Peer,
         });
     }
-    let held = segment.reference();
-    let admitted = shared.hooks.admit(&link.peer, segment)?;
+    Ok(segment)
+}
+
+/// The node has taken a segment: what follows from it.
+fn taken(link: &Link, held: &SegmentRef, admitted: Admitted) {
+    let shared = &link.shared;
     link.counted(|stats| {
         stats.segments_in += 1;
         stats.bytes_in += held.size_bytes;
@@ -401,8 +478,7 @@ fn admit(link: &Link, reference: &SegmentRef, content: Vec<u8>) -> Result<(), Re
         // The node has taken the list over in `admit`; who is revoked by it goes now.
         shared.close_revoked();
     }
-    shared.announce(&held);
-    Ok(())
+    shared.announce(held);
 }
 
 /// Accepts the peer's data streams, from the moment that it is authenticated. What takes their content
