@@ -111,8 +111,8 @@ pub const MAX_CHAIN_RANGES: usize = 262_144;
 pub const MAX_AUDIT_LOGS: usize = 16_384;
 
 /// Segments that are stored together, with shared syncs: as many files are open and as many threads
-/// sync them at once, over all sessions, with 64 KiB of stack each: 2 MiB. What follows the catalog's
-/// last announcement in the journal must have room in it.
+/// sync them at once, over all sessions, with 64 KiB of stack each: 2 MiB, and as much for pages of the
+/// index. What follows the catalog's last announcement in the journal must have room in it.
 pub const MAX_PUT_GROUP: usize = 32;
 
 /// Most pages of the index in memory, 16 KiB and one open file each: 1 MiB.

@@ -17,7 +17,7 @@ use crate::disk::{self, Disk, DiskError, DiskFault, DiskFile, OpenMode};
 use crate::format::SegmentRef;
 use crate::id::{DomainId, Kind, NodeId, Origin, SegmentId};
 use crate::ledger::{Charge, Reservation};
-use crate::limits::{MAX_CACHED_PAGES, MAX_CATALOG_BYTES, MAX_PLACES_REMEMBERED};
+use crate::limits::{MAX_CACHED_PAGES, MAX_CATALOG_BYTES, MAX_PLACES_REMEMBERED, MAX_PUT_GROUP};
 use crate::root::{Root, RootError};
 
 /// Counts of custodians are kept apart up to here; a config asks for at most 16.
@@ -617,14 +617,9 @@ impl Index {
 
     /// Makes everything durable that was written to pages.
     pub(super) fn sync(&mut self, root: &Root) -> Result<(), RootError> {
-        for id in std::mem::take(&mut self.dirty) {
-            let synced = match self.pages.get(&id).and_then(|page| page.file.as_ref()) {
-                Some(file) => file.sync_data().map_err(RootError::Disk),
-                None => root
-                    .open_file(&page_path(&id), OpenMode::ReadWrite)
-                    .and_then(|file| Ok(file.sync_data()?)),
-            };
-            if let Err(error) = synced {
+        let dirty: Vec<PageId> = std::mem::take(&mut self.dirty).into_iter().collect();
+        for some in dirty.chunks(MAX_PUT_GROUP) {
+            if let Err(error) = self.sync_pages(root, some) {
                 self.doubt(format!("a page of the index was not synced: {error}"));
                 return Err(error);
             }
@@ -634,6 +629,22 @@ impl Index {
             self.dir_dirty = false;
         }
         Ok(())
+    }
+
+    /// Syncs these pages at once.
+    fn sync_pages(&self, root: &Root, pages: &[PageId]) -> Result<(), RootError> {
+        let in_memory = |id: &PageId| self.pages.get(id).and_then(|page| page.file.as_deref());
+        let mut opened: Vec<Box<dyn DiskFile>> = Vec::new();
+        for id in pages.iter().filter(|id| in_memory(id).is_none()) {
+            opened.push(root.open_file(&page_path(id), OpenMode::ReadWrite)?);
+        }
+        let files: Vec<&dyn DiskFile> = pages
+            .iter()
+            .filter_map(in_memory)
+            .chain(opened.iter().map(|file| &**file))
+            .collect();
+        let synced: Result<(), DiskError> = root.disk().sync_files(&files).into_iter().collect();
+        Ok(synced?)
     }
 
     /// Notes that there may be pages whose names are not durable.
