@@ -115,7 +115,7 @@ pub(crate) async fn answer(
         (status = 429, description = "`RATE_LIMIT_EXCEEDED` (DecisionAnswer), or `rate_limited` at the concurrency limit (Problem)", body = AnswerOrProblem,
             headers(("Retry-After" = u64, description = "Seconds"))),
         (status = 431, description = "The request head is longer than 16 KiB"),
-        (status = 503, description = "`AUDIT_UNAVAILABLE`, `AUDIT_CAPACITY` or `POSTURE_CLOSED` (DecisionAnswer); or the decision did not come back in time (Problem)", body = AnswerOrProblem),
+        (status = 503, description = "`AUDIT_UNAVAILABLE`, `AUDIT_CAPACITY`, `POSTURE_CLOSED` or `ENGINE_EXHAUSTED` (DecisionAnswer); or the decision did not come back in time (Problem)", body = AnswerOrProblem),
     ),
     security(("bearer" = []), ())
 )]
@@ -607,7 +607,10 @@ pub(crate) fn status_of(decision: Decision, reason: Reason) -> StatusCode {
         (Decision::Deny, Reason::RateLimitExceeded) => StatusCode::TOO_MANY_REQUESTS,
         (
             Decision::Deny,
-            Reason::AuditUnavailable | Reason::AuditCapacity | Reason::PostureClosed,
+            Reason::AuditUnavailable
+            | Reason::AuditCapacity
+            | Reason::EngineExhausted
+            | Reason::PostureClosed,
         ) => StatusCode::SERVICE_UNAVAILABLE,
         (Decision::Deny, _) => StatusCode::FORBIDDEN,
     }
@@ -688,7 +691,9 @@ mod tests {
                 "POLICY_ALLOW" => 200,
                 "INVALID_REQUEST" => 400,
                 "RATE_LIMIT_EXCEEDED" => 429,
-                "AUDIT_UNAVAILABLE" | "AUDIT_CAPACITY" | "POSTURE_CLOSED" => 503,
+                "AUDIT_UNAVAILABLE" | "AUDIT_CAPACITY" | "POSTURE_CLOSED" | "ENGINE_EXHAUSTED" => {
+                    503
+                }
                 _ => 403,
             };
             assert_eq!(

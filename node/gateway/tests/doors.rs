@@ -52,7 +52,10 @@ async fn every_reason_is_answered_with_its_status_and_its_whole_answer() {
                 Reason::PolicyAllow => 200,
                 Reason::InvalidRequest => 400,
                 Reason::RateLimitExceeded => 429,
-                Reason::AuditUnavailable | Reason::AuditCapacity | Reason::PostureClosed => 503,
+                Reason::AuditUnavailable
+                | Reason::AuditCapacity
+                | Reason::EngineExhausted
+                | Reason::PostureClosed => 503,
                 _ => 403,
             };
             let asked = format!("\"{reason}\"");

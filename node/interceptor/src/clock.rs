@@ -15,7 +15,17 @@ pub trait Clock: Send + Sync {
     fn thread_cpu(&self) -> Duration {
         self.now()
     }
+
+    /// Reads the CPU time of the calling thread from any other one, in the measure of
+    /// [`Clock::thread_cpu`]: how a budget is enforced on an engine that does not come back. A
+    /// clock without it leaves that to the end of the caller's wait.
+    fn thread_cpu_from_outside(&self) -> Option<ThreadCpu> {
+        None
+    }
 }
+
+/// Tells the CPU time of one thread; nothing where it cannot be read.
+pub type ThreadCpu = Box<dyn Fn() -> Option<Duration> + Send>;
 
 /// The same clock for token buckets.
 #[derive(Clone)]

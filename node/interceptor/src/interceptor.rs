@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
@@ -21,9 +20,10 @@ use crate::{
     answer::{Answer, BundleInfo, Done, Mode, Outcome},
     caller::{Caller, Principal},
     clock::{BucketClock, Clock},
+    engines::{Engines, Evaluated},
     limits::{
-        APPEND_TIMEOUT, DEFAULT_ACTIONS, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, MAX_PRINCIPALS,
-        MAX_RECORD_BYTES, SUMMARY_WINDOW,
+        APPEND_TIMEOUT, DEFAULT_ACTIONS, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT,
+        MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
     },
     pending::{Completed, Draft, Queue, Slot},
     reason::{Decision, Reason},
@@ -47,6 +47,8 @@ pub struct InterceptorConfig {
     pub denial_bytes: Rate,
     /// CPU time of the policy engine for one decision.
     pub engine_budget: Duration,
+    /// How long a request waits for an engine that does not get to its CPU time.
+    pub engine_wait: Duration,
     /// How long a request waits for its record.
     pub append_timeout: Duration,
     /// Length of a summary window.
@@ -62,6 +64,7 @@ impl InterceptorConfig {
             actions: DEFAULT_ACTIONS,
             denial_bytes: DEFAULT_DENIAL_BYTES,
             engine_budget: ENGINE_BUDGET,
+            engine_wait: ENGINE_WAIT,
             append_timeout: APPEND_TIMEOUT,
             summary_window: SUMMARY_WINDOW,
         }
@@ -109,6 +112,7 @@ struct Inner {
     recorder: Arc<dyn Recorder>,
     actions: TokenBuckets<ActionKey, BucketClock>,
     denial_bytes: TokenBuckets<DenialKey, BucketClock>,
+    engines: Engines,
     floor: AtomicU8,
     queue: Mutex<Queue>,
     summary: Mutex<Summary>,
@@ -136,6 +140,7 @@ impl Interceptor {
     ) -> Result<Self, InterceptorConfigError> {
         for (what, duration) in [
             ("engine budget", config.engine_budget),
+            ("engine wait", config.engine_wait),
             ("append timeout", config.append_timeout),
             ("summary window", config.summary_window),
         ] {
@@ -153,6 +158,7 @@ impl Interceptor {
         let denial_bytes = TokenBuckets::new(config.denial_bytes, MAX_PRINCIPALS, bucket_clock)
             .map_err(InterceptorConfigError::DenialBytes)?;
         let summary = Mutex::new(Summary::new(clock.unix_ms()));
+        let engines = Engines::new(Arc::clone(&clock), config.engine_budget, config.engine_wait);
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
@@ -161,6 +167,7 @@ impl Interceptor {
                 recorder,
                 actions,
                 denial_bytes,
+                engines,
                 floor: AtomicU8::new(0),
                 queue: Mutex::new(Queue::default()),
                 summary,
@@ -274,7 +281,7 @@ impl Interceptor {
         let pending = self.inner.queue().waiting();
         self.inner
             .counters
-            .read(u64::try_from(pending).unwrap_or(u64::MAX))
+            .read(count(pending), count(self.inner.engines.abandoned()))
     }
 
     /// The configuration.
@@ -508,38 +515,56 @@ impl Inner {
     }
 
     fn evaluate(&self, action: &Action, policy: &ActivePolicy, posture: Posture) -> Findings {
-        let request = policy_request(action);
-        let started = self.clock.thread_cpu();
-        let evaluated = catch_unwind(AssertUnwindSafe(|| policy.engine().evaluate(&request)));
-        let took = self.clock.thread_cpu().saturating_sub(started);
+        let (evaluated, took) = self
+            .engines
+            .evaluate(policy.shared_engine(), policy_request(action));
+        let counters = &self.counters;
         add(
-            &self.counters.engine_us,
+            &counters.engine_us,
             u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
         );
-        add(&self.counters.evaluations, 1);
-        let Ok(Evaluation {
+        let failed = |reason, error: &str| Findings {
+            errors: vec![error.to_owned()],
+            ..Findings::new(reason, posture)
+        };
+        let Evaluation {
             verdict,
             policies,
             errors,
-        }) = evaluated
-        else {
-            add(&self.counters.panics, 1);
-            tracing::error!(
-                action = action.name(),
-                "policy engine panicked, action denied"
-            );
-            let findings = Findings::new(Reason::EvaluationError, posture);
-            return Findings {
-                errors: vec!["policy engine panicked".to_owned()],
-                ..findings
-            };
+        } = match evaluated {
+            Evaluated::Done(evaluation) => evaluation,
+            Evaluated::Panicked => {
+                add(&counters.evaluations, 1);
+                add(&counters.panics, 1);
+                tracing::error!(
+                    action = action.name(),
+                    "policy engine panicked, action denied"
+                );
+                return failed(Reason::EvaluationError, "policy engine panicked");
+            }
+            Evaluated::Late { abandoned: false } => {
+                add(&counters.evaluations, 1);
+                return failed(Reason::Deadline, "policy engine was late");
+            }
+            Evaluated::Late { abandoned: true } => {
+                add(&counters.evaluations, 1);
+                add(&counters.abandoned, 1);
+                tracing::error!(
+                    action = action.name(),
+                    "policy engine does not end, action denied"
+                );
+                return failed(Reason::Deadline, "policy engine was given up");
+            }
+            Evaluated::Exhausted => {
+                return failed(Reason::EngineExhausted, "no engine thread is free");
+            }
         };
+        add(&counters.evaluations, 1);
         let reason = match verdict {
-            _ if took > self.config.engine_budget => Reason::Deadline,
-            // An error beside any verdict may be a forbid that was skipped.
+            Verdict::Forbid => Reason::PolicyDeny,
+            // An error beside any other verdict may be a forbid that was skipped.
             _ if !errors.is_empty() => Reason::EvaluationError,
             Verdict::Permit => Reason::PolicyAllow,
-            Verdict::Forbid => Reason::PolicyDeny,
             Verdict::NoMatch => Reason::NoMatch,
             Verdict::Error => Reason::EvaluationError,
         };
@@ -654,6 +679,10 @@ impl Inner {
             Err(error) => done(Err(AppendError::Unavailable(error.to_string()))),
         }
     }
+}
+
+fn count(number: usize) -> u64 {
+    u64::try_from(number).unwrap_or(u64::MAX)
 }
 
 fn denial_key(caller: &Caller) -> DenialKey {

@@ -5,8 +5,9 @@
 //! moment, redacts, records, and only when the record is durable makes a [`Permit`] (INV-14). Every
 //! early exit is a deny with a [`Reason`], and is recorded or counted.
 //!
-//! What it is not: it opens no socket, file or thread, authenticates nobody, and executes nothing.
-//! Time comes from a [`Clock`], records go to a [`Recorder`], policies come from a closure.
+//! What it is not: it opens no socket and no file, authenticates nobody, and executes nothing. Its
+//! only threads are the few that engines run on, so that an engine without an end delays nobody for
+//! long. Time comes from a [`Clock`], records go to a [`Recorder`], policies come from a closure.
 //!
 //! Where to start: [`Interceptor`], then `action.rs` (what a request is), `record.rs` (what is
 //! recorded; the layout is in `docs/src/records.md`) and `redact.rs`.
@@ -15,6 +16,7 @@ mod action;
 mod answer;
 mod caller;
 mod clock;
+mod engines;
 mod interceptor;
 mod json;
 pub mod limits;
@@ -32,7 +34,7 @@ pub mod testing;
 pub use action::{Action, InvalidCode, InvalidRequest};
 pub use answer::{Answer, BundleInfo, Done, Mode, Outcome, RecordPosition};
 pub use caller::{Caller, Principal};
-pub use clock::Clock;
+pub use clock::{Clock, ThreadCpu};
 pub use interceptor::{
     Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
 };

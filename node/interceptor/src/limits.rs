@@ -75,6 +75,19 @@ pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
 /// CPU time that the policy engine may take for one decision.
 pub const ENGINE_BUDGET: Duration = Duration::from_millis(5);
 
+/// Threads that evaluate. Each may be at an evaluation that was abandoned; then they are all the
+/// work that engines without an end can cause, and every action is denied until one ends. Enough
+/// for a hundred thousand decisions a second of 20 us each.
+pub const ENGINE_WORKERS: usize = 4;
+
+/// Time that a caller waits for an evaluation that does not get to its CPU time: a blocked engine,
+/// or a machine so busy that the thread is not scheduled.
+pub const ENGINE_WAIT: Duration = Duration::from_millis(200);
+
+/// Stack of an evaluating thread: twice what the deepest policy of the policy crate's limits needs
+/// in an unoptimised build. 8 MiB of address space in all, of which little is ever touched.
+pub const ENGINE_STACK_BYTES: usize = 2 * 1024 * 1024;
+
 /// Time that a caller waits for its record to become durable.
 pub const APPEND_TIMEOUT: Duration = Duration::from_millis(250);
 
@@ -108,4 +121,8 @@ const _: () = assert!(MAX_SUMMARY_PRINCIPALS * 1024 + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(MAX_INLINE_BYTES <= MAX_BODY_BYTES);
 // A single denial must be able to pass a full budget.
 const _: () = assert!(DEFAULT_DENIAL_BYTES.burst as usize > MAX_RECORD_BYTES);
+// Waiting for an engine and for the record stay below what callers of the door wait.
+const _: () = assert!(ENGINE_WAIT.as_millis() < APPEND_TIMEOUT.as_millis());
+const _: () = assert!(ENGINE_BUDGET.as_millis() < ENGINE_WAIT.as_millis());
+const _: () = assert!(ENGINE_WORKERS >= 2);
 const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

@@ -50,6 +50,8 @@ pub enum Reason {
     EvaluationError,
     /// The engine took longer than its budget.
     Deadline,
+    /// Every engine thread is at an evaluation that was given up.
+    EngineExhausted,
     /// The request is malformed, oversized, ambiguous or not canonical.
     InvalidRequest,
     /// The principal's quota is spent.
@@ -68,13 +70,14 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, in the order of the documentation.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::PolicyAllow,
         Self::PolicyDeny,
         Self::NoMatch,
         Self::NoPolicy,
         Self::EvaluationError,
         Self::Deadline,
+        Self::EngineExhausted,
         Self::InvalidRequest,
         Self::RateLimitExceeded,
         Self::AuditUnavailable,
@@ -94,6 +97,7 @@ impl Reason {
             Self::NoPolicy => "NO_POLICY",
             Self::EvaluationError => "EVALUATION_ERROR",
             Self::Deadline => "DEADLINE",
+            Self::EngineExhausted => "ENGINE_EXHAUSTED",
             Self::InvalidRequest => "INVALID_REQUEST",
             Self::RateLimitExceeded => "RATE_LIMIT_EXCEEDED",
             Self::AuditUnavailable => "AUDIT_UNAVAILABLE",
@@ -123,6 +127,9 @@ impl Reason {
             Self::NoPolicy => "no verified policy bundle is active, give the node one",
             Self::EvaluationError => "the policies could not judge this action",
             Self::Deadline => "the policies took longer than their budget",
+            Self::EngineExhausted => {
+                "every engine thread is busy with an evaluation that does not end, restart the node"
+            }
             Self::InvalidRequest => "the request is not valid",
             Self::RateLimitExceeded => "the quota is spent, retry later",
             Self::AuditUnavailable => "the decision could not be recorded",

@@ -31,6 +31,10 @@ pub struct Stats {
     pub engine_us: u64,
     /// Evaluations that took them.
     pub evaluations: u64,
+    /// Evaluations that were given up before they ended.
+    pub abandoned: u64,
+    /// Those of them that have not ended yet.
+    pub abandoned_now: u64,
 }
 
 #[derive(Debug, Default)]
@@ -45,6 +49,7 @@ pub(crate) struct Counters {
     pub(crate) panics: AtomicU64,
     pub(crate) engine_us: AtomicU64,
     pub(crate) evaluations: AtomicU64,
+    pub(crate) abandoned: AtomicU64,
 }
 
 impl Counters {
@@ -56,7 +61,7 @@ impl Counters {
         }
     }
 
-    pub(crate) fn read(&self, pending: u64) -> Stats {
+    pub(crate) fn read(&self, pending: u64, abandoned_now: u64) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
             answers: Reason::ALL
@@ -73,6 +78,8 @@ impl Counters {
             pending,
             engine_us: get(&self.engine_us),
             evaluations: get(&self.evaluations),
+            abandoned: get(&self.abandoned),
+            abandoned_now,
         }
     }
 }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tidelock_interceptor::{
     Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
     Outcome, Pending, Reason,
-    limits::{MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
+    limits::{ENGINE_WORKERS, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
     testing::{MemoryRecorder, TestClock},
 };
 use tidelock_policy::{
@@ -67,6 +67,10 @@ fn script(request: &PolicyRequest, clock: &TestClock) -> Evaluation {
             clock.advance(Duration::from_millis(5));
             evaluation(Verdict::Permit, &["permit-it"], &[])
         }
+        // An engine without an end; the test gives its threads back by ending.
+        "hangs" => loop {
+            std::thread::park();
+        },
         "many" => Evaluation {
             verdict: Verdict::Forbid,
             policies: (0..5_000).map(|n| format!("policy-{n:0>200}")).collect(),
@@ -95,6 +99,8 @@ impl Site {
         let active = active_policy(Some(engine), Source::Active, BOOT_UNIX_MS).unwrap();
         let policy = Arc::new(Mutex::new(Some(Arc::new(active))));
         let mut config = InterceptorConfig::new(NodeId::new("node-a").unwrap());
+        // A busy machine, or one that prints a backtrace, is no fault of a scripted engine.
+        config.engine_wait = Duration::from_secs(60);
         change(&mut config);
         let source = policy.clone();
         let interceptor = Interceptor::new(
@@ -267,6 +273,31 @@ fn every_early_exit_is_a_recorded_deny_with_its_reason() {
         11
     );
     assert_eq!((stats.permits, stats.panics, stats.pending), (3, 1, 0));
+}
+
+/// An engine that never comes back costs a bounded number of threads, and each request that it is
+/// asked for, or that finds no thread any more, is a recorded deny with its own reason.
+#[test]
+fn an_engine_without_an_end_is_left_behind_and_denied() {
+    let site = Site::with(|config| config.engine_wait = Duration::from_secs(1));
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
+    for held in 1..=ENGINE_WORKERS {
+        let Outcome { answer, permit } = site.ask("hangs");
+        assert_eq!(answer.reason, Reason::Deadline);
+        assert!(permit.is_none());
+        assert_eq!(site.last_record()["reason"], "DEADLINE");
+        let stats = site.interceptor.stats();
+        assert_eq!(stats.abandoned, u64::try_from(held).unwrap());
+        assert_eq!(stats.abandoned_now, stats.abandoned);
+    }
+    for action in ["hangs", "fs.read"] {
+        let Outcome { answer, permit } = site.ask(action);
+        assert_eq!(answer.reason, Reason::EngineExhausted);
+        assert!(permit.is_none());
+        assert_eq!(site.last_record()["reason"], "ENGINE_EXHAUSTED");
+    }
+    // What needs no engine is denied for its own reason, as ever.
+    assert_eq!(site.ask("not valid").answer.reason, Reason::InvalidRequest);
 }
 
 #[test]
@@ -956,6 +987,7 @@ fn nonsense_is_refused_by_the_constructor() {
     assert_eq!(make(|_| {}), None);
     for change in [
         (|c| c.engine_budget = Duration::ZERO) as fn(&mut InterceptorConfig),
+        |c| c.engine_wait = Duration::ZERO,
         |c| c.append_timeout = Duration::ZERO,
         |c| c.summary_window = Duration::ZERO,
     ] {

@@ -17,7 +17,7 @@ use crate::json;
 use crate::limits::{COMPILE_STACK_BYTES, FILE_BYTES_MAX};
 use crate::manifest::{ClassLimits, Manifest, rfc3339};
 use crate::package::{ContentId, Package, sha256};
-use crate::request::{Engine, Evaluation, PolicyRequest};
+use crate::request::{Engine, Evaluation, Lanes, PolicyRequest};
 use crate::trust::TrustFile;
 
 /// What the node is, as far as a bundle may ask.
@@ -64,7 +64,8 @@ pub struct VerifiedBundle {
     content_id: ContentId,
     manifest: Manifest,
     signers: Vec<String>,
-    engine: Arc<CedarEngine>,
+    cedar: Arc<CedarEngine>,
+    engine: Arc<dyn Engine>,
     tests: TestReport,
 }
 
@@ -113,12 +114,17 @@ impl VerifiedBundle {
         contents.check_for(context)?;
         let compiled = contents.compile()?;
         compiled.check_tests()?;
+        let cedar = Arc::new(compiled.engine);
         Ok(Self {
             content_id: package.content_id(),
             package,
             manifest: contents.manifest,
             signers: signers.ids,
-            engine: Arc::new(compiled.engine),
+            engine: Arc::new(Lanes::new(
+                Arc::clone(&cedar) as Arc<dyn Engine>,
+                Vec::new(),
+            )),
+            cedar,
             tests: compiled.tests,
         })
     }
@@ -159,22 +165,22 @@ impl VerifiedBundle {
         self.manifest.class_of(action)
     }
 
-    /// The compiled policies.
+    /// The compiled policies, all lanes as one engine.
     #[must_use]
     pub fn engine(&self) -> Arc<dyn Engine> {
-        Arc::clone(&self.engine) as Arc<dyn Engine>
+        Arc::clone(&self.engine)
     }
 
     /// Ids of all policies, sorted.
     #[must_use]
     pub fn policy_ids(&self) -> &[String] {
-        self.engine.policy_ids()
+        self.cedar.policy_ids()
     }
 
     /// What the compiler found odd without refusing it.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
-        self.engine.warnings()
+        self.cedar.warnings()
     }
 
     /// How many tests of its own the bundle passed.

@@ -24,7 +24,7 @@ use crate::limits::{
     POLICY_ID_BYTES_MAX, SCHEMA_NAMES_MAX, VALUE_DEPTH_MAX,
 };
 use crate::nesting::{check_schema, split_policies};
-use crate::request::{Engine, Evaluation, PolicyRequest, Verdict};
+use crate::request::{Engine, Evaluation, Failure, PolicyRequest, Verdict, error_text};
 
 /// Type of the actions in Cedar's model. Schemas of bundles have no namespaces.
 const ACTION: &str = "Action";
@@ -152,11 +152,16 @@ impl CedarEngine {
         self.actions.keys().cloned().collect()
     }
 
-    fn judge(&self, request: &PolicyRequest) -> Result<Response, String> {
-        let action = self
-            .actions
-            .get(&request.action)
-            .ok_or_else(|| format!("unknown action `{}`", request.action))?;
+    fn judge(&self, request: &PolicyRequest) -> Result<Response, (Failure, String)> {
+        let action = self.actions.get(&request.action).ok_or_else(|| {
+            let message = format!("unknown action `{}`", request.action);
+            (Failure::UnknownAction, message)
+        })?;
+        self.judge_known(action, request)
+            .map_err(|message| (Failure::Request, message))
+    }
+
+    fn judge_known(&self, action: &Action, request: &PolicyRequest) -> Result<Response, String> {
         let principal_type = self.entity_type("principal", &request.principal_type)?;
         let resource_type = self.entity_type("resource", &request.resource_type)?;
         let principal = uid(&principal_type.name, &request.principal_id);
@@ -290,13 +295,13 @@ impl Engine for CedarEngine {
     fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
         let response = match self.judge(request) {
             Ok(response) => response,
-            Err(message) => return Evaluation::error(clip(&message)),
+            Err((failure, message)) => return Evaluation::failed(failure, &message),
         };
         let diagnostics = response.diagnostics();
         let mut errors = Vec::new();
         let mut errored = Vec::new();
         for error in diagnostics.errors() {
-            errors.push(clip(&chain(error)));
+            errors.push(error_text(Failure::Policy, &chain(error)));
             let cedar_policy::AuthorizationError::PolicyEvaluationError(inner) = error;
             errored.push(id_of(inner.policy_id()).to_owned());
         }

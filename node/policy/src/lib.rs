@@ -40,7 +40,7 @@ pub use error::{ActivateError, BuildError, BundleError, KeyError};
 pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use package::{ContentId, Package, decode_signature, sign};
 pub use posture::{Posture, posture};
-pub use request::{Engine, Evaluation, PolicyRequest, Verdict};
+pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
 pub use slots::{
     Activation, ActivationKind, ActivePolicy, Floor, SlotFault, SlotStorage, Slots, Source,
 };

@@ -545,6 +545,11 @@ impl Node {
                 "CPU time in policy engines.",
                 stats.engine_us,
             ),
+            (
+                "tidelock_engine_abandoned_total",
+                "Evaluations given up before they ended; four that do not end deny everything.",
+                stats.abandoned,
+            ),
         ];
         for (name, help, value) in counters {
             let _ = writeln!(
