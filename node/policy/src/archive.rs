@@ -19,17 +19,19 @@ pub const MANIFEST: &str = "manifest.json";
 pub const SCHEMA: &str = "schema.cedarschema";
 /// Path of the optional entities.
 pub const ENTITIES: &str = "entities.json";
+/// Path of the optional links: policies made from templates.
+pub const LINKS: &str = "links.json";
 
 /// Files of an archive by path, in the order of the archive.
 pub(crate) type Files = BTreeMap<String, Vec<u8>>;
 
-/// Whether a path may stand in a bundle: the three fixed files, `policies/*.cedar` and
+/// Whether a path may stand in a bundle: the four fixed files, `policies/*.cedar` and
 /// `tests/*.json`. An allow list: `..`, absolute paths and separators cannot occur.
 pub(crate) fn is_bundle_path(path: &str) -> bool {
     if path.len() > PATH_BYTES_MAX {
         return false;
     }
-    if matches!(path, MANIFEST | SCHEMA | ENTITIES) {
+    if matches!(path, MANIFEST | SCHEMA | ENTITIES | LINKS) {
         return true;
     }
     let stem = path
@@ -157,7 +159,7 @@ fn describe(kind: EntryType) -> &'static str {
 
 fn unknown_path(path: &str) -> BundleError {
     BundleError::format(format!(
-        "`{}` has no place in a bundle: allowed are {MANIFEST}, {SCHEMA}, {ENTITIES}, \
+        "`{}` has no place in a bundle: allowed are {MANIFEST}, {SCHEMA}, {ENTITIES}, {LINKS}, \
          policies/*.cedar and tests/*.json",
         crate::error::clip(path).escape_debug()
     ))

@@ -1,30 +1,32 @@
 //! The Cedar engine: policies compiled once, requests judged against what was prepared.
 //!
 //! Everything that does not depend on the request is made at load: the schema, the names of entity
-//! types, the uid of each action with the policies that can apply to it, the declared attributes of
-//! each resource type, the graph of the bundle's entities. A request costs its own conversion and the
-//! evaluation of the policies of its action; the number of entities in the bundle does not matter.
+//! types, the actions, the declared attributes of each resource type, the graph of the bundle's
+//! entities, the index over the policies' scopes. A request costs its own conversion and the
+//! evaluation of the policies whose scope it meets; the number of policies and of entities in the
+//! bundle does not matter.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::str::FromStr;
-use std::sync::Arc;
 
 use cedar_policy::{
-    ActionConstraint, Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName,
-    EntityUid, EvalResult, Policy, PolicyId, PolicySet, Request, Response, Schema, ValidationMode,
+    Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName, EntityUid,
+    EvalResult, Policy, PolicyId, PolicySet, Request, Schema, SlotId, Template, ValidationMode,
     Validator, schema_str_to_json_with_resolved_types,
 };
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use crate::archive::{ENTITIES, Files, SCHEMA};
-use crate::error::{BundleError, clip};
+use crate::archive::{ENTITIES, Files, LINKS, SCHEMA};
+use crate::error::{BundleError, chain, clip};
 use crate::json;
 use crate::limits::{
-    ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, INDEX_ENTRIES_MAX, POLICIES_MAX,
-    POLICY_ID_BYTES_MAX, SCHEMA_NAMES_MAX, VALUE_DEPTH_MAX,
+    ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, LEVEL_MAX, POLICIES_MAX, POLICY_ID_BYTES_MAX,
+    SCHEMA_NAMES_MAX, VALUE_DEPTH_MAX,
 };
 use crate::nesting::{check_schema, split_policies};
 use crate::request::{Engine, Evaluation, Failure, PolicyRequest, Verdict, error_text};
+use crate::scope::{Joined, ScopeIndex};
 
 /// Type of the actions in Cedar's model. Schemas of bundles have no namespaces.
 const ACTION: &str = "Action";
@@ -35,9 +37,12 @@ pub struct CedarEngine {
     schema: Schema,
     types: HashMap<String, ResourceType>,
     actions: HashMap<String, Action>,
+    index: ScopeIndex,
     entities: Entities,
     /// Entities that an entity of the bundle refers to in its attributes or tags. Absent: none.
     references: HashMap<EntityUid, Vec<EntityUid>>,
+    /// How many steps from entity to entity the policies look.
+    level: u32,
     policy_ids: Vec<String>,
     warnings: Vec<String>,
 }
@@ -52,13 +57,6 @@ struct Action {
     uid: EntityUid,
     /// Whether the schema's context for this action declares `params`.
     takes_params: bool,
-    scope: Arc<Scope>,
-}
-
-/// The policies that can apply to an action, and the entities that they name and look into.
-struct Scope {
-    policies: PolicySet,
-    literals: Vec<EntityUid>,
 }
 
 impl CedarEngine {
@@ -78,29 +76,33 @@ impl CedarEngine {
             .collect();
 
         let policies = parse_policies(files)?;
-        let mut all = PolicySet::new();
-        for policy in &policies {
-            all.add(policy.clone())
-                .map_err(|error| BundleError::format(error.to_string()))?;
-        }
         let validator = Validator::new(schema);
-        let result = validator.validate(&all, ValidationMode::Strict);
-        if !result.validation_passed() {
-            return Err(BundleError::schema(
-                "policies",
-                list(result.validation_errors().map(ToString::to_string)),
-            ));
+        let (level, odd) = validate(&validator, &policies)?;
+        warnings.extend(odd);
+        for template in policies.templates() {
+            let links = policies.get_linked_policies(template.id().clone());
+            if links.is_ok_and(|mut links| links.next().is_none()) {
+                warnings.push(clip(&format!(
+                    "template `{}` has no link in {LINKS}: it decides nothing",
+                    id_of(template.id())
+                )));
+            }
         }
-        warnings.extend(
-            result
-                .validation_warnings()
-                .map(|warning| clip(&warning.to_string())),
-        );
         let schema = validator.schema().clone();
 
         let entities = parse_entities(files, &schema)?;
         let references = references(&entities);
-        let actions = index(&schema, &declared, &policies, &entities, &references, all)?;
+        let action_entities = schema
+            .action_entities()
+            .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
+        let actions = actions(&schema, &declared, &action_entities)?;
+        let mut policy_ids: Vec<String> = policies
+            .policies()
+            .map(|policy| id_of(policy.id()).to_owned())
+            .collect();
+        policy_ids.sort_unstable();
+        let index = ScopeIndex::new(policies, &action_entities)
+            .map_err(|error| BundleError::format(error.to_string()))?;
         let types = declared
             .types
             .into_iter()
@@ -116,19 +118,16 @@ impl CedarEngine {
                 ))
             })
             .collect::<Result<_, BundleError>>()?;
-        let mut policy_ids: Vec<String> = policies
-            .iter()
-            .map(|policy| id_of(policy.id()).to_owned())
-            .collect();
-        policy_ids.sort_unstable();
         warnings.truncate(FAILURES_LISTED_MAX);
         Ok(Self {
             authorizer: Authorizer::new(),
             schema,
             types,
             actions,
+            index,
             entities,
             references,
+            level,
             policy_ids,
             warnings,
         })
@@ -152,7 +151,7 @@ impl CedarEngine {
         self.actions.keys().cloned().collect()
     }
 
-    fn judge(&self, request: &PolicyRequest) -> Result<Response, (Failure, String)> {
+    fn judge(&self, request: &PolicyRequest) -> Result<Joined, (Failure, String)> {
         let action = self.actions.get(&request.action).ok_or_else(|| {
             let message = format!("unknown action `{}`", request.action);
             (Failure::UnknownAction, message)
@@ -161,7 +160,7 @@ impl CedarEngine {
             .map_err(|message| (Failure::Request, message))
     }
 
-    fn judge_known(&self, action: &Action, request: &PolicyRequest) -> Result<Response, String> {
+    fn judge_known(&self, action: &Action, request: &PolicyRequest) -> Result<Joined, String> {
         let principal_type = self.entity_type("principal", &request.principal_type)?;
         let resource_type = self.entity_type("resource", &request.resource_type)?;
         let principal = uid(&principal_type.name, &request.principal_id);
@@ -184,8 +183,8 @@ impl CedarEngine {
         )
         .map_err(|error| chain(&error))?;
         Ok(self
-            .authorizer
-            .is_authorized(&judged, &action.scope.policies, &entities))
+            .index
+            .is_authorized(&self.authorizer, &judged, &entities))
     }
 
     fn entity_type(&self, role: &str, name: &str) -> Result<&ResourceType, String> {
@@ -247,9 +246,10 @@ impl CedarEngine {
         .map_err(|error| format!("resource: {}", chain(&error)))
     }
 
-    /// The entities that this request can reach: its own three, and what they and the policies of
-    /// its action refer to, directly or not. Policies can look at nothing else, so the rest of the
-    /// bundle's entities need not be copied.
+    /// The entities that this request can reach: its own three and those that its context mentions,
+    /// and from these what attributes and tags refer to, as many steps as the policies look. Level
+    /// validation has shown that they can look at nothing else, not at an entity that only a policy
+    /// names either, so the rest of the bundle's entities need not be copied.
     fn slice(
         &self,
         action: &Action,
@@ -258,72 +258,73 @@ impl CedarEngine {
         resource: Entity,
         mentioned: &[Value],
     ) -> Result<Entities, String> {
-        let mut reached: HashSet<EntityUid> = HashSet::from([action.uid.clone()]);
-        let mut slice = vec![action.entity.clone()];
-        let mut pending: Vec<EntityUid> = Vec::with_capacity(4);
-        pending.push(principal.clone());
-        pending.extend(action.scope.literals.iter().cloned());
-        if let Some(references) = self.references.get(resource_uid) {
-            pending.extend(references.iter().cloned());
-        }
+        let mut reached: HashSet<EntityUid> =
+            HashSet::from([action.uid.clone(), resource_uid.clone()]);
+        let mut next: Vec<EntityUid> = vec![principal.clone()];
         for reference in mentioned {
             if let (Some(kind), Some(id)) = (
                 reference.get("type").and_then(Value::as_str),
                 reference.get("id").and_then(Value::as_str),
             ) && let Some(kind) = self.types.get(kind)
             {
-                pending.push(uid(&kind.name, id));
+                next.push(uid(&kind.name, id));
             }
         }
-        while let Some(next) = pending.pop() {
-            if next == *resource_uid || !reached.insert(next.clone()) {
-                continue;
+        let mut slice = vec![action.entity.clone(), resource];
+        for level in 1..=self.level {
+            let mut beyond = Vec::new();
+            if level == 1 {
+                beyond.extend(self.references.get(resource_uid).into_iter().flatten());
             }
-            if let Some(entity) = self.entities.get(&next) {
-                slice.push(entity.clone());
-                if let Some(references) = self.references.get(&next) {
-                    pending.extend(references.iter().cloned());
+            for uid in &next {
+                if reached.contains(uid) {
+                    continue;
+                }
+                reached.insert(uid.clone());
+                if let Some(entity) = self.entities.get(uid) {
+                    slice.push(entity.clone());
+                    beyond.extend(self.references.get(uid).into_iter().flatten());
                 }
             }
+            next = beyond.into_iter().cloned().collect();
         }
-        slice.push(resource);
         Entities::from_entities(slice, None).map_err(|error| chain(&error))
     }
 }
 
 impl Engine for CedarEngine {
     fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
-        let response = match self.judge(request) {
-            Ok(response) => response,
+        let Joined {
+            decision,
+            reasons,
+            errors,
+        } = match self.judge(request) {
+            Ok(joined) => joined,
             Err((failure, message)) => return Evaluation::failed(failure, &message),
         };
-        let diagnostics = response.diagnostics();
-        let mut errors = Vec::new();
-        let mut errored = Vec::new();
-        for error in diagnostics.errors() {
-            errors.push(error_text(Failure::Policy, &chain(error)));
-            let cedar_policy::AuthorizationError::PolicyEvaluationError(inner) = error;
-            errored.push(id_of(inner.policy_id()).to_owned());
+        let names = |ids: &mut dyn Iterator<Item = &PolicyId>| -> Vec<String> {
+            ids.map(|id| id_of(id).to_owned()).collect()
+        };
+        if errors.is_empty() {
+            return Evaluation {
+                verdict: match (decision, reasons.is_empty()) {
+                    (Decision::Allow, _) => Verdict::Permit,
+                    (Decision::Deny, false) => Verdict::Forbid,
+                    (Decision::Deny, true) => Verdict::NoMatch,
+                },
+                policies: names(&mut reasons.iter()),
+                errors: Vec::new(),
+            };
         }
         // Cedar skips a policy that errors, a `forbid` too: here any error denies.
-        let (verdict, mut policies) = if errors.is_empty() {
-            let reasons: Vec<String> = diagnostics
-                .reason()
-                .map(|id| id_of(id).to_owned())
-                .collect();
-            let verdict = match (response.decision(), reasons.is_empty()) {
-                (Decision::Allow, _) => Verdict::Permit,
-                (Decision::Deny, false) => Verdict::Forbid,
-                (Decision::Deny, true) => Verdict::NoMatch,
-            };
-            (verdict, reasons)
-        } else {
-            (Verdict::Error, errored)
-        };
-        policies.sort_unstable();
+        let policies = names(&mut errors.iter().map(|(id, _)| id));
+        let mut errors: Vec<String> = errors
+            .iter()
+            .map(|(_, message)| error_text(Failure::Policy, message))
+            .collect();
         errors.sort_unstable();
         Evaluation {
-            verdict,
+            verdict: Verdict::Error,
             policies,
             errors,
         }
@@ -404,8 +405,32 @@ fn attributes(record: Option<&Value>, common: &Map<String, Value>) -> HashSet<St
     HashSet::new()
 }
 
-fn parse_policies(files: &Files) -> Result<Vec<Policy>, BundleError> {
-    let mut policies: Vec<Policy> = Vec::new();
+/// Validates in strict mode, and finds how many steps from entity to entity the policies look; with
+/// what the validator found odd.
+fn validate(
+    validator: &Validator,
+    policies: &PolicySet,
+) -> Result<(u32, Vec<String>), BundleError> {
+    // Nearly every policy looks at its own entities only. What looks further is bounded.
+    for level in [1, LEVEL_MAX] {
+        let result = validator.validate_with_level(policies, ValidationMode::Strict, level);
+        if result.validation_passed() {
+            let warnings = result.validation_warnings();
+            let odd = warnings.map(|warning| clip(&warning.to_string())).collect();
+            return Ok((level, odd));
+        }
+        if level == LEVEL_MAX {
+            return Err(BundleError::schema(
+                "policies",
+                list(result.validation_errors().map(ToString::to_string)),
+            ));
+        }
+    }
+    Err(BundleError::schema("policies", "not validated"))
+}
+
+fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
+    let mut policies = PolicySet::new();
     let mut ids = BTreeSet::new();
     for path in files.keys().filter(|path| path.starts_with("policies/")) {
         let source = text(files, path)?.unwrap_or_default();
@@ -430,29 +455,27 @@ fn parse_policies(files: &Files) -> Result<Vec<Policy>, BundleError> {
         let name = path.strip_prefix("policies/").unwrap_or(path);
         for (number, statement) in parts.statements.iter().enumerate() {
             let default = format!("{name}#{}", number + 1);
-            let policy = match Policy::parse(Some(PolicyId::new(&default)), statement.text) {
-                Ok(policy) => policy,
-                Err(error) => return refuse(statement.line, chain(&error)),
+            let parsed = match Statement::parse(&default, statement.text) {
+                Ok(parsed) => parsed,
+                Err(message) => return refuse(statement.line, message),
             };
-            let id = policy.annotation("id").unwrap_or(&default).to_owned();
-            if id.is_empty() || id.len() > POLICY_ID_BYTES_MAX || id.chars().any(char::is_control) {
-                return refuse(
-                    statement.line,
-                    format!(
-                        "@id must be 1 to {POLICY_ID_BYTES_MAX} bytes without control characters"
-                    ),
-                );
+            let id = parsed.annotated_id().unwrap_or(&default).to_owned();
+            if !is_policy_id(&id) {
+                return refuse(statement.line, format!("@id {POLICY_ID_RULE}"));
             }
-            if policies.len() == POLICIES_MAX {
+            if ids.len() == POLICIES_MAX {
                 return refuse(statement.line, format!("more than {POLICIES_MAX} policies"));
             }
-            policies.push(policy.new_id(PolicyId::new(&id)));
+            if let Err(error) = parsed.add_to(&mut policies, &id) {
+                return refuse(statement.line, error);
+            }
             if !ids.insert(id.clone()) {
                 return refuse(statement.line, format!("policy id `{id}` stands twice"));
             }
         }
     }
-    if policies.is_empty() {
+    link(files, &mut policies)?;
+    if policies.num_of_policies() == 0 {
         return Err(BundleError::Compile {
             file: "policies".to_owned(),
             line: 0,
@@ -460,6 +483,108 @@ fn parse_policies(files: &Files) -> Result<Vec<Policy>, BundleError> {
         });
     }
     Ok(policies)
+}
+
+/// A policy, or a template for policies.
+enum Statement {
+    Policy(Box<Policy>),
+    Template(Box<Template>),
+}
+
+impl Statement {
+    fn parse(id: &str, text: &str) -> Result<Self, String> {
+        Policy::parse(Some(PolicyId::new(id)), text)
+            .map(|policy| Self::Policy(Box::new(policy)))
+            .or_else(|error| {
+                // What is neither is a policy with a mistake.
+                Template::parse(Some(PolicyId::new(id)), text)
+                    .map(|template| Self::Template(Box::new(template)))
+                    .map_err(|_| chain(&error))
+            })
+    }
+
+    fn annotated_id(&self) -> Option<&str> {
+        match self {
+            Self::Policy(policy) => policy.annotation("id"),
+            Self::Template(template) => template.annotation("id"),
+        }
+    }
+
+    fn add_to(&self, policies: &mut PolicySet, id: &str) -> Result<(), String> {
+        let added = match self {
+            Self::Policy(policy) => policies.add(policy.new_id(PolicyId::new(id))),
+            Self::Template(template) => policies.add_template(template.new_id(PolicyId::new(id))),
+        };
+        added.map_err(|error| match error {
+            cedar_policy::PolicySetError::AlreadyDefined(_) => {
+                format!("policy id `{id}` stands twice")
+            }
+            error => chain(&error),
+        })
+    }
+}
+
+const POLICY_ID_RULE: &str = "must be 1 to 128 bytes without control characters";
+const _: () = assert!(POLICY_ID_BYTES_MAX == 128, "the rule says it");
+
+fn is_policy_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= POLICY_ID_BYTES_MAX && !id.chars().any(char::is_control)
+}
+
+/// One policy made from a template.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Link {
+    id: String,
+    template: String,
+    principal: Option<LinkedEntity>,
+    resource: Option<LinkedEntity>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LinkedEntity {
+    r#type: String,
+    id: String,
+}
+
+/// Makes the policies that the bundle links from its templates.
+fn link(files: &Files, policies: &mut PolicySet) -> Result<(), BundleError> {
+    let Some(bytes) = files.get(LINKS) else {
+        return Ok(());
+    };
+    let links: Vec<Link> =
+        json::parse_as(bytes).map_err(|error| BundleError::format(format!("{LINKS}: {error}")))?;
+    for link in links {
+        let refuse = |message: String| {
+            BundleError::format(clip(&format!("{LINKS}: link `{}`: {message}", link.id)))
+        };
+        if !is_policy_id(&link.id) {
+            return Err(refuse(format!("its id {POLICY_ID_RULE}")));
+        }
+        if policies.num_of_policies() == POLICIES_MAX {
+            return Err(refuse(format!("more than {POLICIES_MAX} policies")));
+        }
+        let mut values = HashMap::new();
+        for (slot, entity) in [
+            (SlotId::principal(), &link.principal),
+            (SlotId::resource(), &link.resource),
+        ] {
+            if let Some(entity) = entity {
+                let kind = EntityTypeName::from_str(&entity.r#type)
+                    .map_err(|error| refuse(chain(&error)))?;
+                values.insert(slot, uid(&kind, &entity.id));
+            }
+        }
+        policies
+            .link(
+                PolicyId::new(&link.template),
+                PolicyId::new(&link.id),
+                values,
+            )
+            .map_err(|error| refuse(chain(&error)))?;
+    }
+    Ok(())
 }
 
 fn parse_entities(files: &Files, schema: &Schema) -> Result<Entities, BundleError> {
@@ -545,72 +670,20 @@ fn collect_uids(value: &EvalResult, found: &mut BTreeSet<EntityUid>) {
     }
 }
 
-/// Prepares each action with the policies whose action scope admits it. A policy left out has a
-/// scope that is false for the action, so it neither decides nor errs.
-fn index(
+/// The actions that requests may name: those that the schema applies to something.
+fn actions(
     schema: &Schema,
     declared: &Declared,
-    policies: &[Policy],
     entities: &Entities,
-    references: &HashMap<EntityUid, Vec<EntityUid>>,
-    all: PolicySet,
 ) -> Result<HashMap<String, Action>, BundleError> {
-    let action_entities = schema
-        .action_entities()
-        .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
-    let judged: BTreeSet<EntityUid> = schema
-        .request_envs()
-        .map(|env| env.action().clone())
-        .collect();
-    let admits = |policy: &Policy, action: &EntityUid| match policy.action_constraint() {
-        ActionConstraint::Any => true,
-        ActionConstraint::Eq(named) => named == *action,
-        ActionConstraint::In(named) => named
-            .iter()
-            .any(|group| group == action || action_entities.is_ancestor_of(group, action)),
-    };
-    let applicable: Vec<(EntityUid, Vec<usize>)> = judged
-        .into_iter()
-        .map(|uid| {
-            let numbers = (0_usize..)
-                .zip(policies)
-                .filter(|(_, policy)| admits(policy, &uid))
-                .map(|(number, _)| number)
-                .collect();
-            (uid, numbers)
-        })
-        .collect();
-    // Actions with the same policies share one set.
-    let distinct: BTreeSet<&Vec<usize>> = applicable.iter().map(|(_, numbers)| numbers).collect();
-    let entries: usize = distinct.iter().map(|numbers| numbers.len()).sum();
-    let mut scopes: BTreeMap<&Vec<usize>, Arc<Scope>> = BTreeMap::new();
-    if entries > INDEX_ENTRIES_MAX {
-        let every: Vec<&Policy> = policies.iter().collect();
-        let literals = literals(&every, entities, references);
-        let shared = Arc::new(Scope {
-            policies: all,
-            literals,
-        });
-        scopes.extend(
-            distinct
-                .into_iter()
-                .map(|numbers| (numbers, Arc::clone(&shared))),
-        );
-    } else {
-        for numbers in distinct {
-            let chosen: Vec<&Policy> = numbers
-                .iter()
-                .filter_map(|number| policies.get(*number))
-                .collect();
-            let literals = literals(&chosen, entities, references);
-            let policies = PolicySet::from_policies(chosen.into_iter().cloned())
-                .map_err(|error| BundleError::format(error.to_string()))?;
-            scopes.insert(numbers, Arc::new(Scope { policies, literals }));
-        }
-    }
     let mut actions = HashMap::new();
-    for (uid, numbers) in &applicable {
-        let (Some(entity), Some(scope)) = (action_entities.get(uid), scopes.get(numbers)) else {
+    for env in schema.request_envs() {
+        let uid = env.action();
+        let name = uid.id().unescaped();
+        if actions.contains_key(name) {
+            continue;
+        }
+        let Some(entity) = entities.get(uid) else {
             continue;
         };
         if uid.type_name().to_string() != ACTION {
@@ -619,42 +692,14 @@ fn index(
                 format!("action {uid} is in a namespace"),
             ));
         }
-        let name = uid.id().unescaped().to_owned();
         let action = Action {
             entity: entity.clone(),
             uid: uid.clone(),
-            takes_params: declared.with_params.contains(&name),
-            scope: Arc::clone(scope),
+            takes_params: declared.with_params.contains(name),
         };
-        actions.insert(name, action);
+        actions.insert(name.to_owned(), action);
     }
     Ok(actions)
-}
-
-/// Entities that policies name and whose presence can make a difference: those with attributes,
-/// tags or parents. Whether a bare one is there or not, every expression comes out the same.
-fn literals(
-    policies: &[&Policy],
-    entities: &Entities,
-    references: &HashMap<EntityUid, Vec<EntityUid>>,
-) -> Vec<EntityUid> {
-    let named: BTreeSet<EntityUid> = policies
-        .iter()
-        .flat_map(|policy| policy.entity_literals())
-        .collect();
-    named
-        .into_iter()
-        .filter(|uid| {
-            entities.get(uid).is_some_and(|entity| {
-                entity.attrs().next().is_some()
-                    || entity.tags().next().is_some()
-                    || entities
-                        .ancestors(uid)
-                        .is_some_and(|mut all| all.next().is_some())
-                    || references.contains_key(uid)
-            })
-        })
-        .collect()
 }
 
 /// The Cedar context: the request's own, and its parameters where the schema declares them. Values
@@ -724,21 +769,6 @@ fn text<'a>(files: &'a Files, path: &str) -> Result<Option<&'a str>, BundleError
                 .map_err(|_| BundleError::format(format!("`{path}` is not UTF-8")))
         })
         .transpose()
-}
-
-/// An error and its causes in one line. Cedar's own messages often leave the point to the cause.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !message.contains(&cause_text) {
-            message.push_str(": ");
-            message.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    message.replace('\n', " ")
 }
 
 fn list(messages: impl Iterator<Item = String>) -> String {

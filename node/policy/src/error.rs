@@ -229,3 +229,18 @@ pub(crate) fn clip(message: &str) -> String {
     clipped.push('…');
     clipped
 }
+
+/// An error and its causes in one line. Cedar's own messages often leave the point to the cause.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !message.contains(&cause_text) {
+            message.push_str(": ");
+            message.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    message.replace('\n', " ")
+}

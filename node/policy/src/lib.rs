@@ -25,12 +25,13 @@ mod nesting;
 mod package;
 mod posture;
 mod request;
+mod scope;
 mod slots;
 mod template;
 pub mod testing;
 mod trust;
 
-pub use archive::{ENTITIES, MANIFEST, SCHEMA};
+pub use archive::{ENTITIES, LINKS, MANIFEST, SCHEMA};
 pub use bundle::{
     BundleBuilder, Inspection, LoadContext, VerifiedBundle, build_dir, inspect, run_tests,
 };
@@ -41,6 +42,7 @@ pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use package::{ContentId, Package, decode_signature, sign};
 pub use posture::{Posture, posture};
 pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
+pub use scope::{Joined, ScopeIndex};
 pub use slots::{
     Activation, ActivationKind, ActivePolicy, Floor, SlotFault, SlotStorage, Slots, Source,
 };

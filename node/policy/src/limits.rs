@@ -26,7 +26,8 @@ pub const AGE_S_MAX: u64 = 100 * 366 * 24 * 3600;
 /// Action classes in one manifest.
 pub const CLASSES_MAX: usize = 256;
 
-/// Policies in one bundle. Each costs about 2 KiB compiled: 20 MiB.
+/// Policies in one bundle, templates counted, and with those that are linked from templates. Each
+/// costs about 2 KiB compiled, once in the whole set and once in the set of its scope: 40 MiB.
 pub const POLICIES_MAX: usize = 10_000;
 
 /// Bytes of a policy's id.
@@ -44,9 +45,13 @@ pub const ENTITIES_MAX: usize = 10_000;
 /// 80 bytes each: 20 MiB.
 pub const ANCESTORS_MAX: usize = 256 * 1024;
 
-/// Entries of the index from action to applicable policies. A bundle that would need more keeps
-/// one policy set for all actions instead of one for each. About 1 KiB an entry: 48 MiB.
+/// Entries of the index from action to policy sets of one scope. A bundle that would need more has
+/// one index for all actions instead of one for each. About 400 bytes an entry: 20 MiB.
 pub const INDEX_ENTRIES_MAX: usize = 48 * 1024;
+
+/// Steps from entity to entity that a policy may look: `principal.team.lead.name` looks three. With
+/// the entities that a request mentions it bounds what is copied for a request.
+pub const LEVEL_MAX: u32 = 8;
 
 /// Tests in one bundle. Each runs once at load.
 pub const TESTS_MAX: usize = 10_000;

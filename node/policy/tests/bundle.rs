@@ -225,8 +225,13 @@ fn policies_that_do_not_compile_are_refused_with_file_and_line() {
         (format!("{good}{good}nonsense"), 3, ""),
         (
             "permit(principal == ?principal, action, resource);".into(),
+            0,
+            "no policy",
+        ),
+        (
+            "permit(principal == ?resource, action, resource);".into(),
             1,
-            "template",
+            "",
         ),
         (
             format!("@id(\"a\")\n{good}@id(\"a\")\n{good}"),
