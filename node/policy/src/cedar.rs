@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use cedar_policy::{
     Authorizer, Context, Decision, Entities, Entity, EntityId, EntityTypeName, EntityUid,
@@ -15,18 +16,19 @@ use cedar_policy::{
     Validator, schema_str_to_json_with_resolved_types,
 };
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::archive::{ENTITIES, Files, LINKS, SCHEMA};
 use crate::error::{BundleError, chain, clip};
 use crate::json;
 use crate::limits::{
     ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, LEVEL_MAX, POLICIES_MAX, POLICY_ID_BYTES_MAX,
-    SCHEMA_NAMES_MAX, VALUE_DEPTH_MAX,
+    SCHEMA_NAMES_MAX,
 };
 use crate::nesting::{check_schema, split_policies};
 use crate::request::{Engine, Evaluation, Failure, PolicyRequest, Verdict, error_text};
 use crate::scope::{Joined, ScopeIndex};
+use crate::values::{RecordType, Types};
 
 /// Type of the actions in Cedar's model. Schemas of bundles have no namespaces.
 const ACTION: &str = "Action";
@@ -35,7 +37,7 @@ const ACTION: &str = "Action";
 pub struct CedarEngine {
     authorizer: Authorizer,
     schema: Schema,
-    types: HashMap<String, ResourceType>,
+    types: HashMap<String, EntityType>,
     actions: HashMap<String, Action>,
     index: ScopeIndex,
     entities: Entities,
@@ -47,16 +49,16 @@ pub struct CedarEngine {
     warnings: Vec<String>,
 }
 
-struct ResourceType {
+struct EntityType {
     name: EntityTypeName,
-    attributes: HashSet<String>,
+    attributes: Arc<RecordType>,
 }
 
 struct Action {
     entity: Entity,
     uid: EntityUid,
-    /// Whether the schema's context for this action declares `params`.
-    takes_params: bool,
+    /// What the schema declares the context to be.
+    context: Arc<RecordType>,
 }
 
 impl CedarEngine {
@@ -111,7 +113,7 @@ impl CedarEngine {
                     .map_err(|error| BundleError::schema(SCHEMA, error))?;
                 Ok((
                     name,
-                    ResourceType {
+                    EntityType {
                         name: parsed,
                         attributes,
                     },
@@ -167,13 +169,12 @@ impl CedarEngine {
         let resource = uid(&resource_type.name, &request.resource_id);
 
         let mut mentioned = Vec::new();
-        let context = context_value(request, action.takes_params, &mut mentioned)
+        let context = context(request, &action.context, &mut mentioned)
             .map_err(|error| format!("context: {error}"))?;
-        let context = Context::from_json_value(context, Some((&self.schema, &action.uid)))
-            .map_err(|error| format!("context: {}", chain(&error)))?;
-
-        let resource_entity = self.resource(request, resource_type, &resource, &mut mentioned)?;
-        let entities = self.slice(action, &principal, &resource, resource_entity, &mentioned)?;
+        let resource_entity = self
+            .resource(request, resource_type, &resource, &mut mentioned)
+            .map_err(|error| format!("resource: {error}"))?;
+        let entities = self.slice(action, &principal, &resource, resource_entity, mentioned)?;
         let judged = Request::new(
             principal,
             action.uid.clone(),
@@ -187,7 +188,7 @@ impl CedarEngine {
             .is_authorized(&self.authorizer, &judged, &entities))
     }
 
-    fn entity_type(&self, role: &str, name: &str) -> Result<&ResourceType, String> {
+    fn entity_type(&self, role: &str, name: &str) -> Result<&EntityType, String> {
         self.types
             .get(name)
             .ok_or_else(|| format!("{role}: the schema has no entity type `{name}`"))
@@ -198,52 +199,44 @@ impl CedarEngine {
     fn resource(
         &self,
         request: &PolicyRequest,
-        kind: &ResourceType,
+        kind: &EntityType,
         uid: &EntityUid,
-        mentioned: &mut Vec<Value>,
+        mentioned: &mut Vec<EntityUid>,
     ) -> Result<Entity, String> {
-        let mut attributes = Map::new();
-        for (name, value) in &request.resource_attributes {
-            if kind.attributes.contains(name) {
-                check_value(value, 0, mentioned).map_err(|error| format!("resource: {error}"))?;
-                attributes.insert(name.clone(), value.clone());
-            }
-        }
-        let mut known = Map::new();
-        let mut parents = Value::Array(Vec::new());
-        let mut tags = Value::Object(Map::new());
-        if let Some(entity) = self.entities.get(uid)
-            && let Ok(Value::Object(mut described)) = entity.to_json_value()
-        {
-            if let Some(Value::Object(attrs)) = described.remove("attrs") {
-                known = attrs;
-            }
-            parents = described.remove("parents").unwrap_or(parents);
-            tags = described.remove("tags").unwrap_or(tags);
-        }
-        for (name, value) in known {
-            // What the bundle states was signed; what the request states was derived from its id.
-            // If they disagree there is no safe choice between them.
-            match attributes.get(&name) {
-                Some(other) if *other != value => {
-                    return Err(format!(
-                        "resource: attribute `{name}` is one value in {ENTITIES} and another in \
-                         the request"
-                    ));
+        let stated = request
+            .resource_attributes
+            .iter()
+            .filter(|(name, _)| kind.attributes.declares(name));
+        let Some(entity) = self.entities.get(uid) else {
+            let attributes = kind.attributes.read(stated, mentioned)?;
+            return Entity::new_with_tags(uid.clone(), attributes, [], [])
+                .map_err(|error| chain(&error));
+        };
+        kind.attributes.read_some(stated.clone(), 0, mentioned)?;
+        let mut attributes: Map<String, Value> = stated
+            .map(|(name, value)| (name.clone(), value.clone()))
+            .collect();
+        let Ok(Value::Object(mut described)) = entity.to_json_value() else {
+            return Err(format!("{uid} of {ENTITIES} cannot be read"));
+        };
+        if let Some(Value::Object(known)) = described.remove("attrs") {
+            for (name, value) in known {
+                // What the bundle states was signed; what the request states was derived from its
+                // id. If they disagree there is no safe choice between them.
+                match attributes.get(&name) {
+                    Some(other) if *other != value => {
+                        return Err(format!(
+                            "attribute `{name}` is one value in {ENTITIES} and another in the \
+                             request"
+                        ));
+                    }
+                    _ => _ = attributes.insert(name, value),
                 }
-                _ => _ = attributes.insert(name, value),
             }
         }
-        Entity::from_json_value(
-            json!({
-                "uid": {"type": request.resource_type, "id": request.resource_id},
-                "attrs": attributes,
-                "parents": parents,
-                "tags": tags,
-            }),
-            Some(&self.schema),
-        )
-        .map_err(|error| format!("resource: {}", chain(&error)))
+        described.insert("attrs".to_owned(), Value::Object(attributes));
+        Entity::from_json_value(Value::Object(described), Some(&self.schema))
+            .map_err(|error| chain(&error))
     }
 
     /// The entities that this request can reach: its own three and those that its context mentions,
@@ -256,20 +249,12 @@ impl CedarEngine {
         principal: &EntityUid,
         resource_uid: &EntityUid,
         resource: Entity,
-        mentioned: &[Value],
+        mentioned: Vec<EntityUid>,
     ) -> Result<Entities, String> {
         let mut reached: HashSet<EntityUid> =
             HashSet::from([action.uid.clone(), resource_uid.clone()]);
-        let mut next: Vec<EntityUid> = vec![principal.clone()];
-        for reference in mentioned {
-            if let (Some(kind), Some(id)) = (
-                reference.get("type").and_then(Value::as_str),
-                reference.get("id").and_then(Value::as_str),
-            ) && let Some(kind) = self.types.get(kind)
-            {
-                next.push(uid(&kind.name, id));
-            }
-        }
+        let mut next = mentioned;
+        next.push(principal.clone());
         let mut slice = vec![action.entity.clone(), resource];
         for level in 1..=self.level {
             let mut beyond = Vec::new();
@@ -334,9 +319,9 @@ impl Engine for CedarEngine {
 /// What the schema declares, in the names that requests use.
 struct Declared {
     /// Attributes of each entity type.
-    types: BTreeMap<String, HashSet<String>>,
-    /// Actions whose context declares `params`.
-    with_params: HashSet<String>,
+    types: BTreeMap<String, Arc<RecordType>>,
+    /// Context of each action.
+    contexts: HashMap<String, Arc<RecordType>>,
 }
 
 impl Declared {
@@ -369,40 +354,29 @@ impl Declared {
                 ));
             }
         }
-        let common = part("commonTypes");
-        let types = part("entityTypes")
-            .iter()
-            .map(|(name, entity)| (name.clone(), attributes(entity.get("shape"), common)))
-            .collect();
-        let with_params = part("actions")
-            .iter()
-            .filter(|(_, action)| {
-                let context = action
-                    .get("appliesTo")
-                    .and_then(|applies| applies.get("context"));
-                attributes(context, common).contains("params")
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        Ok(Self { types, with_params })
-    }
-}
-
-/// Names of a record type's attributes, looking through common types.
-fn attributes(record: Option<&Value>, common: &Map<String, Value>) -> HashSet<String> {
-    let mut record = record;
-    // A chain of names longer than the number of names would be a cycle.
-    for _ in 0..=common.len() {
-        let Some(value) = record else { break };
-        if let Some(attributes) = value.get("attributes").and_then(Value::as_object) {
-            return attributes.keys().cloned().collect();
+        let mut types = Types::new(part("commonTypes"), part("entityTypes"), part("actions"));
+        let mut entities = BTreeMap::new();
+        for (name, entity) in part("entityTypes") {
+            let attributes = types
+                .record(entity.get("shape"))
+                .map_err(|error| BundleError::schema(SCHEMA, format!("entity {name}: {error}")))?;
+            entities.insert(name.clone(), attributes);
         }
-        record = value
-            .get("type")
-            .and_then(Value::as_str)
-            .and_then(|name| common.get(name));
+        let mut contexts = HashMap::new();
+        for (name, action) in part("actions") {
+            let context = action
+                .get("appliesTo")
+                .and_then(|applies| applies.get("context"));
+            let context = types
+                .record(context)
+                .map_err(|error| BundleError::schema(SCHEMA, format!("action {name}: {error}")))?;
+            contexts.insert(name.clone(), context);
+        }
+        Ok(Self {
+            types: entities,
+            contexts,
+        })
     }
-    HashSet::new()
 }
 
 /// Validates in strict mode, and finds how many steps from entity to entity the policies look; with
@@ -695,62 +669,38 @@ fn actions(
         let action = Action {
             entity: entity.clone(),
             uid: uid.clone(),
-            takes_params: declared.with_params.contains(name),
+            context: declared.contexts.get(name).cloned().unwrap_or_default(),
         };
         actions.insert(name.to_owned(), action);
     }
     Ok(actions)
 }
 
-/// The Cedar context: the request's own, and its parameters where the schema declares them. Values
-/// are checked before they are copied: copying recurses as well.
-fn context_value(
+/// The Cedar context: the request's own, and its parameters where the schema declares them.
+fn context(
     request: &PolicyRequest,
-    takes_params: bool,
-    mentioned: &mut Vec<Value>,
-) -> Result<Value, String> {
-    check_value(&request.context, 0, mentioned)?;
-    let mut context = match &request.context {
-        Value::Null => Map::new(),
-        Value::Object(map) => map.clone(),
+    declared: &RecordType,
+    mentioned: &mut Vec<EntityUid>,
+) -> Result<Context, String> {
+    let nothing = Map::new();
+    let own = match &request.context {
+        Value::Null => &nothing,
+        Value::Object(map) => map,
         _ => return Err("must be an object".to_owned()),
     };
     // Whoever sent the context must not choose what policies take for the parameters.
-    if context.contains_key("params") {
+    if own.contains_key("params") {
         return Err("must not contain `params`".to_owned());
     }
-    if takes_params {
-        check_value(&request.params, 0, mentioned)?;
-        let params = match &request.params {
-            Value::Null => Value::Object(Map::new()),
-            params => params.clone(),
-        };
-        context.insert("params".to_owned(), params);
-    }
-    Ok(Value::Object(context))
-}
-
-/// Refuses numbers that Cedar has no type for, and depth; notes what may be entity references.
-fn check_value(value: &Value, depth: usize, mentioned: &mut Vec<Value>) -> Result<(), String> {
-    if depth > VALUE_DEPTH_MAX {
-        return Err(format!("nested deeper than {VALUE_DEPTH_MAX}"));
-    }
-    match value {
-        Value::Number(number) if number.as_i64().is_none() => {
-            Err(format!("the number {number} is not a 64-bit integer"))
-        }
-        Value::Array(items) => items
-            .iter()
-            .try_for_each(|item| check_value(item, depth + 1, mentioned)),
-        Value::Object(map) => {
-            if map.contains_key("type") && map.contains_key("id") {
-                mentioned.push(value.clone());
-            }
-            map.values()
-                .try_for_each(|item| check_value(item, depth + 1, mentioned))
-        }
-        _ => Ok(()),
-    }
+    let key = "params".to_owned();
+    let none = Value::Object(Map::new());
+    let params = match &request.params {
+        Value::Null => &none,
+        params => params,
+    };
+    let params = declared.declares(&key).then_some((&key, params));
+    let values = declared.read(own.iter().chain(params), mentioned)?;
+    Context::from_pairs(values).map_err(|error| chain(&error))
 }
 
 fn uid(kind: &EntityTypeName, id: &str) -> EntityUid {

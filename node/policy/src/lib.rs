@@ -30,6 +30,7 @@ mod slots;
 mod template;
 pub mod testing;
 mod trust;
+mod values;
 
 pub use archive::{ENTITIES, LINKS, MANIFEST, SCHEMA};
 pub use bundle::{

@@ -275,9 +275,10 @@ fn depth_of_values_is_bounded() {
     for _ in 0..100_000 {
         deep = Value::Array(vec![deep]);
     }
-    let mut request = read("ann", "/a");
+    // Reading follows the schema, whose types have an end.
+    let mut request = write(json!({"mode": "w"}));
     request.context = Value::Object([("session".to_owned(), deep)].into_iter().collect());
-    assert!(error_of(&bundle.evaluate(&request)).contains("nested deeper"));
+    assert!(error_of(&bundle.evaluate(&request)).contains("expected a string"));
     // Dropping such a value recurses as well; whoever parsed it has to bound it.
     std::mem::forget(request);
 }
