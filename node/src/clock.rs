@@ -7,6 +7,8 @@
 //! of expiring everything silently, until an operator accepts it; a restart does not resolve it.
 
 use std::{
+    fs::File,
+    os::unix::fs::FileExt as _,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -151,6 +153,40 @@ fn boot_time() -> Duration {
     )
 }
 
+/// CPU time of the calling thread.
+#[must_use]
+pub fn thread_cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or_default(),
+        u32::try_from(time.tv_nsec).unwrap_or_default(),
+    )
+}
+
+/// The kernel's own account of one thread, which any other thread may read.
+#[derive(Debug)]
+pub struct ThreadAccount(File);
+
+impl ThreadAccount {
+    /// The account of the calling thread; none where the kernel keeps none.
+    #[must_use]
+    pub fn of_this_thread() -> Option<Self> {
+        let account = Self(File::open("/proc/thread-self/schedstat").ok()?);
+        account.cpu().map(|_| account)
+    }
+
+    /// The thread's CPU time, at most a scheduler tick old; none when it has ended.
+    #[must_use]
+    pub fn cpu(&self) -> Option<Duration> {
+        // Nanoseconds on a processor stand first.
+        let mut text = [0; 64];
+        let read = self.0.read_at(&mut text, 0).ok()?;
+        let text = std::str::from_utf8(text.get(..read)?).ok()?;
+        let nanos = text.split_ascii_whitespace().next()?.parse().ok()?;
+        Some(Duration::from_nanos(nanos))
+    }
+}
+
 /// The shell around [`TimeGuard`], shared by every room of a running node.
 #[derive(Debug)]
 pub struct NodeClock {
@@ -245,6 +281,36 @@ mod tests {
             floor_unix_ms,
             suspect: false,
         }
+    }
+
+    /// What keeps an engine to its budget while it runs.
+    #[test]
+    fn the_cpu_time_of_a_thread_can_be_read_by_another() {
+        let stop = AtomicBool::new(false);
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let spinning = scope.spawn(|| {
+                sender.send(ThreadAccount::of_this_thread()).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+                thread_cpu()
+            });
+            let Some(account) = receiver.recv().unwrap() else {
+                println!("not run: this kernel keeps no account of threads");
+                stop.store(true, Ordering::Relaxed);
+                return;
+            };
+            let wanted = Duration::from_millis(20);
+            while account.cpu().unwrap() < wanted {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let seen = account.cpu().unwrap();
+            stop.store(true, Ordering::Relaxed);
+            // The same measure as the thread's own.
+            assert!(spinning.join().unwrap() >= seen);
+            assert!(seen >= wanted);
+        });
     }
 
     #[test]

@@ -140,6 +140,7 @@ fn a_forbid_that_errors_denies() {
     // Nothing is known of this principal, so the forbid cannot be evaluated.
     let evaluation = bundle.evaluate(&read("stranger", "/a"));
     assert!(error_of(&evaluation).contains("stranger"), "{evaluation:?}");
+    assert!(error_of(&evaluation).starts_with("POLICY_ERROR: "));
     assert_eq!(evaluation.policies, ["senior"]);
 }
 
@@ -166,11 +167,14 @@ fn requests_that_do_not_fit_the_schema_are_errors() {
     assert_eq!(bundle.evaluate(&read("ann", "/a")).verdict, Verdict::Permit);
     type Change = dyn Fn(&mut PolicyRequest);
     let cases: [(&str, &Change); 11] = [
-        ("unknown action `fs.raed`", &|r| r.action = "fs.raed".into()),
-        ("unknown action `fs`", &|r| r.action = "fs".into()),
-        ("no entity type `Robot`", &|r| {
-            r.principal_type = "Robot".into()
+        ("UNKNOWN_ACTION: unknown action `fs.raed`", &|r| {
+            r.action = "fs.raed".into()
         }),
+        ("unknown action `fs`", &|r| r.action = "fs".into()),
+        (
+            "REQUEST_MISMATCH: principal: the schema has no entity type `Robot`",
+            &|r| r.principal_type = "Robot".into(),
+        ),
         ("no entity type `Url`", &|r| r.resource_type = "Url".into()),
         ("no entity type `Agent::X`", &|r| {
             r.principal_type = "Agent::X".into()

@@ -2,9 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::File,
     io,
-    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError,
@@ -47,7 +45,7 @@ use super::{
 };
 use crate::{
     cli::Failure,
-    clock::{NodeClock, PersistedFloor},
+    clock::{NodeClock, PersistedFloor, ThreadAccount, thread_cpu},
     config::Config,
     sealing::seal_options,
 };
@@ -169,24 +167,12 @@ impl Clock for InterceptorClock {
     }
 
     fn thread_cpu(&self) -> Duration {
-        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-        Duration::new(
-            u64::try_from(time.tv_sec).unwrap_or_default(),
-            u32::try_from(time.tv_nsec).unwrap_or_default(),
-        )
+        thread_cpu()
     }
 
-    /// The kernel's own account of the thread: nanoseconds on a processor stand first. The file
-    /// stays the thread's, whoever reads it.
     fn thread_cpu_from_outside(&self) -> Option<ThreadCpu> {
-        let account = File::open("/proc/thread-self/schedstat").ok()?;
-        Some(Box::new(move || {
-            let mut text = [0; 64];
-            let read = account.read_at(&mut text, 0).ok()?;
-            let text = std::str::from_utf8(text.get(..read)?).ok()?;
-            let nanos = text.split_ascii_whitespace().next()?.parse().ok()?;
-            Some(Duration::from_nanos(nanos))
-        }))
+        let account = ThreadAccount::of_this_thread()?;
+        Some(Box::new(move || account.cpu()))
     }
 }
 
