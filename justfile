@@ -60,7 +60,7 @@ kill-at-half MIB="1024":
 link-up OUTAGES="5 60 600":
     TIDELOCK_OUTAGES_S="{{OUTAGES}}" cargo test --release --locked -p tidelock-tests --test link_up -- --nocapture
 
-# Tidelock beside its peers in one run: `just bench`, or one area: decide, segments, transport; `just bench segments --long` fills 10 GiB.
+# Tidelock beside its peers in one run: `just bench`, or one area: decide, segments, transport, policy; `just bench segments --long` fills 10 GiB.
 bench *AREA:
     cargo build --release --locked
     cargo run --release --locked --manifest-path bench/Cargo.toml --target-dir target -- {{AREA}}

@@ -12,18 +12,16 @@ use std::{
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
-use cedar_policy::{
-    Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema,
-};
 use serde_json::{Value, json};
 use tidelock::demo::{
     network::Loopback,
     site::{NODES, Site},
 };
-use tidelock_interceptor::{Action, Caller};
-use tidelock_policy::{BundleBuilder, Engine, PolicyRequest, Verdict, testing::Authority};
 
-use crate::{Row, median};
+use crate::{
+    Row, median,
+    policy::{Ours, Plain, requests, rules},
+};
 
 const POLICIES: usize = 100;
 const SLICES: usize = 5;
@@ -36,121 +34,22 @@ pub async fn rows() -> Vec<Row> {
     rows
 }
 
-const SCHEMA: &str = "entity Agent; entity File = { path: String, name: String, dir: String };
-action \"fs.read\" appliesTo { principal: [Agent], resource: [File] };";
-
-fn policies() -> String {
-    (0..POLICIES)
-        .map(|n| {
-            format!(
-                "@id(\"p{n}\") permit(principal == Agent::\"agent-{n}\", action == Action::\"fs.read\", \
-                 resource) when {{ resource.path like \"/srv/team-{n}/*\" }};\n"
-            )
-        })
-        .collect()
-}
-
-fn request(n: usize) -> Vec<u8> {
-    json!({
-        "principal": {"type": "Agent", "id": format!("agent-{n}")},
-        "action": "fs.read",
-        "resource": {"type": "File", "id": format!("/srv/team-{n}/src/main.rs")},
-    })
-    .to_string()
-    .into_bytes()
-}
-
-/// What a program does that embeds Cedar as its documentation shows.
-struct Plain {
-    policies: PolicySet,
-    schema: Schema,
-    authorizer: Authorizer,
-}
-
-impl Plain {
-    fn decide(&self, bytes: &[u8]) -> bool {
-        let value: Value = serde_json::from_slice(bytes).expect("json");
-        let path = value["resource"]["id"].as_str().expect("path");
-        let uid = |kind: &str, id: &str| {
-            EntityUid::from_json(json!({"type": kind, "id": id})).expect("uid")
-        };
-        let (dir, name) = path.rsplit_once('/').expect("slash");
-        let entities = Entities::from_json_value(
-            json!([{"uid": {"type": "File", "id": path},
-                    "attrs": {"path": path, "name": name, "dir": dir}, "parents": []}]),
-            Some(&self.schema),
-        )
-        .expect("entities");
-        let request = Request::new(
-            uid("Agent", value["principal"]["id"].as_str().expect("id")),
-            uid("Action", value["action"].as_str().expect("action")),
-            uid("File", path),
-            Context::empty(),
-            Some(&self.schema),
-        )
-        .expect("request");
-        let response = self
-            .authorizer
-            .is_authorized(&request, &self.policies, &entities);
-        response.decision() == Decision::Allow
-    }
-}
-
-fn ours(engine: &dyn Engine, caller: &Caller, bytes: &[u8]) -> bool {
-    let action = Action::parse(bytes, caller).expect("an action");
-    let evaluation = engine.evaluate(&PolicyRequest {
-        principal_type: action.principal().kind().to_owned(),
-        principal_id: action.principal().id().to_owned(),
-        action: action.name().to_owned(),
-        resource_type: action.resource_type().to_owned(),
-        resource_id: action.resource_id().to_owned(),
-        resource_attributes: action.resource_attributes().clone(),
-        params: action.params().clone(),
-        context: action.context().clone(),
-    });
-    evaluation.verdict == Verdict::Permit
-}
-
 fn in_process() -> Row {
-    let manifest = r#"{"format":1,"name":"bench","domain":"harbour","epoch":1,"version":"1.0.0","engine":"cedar",
-        "min_node_version":"0.1.0","created_at":"2026-09-21T00:00:00Z","min_fallback_epoch":1,
-        "classes":{"all":{"actions":["fs.read"],"stale_after_s":1000,
-        "restrict_after_s":2000,"close_after_s":3000,"when_restricted":"deny"}},"files":{}}"#;
-    let authority = Authority::new("harbour", 1).expect("an authority");
-    let bundle = authority
-        .load(
-            BundleBuilder::new()
-                .file("manifest.json", manifest.into())
-                .file("schema.cedarschema", SCHEMA.into())
-                .file("policies/all.cedar", policies().into_bytes()),
-        )
-        .expect("a bundle");
-    let engine = bundle.engine();
-    let caller = Caller {
-        principal_type: "Service".into(),
-        principal_id: "bench".into(),
-        may_act_as: true,
-        door: "bench",
-    };
-    let plain = Plain {
-        policies: policies().parse().expect("policies"),
-        schema: Schema::from_cedarschema_str(SCHEMA).expect("a schema").0,
-        authorizer: Authorizer::new(),
-    };
-    let requests: Vec<Vec<u8>> = (0..POLICIES + 10).map(request).collect();
-    for (n, bytes) in requests.iter().enumerate() {
+    let (ours, plain) = (Ours::new(&rules(POLICIES)), Plain::new(&rules(POLICIES)));
+    let requests = requests(POLICIES);
+    for (bytes, allowed) in &requests {
         assert_eq!(
-            ours(&*engine, &caller, bytes),
-            n < POLICIES,
+            ours.decide(bytes),
+            *allowed,
             "answers are checked before they are timed"
         );
-        assert_eq!(plain.decide(bytes), n < POLICIES);
+        assert_eq!(plain.decide(bytes), *allowed);
     }
     let time = |decide: &dyn Fn(&[u8]) -> bool| {
         let begun = Instant::now();
         let mut count = 0_u32;
         while begun.elapsed() < SLICE {
-            for bytes in &requests {
+            for (bytes, _) in &requests {
                 std::hint::black_box(decide(bytes));
                 count += 1;
             }
@@ -159,7 +58,7 @@ fn in_process() -> Row {
     };
     let (mut a, mut b) = (Vec::new(), Vec::new());
     for _ in 0..SLICES {
-        a.push(time(&|bytes| ours(&*engine, &caller, bytes)));
+        a.push(time(&|bytes| ours.decide(bytes)));
         b.push(time(&|bytes| plain.decide(bytes)));
     }
     Row::measured(

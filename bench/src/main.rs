@@ -5,6 +5,7 @@
 
 mod decide;
 mod peers;
+mod policy;
 mod report;
 mod segments;
 mod transport;
@@ -13,7 +14,7 @@ use std::process::ExitCode;
 
 pub use report::{Row, cpu, median};
 
-const AREAS: [&str; 3] = ["decide", "segments", "transport"];
+const AREAS: [&str; 4] = ["decide", "segments", "transport", "policy"];
 
 const USAGE: &str = "usage: tidelock-bench [AREA] [--long] [--only TEXT]";
 
@@ -25,9 +26,10 @@ fn help() -> String {
          {USAGE}\n\n\
          Areas (all of them if none is named): {}\n\n\
          \x20 --long       segments: also the rows that fill 10 GiB and a million segments\n\
-         \x20 --only TEXT  segments, transport: only the groups whose name has TEXT:\n\
+         \x20 --only TEXT  segments, transport, policy: only the groups whose name has TEXT:\n\
          \x20              segments: {}\n\
          \x20              transport: {}\n\
+         \x20              policy: {}\n\
          \x20 -h, --help   this text\n\n\
          Examples:\n\
          \x20 tidelock-bench                            everything but what --long adds\n\
@@ -38,6 +40,7 @@ fn help() -> String {
         AREAS.join(", "),
         list("segments"),
         list("transport"),
+        list("policy"),
     )
 }
 
@@ -46,6 +49,7 @@ fn groups(area: &str) -> Vec<&'static str> {
     match area {
         "segments" => segments::groups().collect(),
         "transport" => transport::groups().collect(),
+        "policy" => policy::groups().collect(),
         _ => Vec::new(),
     }
 }
@@ -90,7 +94,7 @@ impl Wanted {
             let known = wanted.area.map(groups).unwrap_or_default();
             if known.is_empty() {
                 return Err(
-                    "--only chooses among groups of `segments` or `transport`: name one".to_owned(),
+                    "--only chooses among groups of `segments`, `transport` or `policy`: name one".to_owned(),
                 );
             }
             if only.is_empty() || !known.iter().any(|name| name.contains(only)) {
@@ -151,7 +155,8 @@ fn main() -> ExitCode {
         let rows = match area {
             "decide" => runtime.block_on(decide::rows()),
             "segments" => segments::rows(wanted.long, wanted.only.as_deref()),
-            _ => transport::rows(wanted.only.as_deref()),
+            "transport" => transport::rows(wanted.only.as_deref()),
+            _ => policy::rows(wanted.only.as_deref()),
         };
         report::publish(area, machine, &rows);
     }

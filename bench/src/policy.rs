@@ -1,0 +1,215 @@
+//! The policy engine in process, from the bytes of a request to a decision, beside plain Cedar.
+
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
+
+use cedar_policy::{Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema};
+use serde_json::{Value, json};
+use tidelock_interceptor::{Action, Caller};
+use tidelock_policy::{
+    BundleBuilder, Engine, PolicyRequest, Verdict, VerifiedBundle, testing::Authority,
+};
+
+use crate::{Row, median};
+
+const SLICES: usize = 5;
+const SLICE: Duration = Duration::from_millis(600);
+const FEW: usize = 100;
+const MANY: usize = 10_000;
+/// Principals beyond those that a rule knows, so that some requests are denied.
+const STRANGERS: usize = 10;
+
+type Group = fn() -> Vec<Row>;
+
+const GROUPS: [(&str, Group); 1] = [("in-process", in_process)];
+
+pub fn groups() -> impl Iterator<Item = &'static str> {
+    GROUPS.iter().map(|(name, _)| *name)
+}
+
+pub fn rows(only: Option<&str>) -> Vec<Row> {
+    GROUPS
+        .iter()
+        .filter(|(name, _)| only.is_none_or(|only| name.contains(only)))
+        .flat_map(|(_, group)| group())
+        .collect()
+}
+
+const SCHEMA: &str = "entity Agent; entity File = { path: String, name: String, dir: String };
+action \"fs.read\" appliesTo { principal: [Agent], resource: [File] };";
+
+/// So many rules, each for an agent of its own and the directory of its team.
+pub fn rules(count: usize) -> String {
+    (0..count)
+        .map(|n| {
+            format!(
+                "@id(\"p{n}\") permit(principal == Agent::\"agent-{n}\", action == Action::\"fs.read\", \
+                 resource) when {{ resource.path like \"/srv/team-{n}/*\" }};\n"
+            )
+        })
+        .collect()
+}
+
+/// A request that rule `n` permits, if there is one.
+fn request(n: usize) -> Vec<u8> {
+    json!({
+        "principal": {"type": "Agent", "id": format!("agent-{n}")},
+        "action": "fs.read",
+        "resource": {"type": "File", "id": format!("/srv/team-{n}/src/main.rs")},
+    })
+    .to_string()
+    .into_bytes()
+}
+
+/// Requests over all rules, and some that none permits.
+pub fn requests(count: usize) -> Vec<(Vec<u8>, bool)> {
+    (0..count + STRANGERS).map(|n| (request(n), n < count)).collect()
+}
+
+/// What a program does that embeds Cedar as its documentation shows.
+pub struct Plain {
+    policies: PolicySet,
+    schema: Schema,
+    authorizer: Authorizer,
+}
+
+impl Plain {
+    pub fn new(rules: &str) -> Self {
+        Self {
+            policies: rules.parse().expect("policies"),
+            schema: Schema::from_cedarschema_str(SCHEMA).expect("a schema").0,
+            authorizer: Authorizer::new(),
+        }
+    }
+
+    pub fn decide(&self, bytes: &[u8]) -> bool {
+        let value: Value = serde_json::from_slice(bytes).expect("json");
+        let path = value["resource"]["id"].as_str().expect("path");
+        let uid = |kind: &str, id: &str| {
+            EntityUid::from_json(json!({"type": kind, "id": id})).expect("uid")
+        };
+        let (dir, name) = path.rsplit_once('/').expect("slash");
+        let entities = Entities::from_json_value(
+            json!([{"uid": {"type": "File", "id": path},
+                    "attrs": {"path": path, "name": name, "dir": dir}, "parents": []}]),
+            Some(&self.schema),
+        )
+        .expect("entities");
+        let request = Request::new(
+            uid("Agent", value["principal"]["id"].as_str().expect("id")),
+            uid("Action", value["action"].as_str().expect("action")),
+            uid("File", path),
+            Context::empty(),
+            Some(&self.schema),
+        )
+        .expect("request");
+        let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
+        response.decision() == Decision::Allow
+    }
+}
+
+/// The strict parser and the engine of a verified bundle.
+pub struct Ours {
+    bundle: VerifiedBundle,
+    caller: Caller,
+}
+
+impl Ours {
+    pub fn new(rules: &str) -> Self {
+        let manifest = r#"{"format":1,"name":"bench","domain":"harbour","epoch":1,"version":"1.0.0","engine":"cedar",
+            "min_node_version":"0.1.0","created_at":"2026-09-21T00:00:00Z","min_fallback_epoch":1,
+            "classes":{"all":{"actions":["fs.read"],"stale_after_s":1000,
+            "restrict_after_s":2000,"close_after_s":3000,"when_restricted":"deny"}},"files":{}}"#;
+        let authority = Authority::new("harbour", 1).expect("an authority");
+        let bundle = authority
+            .load(
+                BundleBuilder::new()
+                    .file("manifest.json", manifest.into())
+                    .file("schema.cedarschema", SCHEMA.into())
+                    .file("policies/all.cedar", rules.into()),
+            )
+            .expect("a bundle");
+        let caller = Caller {
+            principal_type: "Service".into(),
+            principal_id: "bench".into(),
+            may_act_as: true,
+            door: "bench",
+        };
+        Self { bundle, caller }
+    }
+
+    pub fn decide(&self, bytes: &[u8]) -> bool {
+        let action = Action::parse(bytes, &self.caller).expect("an action");
+        let evaluation = self.bundle.evaluate(&PolicyRequest {
+            principal_type: action.principal().kind().to_owned(),
+            principal_id: action.principal().id().to_owned(),
+            action: action.name().to_owned(),
+            resource_type: action.resource_type().to_owned(),
+            resource_id: action.resource_id().to_owned(),
+            resource_attributes: action.resource_attributes().clone(),
+            params: action.params().clone(),
+            context: action.context().clone(),
+        });
+        evaluation.verdict == Verdict::Permit
+    }
+}
+
+/// Median of single decisions in one slice, in microseconds.
+fn p50(requests: &[(Vec<u8>, bool)], decide: &dyn Fn(&[u8]) -> bool) -> f64 {
+    let mut all = Vec::new();
+    let begun = Instant::now();
+    while begun.elapsed() < SLICE {
+        for (bytes, _) in requests {
+            let one = Instant::now();
+            black_box(decide(bytes));
+            all.push(one.elapsed().as_secs_f64() * 1e6);
+        }
+    }
+    median(all)
+}
+
+fn in_process() -> Vec<Row> {
+    let (few, many) = (requests(FEW), requests(MANY));
+    let (ours_few, ours_many) = (Ours::new(&rules(FEW)), Ours::new(&rules(MANY)));
+    let (plain_few, plain_many) = (Plain::new(&rules(FEW)), Plain::new(&rules(MANY)));
+    let text = "answers are checked before they are timed";
+    for (bytes, allowed) in &few {
+        assert_eq!(ours_few.decide(bytes), *allowed, "{text}");
+        assert_eq!(plain_few.decide(bytes), *allowed, "{text}");
+    }
+    for (bytes, allowed) in &many {
+        assert_eq!(ours_many.decide(bytes), *allowed, "{text}");
+    }
+    // Plain Cedar takes milliseconds for each of these: the ends of the range must do.
+    let some: Vec<_> = many.iter().step_by(MANY / 20).chain(many.last()).cloned().collect();
+    for (bytes, allowed) in &some {
+        assert_eq!(plain_many.decide(bytes), *allowed, "{text}");
+    }
+    let (mut a, mut b, mut c, mut d) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SLICES {
+        a.push(p50(&few, &|bytes| ours_few.decide(bytes)));
+        b.push(p50(&few, &|bytes| plain_few.decide(bytes)));
+        c.push(p50(&many, &|bytes| ours_many.decide(bytes)));
+        d.push(p50(&some, &|bytes| plain_many.decide(bytes)));
+    }
+    let (a, b, c, d) = (median(a), median(b), median(c), median(d));
+    vec![
+        Row::measured(
+            "json-to-decision-100",
+            "us p50",
+            (a, "plain cedar-policy 4.14", b),
+            "<= 0.33",
+            |ratio| ratio <= 1.0 / 3.0,
+        ),
+        Row::measured(
+            "scoped-100-to-10000",
+            "us p50",
+            (c, "ours with 100 rules", a),
+            "<= 2.0",
+            |ratio| ratio <= 2.0,
+        )
+        .with(json!({"plain_cedar_10000_us": d, "plain_cedar_100_us": b})),
+    ]
+}
