@@ -31,6 +31,14 @@ pub(crate) fn ack() -> Frame {
     })
 }
 
+impl Drop for Raw {
+    /// A stream that is dropped is finished, and whoever ends the control stream of a living session
+    /// misbehaves: the connection goes first.
+    fn drop(&mut self) {
+        self.connection.close(0_u32.into(), b"");
+    }
+}
+
 impl Raw {
     /// Calls the node `expected`, with these papers.
     pub(crate) async fn connect(tls: &MeshTls, to: SocketAddr, expected: &str) -> Self {
