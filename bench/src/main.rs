@@ -94,7 +94,8 @@ impl Wanted {
             let known = wanted.area.map(groups).unwrap_or_default();
             if known.is_empty() {
                 return Err(
-                    "--only chooses among groups of `segments`, `transport` or `policy`: name one".to_owned(),
+                    "--only chooses among groups of `segments`, `transport` or `policy`: name one"
+                        .to_owned(),
                 );
             }
             if only.is_empty() || !known.iter().any(|name| name.contains(only)) {

@@ -5,7 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cedar_policy::{Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema};
+use cedar_policy::{
+    Authorizer, Context, Decision, Entities, EntityUid, PolicySet, Request, Schema,
+};
 use serde_json::{Value, json};
 use tidelock_interceptor::{Action, Caller};
 use tidelock_policy::{
@@ -65,7 +67,9 @@ fn request(n: usize) -> Vec<u8> {
 
 /// Requests over all rules, and some that none permits.
 pub fn requests(count: usize) -> Vec<(Vec<u8>, bool)> {
-    (0..count + STRANGERS).map(|n| (request(n), n < count)).collect()
+    (0..count + STRANGERS)
+        .map(|n| (request(n), n < count))
+        .collect()
 }
 
 /// What a program does that embeds Cedar as its documentation shows.
@@ -105,7 +109,9 @@ impl Plain {
             Some(&self.schema),
         )
         .expect("request");
-        let response = self.authorizer.is_authorized(&request, &self.policies, &entities);
+        let response = self
+            .authorizer
+            .is_authorized(&request, &self.policies, &entities);
         response.decision() == Decision::Allow
     }
 }
@@ -183,7 +189,12 @@ fn in_process() -> Vec<Row> {
         assert_eq!(ours_many.decide(bytes), *allowed, "{text}");
     }
     // Plain Cedar takes milliseconds for each of these: the ends of the range must do.
-    let some: Vec<_> = many.iter().step_by(MANY / 20).chain(many.last()).cloned().collect();
+    let some: Vec<_> = many
+        .iter()
+        .step_by(MANY / 20)
+        .chain(many.last())
+        .cloned()
+        .collect();
     for (bytes, allowed) in &some {
         assert_eq!(plain_many.decide(bytes), *allowed, "{text}");
     }
