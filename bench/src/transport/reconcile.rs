@@ -191,7 +191,11 @@ fn meet(views: [&Holds; 2], lacking: usize) -> Result<Course, String> {
     let mut now = Duration::ZERO;
     let mut asked = BTreeSet::new();
     loop {
-        while let Some(wanted) = sides[0].poll_want(now).cloned() {
+        // No more than a session has in flight before its frames are written.
+        for _ in 0..MAX_IN_FLIGHT {
+            let Some(wanted) = sides[0].poll_want(now).cloned() else {
+                break;
+            };
             sides[0].fetch(&wanted.id, now);
             sides[0]
                 .handle_segment(wanted.kind, &wanted.id, wanted.size_bytes, now)
@@ -216,6 +220,9 @@ fn meet(views: [&Holds; 2], lacking: usize) -> Result<Course, String> {
             if let Some(close) = machine.closed() {
                 return Err(close.to_string());
             }
+        }
+        if sides[0].poll_want(now).is_some() {
+            continue;
         }
         if course.established.is_zero() && sides.iter().all(SessionMachine::is_established) {
             course.established = now;
