@@ -44,6 +44,9 @@ demo *ARGS:
 soak-kill ROUNDS="1000":
     TIDELOCK_KERNEL_ROUNDS={{ROUNDS}} cargo test --release --locked -p tidelock-segments --test kernel -- --ignored --nocapture --test-threads=1 soak_
 
+# All of the soaks below, one after the other: 10,000 schedules, a thousand kills, the simulated disk. About two hours.
+soak MINUTES="30": soak-sessions soak-kill (soak-disk MINUTES)
+
 # Random schedules over the session machine: links, crashes, clocks, disks, papers, lies. Plays one again: `just soak-sessions-replay SEED`.
 soak-sessions SCHEDULES="10000":
     TIDELOCK_SCHEDULES={{SCHEDULES}} cargo test --release --locked -p tidelock-transport --lib -- --nocapture whatever_happens_the_mesh_converges
