@@ -678,6 +678,7 @@ impl Store {
             unnoted_bytes: 0,
             notes: None,
             notes_written: 0,
+            note_allocated: note,
             room,
             part_allocated,
             map_allocated,
@@ -707,6 +708,8 @@ struct Body {
     /// The file of the notes, once there is something to note.
     notes: Option<Box<dyn DiskFile>>,
     notes_written: u64,
+    /// Booked for it: what is written later may take blocks that were not allocated at first.
+    note_allocated: u64,
     room: Reservation,
     /// Booked for the part and for the map.
     part_allocated: u64,
@@ -720,6 +723,13 @@ impl Body {
         if now > self.part_allocated {
             self.room.book(now - self.part_allocated);
             self.part_allocated = now;
+        }
+        if let Some(notes) = &self.notes {
+            let now = notes.stat()?.allocated_bytes;
+            if now > self.note_allocated {
+                self.room.book(now - self.note_allocated);
+                self.note_allocated = now;
+            }
         }
         Ok(())
     }
@@ -868,6 +878,7 @@ impl Partial {
         let offset = u64::from(second) * note::place_bytes(groups);
         let written = notes.write_at(offset, &bytes);
         body.notes = Some(notes);
+        body.settle()?;
         written?;
         body.notes_written += 1;
         body.unnoted_bytes = 0;
@@ -886,7 +897,9 @@ impl Partial {
         }
         let notes = root.create_file(&name)?;
         let allocated = notes.allocate(note::file_bytes(groups));
-        body.room.book(notes.stat()?.allocated_bytes);
+        let now = notes.stat()?.allocated_bytes;
+        body.room.book(now);
+        body.note_allocated = now;
         root.book_dir(DIR)?;
         allocated?;
         Ok(notes)

@@ -220,7 +220,7 @@ pub struct Store {
     /// Taken before `index` where both are.
     writer: Mutex<Writer>,
     put_ended: Condvar,
-    /// The turn of the group whose files are being synced.
+    /// The turn of the group whose files are open. Taken before `writer` and `index` where it is.
     syncing: Mutex<()>,
     recovery: Mutex<StoreRecovery>,
     on_damage: Mutex<Option<Hook>>,

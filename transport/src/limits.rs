@@ -81,6 +81,9 @@ pub const MAX_LISTED_AHEAD: usize = 16_384;
 /// differ is 32 of them, and so one round trip. What they list counts against [`MAX_LISTED_AHEAD`].
 pub const MAX_LISTS_OUTSTANDING: usize = 32;
 
+/// References that they may ask for: 300 KiB of answers, behind which the head of a CRL may have to stand.
+pub const MAX_REFS_OUTSTANDING: usize = 4_096;
+
 /// Full heads that may be asked for before the first answer.
 pub const MAX_HEADS_OUTSTANDING: usize = 8;
 
@@ -177,8 +180,8 @@ pub const MAX_FAULTS: u32 = 3;
 
 /// Frames that may wait to be written. A peer that keeps to [`MAX_LISTS_OUTSTANDING`],
 /// [`MAX_HEADS_OUTSTANDING`], [`MAX_IN_FLIGHT`] and one receipt request at a time never causes more; one that does not is
-/// disconnected. Worst case 128 x 64 KiB = 8 MiB a session.
-pub const MAX_FRAMES_QUEUED: usize = 128;
+/// disconnected. Worst case 200 x 64 KiB = 12.5 MiB a session.
+pub const MAX_FRAMES_QUEUED: usize = 200;
 
 /// Frames of heads that are made before the earlier ones were written.
 pub const MAX_HEADS_FRAMES_QUEUED: usize = 4;
@@ -312,7 +315,11 @@ const _: () = assert!(
         + MAX_IN_FLIGHT as usize
         + MAX_HEADS_FRAMES_QUEUED
         + 16
-        <= MAX_FRAMES_QUEUED
+        // What this side asks for stands in the same queue.
+        + MAX_IN_FLIGHT as usize
+        + MAX_LISTS_OUTSTANDING
+        + MAX_HEADS_OUTSTANDING
+        < MAX_FRAMES_QUEUED
 );
 const _: () = assert!(MAX_BEACON_BURST_SOURCE < MAX_BEACON_BURST);
 const _: () = assert!(MAX_BEACONS_PER_SECOND <= MAX_BEACON_READS_PER_SECOND);

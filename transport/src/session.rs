@@ -32,9 +32,9 @@ use crate::{
         MAX_EVENTS_QUEUED, MAX_FAULTS, MAX_FRAMES_QUEUED, MAX_HEADS_FRAMES_QUEUED,
         MAX_HEADS_OUTSTANDING, MAX_HEADS_PER_FRAME, MAX_IN_FLIGHT, MAX_LISTED_AHEAD,
         MAX_LISTS_OUTSTANDING, MAX_NEWEST_REFS, MAX_ORIGINS, MAX_RECEIPTS_PER_FRAME,
-        MAX_REFS_OF_ONE_NUMBER, MAX_REFS_PER_FRAME, MAX_SET_ASIDE, MAX_URGENT_SEGMENT_BYTES,
-        MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK, RANGES_AT_FIRST,
-        RANGES_AT_LEAST, STALL_TIMEOUT, URGENT_IN_FLIGHT,
+        MAX_REFS_OF_ONE_NUMBER, MAX_REFS_OUTSTANDING, MAX_REFS_PER_FRAME, MAX_SET_ASIDE,
+        MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK,
+        RANGES_AT_FIRST, RANGES_AT_LEAST, STALL_TIMEOUT, URGENT_IN_FLIGHT,
     },
 };
 
@@ -567,7 +567,7 @@ pub struct SessionMachine {
     open_lists: BTreeSet<ListKey>,
     /// The frames that are out, oldest first, each with its lists in their order.
     lists_asked: VecDeque<Vec<(Origin, ListAsked)>>,
-    /// References that their answers may hold.
+    /// References that they ask for.
     refs_asked: usize,
     heads_asked: BTreeSet<Origin>,
 
@@ -1869,7 +1869,7 @@ impl SessionMachine {
                 if let Some(origin) = self.origins.get_mut(name) {
                     origin.is_asked = true;
                 }
-                self.refs_asked += ListRefs::answer_refs(list.max);
+                self.refs_asked += usize::from(list.max);
             }
             let lists = ask.iter().map(|(_, list)| *list).collect();
             self.lists_asked.push_back(ask);
@@ -1882,7 +1882,7 @@ impl SessionMachine {
         let open = self.open_lists.len().max(1);
         let page = (MAX_LISTED_AHEAD / open).clamp(1, MAX_REFS_PER_FRAME - MAX_REFS_OF_ONE_NUMBER);
         let mut ask: Vec<(Origin, ListAsked)> = Vec::new();
-        let mut answer = 0;
+        let (mut answer, mut refs) = (0, 0);
         let first = self
             .queue
             .first()
@@ -1908,21 +1908,23 @@ impl SessionMachine {
             };
             let max = u16::try_from(most).unwrap_or(1);
             let its_answer = ListRefs::answer_refs(max);
-            if answer + its_answer > MAX_REFS_PER_FRAME {
+            let asked = self.refs_asked + refs + usize::from(max);
+            if answer + its_answer > MAX_REFS_PER_FRAME || asked > MAX_REFS_OUTSTANDING {
                 break;
             }
             let key = (kind, cursor, name);
             // What the queue waits for is always listed, else neither would ever go on.
             let holds_up = first.is_some_and(|first| key <= first);
             // INV-07: of what is not more urgent than all that is listed, only what there is room for.
-            let ahead = self.queue.len() + self.refs_asked + answer + its_answer;
-            let fits = ahead <= MAX_LISTED_AHEAD || last.is_some_and(|last| key < last);
+            let fits =
+                self.queue.len() + asked <= MAX_LISTED_AHEAD || last.is_some_and(|last| key < last);
             if !holds_up && !fits {
                 // Nor does any after it.
                 break;
             }
             if holds_up || origin.queued * 2 <= page {
                 answer += its_answer;
+                refs += usize::from(max);
                 ask.push((
                     name.clone(),
                     ListAsked {
@@ -1985,9 +1987,7 @@ impl SessionMachine {
             if let Some(origin) = self.origins.get_mut(name) {
                 origin.is_asked = false;
             }
-            self.refs_asked = self
-                .refs_asked
-                .saturating_sub(ListRefs::answer_refs(list.max));
+            self.refs_asked = self.refs_asked.saturating_sub(usize::from(list.max));
         }
         if refs.lists.len() != asked.len() {
             return self.close(CloseCode::Protocol, "lists are others than were asked for");

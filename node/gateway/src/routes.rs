@@ -17,6 +17,7 @@ use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use serde::Serialize;
 use serde_json::Value;
 use tidelock_interceptor::{Answer, Decision, Mode, Reason};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -381,16 +382,23 @@ async fn judge(
     let oversized = body.len() > BODY_BYTES_MAX;
 
     let (done, mut outcome) = oneshot::channel();
-    let give_up = app.decider.decide(
-        &body,
-        identity.caller(visit.source),
-        mode,
-        Box::new(move |outcome| {
-            // The slot comes back when the decision does, not when the caller goes.
-            drop(slot);
-            let _ = done.send(outcome);
-        }),
-    );
+    let decide = || {
+        app.decider.decide(
+            &body,
+            identity.caller(visit.source),
+            mode,
+            Box::new(move |outcome| {
+                // The slot comes back when the decision does, not when the caller goes.
+                drop(slot);
+                let _ = done.send(outcome);
+            }),
+        )
+    };
+    // INV-10: an engine may be waited for, and what else runs on this runtime goes on meanwhile.
+    let give_up = match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(decide),
+        _ => decide(),
+    };
     // INV-14: whether the caller hangs up here or time runs out, the wait is given up, and no
     // permit comes of it.
     let waiting = Waiting(Some(give_up));

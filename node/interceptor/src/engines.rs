@@ -12,7 +12,7 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tidelock_policy::{Engine, Evaluation, PolicyRequest};
@@ -138,7 +138,8 @@ impl Engines {
         engine: Arc<dyn Engine>,
         request: PolicyRequest,
     ) -> (Evaluated, Duration) {
-        let mut waited = Duration::ZERO;
+        // The bound is of real time, as the waits are, whatever clock the rest runs on.
+        let came = Instant::now();
         let mut state = self.shared.state();
         let number = loop {
             match self.free_worker(&mut state) {
@@ -146,20 +147,18 @@ impl Engines {
                 Ok(None) => {}
                 Err(evaluated) => return (evaluated, Duration::ZERO),
             }
-            if waited >= self.wait {
+            let left = self.wait.saturating_sub(came.elapsed());
+            if left.is_zero() {
                 return (Evaluated::Late { abandoned: false }, Duration::ZERO);
             }
             state.waiting += 1;
-            let (woken, timeout) = self
+            let (woken, _) = self
                 .shared
                 .freed
-                .wait_timeout(state, self.budget)
+                .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.waiting -= 1;
-            if timeout.timed_out() {
-                waited += self.budget;
-            }
         };
         let Some(signals) = self.shared.signals.get(number) else {
             return (Evaluated::Exhausted, Duration::ZERO);
@@ -170,24 +169,28 @@ impl Engines {
         drop(state);
         signals.given.notify_one();
 
+        // What it waited for a worker is not the evaluation's.
+        let given = Instant::now();
         let mut state = self.shared.state();
         loop {
+            let waited = given.elapsed();
             if let Some(phase @ Phase::Ended(..)) = state.phase(number) {
                 let ended = std::mem::replace(phase, Phase::Idle);
                 self.pass_on(state);
+                if waited >= self.wait {
+                    return (Evaluated::Late { abandoned: false }, self.budget);
+                }
                 return self.result(ended);
             }
             if self.is_over(&mut state, number, waited) {
                 return (self.abandon(state, number), self.budget);
             }
-            let (woken, timeout) = signals
+            let left = self.wait.saturating_sub(waited);
+            let (woken, _) = signals
                 .ended
-                .wait_timeout(state, self.budget)
+                .wait_timeout(state, self.budget.min(left))
                 .unwrap_or_else(PoisonError::into_inner);
             state = woken;
-            if timeout.timed_out() {
-                waited += self.budget;
-            }
         }
     }
 
@@ -235,7 +238,7 @@ impl Engines {
         if waited >= self.wait {
             return true;
         }
-        if waited.is_zero() {
+        if waited < self.budget {
             return false;
         }
         let Some(worker) = state.workers.get(number) else {
@@ -274,11 +277,11 @@ impl Engines {
 
     fn result(&self, ended: Phase) -> (Evaluated, Duration) {
         match ended {
+            Phase::Ended(None, took) => (Evaluated::Panicked, took),
             Phase::Ended(_, took) if took > self.budget => {
                 (Evaluated::Late { abandoned: false }, took)
             }
             Phase::Ended(Some(evaluation), took) => (Evaluated::Done(evaluation), took),
-            Phase::Ended(None, took) => (Evaluated::Panicked, took),
             _ => (Evaluated::Late { abandoned: false }, Duration::ZERO),
         }
     }
@@ -332,9 +335,8 @@ fn work(shared: &Shared, number: usize) {
         };
         drop(state);
         let Job { engine, request } = *job;
-        let evaluation = catch_unwind(AssertUnwindSafe(|| engine.evaluate(&request))).ok();
-        // Before anybody is told: the last reference to a bundle may be this one.
-        drop((engine, request));
+        // Both are dropped inside, before anybody is told: the last reference to a bundle may be this one.
+        let evaluation = catch_unwind(AssertUnwindSafe(move || engine.evaluate(&request))).ok();
         let took = shared.clock.thread_cpu().saturating_sub(began);
         state = shared.state();
         let Some(phase) = state.phase(number) else {

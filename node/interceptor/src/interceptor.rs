@@ -33,6 +33,9 @@ use crate::{
     summary::{Summary, Window},
 };
 
+/// How often an action is judged where each time another policy or posture is in force afterwards.
+const JUDGED_AT_MOST: usize = 3;
+
 /// Gives the policy that decides now, or none. Read once a request.
 pub type PolicySource = Arc<dyn Fn() -> Option<Arc<ActivePolicy>> + Send + Sync>;
 
@@ -446,15 +449,14 @@ impl Inner {
 
     /// Parse, quota, posture, engine, in this order.
     fn judge(&self, bytes: &[u8], caller: &Caller) -> Judgement {
-        let policy = (self.policy)();
-        let policy = policy.as_deref();
+        let mut policy = (self.policy)();
         let (findings, request) = match Action::parse(bytes, caller) {
             Ok(action) => {
-                let findings = self.judge_action(&action, caller, policy);
+                let findings = self.judge_action(&action, caller, &mut policy);
                 (findings, Request::Action(Box::new(action)))
             }
             Err(error) => {
-                let posture = self.overall_posture(policy);
+                let posture = self.overall_posture(policy.as_deref());
                 let findings = Findings::new(Reason::InvalidRequest, posture);
                 (
                     findings,
@@ -467,8 +469,17 @@ impl Inner {
         };
         Judgement {
             findings,
-            bundle: policy.map(bundle_info),
+            bundle: policy.as_deref().map(bundle_info),
             request,
+        }
+    }
+
+    fn posture_of(&self, action: &Action, policy: Option<&ActivePolicy>) -> Posture {
+        match policy {
+            Some(policy) => policy
+                .posture(action.name(), self.clock.unix_ms())
+                .max(self.floor()),
+            None => Posture::Closed,
         }
     }
 
@@ -476,14 +487,9 @@ impl Inner {
         &self,
         action: &Action,
         caller: &Caller,
-        policy: Option<&ActivePolicy>,
+        policy: &mut Option<Arc<ActivePolicy>>,
     ) -> Findings {
-        let posture = match policy {
-            Some(policy) => policy
-                .posture(action.name(), self.clock.unix_ms())
-                .max(self.floor()),
-            None => Posture::Closed,
-        };
+        let posture = self.posture_of(action, policy.as_deref());
         let key = (denial_key(caller), action.principal().clone());
         if let Err(refused) = self.actions.check(&key, 1) {
             let retry_after_ms = refused.retry_after().map(whole_ms);
@@ -493,6 +499,32 @@ impl Inner {
                 ..findings
             };
         }
+        for _ in 0..JUDGED_AT_MOST {
+            let findings = self.judge_now(action, policy.as_deref());
+            if findings.reason.decision() != Decision::Allow {
+                return findings;
+            }
+            // An allow is of the policy and the posture in force after the engine was waited for.
+            let in_force = (self.policy)();
+            let is_same = match (policy.as_ref(), in_force.as_ref()) {
+                (Some(judged), Some(now)) => Arc::ptr_eq(judged, now),
+                _ => false,
+            };
+            if is_same && self.posture_of(action, policy.as_deref()) == findings.posture {
+                return findings;
+            }
+            *policy = in_force;
+        }
+        let posture = self.posture_of(action, policy.as_deref());
+        Findings {
+            errors: vec!["the policy changed each time that it was asked".to_owned()],
+            ..Findings::new(Reason::Deadline, posture)
+        }
+    }
+
+    /// Posture and engine, as of now.
+    fn judge_now(&self, action: &Action, policy: Option<&ActivePolicy>) -> Findings {
+        let posture = self.posture_of(action, policy);
         let Some(policy) = policy else {
             return Findings::new(Reason::NoPolicy, posture);
         };

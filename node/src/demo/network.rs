@@ -47,6 +47,7 @@ pub trait Network: Send + Sync {
 /// A UDP relay on loopback addresses: every link goes through it, and a cut drops its datagrams.
 #[derive(Debug)]
 pub struct Loopback {
+    _reserved: std::net::UdpSocket,
     listen: BTreeMap<String, SocketAddr>,
     routes: BTreeMap<(String, String), SocketAddr>,
     cut: BTreeMap<String, Arc<AtomicBool>>,
@@ -63,11 +64,17 @@ impl Loopback {
     pub async fn new(nodes: &[&str]) -> io::Result<Self> {
         let mut listen = BTreeMap::new();
         let mut cut = BTreeMap::new();
+        // A part of 127.0.0.0/8 that nobody else uses, by the number of a port that nobody else has:
+        // what the system gives away on 127.0.0.1 meanwhile stands in no node's way.
+        let reserved = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let [high, low] = reserved.local_addr()?.port().to_be_bytes();
+        let mut held = Vec::new();
         for (node, last) in nodes.iter().zip(1_u8..) {
-            let ip = IpAddr::V4(Ipv4Addr::new(127, 0, 0, last));
-            // The port is free now; the node binds it in a moment.
-            let address = std::net::UdpSocket::bind((ip, 0))?.local_addr()?;
-            listen.insert((*node).to_owned(), address);
+            let ip = IpAddr::V4(Ipv4Addr::new(127, high, low, last));
+            // Held until the relay has its ports; the node binds it in a moment.
+            let socket = std::net::UdpSocket::bind((ip, 0))?;
+            listen.insert((*node).to_owned(), socket.local_addr()?);
+            held.push(socket);
             cut.insert((*node).to_owned(), Arc::new(AtomicBool::new(false)));
         }
         let mut tasks = JoinSet::new();
@@ -94,7 +101,9 @@ impl Loopback {
                 tasks.spawn(lane(&far, &near, *from_address).relay());
             }
         }
+        drop(held);
         Ok(Self {
+            _reserved: reserved,
             listen,
             routes,
             cut,

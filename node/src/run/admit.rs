@@ -967,6 +967,11 @@ impl Node {
                 .zip(&judged)
                 .filter(|(_, judged)| judged.is_ok());
             let good: Vec<&VerifiedSegment> = good.map(|(segment, _)| *segment).collect();
+            // INV-09: judging takes its time, and the session may have been closed meanwhile.
+            if let Err(refusal) = alive() {
+                answers.extend(together.iter().map(|_| Err(refusal.clone())));
+                continue;
+            }
             let mut put = self.store.put_group(&good, Charge::Custody).into_iter();
             for (segment, judged) in together.into_iter().zip(judged) {
                 let reference = segment.reference();

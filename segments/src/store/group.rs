@@ -144,6 +144,8 @@ impl Store {
             }
             return outcomes.done();
         }
+        // INV-07: the files and threads of one group at a time, from the first that is opened.
+        let _turn = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let ready = self.stage_group(members, &mut outcomes);
         if !ready.is_empty() {
             self.name_group(ready, &mut outcomes);
@@ -225,12 +227,9 @@ impl Store {
                 }
             }
         }
-        // INV-07: the threads of one group at a time.
-        let turn = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         let synced = self
             .root
             .sync_staged(staged.iter_mut().map(|(_, staged)| staged));
-        drop(turn);
         let mut left = false;
         let mut ready = Vec::with_capacity(staged.len());
         for ((member, staged), synced) in staged.into_iter().zip(synced) {
