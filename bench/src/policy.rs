@@ -148,16 +148,7 @@ impl Ours {
 
     pub fn decide(&self, bytes: &[u8]) -> bool {
         let action = Action::parse(bytes, &self.caller).expect("an action");
-        let evaluation = self.bundle.evaluate(&PolicyRequest {
-            principal_type: action.principal().kind().to_owned(),
-            principal_id: action.principal().id().to_owned(),
-            action: action.name().to_owned(),
-            resource_type: action.resource_type().to_owned(),
-            resource_id: action.resource_id().to_owned(),
-            resource_attributes: action.resource_attributes().clone(),
-            params: action.params().clone(),
-            context: action.context().clone(),
-        });
+        let evaluation = self.bundle.evaluate(&PolicyRequest::from(&action));
         evaluation.verdict == Verdict::Permit
     }
 }

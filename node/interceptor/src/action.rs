@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
+use tidelock_policy::PolicyRequest;
 use tidelock_segments::Sha256Hash;
 
 use crate::{
@@ -494,6 +495,22 @@ impl Fields {
                 format!("{} has the unknown key {key:?}, remove it", self.what),
             )),
             None => Ok(()),
+        }
+    }
+}
+
+/// What the policies are asked.
+impl From<&Action> for PolicyRequest {
+    fn from(action: &Action) -> Self {
+        Self {
+            principal_type: action.principal().kind().to_owned(),
+            principal_id: action.principal().id().to_owned(),
+            action: action.name().to_owned(),
+            resource_type: action.resource_type().to_owned(),
+            resource_id: action.resource_id().to_owned(),
+            resource_attributes: action.resource_attributes().clone(),
+            params: action.params().clone(),
+            context: action.context().clone(),
         }
     }
 }

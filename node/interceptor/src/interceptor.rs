@@ -549,7 +549,7 @@ impl Inner {
     fn evaluate(&self, action: &Action, policy: &ActivePolicy, posture: Posture) -> Findings {
         let (evaluated, took) = self
             .engines
-            .evaluate(policy.shared_engine(), policy_request(action));
+            .evaluate(policy.shared_engine(), PolicyRequest::from(action));
         let counters = &self.counters;
         add(
             &counters.engine_us,
@@ -735,17 +735,4 @@ fn bundle_info(policy: &ActivePolicy) -> (BundleInfo, tidelock_policy::Source) {
         hash: bundle.content_id().as_str().to_owned(),
     };
     (info, policy.source())
-}
-
-fn policy_request(action: &Action) -> PolicyRequest {
-    PolicyRequest {
-        principal_type: action.principal().kind().to_owned(),
-        principal_id: action.principal().id().to_owned(),
-        action: action.name().to_owned(),
-        resource_type: action.resource_type().to_owned(),
-        resource_id: action.resource_id().to_owned(),
-        resource_attributes: action.resource_attributes().clone(),
-        params: action.params().clone(),
-        context: action.context().clone(),
-    }
 }

@@ -1009,3 +1009,47 @@ fn nonsense_is_refused_by_the_constructor() {
         Some(InterceptorConfigError::DenialBytes(_))
     ));
 }
+
+/// A policy that permits, and leaves `next` in force when it has answered.
+fn leaving(
+    policy: &Arc<Mutex<Option<Arc<ActivePolicy>>>>,
+    next: impl Fn() -> Arc<ActivePolicy> + Send + Sync + 'static,
+) -> Arc<ActivePolicy> {
+    let policy = policy.clone();
+    let engine = ScriptedEngine::new(move |_| {
+        *policy.lock().unwrap() = Some(next());
+        evaluation(Verdict::Permit, &["old"], &[])
+    });
+    Arc::new(active_policy(Some(Arc::new(engine)), Source::Active, BOOT_UNIX_MS).unwrap())
+}
+
+/// Always another one.
+fn never_the_same(policy: &Arc<Mutex<Option<Arc<ActivePolicy>>>>) -> Arc<ActivePolicy> {
+    let again = policy.clone();
+    leaving(policy, move || never_the_same(&again))
+}
+
+fn forbidding() -> Arc<ActivePolicy> {
+    let engine = ScriptedEngine::new(|_| evaluation(Verdict::Forbid, &["new"], &[]));
+    Arc::new(active_policy(Some(Arc::new(engine)), Source::Active, BOOT_UNIX_MS).unwrap())
+}
+
+#[test]
+fn an_allow_is_of_the_policy_in_force_when_the_engine_has_answered() {
+    let site = Site::new();
+    assert_eq!(
+        site.ask("fs.read").answer.reason,
+        Reason::PolicyAllow,
+        "the control"
+    );
+    *site.policy.lock().unwrap() = Some(leaving(&site.policy, forbidding));
+    let outcome = site.ask("fs.read");
+    assert_eq!(outcome.answer.reason, Reason::PolicyDeny);
+    assert_eq!(outcome.answer.policies, ["new"]);
+    assert!(outcome.permit.is_none());
+    // Where it never comes to rest nothing is allowed.
+    *site.policy.lock().unwrap() = Some(never_the_same(&site.policy));
+    let outcome = site.ask("fs.read");
+    assert_eq!(outcome.answer.reason, Reason::Deadline);
+    assert!(outcome.permit.is_none());
+}

@@ -2692,6 +2692,32 @@ fn a_thousand_logs_that_differ_are_listed_in_one_round_trip() {
 }
 
 #[test]
+fn inv_11_lists_leave_room_on_the_control_stream_for_a_crl() {
+    let mut bench = Bench::established();
+    let entries = (0..40).map(|index| {
+        let origin = audit_origin(&format!("n{index:04}"));
+        new_head(index, &origin, &[(0, 999)])
+    });
+    bench.give(heads(entries.collect()));
+    let asked: usize = bench
+        .frames()
+        .iter()
+        .filter_map(|frame| match frame {
+            Frame::ListRefs(asked) => Some(&asked.lists),
+            _ => None,
+        })
+        .flatten()
+        .map(|list| usize::from(list.max))
+        .sum();
+    // The control: 40,000 are lacking, and nearly as many as may be are asked for.
+    let page = MAX_LISTED_AHEAD / 40;
+    assert!(
+        (MAX_REFS_OUTSTANDING - page..=MAX_REFS_OUTSTANDING).contains(&asked),
+        "{asked}"
+    );
+}
+
+#[test]
 fn an_answer_with_other_lists_than_were_asked_for_ends_the_session() {
     let spoil: [fn(&mut Vec<RefList>); 5] = [
         |_| {},
