@@ -23,13 +23,13 @@ use crate::{
     engines::{Engines, Evaluated},
     limits::{
         APPEND_TIMEOUT, DEFAULT_ACTIONS, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT,
-        MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
+        ENGINE_WORKERS, MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
     },
     pending::{Completed, Draft, Queue, Slot},
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
-    stats::{Counters, Stats, add},
+    stats::{Counters, Seldom, Stats, add},
     summary::{Summary, Window},
 };
 
@@ -120,6 +120,8 @@ struct Inner {
     queue: Mutex<Queue>,
     summary: Mutex<Summary>,
     counters: Counters,
+    told_panicked: Seldom,
+    told_abandoned: Seldom,
 }
 
 impl fmt::Debug for Interceptor {
@@ -175,6 +177,8 @@ impl Interceptor {
                 queue: Mutex::new(Queue::default()),
                 summary,
                 counters: Counters::default(),
+                told_panicked: Seldom::default(),
+                told_abandoned: Seldom::default(),
             }),
         })
     }
@@ -285,6 +289,13 @@ impl Interceptor {
         self.inner
             .counters
             .read(count(pending), count(self.inner.engines.abandoned()))
+    }
+
+    /// Whether every engine thread is at an evaluation that was given up: actions are denied until
+    /// one of them ends.
+    #[must_use]
+    pub fn engines_are_exhausted(&self) -> bool {
+        self.inner.engines.abandoned() == ENGINE_WORKERS
     }
 
     /// The configuration.
@@ -500,7 +511,7 @@ impl Inner {
             };
         }
         for _ in 0..JUDGED_AT_MOST {
-            let findings = self.judge_now(action, policy.as_deref());
+            let findings = self.judge_now(action, caller, policy.as_deref());
             if findings.reason.decision() != Decision::Allow {
                 return findings;
             }
@@ -523,7 +534,12 @@ impl Inner {
     }
 
     /// Posture and engine, as of now.
-    fn judge_now(&self, action: &Action, policy: Option<&ActivePolicy>) -> Findings {
+    fn judge_now(
+        &self,
+        action: &Action,
+        caller: &Caller,
+        policy: Option<&ActivePolicy>,
+    ) -> Findings {
         let posture = self.posture_of(action, policy);
         let Some(policy) = policy else {
             return Findings::new(Reason::NoPolicy, posture);
@@ -542,14 +558,21 @@ impl Inner {
         };
         Findings {
             form,
-            ..self.evaluate(action, policy, posture)
+            ..self.evaluate(action, caller, policy, posture)
         }
     }
 
-    fn evaluate(&self, action: &Action, policy: &ActivePolicy, posture: Posture) -> Findings {
-        let (evaluated, took) = self
-            .engines
-            .evaluate(policy.shared_engine(), PolicyRequest::from(action));
+    fn evaluate(
+        &self,
+        action: &Action,
+        caller: &Caller,
+        policy: &ActivePolicy,
+        posture: Posture,
+    ) -> Findings {
+        let holder: Arc<str> = format!("{}::{}", caller.principal_type, caller.principal_id).into();
+        let (evaluated, took) =
+            self.engines
+                .evaluate(policy.shared_engine(), PolicyRequest::from(action), &holder);
         let counters = &self.counters;
         add(
             &counters.engine_us,
@@ -568,10 +591,13 @@ impl Inner {
             Evaluated::Panicked => {
                 add(&counters.evaluations, 1);
                 add(&counters.panics, 1);
-                tracing::error!(
-                    action = action.name(),
-                    "policy engine panicked, action denied"
-                );
+                if let Some(more) = self.told_panicked.tell(self.clock.now()) {
+                    tracing::error!(
+                        action = action.name(),
+                        more,
+                        "policy engine panicked, action denied"
+                    );
+                }
                 return failed(Reason::EvaluationError, "policy engine panicked");
             }
             Evaluated::Late { abandoned: false } => {
@@ -581,14 +607,18 @@ impl Inner {
             Evaluated::Late { abandoned: true } => {
                 add(&counters.evaluations, 1);
                 add(&counters.abandoned, 1);
-                tracing::error!(
-                    action = action.name(),
-                    "policy engine does not end, action denied"
-                );
+                if let Some(more) = self.told_abandoned.tell(self.clock.now()) {
+                    tracing::error!(
+                        action = action.name(),
+                        caller = &*holder,
+                        more,
+                        "policy engine does not end, action denied"
+                    );
+                }
                 return failed(Reason::Deadline, "policy engine was given up");
             }
             Evaluated::Exhausted => {
-                return failed(Reason::EngineExhausted, "no engine thread is free");
+                return failed(Reason::EngineExhausted, "no engine came free in time");
             }
         };
         add(&counters.evaluations, 1);

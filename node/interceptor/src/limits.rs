@@ -80,9 +80,16 @@ pub const ENGINE_BUDGET: Duration = Duration::from_millis(5);
 /// for a hundred thousand decisions a second of 20 us each.
 pub const ENGINE_WORKERS: usize = 4;
 
-/// Time that a caller waits for an evaluation that does not get to its CPU time: a blocked engine,
+/// Workers that evaluate for one caller at a time: half of them, so that whoever asks for what does
+/// not end leaves the others theirs.
+pub const ENGINE_WORKERS_PER_CALLER: usize = ENGINE_WORKERS / 2;
+
+/// Time that a caller waits for a worker, and then again for an evaluation that does not get to its CPU time: a blocked engine,
 /// or a machine so busy that the thread is not scheduled.
 pub const ENGINE_WAIT: Duration = Duration::from_millis(200);
+
+/// How often the same fault of an engine is written to the log of the process.
+pub const TOLD_EVERY: Duration = Duration::from_secs(10);
 
 /// Stack of an evaluating thread: twice what the deepest policy of the policy crate's limits needs
 /// in an unoptimised build. 8 MiB of address space in all, of which little is ever touched.
@@ -124,5 +131,5 @@ const _: () = assert!(DEFAULT_DENIAL_BYTES.burst as usize > MAX_RECORD_BYTES);
 // Waiting for an engine and for the record stay below what callers of the door wait.
 const _: () = assert!(ENGINE_WAIT.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(ENGINE_BUDGET.as_millis() < ENGINE_WAIT.as_millis());
-const _: () = assert!(ENGINE_WORKERS >= 2);
+const _: () = assert!(ENGINE_WORKERS_PER_CALLER >= 1);
 const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

@@ -128,7 +128,7 @@ impl Reason {
             Self::EvaluationError => "the policies could not judge this action",
             Self::Deadline => "the policies took longer than their budget",
             Self::EngineExhausted => {
-                "every engine thread is busy with an evaluation that does not end, restart the node"
+                "no engine came free in time: those that this caller may have are at evaluations that do not end"
             }
             Self::InvalidRequest => "the request is not valid",
             Self::RateLimitExceeded => "the quota is spent, retry later",

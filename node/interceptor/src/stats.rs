@@ -1,10 +1,13 @@
 //! Counters for status and metrics. They never influence a decision.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
 use serde::Serialize;
 
-use crate::reason::Reason;
+use crate::{limits::TOLD_EVERY, reason::Reason};
 
 /// A reading of the counters since the interceptor was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -86,4 +89,53 @@ impl Counters {
 
 pub(crate) fn add(counter: &AtomicU64, by: u64) {
     counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// Something that is told at most once in [`TOLD_EVERY`](crate::limits::TOLD_EVERY), and then with
+/// how often it was kept back meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct Seldom {
+    next_ms: AtomicU64,
+    kept_back: AtomicU64,
+}
+
+impl Seldom {
+    /// How often it was kept back, if it is to be told now.
+    pub(crate) fn tell(&self, now: Duration) -> Option<u64> {
+        // One more, so that zero stands for never.
+        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX - 1) + 1;
+        let every_ms = u64::try_from(TOLD_EVERY.as_millis()).unwrap_or(u64::MAX);
+        let next = self.next_ms.load(Ordering::Relaxed);
+        let due = now_ms >= next
+            && self
+                .next_ms
+                .compare_exchange(
+                    next,
+                    now_ms.saturating_add(every_ms),
+                    Ordering::Relaxed,
+                    Ordering::Relaxed,
+                )
+                .is_ok();
+        if !due {
+            add(&self.kept_back, 1);
+            return None;
+        }
+        Some(self.kept_back.swap(0, Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_often_is_told_seldom_and_counted() {
+        let seldom = Seldom::default();
+        let at = |s: u64| seldom.tell(Duration::from_secs(s));
+        assert_eq!(at(0), Some(0));
+        assert_eq!((at(0), at(9)), (None, None));
+        assert_eq!(at(10), Some(2));
+        assert_eq!(at(11), None);
+        assert_eq!(at(1_000), Some(1));
+    }
 }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tidelock_interceptor::{
     Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
     Outcome, Pending, Reason,
-    limits::{ENGINE_WORKERS, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
+    limits::{ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
     testing::{MemoryRecorder, TestClock},
 };
 use tidelock_policy::{
@@ -276,26 +276,35 @@ fn every_early_exit_is_a_recorded_deny_with_its_reason() {
 }
 
 /// An engine that never comes back costs a bounded number of threads, and each request that it is
-/// asked for, or that finds no thread any more, is a recorded deny with its own reason.
+/// asked for, or that finds no thread any more, is a recorded deny with its own reason: first of the
+/// caller that holds its share, then of everybody.
 #[test]
 fn an_engine_without_an_end_is_left_behind_and_denied() {
     let site = Site::with(|config| config.engine_wait = Duration::from_secs(1));
     assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
-    for held in 1..=ENGINE_WORKERS {
-        let Outcome { answer, permit } = site.ask("hangs");
-        assert_eq!(answer.reason, Reason::Deadline);
-        assert!(permit.is_none());
-        assert_eq!(site.last_record()["reason"], "DEADLINE");
-        let stats = site.interceptor.stats();
-        assert_eq!(stats.abandoned, u64::try_from(held).unwrap());
-        assert_eq!(stats.abandoned_now, stats.abandoned);
+    let ask = |id: &str, action: &str, reason: Reason| {
+        let Outcome { answer, permit } =
+            site.ask_as(&caller_named(id), Mode::Decide, &request(action));
+        assert_eq!(answer.reason, reason, "{id}");
+        assert_eq!(permit.is_some(), reason == Reason::PolicyAllow);
+        assert_eq!(site.last_record()["reason"], reason.as_str());
+    };
+    let mut held = 0;
+    for id in ["coder", "tester"] {
+        assert!(!site.interceptor.engines_are_exhausted());
+        ask(id, "fs.read", Reason::PolicyAllow);
+        for _ in 0..ENGINE_WORKERS_PER_CALLER {
+            ask(id, "hangs", Reason::Deadline);
+            held += 1;
+            let stats = site.interceptor.stats();
+            assert_eq!((stats.abandoned, stats.abandoned_now), (held, held));
+        }
+        for action in ["hangs", "fs.read"] {
+            ask(id, action, Reason::EngineExhausted);
+        }
     }
-    for action in ["hangs", "fs.read"] {
-        let Outcome { answer, permit } = site.ask(action);
-        assert_eq!(answer.reason, Reason::EngineExhausted);
-        assert!(permit.is_none());
-        assert_eq!(site.last_record()["reason"], "ENGINE_EXHAUSTED");
-    }
+    assert!(site.interceptor.engines_are_exhausted());
+    ask("another", "fs.read", Reason::EngineExhausted);
     // What needs no engine is denied for its own reason, as ever.
     assert_eq!(site.ask("not valid").answer.reason, Reason::InvalidRequest);
 }

@@ -23,7 +23,7 @@ use crate::error::{BundleError, chain, clip};
 use crate::json;
 use crate::limits::{
     ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, LEVEL_MAX, POLICIES_MAX, POLICY_ID_BYTES_MAX,
-    SCHEMA_NAMES_MAX,
+    REACHED_ENTITIES_MAX, REACHED_FROM_ONE_MAX, SCHEMA_NAMES_MAX,
 };
 use crate::nesting::{check_schema, split_policies};
 use crate::request::{Engine, Evaluation, Failure, PolicyRequest, Verdict, error_text};
@@ -94,6 +94,7 @@ impl CedarEngine {
 
         let entities = parse_entities(files, &schema)?;
         let references = references(&entities);
+        check_reach(&references, level)?;
         let action_entities = schema
             .action_entities()
             .map_err(|error| BundleError::schema(SCHEMA, chain(&error)))?;
@@ -267,6 +268,11 @@ impl CedarEngine {
                 }
                 reached.insert(uid.clone());
                 if let Some(entity) = self.entities.get(uid) {
+                    if slice.len() >= REACHED_ENTITIES_MAX {
+                        return Err(format!(
+                            "the request reaches more than {REACHED_ENTITIES_MAX} entities of the bundle"
+                        ));
+                    }
                     slice.push(entity.clone());
                     beyond.extend(self.references.get(uid).into_iter().flatten());
                 }
@@ -629,6 +635,34 @@ fn references(entities: &Entities) -> HashMap<EntityUid, Vec<EntityUid>> {
         }
     }
     references
+}
+
+/// INV-07: refuses a bundle in which one entity brings more than its share into a request.
+fn check_reach(
+    references: &HashMap<EntityUid, Vec<EntityUid>>,
+    level: u32,
+) -> Result<(), BundleError> {
+    for uid in references.keys() {
+        let mut reached = HashSet::from([uid]);
+        let mut next = vec![uid];
+        for _ in 1..level {
+            let mut beyond = Vec::new();
+            for found in next.iter().filter_map(|uid| references.get(*uid)).flatten() {
+                if reached.insert(found) {
+                    beyond.push(found);
+                }
+                if reached.len() > REACHED_FROM_ONE_MAX {
+                    return Err(BundleError::format(clip(&format!(
+                        "{ENTITIES}: {uid} reaches more than {REACHED_FROM_ONE_MAX} entities in the \
+                         {level} steps that the policies look: make entities that belong together \
+                         members of one (`parents`), and ask with `in`"
+                    ))));
+                }
+            }
+            next = beyond;
+        }
+    }
+    Ok(())
 }
 
 fn collect_uids(value: &EvalResult, found: &mut BTreeSet<EntityUid>) {

@@ -40,6 +40,13 @@ pub const SCHEMA_NAMES_MAX: usize = 512;
 /// Entities in one bundle. Each costs about 1 KiB, its ancestors not counted: 10 MiB.
 pub const ENTITIES_MAX: usize = 10_000;
 
+/// Entities of the bundle that one request may reach. They are copied for each evaluation.
+pub const REACHED_ENTITIES_MAX: usize = 512;
+
+/// Entities that one entity of the bundle may reach over its attributes and tags, in as many steps as
+/// the policies look: a request has a principal and a resource, and may mention more.
+pub const REACHED_FROM_ONE_MAX: usize = REACHED_ENTITIES_MAX / 4;
+
 /// Pairs of entity and ancestor in one bundle, which the compiler keeps in full. Without this bound
 /// a signed bundle of two megabytes could exhaust the memory of every node that it reaches. About
 /// 80 bytes each: 20 MiB.

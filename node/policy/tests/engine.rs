@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use tidelock_policy::limits::LEVEL_MAX;
+use tidelock_policy::limits::{LEVEL_MAX, REACHED_ENTITIES_MAX, REACHED_FROM_ONE_MAX};
 use tidelock_policy::testing::{Authority, template_builder};
 use tidelock_policy::{
     BundleBuilder, BundleError, Engine, Evaluation, PolicyRequest, Verdict, VerifiedBundle,
@@ -412,6 +412,72 @@ fn how_far_a_policy_looks_is_bounded_at_load() {
             .replace("Agent::\"boss\"", "principal");
         bundle(&policy(&own));
     }
+}
+
+/// INV-07: entities are copied for each request, so what one brings with it is bounded: at load for
+/// those of the bundle, at the request for those that it names.
+#[test]
+fn inv_07_a_request_reaches_a_bounded_number_of_entities() {
+    let schema = "entity Agent { level: Long, peers?: Set<Agent> };
+                  entity File;
+                  type Context = { params?: { about: Set<Agent> } };
+                  action \"fs.read\" appliesTo { principal: [Agent], resource: [File], context: Context };";
+    let one_step = "permit(principal, action, resource) when { principal.level == 1 };";
+    let two_steps = "permit(principal, action, resource) when {
+        principal.level == 1 && principal has peers
+        && (principal.peers.isEmpty() || context has params && context.params.about.isEmpty()
+            || principal.level == 1)
+    };
+    forbid(principal, action, resource) when {
+        principal has chief && principal.chief.level == 9
+    };";
+    let loaded = |policies: &str, peers: usize| {
+        let agent = |id: usize| json!({"type": "Agent", "id": id.to_string()});
+        let mut entities: Vec<Value> = (1..=peers.max(600))
+            .map(|id| json!({"uid": agent(id), "attrs": {"level": 1}, "parents": []}))
+            .collect();
+        let peers: Vec<Value> = (1..=peers).map(agent).collect();
+        entities.push(json!({
+            "uid": {"type": "Agent", "id": "ann"},
+            "attrs": {"level": 1, "peers": peers},
+            "parents": [],
+        }));
+        let bundle = template_builder("engine", "site-1", 0)
+            .unwrap()
+            .file(
+                "schema.cedarschema",
+                schema.replace("peers?:", "chief?: Agent, peers?:").into(),
+            )
+            .file("entities.json", json!(entities).to_string().into())
+            .file("policies/base.cedar", policies.into())
+            .file("tests/base.json", b"[]".to_vec());
+        Authority::new("site-1", 1).unwrap().load(bundle)
+    };
+    let asked = |about: usize| {
+        let about: Vec<Value> = (1..=about)
+            .map(|id| json!({"__entity": {"type": "Agent", "id": id.to_string()}}))
+            .collect();
+        PolicyRequest {
+            params: json!({"about": about}),
+            ..request("ann", "fs.read", ("File", "/a"))
+        }
+    };
+    let others = REACHED_FROM_ONE_MAX - 1;
+    let whole = loaded(two_steps, others).unwrap();
+    assert_eq!(whole.evaluate(&asked(0)).verdict, Verdict::Permit);
+    let refused = loaded(two_steps, others + 1).unwrap_err();
+    assert_eq!(refused.code(), "BUNDLE_FORMAT");
+    assert!(refused.to_string().contains("Agent::\"ann\""), "{refused}");
+    // Policies that do not look at peers do not reach them.
+    let near = loaded(one_step, others + 1).unwrap();
+    assert_eq!(near.evaluate(&asked(0)).verdict, Verdict::Permit);
+
+    // The action and the resource count, and ann herself.
+    let most = REACHED_ENTITIES_MAX - 3;
+    assert_eq!(near.evaluate(&asked(most)).verdict, Verdict::Permit);
+    let said = near.evaluate(&asked(most + 1));
+    assert_eq!(said.verdict, Verdict::Error);
+    assert!(said.errors[0].starts_with("REQUEST_MISMATCH"), "{said:?}");
 }
 
 const TEMPLATES: &str = r#"

@@ -50,6 +50,13 @@ impl Decider for Doors {
         if self.0.root.ledger().ladder() == Ladder::Sealed {
             return Err("AUDIT_CAPACITY: the disk ceiling is reached".to_owned());
         }
+        if self.0.interceptor.engines_are_exhausted() {
+            return Err(
+                "ENGINE_EXHAUSTED: every engine is at an evaluation that does not end; if that \
+                 lasts, restart the node, and mend the policy that the log of the process names"
+                    .to_owned(),
+            );
+        }
         if self.0.interceptor.posture() == Posture::Closed {
             return Err("POSTURE_CLOSED: policy age or the clock closes this node".to_owned());
         }
@@ -547,7 +554,7 @@ impl Node {
             ),
             (
                 "tidelock_engine_abandoned_total",
-                "Evaluations given up before they ended; four that do not end deny everything.",
+                "Evaluations given up before they ended.",
                 stats.abandoned,
             ),
         ];
@@ -557,6 +564,13 @@ impl Node {
                 "# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}"
             );
         }
+        let _ = writeln!(
+            text,
+            "# HELP tidelock_engines_held Engines at an evaluation that was given up; four deny everything.\n\
+             # TYPE tidelock_engines_held gauge\n\
+             tidelock_engines_held {}",
+            stats.abandoned_now
+        );
         text.push_str(&self.papers_metrics());
         self.mesh_metrics(&mut text);
         text
