@@ -112,6 +112,105 @@ fn a_bundle_that_fails_a_check_is_named_by_its_code_and_the_active_one_stays() {
 }
 
 #[test]
+fn a_plan_shows_what_a_bundle_changes_and_is_acted_on_only_while_it_holds() {
+    let site = Site::new();
+    let _node = site.start_deciding();
+    site.decides();
+    // Epoch 2 forbids what was allowed, and allows what was not.
+    let policy = site.read("policy/policies/base.cedar");
+    let other = policy.replace("\"/srv/*\"", "\"/etc/*\"");
+    assert_ne!(other, policy);
+    let tests = site.read("policy/tests/base.json");
+    site.write("policy/tests/base.json", "[]");
+    site.write("policy/policies/base.cedar", &other);
+    let epoch = |epoch: u64| move |manifest: &mut Value| manifest["epoch"] = json!(epoch);
+    site.bundle("site-2.tar", "policy.key", epoch(2));
+    site.bundle("site-3.tar", "policy.key", epoch(3));
+
+    let plan = site.json(&["policy", "plan", "site-2.tar"]);
+    assert_eq!(plan["activate"]["epoch"], 2);
+    assert_eq!(plan["replaces"]["epoch"], 1);
+    assert_eq!(plan["changes"]["manifest"]["epoch"], json!([1, 2]));
+    assert_eq!(plan["changes"]["policies"]["changed"], json!(["read-srv"]));
+    assert_eq!(
+        plan["changes"]["files"]["changed"],
+        json!(["tests/base.json"])
+    );
+    let replay = &plan["replay"];
+    assert_eq!(
+        (&replay["deny_to_allow"], &replay["allow_to_deny"]),
+        (&json!(1), &json!(1))
+    );
+    assert!(
+        replay["not_asked"]["no_decision"].as_u64() > Some(0),
+        "{replay}"
+    );
+    let flips = replay["flips"].as_array().unwrap();
+    assert_eq!(
+        flips[0]["resource"]["id"], "/etc/shadow",
+        "the newest first"
+    );
+    assert_eq!(flips[0]["before"]["verdict"], "no_match");
+    assert_eq!(flips[0]["after"]["verdict"], "permit");
+    let printed = site.ok(&["policy", "plan", "site-2.tar"]);
+    printed.says(&[
+        "read-srv",
+        "/etc/shadow",
+        plan["plan"].as_str().unwrap(),
+        "--apply",
+    ]);
+    let replayed = site
+        .tidelock(&["policy", "replay", "site-2.tar", "--json"])
+        .ended(1);
+    assert_eq!(replayed.json(), *replay);
+    let none = site.json(&["policy", "replay", "site-2.tar", "--replay", "0"]);
+    assert_eq!(none["same"], 0);
+
+    // Nothing was done yet. The controls: what decides now comes out the same, and differs in nothing.
+    site.decides();
+    let same = site.json(&["policy", "plan", "site-1.tar"]);
+    assert_eq!(same["replay"]["flips"], json!([]));
+    assert_eq!(same["changes"]["policies"]["changed"], json!([]));
+    site.ok(&["policy", "diff", "site-1.tar", "site-1.tar"])
+        .says(&["nothing differs"]);
+    site.tidelock(&["policy", "diff", "site-1.tar", "site-2.tar"])
+        .ended(1)
+        .says(&["read-srv", "-", "+"]);
+
+    let digest = plan["plan"].as_str().unwrap();
+    let activate = |archive: &str, plan: &str| {
+        site.tidelock(&["policy", "activate", archive, "--plan", plan, "--apply"])
+    };
+    site.tidelock(&["policy", "activate", "site-2.tar", "--apply"])
+        .ended(2);
+    for (archive, plan) in [("site-2.tar", "0123456789abcdef"), ("site-3.tar", digest)] {
+        activate(archive, plan).ended(1).says(&["PLAN_STALE"]);
+        let rejected = site.events("bundle_rejected");
+        assert_eq!(rejected.last().unwrap()["code"], "PLAN_STALE");
+        site.decides();
+    }
+    activate("site-2.tar", digest).ended(0);
+    assert_eq!(site.may_read("/etc/shadow").0, "allow");
+    assert_eq!(site.may_read("/srv/a.txt").0, "deny");
+    site.ok(&["policy", "status"])
+        .says(&["epoch", "2", "active"]);
+    // The plan was made for another bundle in its place: it does not hold any more.
+    site.write("policy/policies/base.cedar", &policy);
+    site.write("policy/tests/base.json", &tests);
+    activate("site-2.tar", digest)
+        .ended(1)
+        .says(&["PLAN_STALE"]);
+    let three = site.json(&["policy", "activate", "site-3.tar"]);
+    site.bundle("site-4.tar", "policy.key", epoch(4));
+    site.ok(&["bundle", "install", "site-4.tar", "--apply"]);
+    let late = three["plan"].as_str().unwrap();
+    activate("site-3.tar", late)
+        .ended(1)
+        .says(&["BUNDLE_EPOCH"]);
+    site.decides();
+}
+
+#[test]
 fn without_a_trust_file_the_node_runs_and_denies_everything() {
     let site = Site::new();
     fs::rename(site.path("trust.toml"), site.path("aside.toml")).unwrap();

@@ -18,8 +18,9 @@ use std::{
 use serde_json::{Value, json};
 use tidelock_interceptor::{
     Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
-    Outcome, Pending, Reason,
+    NotReplayable, Outcome, Pending, Reason,
     limits::{ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
+    recorded_request,
     testing::{MemoryRecorder, TestClock},
 };
 use tidelock_policy::{
@@ -322,6 +323,64 @@ fn what_an_engine_says_of_its_errors_is_redacted_and_shown_to_explain_only() {
         .ask_as(&caller(), Mode::Explain, &request("errors"))
         .answer;
     assert_eq!(answer.errors, ["type error, password=[redacted:key]"]);
+}
+
+/// What was judged can be asked again from its record, word for word, or it is said why not.
+#[test]
+fn a_recorded_action_is_asked_again_as_it_was_judged() {
+    let site = Site::new();
+    let asked = Arc::new(Mutex::new(None));
+    let hears = Arc::clone(&asked);
+    let engine = ScriptedEngine::new(move |request| {
+        *hears.lock().unwrap() = Some(request.clone());
+        Evaluation {
+            verdict: Verdict::Permit,
+            policies: vec!["any".to_owned()],
+            errors: Vec::new(),
+        }
+    });
+    *site.policy.lock().unwrap() = Some(Arc::new(
+        active_policy(Some(Arc::new(engine)), Source::Active, BOOT_UNIX_MS).unwrap(),
+    ));
+    let speaks = Caller {
+        may_act_as: true,
+        ..caller()
+    };
+    let whole = [
+        request("fs.read"),
+        json!({"action": "x", "resource": {"type": "Url", "id": "HTTPS://A.example:443/a/../b?q=1"},
+               "params": {"n": [1, {"k": "v"}], "t": true}, "context": {"why": "because"},
+               "principal": {"type": "Agent", "id": "other"}}),
+        json!({"action": "x", "resource": {"type": "Note", "id": "é"}, "params": {}}),
+    ];
+    for request in whole {
+        site.ask_as(&speaks, Mode::Decide, &request);
+        let judged = asked.lock().unwrap().take().unwrap();
+        let record = site.last_record();
+        assert_eq!(recorded_request(&record), Ok(judged), "{request}");
+        let mut forged = record.clone();
+        forged["resource"]["id"] = "another".into();
+        forged["resource"]["type"] = "Note".into();
+        assert_eq!(recorded_request(&forged), Err(NotReplayable::Changed));
+    }
+    let long = "x".repeat(MAX_BODY_BYTES / 4);
+    for (request, mode, why) in [
+        (request("fs.read"), Mode::Explain, NotReplayable::NoDecision),
+        (json!({"action": 1}), Mode::Decide, NotReplayable::Invalid),
+        (
+            json!({"action": "x", "resource": {"type": "Note", "id": "n"}, "params": {"password": "hunter2secret"}}),
+            Mode::Decide,
+            NotReplayable::Redacted,
+        ),
+        (
+            json!({"action": "x", "resource": {"type": "Note", "id": "n"}, "params": {"t": long}}),
+            Mode::Decide,
+            NotReplayable::Incomplete,
+        ),
+    ] {
+        site.ask_as(&speaks, mode, &request);
+        assert_eq!(recorded_request(&site.last_record()), Err(why), "{why:?}");
+    }
 }
 
 #[test]

@@ -409,6 +409,33 @@ fn validate(
     Err(BundleError::schema("policies", "not validated"))
 }
 
+/// The text of each policy by its id; of one made from a template, the template's id and its values.
+pub(crate) fn policy_texts(files: &Files) -> Result<BTreeMap<String, String>, BundleError> {
+    if !files.keys().any(|path| path.ends_with(".cedar")) {
+        return Ok(BTreeMap::new());
+    }
+    let policies = parse_policies(files)?;
+    let text = |policy: &Policy| -> String {
+        let Some(template) = policy.template_id() else {
+            return policy.to_string();
+        };
+        let links = policy.template_links().unwrap_or_default();
+        let values: BTreeMap<String, String> = links
+            .into_iter()
+            .map(|(slot, uid)| (slot.to_string(), uid.to_string()))
+            .collect();
+        let template = policies
+            .template(template)
+            .map(ToString::to_string)
+            .unwrap_or_default();
+        format!("{template} {values:?}")
+    };
+    Ok(policies
+        .policies()
+        .map(|policy| (id_of(policy.id()).to_owned(), text(policy)))
+        .collect())
+}
+
 fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
     let mut policies = PolicySet::new();
     let mut ids = BTreeSet::new();

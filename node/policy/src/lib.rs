@@ -17,6 +17,7 @@ mod archive;
 mod bundle;
 mod cases;
 mod cedar;
+mod diff;
 mod error;
 mod json;
 pub mod limits;
@@ -38,6 +39,7 @@ pub use bundle::{
 };
 pub use cases::TestReport;
 pub use cedar::CedarEngine;
+pub use diff::{Changes, Difference, difference};
 pub use error::{ActivateError, BuildError, BundleError, KeyError};
 pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use package::{ContentId, Package, decode_signature, sign};

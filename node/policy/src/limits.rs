@@ -76,6 +76,10 @@ pub const EXPRESSION_DEPTH_MAX: usize = 180;
 /// Stack of the thread that compiles a bundle, the same on every node and in every command.
 pub const COMPILE_STACK_BYTES: usize = 8 * 1024 * 1024;
 
+/// Names that one list of a difference between two bundles holds; policies are listed with their
+/// texts, so a difference stays below the size of the two bundles.
+pub const DIFFERENCES_LISTED_MAX: usize = 200;
+
 /// How deep JSON values of a request may nest before the engine refuses them.
 pub const VALUE_DEPTH_MAX: usize = 64;
 

@@ -105,7 +105,7 @@ pub struct PackageArgs {
 }
 
 impl PackageArgs {
-    fn load(&self) -> Result<Package, Failure> {
+    pub(super) fn load(&self) -> Result<Package, Failure> {
         let archive = read(&self.archive)?;
         let mut paths = self.signatures.clone();
         let beside = beside(&self.archive);
@@ -129,7 +129,7 @@ fn beside(archive: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     fs::read(path).map_err(|e| Failure::at(path, &e))
 }
 

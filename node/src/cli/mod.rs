@@ -13,6 +13,7 @@ mod media;
 mod medium;
 mod node;
 mod output;
+mod policy;
 mod proof;
 mod qlog;
 mod segment;
@@ -98,6 +99,9 @@ pub enum Command {
     /// Make, sign, check and install policy bundles.
     #[command(subcommand)]
     Bundle(bundle::BundleCommand),
+    /// Plan and activate what a running node decides by, and compare bundles.
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// Import a CRL into a running node.
     #[command(subcommand)]
     Crl(node::CrlCommand),
@@ -184,6 +188,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Demo { keep } => crate::demo::run(keep, output),
         Command::Ca(command) => ca::run(command, output),
         Command::Bundle(command) => bundle::run(command, output),
+        Command::Policy(command) => policy::run(command, output),
         Command::Crl(command) => node::crl(command, output),
         Command::Decide(args) => decide::run(&args, output),
         Command::Status(args) => node::status(&args, output),

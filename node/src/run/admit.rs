@@ -249,12 +249,22 @@ impl Node {
     /// turn is taken before the trust is read, so that no bundle is judged by a trust file that a
     /// reload replaces meanwhile.
     pub(super) fn install_bundle(&self, package: &[u8]) -> Result<Activation, Denied> {
+        self.install_if(package, |_| Ok(()))
+    }
+
+    /// The same if nothing speaks against it once it is its turn.
+    pub(super) fn install_if(
+        &self,
+        package: &[u8],
+        agreed: impl FnOnce(&VerifiedBundle) -> Result<(), Denied>,
+    ) -> Result<Activation, Denied> {
         let _turn = self
             .activating
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let bundle = self.verify_package(package)?;
         self.check_floor(&bundle)?;
+        agreed(&bundle)?;
         let created_unix_ms = bundle.manifest().created_unix_ms;
         let segment = self.own_policy_segment(&bundle)?;
         // The same content under further signatures is no new policy (ruling 5), and no new segment.

@@ -68,7 +68,7 @@ impl Decider for Doors {
     }
 }
 
-fn refused(denied: &Denied) -> OperatorError {
+pub(super) fn refused(denied: &Denied) -> OperatorError {
     OperatorError {
         status: if denied.bringer { 422 } else { 409 },
         code: denied.code.to_owned(),
@@ -100,7 +100,7 @@ pub(super) fn unknown_peer(peer: &NodeId) -> OperatorError {
     }
 }
 
-fn field_bytes(body: &Value, field: &str) -> Result<Vec<u8>, OperatorError> {
+pub(super) fn field_bytes(body: &Value, field: &str) -> Result<Vec<u8>, OperatorError> {
     let text = body
         .get(field)
         .and_then(Value::as_str)
@@ -143,6 +143,8 @@ impl Node {
     ) -> Result<Value, OperatorError> {
         match op {
             "bundle.install" => self.operate_bundle(body, apply),
+            "policy.plan" => self.operate_policy_plan(body),
+            "policy.activate" => self.operate_policy_activate(body, apply),
             "crl.import" => self.operate_crl(body, apply),
             "clock.accept" => self.operate_clock(apply),
             "audit.seal" => self.operate_seal(apply),
@@ -165,7 +167,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
+                    "no operation `{op}`; there are bundle.install, policy.plan, policy.activate, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
                 ),
             }),
         }

@@ -12,6 +12,7 @@ mod links;
 pub(crate) mod media;
 mod node;
 mod papers;
+mod plan;
 mod policy;
 mod quotas;
 mod seen;

@@ -1,0 +1,279 @@
+//! `tidelock policy …`
+
+use std::path::PathBuf;
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use clap::{Args, Subcommand, ValueHint};
+use serde_json::{Value, json};
+use tidelock_policy::{Changes, Difference, difference};
+
+use super::{
+    ConfigArg, Exit, Failure, Output,
+    bundle::{PackageArgs, read},
+    node,
+    output::table,
+};
+
+/// What to do with the policy of a running node.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Which bundle decides, from where, and how old it is.
+    Status(ConfigArg),
+    /// What activating a bundle would change: policies, classes, files, and how the actions that were
+    /// recorded lately would come out. Nothing is done.
+    #[command(
+        after_help = "Examples:\n  tidelock policy plan site-2.tar\n  tidelock policy plan site-2.tar --replay 0 --json"
+    )]
+    Plan(PlanArgs),
+    /// Activate a bundle by a plan that was looked at. If another bundle decides meanwhile, or the
+    /// file is another, nothing is done.
+    #[command(
+        after_help = "Examples:\n  tidelock policy activate site-2.tar                                 the plan\n  \
+                      tidelock policy activate site-2.tar --plan 5f3c2a9be01d7744 --apply  the act"
+    )]
+    Activate {
+        #[command(flatten)]
+        args: PlanArgs,
+        /// The plan, as `tidelock policy plan` printed it.
+        #[arg(long, required_if_eq("apply", "true"))]
+        plan: Option<String>,
+        /// Act on that plan.
+        #[arg(long)]
+        apply: bool,
+    },
+    /// How the actions that a node recorded lately would come out with a bundle. Ends with 1 if any
+    /// would come out otherwise.
+    #[command(after_help = "Example:\n  tidelock policy replay site-2.tar --replay 200")]
+    Replay(PlanArgs),
+    /// What one bundle changes against another. Ends with 1 if they differ. Nothing is said about
+    /// who signed them.
+    #[command(after_help = "Example:\n  tidelock policy diff site-1.tar site-2.tar")]
+    Diff {
+        /// The older archive.
+        #[arg(value_hint = ValueHint::FilePath)]
+        before: PathBuf,
+        /// The newer archive.
+        #[arg(value_hint = ValueHint::FilePath)]
+        after: PathBuf,
+    },
+}
+
+/// A bundle, and the node that is asked.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    package: PackageArgs,
+    /// How many of the newest records are asked again, at most 1,000.
+    #[arg(long, value_name = "RECORDS", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(0..=1_000))]
+    replay: u64,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+impl PlanArgs {
+    fn body(&self) -> Result<Value, Failure> {
+        let package = BASE64_STANDARD.encode(self.package.load()?.encode()?);
+        Ok(json!({"package": package, "replay": self.replay}))
+    }
+}
+
+pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failure> {
+    match command {
+        PolicyCommand::Status(config) => status(&config, output),
+        PolicyCommand::Plan(args) => {
+            let plan = node::operate(&args.config, "policy.plan", &args.body()?, false)?;
+            output.say(&plan, || describe_plan(&plan));
+            Ok(Exit::Done)
+        }
+        PolicyCommand::Replay(args) => {
+            let plan = node::operate(&args.config, "policy.plan", &args.body()?, false)?;
+            let replay = plan.get("replay").cloned().unwrap_or_default();
+            output.say(&replay, || describe_replay(&replay).join("\n"));
+            let flips = |key: &str| replay.get(key).and_then(Value::as_u64).unwrap_or_default();
+            Ok(match flips("deny_to_allow") + flips("allow_to_deny") {
+                0 => Exit::Done,
+                _ => Exit::Failed,
+            })
+        }
+        PolicyCommand::Activate { args, plan, apply } => {
+            let mut body = args.body()?;
+            if let (Some(plan), Some(fields)) = (plan, body.as_object_mut()) {
+                fields.insert("plan".to_owned(), plan.into());
+            }
+            let answer = node::operate(&args.config, "policy.activate", &body, apply)?;
+            output.say(&answer, || match apply {
+                true => node::describe(&answer, true),
+                false => describe_plan(&answer),
+            });
+            Ok(Exit::Done)
+        }
+        PolicyCommand::Diff { before, after } => {
+            let found = difference(&read(&before)?, &read(&after)?)?;
+            output.say(&found, || describe_difference(&found).join("\n"));
+            Ok(match found.is_empty() {
+                true => Exit::Done,
+                false => Exit::Failed,
+            })
+        }
+    }
+}
+
+fn status(config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
+    let status = node::Door::of(config)?.get("/v1/status")?;
+    let part = |key: &str| status.get(key).cloned().unwrap_or_default();
+    let told = json!({"bundle": part("bundle"), "posture": part("posture")});
+    output.say(&told, || {
+        let mut rows = vec![vec!["posture".to_owned(), word(&told, "posture")]];
+        match told.get("bundle").and_then(Value::as_object) {
+            Some(bundle) => rows.extend(
+                bundle
+                    .keys()
+                    .map(|key| vec![key.clone(), bundle.get(key).map(text).unwrap_or_default()]),
+            ),
+            None => rows.push(vec![
+                "bundle".to_owned(),
+                "none: every action is denied".to_owned(),
+            ]),
+        }
+        table(&["policy", ""], &rows)
+    });
+    Ok(Exit::Done)
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+fn word(value: &Value, key: &str) -> String {
+    value.get(key).map(text).unwrap_or_default()
+}
+
+fn describe_plan(plan: &Value) -> String {
+    let bundle = |key: &str| {
+        let Some(bundle) = plan.get(key).filter(|bundle| bundle.is_object()) else {
+            return "nothing: no bundle decides".to_owned();
+        };
+        let (name, epoch, hash) = (
+            word(bundle, "name"),
+            word(bundle, "epoch"),
+            word(bundle, "hash"),
+        );
+        format!("{name} epoch {epoch} {hash}")
+    };
+    let mut lines = vec![
+        format!("activate  {}", bundle("activate")),
+        format!("replaces  {}", bundle("replaces")),
+    ];
+    let activate = plan.get("activate").cloned().unwrap_or_default();
+    lines.push(format!(
+        "signers   {}, {} tests of its own passed",
+        word(&activate, "signers"),
+        word(&activate, "tests_passed")
+    ));
+    let warnings = activate.get("warnings").and_then(Value::as_array);
+    for warning in warnings.into_iter().flatten() {
+        lines.push(format!("warning   {}", text(warning)));
+    }
+    let changes = plan.get("changes").cloned().unwrap_or_default();
+    if let Ok(Some(changes)) = serde_json::from_value::<Option<Difference>>(changes) {
+        lines.extend(describe_difference(&changes));
+    }
+    lines.extend(describe_replay(
+        &plan.get("replay").cloned().unwrap_or_default(),
+    ));
+    lines.push(format!(
+        "act with: tidelock policy activate … --plan {} --apply",
+        word(plan, "plan")
+    ));
+    lines.join("\n")
+}
+
+fn describe_changes(what: &str, changes: &Changes, lines: &mut Vec<String>) {
+    for (word, names) in [
+        ("added", &changes.added),
+        ("removed", &changes.removed),
+        ("changed", &changes.changed),
+    ] {
+        if !names.is_empty() {
+            lines.push(format!("{what} {word}: {}", names.join(", ")));
+        }
+    }
+    if changes.not_listed > 0 {
+        lines.push(format!("{what}: {} more", changes.not_listed));
+    }
+}
+
+fn describe_difference(found: &Difference) -> Vec<String> {
+    if found.is_empty() {
+        return vec!["nothing differs".to_owned()];
+    }
+    let mut lines = Vec::new();
+    for (name, (before, after)) in &found.manifest {
+        lines.push(format!(
+            "manifest {name}: {} -> {}",
+            text(before),
+            text(after)
+        ));
+    }
+    describe_changes("classes", &found.classes, &mut lines);
+    describe_changes("files", &found.files, &mut lines);
+    describe_changes("policies", &found.policies, &mut lines);
+    for (id, (before, after)) in &found.texts {
+        lines.push(format!("policy {id}"));
+        for (sign, side) in [('-', before), ('+', after)] {
+            let side = side.as_deref().unwrap_or_default();
+            lines.extend(side.lines().map(|line| format!("  {sign} {line}")));
+        }
+    }
+    lines
+}
+
+fn describe_replay(replay: &Value) -> Vec<String> {
+    let mut lines = vec![format!(
+        "recorded actions: {} come out the same, {} would be allowed that are denied, {} denied that are allowed",
+        word(replay, "same"),
+        word(replay, "deny_to_allow"),
+        word(replay, "allow_to_deny")
+    )];
+    let left_out = replay.get("not_asked").and_then(Value::as_object);
+    let left_out: Vec<String> = left_out
+        .into_iter()
+        .flatten()
+        .map(|(why, count)| format!("{count} {why}"))
+        .collect();
+    if !left_out.is_empty() {
+        lines.push(format!("records not asked again: {}", left_out.join(", ")));
+    }
+    if replay.get("ended_early") == Some(&Value::Bool(true)) {
+        lines.push("it took too long and ended early: older records were not asked".to_owned());
+    }
+    let flips = replay.get("flips").and_then(Value::as_array);
+    let rows: Vec<Vec<String>> = flips
+        .into_iter()
+        .flatten()
+        .map(|flip| {
+            let id = |key: &str| {
+                let part = flip.get(key).cloned().unwrap_or_default();
+                format!("{}::{}", word(&part, "type"), word(&part, "id"))
+            };
+            let side = |key: &str| flip.get(key).map(|side| word(side, "verdict"));
+            vec![
+                word(flip, "index"),
+                id("principal"),
+                word(flip, "action"),
+                id("resource"),
+                side("before").unwrap_or_default(),
+                side("after").unwrap_or_default(),
+            ]
+        })
+        .collect();
+    if !rows.is_empty() {
+        let head = ["record", "principal", "action", "resource", "now", "then"];
+        lines.push(table(&head, &rows));
+    }
+    lines
+}
