@@ -24,6 +24,7 @@ use tidelock_transport::{congestion::Congestion, limits::MIN_SEND_BYTES_PER_SECO
 
 use self::reader::Section;
 pub(crate) use self::reader::parse_bytes;
+use crate::worker::limits::{DEADLINE_MS, DEADLINE_MS_RANGE};
 
 /// The smallest ceiling a node starts with, in bytes: one active log file, one segment being
 /// sealed, the reserve and the policy slots have to fit beside each other.
@@ -127,11 +128,16 @@ pub struct RevocationSection {
     pub allow_missing: bool,
 }
 
-/// Who may sign policy.
+/// Who may sign policy, and how it is compiled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PolicySection {
     /// The trust file.
     pub trust: PathBuf,
+    /// Milliseconds that a worker may take to compile a bundle.
+    pub worker_deadline_ms: u64,
+    /// Let the worker go without a filter of system calls where the kernel has none (loud, off by
+    /// default).
+    pub allow_worker_without_seccomp: bool,
 }
 
 /// The mesh of peers.
@@ -397,6 +403,8 @@ impl Config {
 
         let mut s = top.section("policy");
         let trust = s.required_path("trust");
+        let worker_deadline_ms = s.integer("worker_deadline_ms", DEADLINE_MS, DEADLINE_MS_RANGE);
+        let allow_worker_without_seccomp = s.boolean("allow_worker_without_seccomp", false);
         s.finish();
 
         let mut s = top.section("beacon");
@@ -661,7 +669,11 @@ impl Config {
                     grace_s,
                     allow_missing,
                 },
-                policy: PolicySection { trust },
+                policy: PolicySection {
+                    trust,
+                    worker_deadline_ms,
+                    allow_worker_without_seccomp,
+                },
                 mesh: MeshSection {
                     listen,
                     peers,
@@ -741,6 +753,10 @@ impl Config {
             (
                 self.gateway.allow_anonymous_loopback,
                 "gateway.allow_anonymous_loopback",
+            ),
+            (
+                self.policy.allow_worker_without_seccomp,
+                "policy.allow_worker_without_seccomp",
             ),
             (self.audit.overwrite_oldest, "audit.overwrite_oldest"),
         ]

@@ -11,3 +11,4 @@ pub mod config;
 pub mod demo;
 pub mod run;
 pub mod sealing;
+pub(crate) mod worker;

@@ -6,15 +6,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use semver::Version;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::archive::{self, Files, MANIFEST, is_name};
 use crate::cases::{Cases, TestReport};
 use crate::cedar::CedarEngine;
-use crate::error::{BuildError, BundleError};
+use crate::error::{BuildError, BundleError, clip};
 use crate::json;
-use crate::limits::{COMPILE_STACK_BYTES, FILE_BYTES_MAX};
+use crate::limits::{
+    COMPILE_STACK_BYTES, FILE_BYTES_MAX, WARNINGS_LISTED_MAX, WORKER_COMPILE_STACK_BYTES,
+};
 use crate::manifest::{ClassLimits, Manifest, rfc3339};
 use crate::package::{ContentId, Package, sha256};
 use crate::request::{Engine, Evaluation, Lanes, PolicyRequest};
@@ -42,6 +44,18 @@ impl LoadContext {
             domain: domain.to_owned(),
             node_version,
         })
+    }
+
+    /// The domain.
+    #[must_use]
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// The version.
+    #[must_use]
+    pub fn node_version(&self) -> &Version {
+        &self.node_version
     }
 }
 
@@ -93,33 +107,17 @@ impl VerifiedBundle {
         trust: &TrustFile,
         context: &LoadContext,
     ) -> Result<Self, BundleError> {
-        if trust.domain() != context.domain {
-            return Err(BundleError::Domain {
-                what: "the trust file",
-                expected: context.domain.clone(),
-                found: trust.domain().to_owned(),
-            });
-        }
-        // Also bounds the sizes: what cannot be encoded is not looked at.
-        package.encode()?;
-        let signers = trust.signers(&package);
-        if signers.ids.len() < trust.threshold() {
-            return Err(BundleError::Signature {
-                valid: signers.ids.len(),
-                needed: trust.threshold(),
-                unknown: signers.unknown,
-            });
-        }
+        let signers = vouched(&package, trust, context)?;
         let contents = Contents::read(&package.archive)?;
         contents.check_for(context)?;
-        let compiled = contents.compile()?;
+        let compiled = contents.compile(COMPILE_STACK_BYTES)?;
         compiled.check_tests()?;
         let cedar = Arc::new(compiled.engine);
         Ok(Self {
             content_id: package.content_id(),
             package,
             manifest: contents.manifest,
-            signers: signers.ids,
+            signers,
             engine: Arc::new(Lanes::new(
                 Arc::clone(&cedar) as Arc<dyn Engine>,
                 Vec::new(),
@@ -196,6 +194,78 @@ impl Engine for VerifiedBundle {
     }
 }
 
+/// The first part of [`VerifiedBundle::load`], which parses nothing of the archive: the ids of the
+/// distinct trusted keys that signed it. It decides who may cost this machine a worker.
+///
+/// # Errors
+/// [`BundleError::Domain`], [`BundleError::Format`] or [`BundleError::Signature`].
+pub fn vouched(
+    package: &Package,
+    trust: &TrustFile,
+    context: &LoadContext,
+) -> Result<Vec<String>, BundleError> {
+    if trust.domain() != context.domain {
+        return Err(BundleError::Domain {
+            what: "the trust file",
+            expected: context.domain.clone(),
+            found: trust.domain().to_owned(),
+        });
+    }
+    // Also bounds the sizes: what cannot be encoded is not looked at.
+    package.encode()?;
+    let signers = trust.signers(package);
+    if signers.ids.len() < trust.threshold() {
+        return Err(BundleError::Signature {
+            valid: signers.ids.len(),
+            needed: trust.threshold(),
+            unknown: signers.unknown,
+        });
+    }
+    Ok(signers.ids)
+}
+
+/// What a worker says of a bundle that it compiled and tested without fault.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Examined {
+    /// Name of the bundle.
+    pub name: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Identity of the archive that was examined.
+    pub content_id: ContentId,
+    /// How many policies it has.
+    pub policies: usize,
+    /// What the compiler found odd, the first of it.
+    pub warnings: Vec<String>,
+    /// Tests of its own that it passed.
+    pub tests_passed: usize,
+}
+
+/// The rest of [`VerifiedBundle::load`], on half its stack (ruling 18), for the worker in which a
+/// bundle is compiled before the node does it. Says nothing about who signed it.
+///
+/// # Errors
+/// The first check that fails, as [`BundleError`].
+pub fn examine(archive: &[u8], context: &LoadContext) -> Result<Examined, BundleError> {
+    let contents = Contents::read(archive)?;
+    contents.check_for(context)?;
+    let compiled = contents.compile(WORKER_COMPILE_STACK_BYTES)?;
+    compiled.check_tests()?;
+    let warnings = compiled.engine.warnings().iter();
+    Ok(Examined {
+        name: contents.manifest.name,
+        epoch: contents.manifest.epoch,
+        content_id: ContentId::of(archive),
+        policies: compiled.engine.policy_ids().len(),
+        warnings: warnings
+            .take(WARNINGS_LISTED_MAX)
+            .map(|warning| clip(warning))
+            .collect(),
+        tests_passed: compiled.tests.passed,
+    })
+}
+
 /// An archive whose form, manifest and digests are right. Nothing is said about who signed it.
 struct Contents {
     manifest: Manifest,
@@ -261,7 +331,7 @@ impl Contents {
 
     /// Compiles and runs the tests on a thread whose stack is the same everywhere, so that a bundle
     /// that loads on the author's machine loads on every node.
-    fn compile(&self) -> Result<Compiled, BundleError> {
+    fn compile(&self, stack_bytes: usize) -> Result<Compiled, BundleError> {
         if self.manifest.engine != "cedar" {
             return Err(BundleError::Engine(self.manifest.engine.clone()));
         }
@@ -274,7 +344,7 @@ impl Contents {
             };
             std::thread::Builder::new()
                 .name("bundle-compile".to_owned())
-                .stack_size(COMPILE_STACK_BYTES)
+                .stack_size(stack_bytes)
                 .spawn_scoped(scope, work)
                 .map_err(|error| BundleError::Compiler(format!("no thread: {error}")))?
                 .join()
@@ -452,7 +522,7 @@ pub fn build_dir(dir: &Path) -> Result<Vec<u8>, BuildError> {
 /// # Errors
 /// [`BundleError`] if it does not compile; failed tests are in the report.
 pub fn run_tests(archive: &[u8]) -> Result<TestReport, BundleError> {
-    Ok(Contents::read(archive)?.compile()?.tests)
+    Ok(Contents::read(archive)?.compile(COMPILE_STACK_BYTES)?.tests)
 }
 
 /// What a package holds, for people: `tidelock bundle inspect`. Says nothing about trust.
@@ -482,7 +552,7 @@ pub struct Inspection {
 /// [`BundleError`] if it is ill-formed or does not compile.
 pub fn inspect(package: &Package) -> Result<Inspection, BundleError> {
     let contents = Contents::read(&package.archive)?;
-    let compiled = contents.compile()?;
+    let compiled = contents.compile(COMPILE_STACK_BYTES)?;
     Ok(Inspection {
         content_id: package.content_id(),
         archive_bytes: package.archive.len(),

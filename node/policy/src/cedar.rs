@@ -459,6 +459,10 @@ fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
             Ok(_) => return refuse(parts.rest_line, "a policy without a semicolon".to_owned()),
             Err(error) => return refuse(parts.rest_line, chain(&error)),
         }
+        // Counted before the first is parsed.
+        if ids.len() + parts.statements.len() > POLICIES_MAX {
+            return refuse(1, format!("more than {POLICIES_MAX} policies"));
+        }
         let name = path.strip_prefix("policies/").unwrap_or(path);
         for (number, statement) in parts.statements.iter().enumerate() {
             let default = format!("{name}#{}", number + 1);
@@ -469,9 +473,6 @@ fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
             let id = parsed.annotated_id().unwrap_or(&default).to_owned();
             if !is_policy_id(&id) {
                 return refuse(statement.line, format!("@id {POLICY_ID_RULE}"));
-            }
-            if ids.len() == POLICIES_MAX {
-                return refuse(statement.line, format!("more than {POLICIES_MAX} policies"));
             }
             if let Err(error) = parsed.add_to(&mut policies, &id) {
                 return refuse(statement.line, error);

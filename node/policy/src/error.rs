@@ -115,9 +115,49 @@ pub enum BundleError {
     /// The compiler panicked or its thread could not be started.
     #[error("the policy compiler failed: {0}")]
     Compiler(String),
+
+    // What another process said of it.
+    /// The worker in which the bundle was compiled first refused it, or did not live to say so.
+    #[error("{message}")]
+    Worker {
+        /// One of [`BundleError::CODES`].
+        code: &'static str,
+        /// What the worker said, or what became of it.
+        message: String,
+    },
 }
 
 impl BundleError {
+    /// Every code that [`code`](Self::code) answers.
+    pub const CODES: &[&str] = &[
+        "BUNDLE_COMPILE",
+        "BUNDLE_CONFLICT",
+        "BUNDLE_DIGEST",
+        "BUNDLE_DOMAIN",
+        "BUNDLE_ENGINE",
+        "BUNDLE_EPOCH",
+        "BUNDLE_FORMAT",
+        "BUNDLE_NODE_VERSION",
+        "BUNDLE_SCHEMA",
+        "BUNDLE_SIGNATURE",
+        "BUNDLE_TESTS",
+        "BUNDLE_WORKER_ANSWER",
+        "BUNDLE_WORKER_BUSY",
+        "BUNDLE_WORKER_CRASHED",
+        "BUNDLE_WORKER_TIMEOUT",
+        "BUNDLE_WORKER_UNAVAILABLE",
+    ];
+
+    /// What a worker told with one of [`CODES`](Self::CODES); nothing for a code that is none.
+    #[must_use]
+    pub fn told(code: &str, message: &str) -> Option<Self> {
+        let code = Self::CODES.iter().find(|known| **known == code)?;
+        Some(Self::Worker {
+            code,
+            message: clip(message),
+        })
+    }
+
     /// The stable reason code, as recorded and shown.
     #[must_use]
     pub fn code(&self) -> &'static str {
@@ -133,6 +173,7 @@ impl BundleError {
             Self::Compile { .. } | Self::Compiler(_) => "BUNDLE_COMPILE",
             Self::Schema { .. } => "BUNDLE_SCHEMA",
             Self::Tests { .. } => "BUNDLE_TESTS",
+            Self::Worker { code, .. } => code,
         }
     }
 
@@ -243,4 +284,37 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     message.replace('\n', " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Codes cross a process boundary as text: one that the list lacks would be taken for no code.
+    #[test]
+    fn every_code_stands_in_the_list_and_in_the_book() {
+        let source = include_str!("error.rs");
+        let book = include_str!("../../../docs/src/policy.md");
+        let mut codes: Vec<&str> = source
+            .split('"')
+            .filter(|text| text.strip_prefix("BUNDLE_").is_some_and(is_code))
+            // What a slot could not be written is no worker's to say.
+            .filter(|code| *code != "BUNDLE_STORAGE")
+            .collect();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes, BundleError::CODES);
+        for code in codes {
+            assert!(
+                book.contains(&format!("| `{code}` |")),
+                "{code} is not in policy.md"
+            );
+            assert_eq!(BundleError::told(code, "why").unwrap().code(), code);
+        }
+        assert_eq!(BundleError::told("no code", "why"), None);
+    }
+
+    fn is_code(text: &str) -> bool {
+        !text.is_empty() && text.bytes().all(|b| b.is_ascii_uppercase() || b == b'_')
+    }
 }

@@ -35,7 +35,8 @@ mod values;
 
 pub use archive::{ENTITIES, LINKS, MANIFEST, SCHEMA};
 pub use bundle::{
-    BundleBuilder, Inspection, LoadContext, VerifiedBundle, build_dir, inspect, run_tests,
+    BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
+    run_tests, vouched,
 };
 pub use cases::TestReport;
 pub use cedar::CedarEngine;
@@ -47,7 +48,8 @@ pub use posture::{Posture, posture};
 pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
 pub use scope::{Joined, ScopeIndex};
 pub use slots::{
-    Activation, ActivationKind, ActivePolicy, Floor, SlotFault, SlotStorage, Slots, Source,
+    Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, SlotFault, SlotStorage, Slots,
+    Source,
 };
 pub use template::template;
 pub use trust::{TrustError, TrustFile};

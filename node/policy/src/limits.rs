@@ -80,6 +80,12 @@ pub const COMPILE_STACK_BYTES: usize = 8 * 1024 * 1024;
 /// texts, so a difference stays below the size of the two bundles.
 pub const DIFFERENCES_LISTED_MAX: usize = 200;
 
+/// Stack of the same thread in a worker (ruling 18): what passes there has as much again in the node.
+pub const WORKER_COMPILE_STACK_BYTES: usize = COMPILE_STACK_BYTES / 2;
+
+/// Warnings of the compiler that [`examine`](crate::examine) keeps: with [`MESSAGE_BYTES_MAX`] 20 KiB.
+pub const WARNINGS_LISTED_MAX: usize = 20;
+
 /// How deep JSON values of a request may nest before the engine refuses them.
 pub const VALUE_DEPTH_MAX: usize = 64;
 

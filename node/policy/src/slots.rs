@@ -46,6 +46,10 @@ pub trait SlotStorage: Send + Sync {
     fn write(&self, slot: &str, bytes: &[u8]) -> io::Result<()>;
 }
 
+/// How a package from a slot becomes a bundle that may decide: [`VerifiedBundle::load`] and whatever
+/// has to be asked before it.
+pub type LoadPackage<'a> = dyn Fn(Package) -> Result<VerifiedBundle, BundleError> + 'a;
+
 /// Which slot a deciding bundle came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -291,7 +295,18 @@ impl Slots {
         trust: &TrustFile,
         context: &LoadContext,
     ) -> (Self, Vec<SlotFault>) {
-        let found = read(storage.as_ref(), None, trust, context);
+        Self::open_by(storage, &|package| {
+            VerifiedBundle::load(package, trust, context)
+        })
+    }
+
+    /// [`open`](Self::open) where more stands before a bundle than [`VerifiedBundle::load`].
+    #[must_use]
+    pub fn open_by(
+        storage: Arc<dyn SlotStorage>,
+        load: &LoadPackage<'_>,
+    ) -> (Self, Vec<SlotFault>) {
+        let found = read(storage.as_ref(), None, load);
         let slots = Self {
             storage,
             current: ArcSwapOption::from(found.current.map(Arc::new)),
@@ -303,8 +318,13 @@ impl Slots {
     /// Reads and verifies the slots again, after the trust file changed: a bundle whose signers are
     /// no longer trusted stops deciding here, not at the next start.
     pub fn reload(&self, trust: &TrustFile, context: &LoadContext) -> Vec<SlotFault> {
+        self.reload_by(&|package| VerifiedBundle::load(package, trust, context))
+    }
+
+    /// [`reload`](Self::reload) where more stands before a bundle than [`VerifiedBundle::load`].
+    pub fn reload_by(&self, load: &LoadPackage<'_>) -> Vec<SlotFault> {
         let mut floor = self.lock();
-        let found = read(self.storage.as_ref(), floor.clone(), trust, context);
+        let found = read(self.storage.as_ref(), floor.clone(), load);
         *floor = found.floor;
         self.current.store(found.current.map(Arc::new));
         found.faults
@@ -433,12 +453,7 @@ enum SlotContent {
     Bad,
 }
 
-fn read(
-    storage: &dyn SlotStorage,
-    known: Option<Floor>,
-    trust: &TrustFile,
-    context: &LoadContext,
-) -> Found {
+fn read(storage: &dyn SlotStorage, known: Option<Floor>, load_package: &LoadPackage<'_>) -> Found {
     let mut faults = Vec::new();
     let mut floor_damaged = false;
     let stored = match storage.read(FLOOR) {
@@ -471,8 +486,8 @@ fn read(
         (Some(stored), Some(known)) if stored.epoch < known.epoch => Some(known),
         (stored, known) => stored.or(known),
     };
-    let active = load(storage, ACTIVE, trust, context, &mut faults);
-    let lkg = load(storage, LKG, trust, context, &mut faults);
+    let active = load(storage, ACTIVE, load_package, &mut faults);
+    let lkg = load(storage, LKG, load_package, &mut faults);
     let empty = matches!((&active, &lkg), (SlotContent::Empty, SlotContent::Empty));
     if floor.is_none() && !floor_damaged && !empty {
         floor_damaged = true;
@@ -520,8 +535,7 @@ fn read(
 fn load(
     storage: &dyn SlotStorage,
     slot: &'static str,
-    trust: &TrustFile,
-    context: &LoadContext,
+    load_package: &LoadPackage<'_>,
     faults: &mut Vec<SlotFault>,
 ) -> SlotContent {
     let bytes = match storage.read(slot) {
@@ -537,9 +551,7 @@ fn load(
             return SlotContent::Bad;
         }
     };
-    let loaded =
-        Package::decode(&bytes).and_then(|package| VerifiedBundle::load(package, trust, context));
-    match loaded {
+    match Package::decode(&bytes).and_then(load_package) {
         Ok(bundle) => SlotContent::Good(Box::new(bundle)),
         Err(error) => {
             faults.push(SlotFault {

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, NODE_VERSION, template_builder};
 use tidelock_policy::{
     BuildError, BundleBuilder, BundleError, Engine, LoadContext, Package, PolicyRequest, TrustFile,
-    Verdict, VerifiedBundle, build_dir, inspect, limits, run_tests, template,
+    Verdict, VerifiedBundle, build_dir, examine, inspect, limits, run_tests, template,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -38,7 +38,21 @@ impl Site {
     }
 
     fn load_built(&self, builder: BundleBuilder) -> Result<VerifiedBundle, BundleError> {
-        self.load(self.sign(builder.build().unwrap(), &[0]))
+        let archive = builder.build().unwrap();
+        // Ruling 18: what a worker says on half the stack is what the node finds on the whole.
+        let examined = examine(&archive, &self.context);
+        let loaded = self.load(self.sign(archive, &[0]));
+        match (&examined, &loaded) {
+            (Ok(examined), Ok(loaded)) => {
+                assert_eq!(examined.content_id, *loaded.content_id());
+                assert_eq!(examined.epoch, loaded.epoch());
+                assert_eq!(examined.policies, loaded.policy_ids().len());
+                assert_eq!(examined.tests_passed, loaded.tests_passed());
+            }
+            (Err(examined), Err(loaded)) => assert_eq!(examined, loaded),
+            (examined, loaded) => panic!("{examined:?}, but {loaded:?}"),
+        }
+        loaded
     }
 }
 

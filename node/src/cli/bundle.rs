@@ -7,14 +7,18 @@ use std::{
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
-use serde_json::json;
+use serde_json::{Value, json};
 use tidelock_policy::{
-    LoadContext, Package, TrustFile, VerifiedBundle, build_dir, decode_signature, inspect,
+    LoadContext, Package, TrustFile, build_dir, decode_signature, limits::ARCHIVE_BYTES_MAX,
     run_tests, sign, template,
 };
 
 use super::{ConfigArg, Exit, Failure, Output, node, output::table};
-use crate::{ca::replace, clock::wall_unix_ms};
+use crate::{
+    ca::replace,
+    clock::wall_unix_ms,
+    worker::{self, For, KeptPasses, Terms, Vetter},
+};
 
 /// What to do with a bundle.
 #[derive(Debug, Subcommand)]
@@ -106,7 +110,7 @@ pub struct PackageArgs {
 
 impl PackageArgs {
     pub(super) fn load(&self) -> Result<Package, Failure> {
-        let archive = read(&self.archive)?;
+        let archive = read_archive(&self.archive)?;
         let mut paths = self.signatures.clone();
         let beside = beside(&self.archive);
         if paths.is_empty() && beside.exists() {
@@ -129,7 +133,19 @@ fn beside(archive: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+/// An archive, looked at before it is read: whatever came by mail may be of any size.
+pub(super) fn read_archive(path: &Path) -> Result<Vec<u8>, Failure> {
+    let bytes = fs::metadata(path).map_err(|e| Failure::at(path, &e))?;
+    if bytes.len() > ARCHIVE_BYTES_MAX as u64 {
+        return Err(Failure::failed(format!(
+            "BUNDLE_FORMAT: {} is larger than {ARCHIVE_BYTES_MAX} bytes, which no bundle is",
+            path.display()
+        )));
+    }
+    read(path)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     fs::read(path).map_err(|e| Failure::at(path, &e))
 }
 
@@ -172,7 +188,14 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
         BundleCommand::Verify { package, trust } => {
             let trust = TrustFile::parse(&text(&trust)?)?;
             let context = LoadContext::new(trust.domain(), env!("CARGO_PKG_VERSION"))?;
-            match VerifiedBundle::load(package.load()?, &trust, &context) {
+            let vetted = Vetter::new(KeptPasses::default()).vet(
+                package.load()?,
+                &trust,
+                &context,
+                For::Operator,
+                Terms::default(),
+            );
+            match vetted.and_then(|vetted| vetted.load(&trust, &context)) {
                 Ok(bundle) => {
                     let m = bundle.manifest();
                     output.say(
@@ -215,27 +238,14 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
             })
         }
         BundleCommand::Inspect(package) => {
-            let seen = inspect(&package.load()?)?;
-            output.say(&seen, || {
-                let files: Vec<Vec<String>> = seen
-                    .manifest
-                    .files
-                    .iter()
-                    .map(|(name, digest)| vec![name.clone(), digest.clone()])
-                    .collect();
-                format!(
-                    "{} epoch {} version {} for domain {}\n{}\n{} signature(s), {} policies, {} tests passed\n{}",
-                    seen.manifest.name,
-                    seen.manifest.epoch,
-                    seen.manifest.version,
-                    seen.manifest.domain,
-                    seen.content_id,
-                    seen.signatures,
-                    seen.policies.len(),
-                    seen.tests.passed,
-                    table(&["file", "digest"], &files)
-                )
-            });
+            let package = package.load()?;
+            let mut seen = worker::inspect(&package.archive, Terms::default())
+                .map_err(|error| Failure::cannot_run(format!("{}: {error}", error.code())))?;
+            // The worker is given the archive alone.
+            if let Some(seen) = seen.as_object_mut() {
+                seen.insert("signatures".to_owned(), package.signatures.len().into());
+            }
+            output.say(&seen, || describe(&seen));
             Ok(Exit::Done)
         }
         BundleCommand::Install {
@@ -249,6 +259,34 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
             Ok(Exit::Done)
         }
     }
+}
+
+/// What `inspect` found, for people.
+fn describe(seen: &Value) -> String {
+    let text = |pointer: &str| match seen.pointer(pointer) {
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+        None => String::new(),
+    };
+    let files = seen.pointer("/manifest/files").and_then(Value::as_object);
+    let files: Vec<Vec<String>> = files
+        .into_iter()
+        .flatten()
+        .map(|(name, digest)| vec![name.clone(), digest.as_str().unwrap_or_default().to_owned()])
+        .collect();
+    let policies = seen.pointer("/policies").and_then(Value::as_array);
+    format!(
+        "{} epoch {} version {} for domain {}\n{}\n{} signature(s), {} policies, {} tests passed\n{}",
+        text("/manifest/name"),
+        text("/manifest/epoch"),
+        text("/manifest/version"),
+        text("/manifest/domain"),
+        text("/content_id"),
+        text("/signatures"),
+        policies.map_or(0, Vec::len),
+        text("/tests/passed"),
+        table(&["file", "digest"], &files)
+    )
 }
 
 fn init(dir: &Path, name: &str, domain: &str, output: &Output) -> Result<Exit, Failure> {

@@ -1,6 +1,6 @@
 //! `tidelock doctor`: looks at everything that keeps a node from its work, and names the way out.
 
-use std::{fs, net::UdpSocket, path::Path};
+use std::{fs, net::UdpSocket, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 use tidelock_policy::TrustFile;
@@ -12,7 +12,12 @@ use tidelock_transport::{
 use x509_parser::pem::parse_x509_pem;
 
 use super::{ConfigArg, Exit, Failure, Output, node::Door, output::table};
-use crate::{clock::wall_unix_ms, config::Config, sealing::key_bytes};
+use crate::{
+    clock::wall_unix_ms,
+    config::Config,
+    sealing::key_bytes,
+    worker::{Terms, limits::MEMORY_BYTES, probe},
+};
 
 /// Expiry is worth a word from here on.
 const WARN_MS: u64 = 30 * 86_400_000;
@@ -180,6 +185,29 @@ fn files(config: &Config, findings: &mut Findings) {
                 findings.add("revocation", grade, text);
             }),
         }
+    }
+    let terms = Terms {
+        deadline: Duration::from_millis(config.policy.worker_deadline_ms),
+        allow_without_seccomp: config.policy.allow_worker_without_seccomp,
+    };
+    match probe(terms) {
+        Ok(found) => {
+            let filtered = if found.seccomp { "with" } else { "WITHOUT" };
+            let text = format!(
+                "bundles are compiled in a child {filtered} a filter of system calls, as user {}, \
+                 with at most {} MiB, ended after {} ms",
+                found.uid,
+                MEMORY_BYTES >> 20,
+                config.policy.worker_deadline_ms
+            );
+            let whole = found.seccomp && found.no_new_privs && found.no_capabilities;
+            findings.add(
+                "policy",
+                if whole { Grade::Good } else { Grade::Note },
+                text,
+            );
+        }
+        Err(why) => findings.add("policy", Grade::Bad, why),
     }
     let trust_path = &config.policy.trust;
     findings.result(

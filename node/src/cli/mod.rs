@@ -155,6 +155,16 @@ pub enum Command {
     /// Make a bearer token and the line that admits it.
     #[command(subcommand)]
     Token(node::TokenCommand),
+    /// Compile one bundle for a node, confined: started by the node itself.
+    #[command(hide = true)]
+    PolicyWorker {
+        /// CPU seconds after which the kernel ends it.
+        #[arg(long)]
+        cpu_seconds: u64,
+        /// Go on where the kernel takes no filter of system calls.
+        #[arg(long)]
+        allow_without_seccomp: bool,
+    },
     /// Print shell completions.
     Completions {
         /// The shell.
@@ -200,6 +210,13 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Config(command) => node::config(command, output),
         Command::Clock(command) => node::clock(command, output),
         Command::Token(command) => node::token(command, output),
+        Command::PolicyWorker {
+            cpu_seconds,
+            allow_without_seccomp,
+        } => {
+            crate::worker::child::main(cpu_seconds, allow_without_seccomp)?;
+            Ok(Exit::Done)
+        }
         Command::Completions { shell } => {
             clap_complete::generate(
                 shell,

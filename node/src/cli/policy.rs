@@ -9,7 +9,7 @@ use tidelock_policy::{Changes, Difference, difference};
 
 use super::{
     ConfigArg, Exit, Failure, Output,
-    bundle::{PackageArgs, read},
+    bundle::{PackageArgs, read_archive},
     node,
     output::table,
 };
@@ -108,7 +108,7 @@ pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failu
             Ok(Exit::Done)
         }
         PolicyCommand::Diff { before, after } => {
-            let found = difference(&read(&before)?, &read(&after)?)?;
+            let found = difference(&read_archive(&before)?, &read_archive(&after)?)?;
             output.say(&found, || describe_difference(&found).join("\n"));
             Ok(match found.is_empty() {
                 true => Exit::Done,

@@ -11,7 +11,9 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tidelock_policy::{Activation, ActivationKind, BundleError, Package, VerifiedBundle};
+use tidelock_policy::{
+    Activation, ActivationKind, BundleError, Package, TrustFile, VerifiedBundle,
+};
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Kind, LogError, NamedHead, NodeId, Origin, OwnSegment,
     Partial, PartialError, PutOutcome, SegmentRef, Sha256Hash, StoreError, VerifiedSegment,
@@ -24,9 +26,10 @@ use tidelock_transport::{
 };
 
 use super::{
-    node::{ACCEPTED_LOGS_FILE, Node, identity_rules},
+    node::{ACCEPTED_LOGS_FILE, Node, identity_rules, worker_terms},
     policy::policy_segment,
 };
+use crate::worker::For;
 
 /// Origins that are remembered as forked (INV-07); more than the mesh has peers.
 const FORKED_MAX: usize = 1_024;
@@ -200,8 +203,13 @@ impl OwnAhead {
 impl Node {
     // ---- policy
 
-    /// Verifies a package as a node does before it activates.
-    pub(super) fn verify_package(&self, package: &[u8]) -> Result<VerifiedBundle, Denied> {
+    /// Verifies a package as a node does before it activates: signatures, then a worker compiles it, then
+    /// this process.
+    pub(super) fn verify_package(
+        &self,
+        package: &[u8],
+        asker: For,
+    ) -> Result<VerifiedBundle, Denied> {
         let trust = self.policy_trust.load_full().ok_or_else(|| {
             Denied::local(
                 "NO_TRUST",
@@ -214,8 +222,22 @@ impl Node {
             code @ ("BUNDLE_FORMAT" | "BUNDLE_DIGEST") => Denied::bringer(code, error),
             code => Denied::local(code, error),
         };
-        let package = Package::decode(package).map_err(judge)?;
-        VerifiedBundle::load(package, &trust, &self.context).map_err(judge)
+        Package::decode(package)
+            .and_then(|package| self.load_package(package, &trust, asker))
+            .map_err(judge)
+    }
+
+    /// The one way from a package to a bundle in this process.
+    pub(super) fn load_package(
+        &self,
+        package: Package,
+        trust: &TrustFile,
+        asker: For,
+    ) -> Result<VerifiedBundle, BundleError> {
+        let terms = worker_terms(&self.config.load());
+        self.vetter
+            .vet(package, trust, &self.context, asker, terms)?
+            .load(trust, &self.context)
     }
 
     /// Whether the floor would let this bundle activate (INV-16, ruling 13).
@@ -248,21 +270,22 @@ impl Node {
     /// Verifies, stores and activates a bundle; INV-06: by local trust, clock and disk only. The
     /// turn is taken before the trust is read, so that no bundle is judged by a trust file that a
     /// reload replaces meanwhile.
-    pub(super) fn install_bundle(&self, package: &[u8]) -> Result<Activation, Denied> {
-        self.install_if(package, |_| Ok(()))
+    pub(super) fn install_bundle(&self, package: &[u8], asker: For) -> Result<Activation, Denied> {
+        self.install_if(package, asker, |_| Ok(()))
     }
 
     /// The same if nothing speaks against it once it is its turn.
     pub(super) fn install_if(
         &self,
         package: &[u8],
+        asker: For,
         agreed: impl FnOnce(&VerifiedBundle) -> Result<(), Denied>,
     ) -> Result<Activation, Denied> {
         let _turn = self
             .activating
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let bundle = self.verify_package(package)?;
+        let bundle = self.verify_package(package, asker)?;
         self.check_floor(&bundle)?;
         agreed(&bundle)?;
         let created_unix_ms = bundle.manifest().created_unix_ms;
@@ -283,6 +306,7 @@ impl Node {
             .slots
             .activate(bundle)
             .map_err(|e| Denied::local(e.code(), &e))?;
+        self.keep_passes();
         self.clock.raise_by_signed(created_unix_ms);
         if activation.kind != ActivationKind::Reinstalled || unusable {
             self.event("bundle_activated", describe_activation(&activation));
@@ -340,7 +364,7 @@ impl Node {
                 .store
                 .get(&candidate.id)
                 .map_err(|e| Denied::local("STORE", e))
-                .and_then(|segment| self.install_bundle(segment.body()));
+                .and_then(|segment| self.install_bundle(segment.body(), For::Slots));
             match restored {
                 Ok(activation) => {
                     self.event("bundle_restored", describe_activation(&activation));
@@ -356,7 +380,7 @@ impl Node {
 
     /// What `admit_policy` judges before anything is installed.
     fn check_policy(&self, segment: &VerifiedSegment) -> Result<VerifiedBundle, Denied> {
-        let bundle = self.verify_package(segment.body())?;
+        let bundle = self.verify_package(segment.body(), For::Peer)?;
         if self.own_policy_segment(&bundle)?.id() != segment.id() {
             return Err(Denied::bringer(
                 "BUNDLE_FORMAT",
@@ -369,7 +393,7 @@ impl Node {
     fn admit_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         let admitted = self
             .check_policy(segment)
-            .and_then(|_| self.install_bundle(segment.body()));
+            .and_then(|_| self.install_bundle(segment.body(), For::Peer));
         match admitted {
             Ok(_) => Ok(()),
             Err(denied) => {

@@ -17,8 +17,9 @@ use tidelock_transport::shell::{MeshHandle, PeerStatus};
 use super::{
     admit::{Denied, describe_activation, outcome_word},
     hooks::peer_json,
-    node::Node,
+    node::{Node, worker_terms},
 };
+use crate::worker::For;
 
 /// The node, as the gateway sees it.
 pub(super) struct Doors(pub(super) Arc<Node>);
@@ -176,7 +177,7 @@ impl Node {
     fn operate_bundle(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
         let package = field_bytes(body, "package")?;
         let checked = self
-            .verify_package(&package)
+            .verify_package(&package, For::Operator)
             .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle));
         let bundle = match checked {
             Ok(bundle) => bundle,
@@ -200,7 +201,7 @@ impl Node {
         if !apply {
             return Ok(plan);
         }
-        self.install_bundle(&package)
+        self.install_bundle(&package, For::Operator)
             .map(|activation| describe_activation(&activation))
             .map_err(|denied| refused(&denied))
     }
@@ -396,6 +397,7 @@ impl Node {
             "version": env!("CARGO_PKG_VERSION"),
             "posture": self.interceptor.posture(),
             "bundle": bundle,
+            "policy_worker": self.vetter.status(worker_terms(&config)),
             "audit": {
                 "origin": self.log.origin(),
                 "records": self.log.size(),

@@ -48,6 +48,7 @@ use crate::{
     clock::{NodeClock, PersistedFloor, ThreadAccount, thread_cpu},
     config::Config,
     sealing::seal_options,
+    worker::{For, KeptPasses, Terms, Vetter},
 };
 
 /// How long an operator's act waits for its record.
@@ -60,6 +61,8 @@ const REVOKED_KEYS_FILE: &str = "revocation/keys";
 pub(super) const ACCEPTED_LOGS_FILE: &str = "state/accepted-logs";
 /// Whose root it is, below the root.
 const OWNER_FILE: &str = "owner";
+/// Which bundles this very program has compiled without fault, below the root.
+const PASSES_FILE: &str = "policy/passed";
 /// Where the newest endorsement of the own log key lies below the root.
 const ENDORSEMENT_FILE: &str = "keys/endorsement";
 /// Most steps of one repair that its record names; the plan's digest covers all of them.
@@ -112,6 +115,8 @@ pub(super) struct Node {
     pub(super) slots: Arc<Slots>,
     pub(super) policy_trust: ArcSwapOption<TrustFile>,
     pub(super) context: LoadContext,
+    /// Every bundle is compiled in a worker before it is compiled here.
+    pub(super) vetter: Vetter,
     pub(super) authorities: ArcSwapOption<Trust>,
     pub(super) revocation: Arc<Revocation>,
     pub(super) tls: ArcSwapOption<MeshTls>,
@@ -131,6 +136,7 @@ pub(super) struct Node {
     unsettled: Arc<Unsettled>,
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
     kept_floor: Mutex<PersistedFloor>,
+    kept_passes: Mutex<KeptPasses>,
     /// Of peers: what an operator set, and what was owed when it was last written.
     pub(super) quotas: OwnQuotas,
     /// What peers hold of this node's own logs and it does not.
@@ -173,6 +179,14 @@ impl Clock for InterceptorClock {
     fn thread_cpu_from_outside(&self) -> Option<ThreadCpu> {
         let account = ThreadAccount::of_this_thread()?;
         Some(Box::new(move || account.cpu()))
+    }
+}
+
+/// How bundles are compiled by this config.
+pub(super) fn worker_terms(config: &Config) -> Terms {
+    Terms {
+        deadline: Duration::from_millis(config.policy.worker_deadline_ms),
+        allow_without_seccomp: config.policy.allow_worker_without_seccomp,
     }
 }
 
@@ -289,8 +303,10 @@ impl Node {
         let kept_keys: State<Vec<[u8; 32]>> = read_state(&root, REVOKED_KEYS_FILE);
         let accepted: State<BTreeSet<Origin>> = read_state(&root, ACCEPTED_LOGS_FILE);
         let kept_quotas: State<KeptQuotas> = read_state(&root, QUOTAS_FILE);
+        let kept_passes: State<KeptPasses> = read_state(&root, PASSES_FILE);
         let mut damaged = Vec::new();
         for (path, why) in [
+            (PASSES_FILE, damage(&kept_passes)),
             (CLOCK_FILE, damage(&kept_clock)),
             (REVOKED_KEYS_FILE, damage(&kept_keys)),
             (ACCEPTED_LOGS_FILE, damage(&accepted)),
@@ -324,7 +340,13 @@ impl Node {
             Ok(trust) => trust.clone(),
             Err(_) => TrustFile::nobody(config.node.domain.as_str()),
         };
-        let (slots, faults) = Slots::open(Arc::new(RootSlots(root.clone())), &trust, &context);
+        let vetter = Vetter::new(kept_passes.value_or_default());
+        let terms = worker_terms(&config);
+        let (slots, faults) = Slots::open_by(Arc::new(RootSlots(root.clone())), &|package| {
+            vetter
+                .vet(package, &trust, &context, For::Slots, terms)?
+                .load(&trust, &context)
+        });
         let slots = Arc::new(slots);
         let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
         let node = Arc::new(Self {
@@ -337,6 +359,7 @@ impl Node {
             slots,
             policy_trust: ArcSwapOption::from_pointee(policy_trust.as_ref().ok().cloned()),
             context,
+            vetter,
             authorities: ArcSwapOption::empty(),
             revocation,
             tls: ArcSwapOption::empty(),
@@ -352,6 +375,7 @@ impl Node {
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
             kept_floor: Mutex::default(),
+            kept_passes: Mutex::default(),
             quotas: OwnQuotas::new(quotas),
             own_ahead: Mutex::default(),
             damaged: AtomicU64::new(0),
@@ -392,6 +416,7 @@ impl Node {
         node.warn_of_endings();
         node.slot_faults(&faults);
         node.restore_policy();
+        node.keep_passes();
         Ok(node)
     }
 
@@ -709,7 +734,11 @@ impl Node {
             ScrubPace::new(new.store.scrub_bytes_per_second);
         self.config.store(Arc::new(new));
         self.taking_papers(looks);
-        self.slot_faults(&self.slots.reload(&trust, &self.context));
+        self.slot_faults(
+            &self
+                .slots
+                .reload_by(&|package| self.load_package(package, &trust, For::Slots)),
+        );
         self.policy_trust.store(Some(Arc::new(trust)));
         drop(turn);
         self.take_identity(Ok(credentials));
@@ -871,6 +900,18 @@ impl Node {
             tracing::error!(path, why, "state file cannot be written");
         }
         written.is_ok()
+    }
+
+    /// Keeps what has passed a worker, for the next start of this program.
+    pub(super) fn keep_passes(&self) {
+        let passes = self.vetter.kept();
+        let mut kept = self
+            .kept_passes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if *kept != passes && self.write_state(PASSES_FILE, &passes) {
+            *kept = passes;
+        }
     }
 
     fn keep_revoked_keys(&self) {

@@ -13,6 +13,7 @@ use super::{
     doors::{bad, field_bytes, refused},
     node::Node,
 };
+use crate::worker::For;
 
 /// Recorded actions that a plan asks again, unless it is told otherwise, and at most. They are read
 /// while the log is held, so a thousand of a common size cost decisions a few milliseconds.
@@ -28,7 +29,7 @@ impl Node {
     pub(super) fn operate_policy_plan(&self, body: &Value) -> Result<Value, OperatorError> {
         let package = field_bytes(body, "package")?;
         let bundle = self
-            .verify_package(&package)
+            .verify_package(&package, For::Operator)
             .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle))
             .map_err(|denied| refused(&denied))?;
         let last = match body.get("replay") {
@@ -81,7 +82,7 @@ impl Node {
             .get("plan")
             .and_then(Value::as_str)
             .ok_or_else(|| bad("`plan` is required: the one that policy.plan answered"))?;
-        self.install_if(&package, |bundle| {
+        self.install_if(&package, For::Operator, |bundle| {
             let now = self.plan_of(bundle);
             if now == plan {
                 return Ok(());

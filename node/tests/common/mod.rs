@@ -432,12 +432,18 @@ impl Site {
     /// Starts node `a` and waits until it answers.
     #[track_caller]
     pub(crate) fn start(&self) -> Node<'_> {
+        self.start_as(Path::new(env!("CARGO_BIN_EXE_tidelock")))
+    }
+
+    /// Starts node `a` from this copy of the program and waits until it answers.
+    #[track_caller]
+    pub(crate) fn start_as(&self, program: &Path) -> Node<'_> {
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
             .open(self.path("node.log"))
             .unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_tidelock"))
+        let child = Command::new(program)
             .current_dir(self.dir.path())
             .args(["run", "-c", "tidelock.toml"])
             .stdin(Stdio::null())
