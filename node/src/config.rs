@@ -216,6 +216,8 @@ pub struct GatewaySection {
     pub allow_anonymous_loopback: bool,
     /// Requests decided at once.
     pub concurrent_max: u32,
+    /// The URL under which callers reach the TCP door, where something before it speaks TLS.
+    pub public_url: Option<String>,
 }
 
 /// One Unix user id and the principal it stands for.
@@ -524,6 +526,16 @@ impl Config {
         let tokens = s.optional_path("tokens");
         let allow_anonymous_loopback = s.boolean("allow_anonymous_loopback", false);
         let concurrent_max = s.number32("concurrent_max", 256, 1..=65_536);
+        let public_url = s.optional_string("public_url");
+        if let Some(url) = &public_url
+            && !is_base_url(url)
+        {
+            s.mistake(
+                "public_url",
+                "must be https:// and a host, with a port and a path where needed, and without a \
+                 slash at its end",
+            );
+        }
         let mut users = Vec::new();
         for mut user in s.tables("users") {
             let uid = user.required_number32("uid", 0..=u32::MAX - 1);
@@ -650,6 +662,7 @@ impl Config {
                     users,
                     allow_anonymous_loopback,
                     concurrent_max,
+                    public_url,
                 },
                 node: NodeSection {
                     id,
@@ -764,6 +777,17 @@ impl Config {
         .filter_map(|(on, name)| on.then_some(name))
         .collect()
     }
+}
+
+/// Whether other texts can be put behind it to make a URL.
+fn is_base_url(url: &str) -> bool {
+    url.len() <= 512
+        && url
+            .strip_prefix("https://")
+            .is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/') && !rest.ends_with('/'))
+        && url
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-._~:/[]%".contains(&b))
 }
 
 /// The congestion control that a section names.

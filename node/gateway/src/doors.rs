@@ -1,13 +1,13 @@
 //! What the gateway needs behind its doors: something that decides, something that operates.
 //!
 //! The node implements both. The gateway itself judges nothing but who is calling and how much:
-//! it cannot make a permit, and it never looks inside a request's body.
+//! it cannot make a permit, and it never reads a request's body by itself.
 
 use std::future::Future;
 use std::pin::Pin;
 
 use serde_json::Value;
-use tidelock_interceptor::{Caller, Done, Mode};
+use tidelock_interceptor::{Ask, Caller, Done, Mode, Search, SearchDone};
 
 /// A future that the gateway can hold without knowing its type.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -20,10 +20,13 @@ pub type GiveUp = Box<dyn FnOnce() + Send>;
 ///
 /// All methods are called on the server's own threads and must not block.
 pub trait Decider: Send + Sync + 'static {
-    /// Judges one request body for one authenticated caller, and calls `done` exactly once when
+    /// Judges one request for one authenticated caller, and calls `done` exactly once when
     /// the answer may be given: an allow only after its record is durable. What comes back is
     /// called when nobody waits any more.
-    fn decide(&self, body: &[u8], caller: &Caller, mode: Mode, done: Done) -> GiveUp;
+    fn decide(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> GiveUp;
+
+    /// Judges one page of a search, and calls `done` exactly once. Nothing is permitted by it.
+    fn search(&self, search: &Search, caller: &Caller, done: SearchDone);
 
     /// The node's state, as `GET /v1/status` shows it.
     fn status(&self) -> Value;

@@ -15,6 +15,7 @@
 //! command line and the demo.
 
 pub mod auth;
+mod authzen;
 pub mod client;
 mod connection;
 pub mod doors;

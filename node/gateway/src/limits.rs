@@ -75,6 +75,10 @@ pub const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// up by itself before that; this is for when nobody ticks it.
 pub const DECISION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
 
+/// An AuthZEN request begins no further evaluation after this. What was begun may take another
+/// [`DECISION_TIMEOUT_DEFAULT`] each; the rest is answered `false`.
+pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// An operator's request (verifying a bundle and running its tests, say) may take this long.
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(60);
 

@@ -8,10 +8,12 @@ use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
+use crate::authzen;
 use crate::routes;
 use crate::wire::{
-    AnswerOrProblem, BundleRef, DecideRequest, DecisionAnswer, DecisionWord, EntityRef, Problem,
-    Readiness, RecordRef,
+    AnswerOrProblem, AuthzenAction, AuthzenConfiguration, AuthzenEntity, AuthzenEvaluation,
+    AuthzenEvaluations, AuthzenRequest, AuthzenSearch, AuthzenSearchRequest, BundleRef,
+    DecideRequest, DecisionAnswer, DecisionWord, EntityRef, Problem, Readiness, RecordRef,
 };
 
 #[derive(OpenApi)]
@@ -28,6 +30,7 @@ use crate::wire::{
     ),
     tags(
         (name = "decisions", description = "May this action take effect"),
+        (name = "authzen", description = "OpenID AuthZEN Authorization API 1.0"),
         (name = "node", description = "How the node is"),
         (name = "operator", description = "For the operator on this machine"),
     ),
@@ -40,6 +43,12 @@ use crate::wire::{
         routes::metrics,
         routes::openapi_json,
         routes::admin,
+        authzen::configuration,
+        authzen::evaluation,
+        authzen::evaluations,
+        authzen::search_subject,
+        authzen::search_resource,
+        authzen::search_action,
     ),
     components(schemas(
         BundleRef,
@@ -51,6 +60,14 @@ use crate::wire::{
         Readiness,
         RecordRef,
         AnswerOrProblem,
+        AuthzenAction,
+        AuthzenConfiguration,
+        AuthzenEntity,
+        AuthzenEvaluation,
+        AuthzenEvaluations,
+        AuthzenRequest,
+        AuthzenSearch,
+        AuthzenSearchRequest,
     )),
     modifiers(&SecuritySchemes),
 )]

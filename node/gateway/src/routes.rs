@@ -16,12 +16,13 @@ use hyper::header::{
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use serde::Serialize;
 use serde_json::Value;
-use tidelock_interceptor::{Answer, Decision, Mode, Reason};
+use tidelock_interceptor::{Answer, Ask, Caller, Decision, Mode, Outcome, Reason};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::auth::{Identity, Scopes, is_operator};
+use crate::authzen;
 use crate::connection::{Connection, Registry};
 use crate::doors::GiveUp;
 use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_TIMEOUT, BODY_BYTES_MAX};
@@ -33,15 +34,15 @@ use crate::wire::{AnswerOrProblem, DecideRequest, DecisionAnswer, Problem, Readi
 pub(crate) type Reply = Response<Full<Bytes>>;
 
 /// A reply that ends a request early. Rare, so it is the one that is boxed.
-type Refused = Box<Reply>;
+pub(crate) type Refused = Box<Reply>;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const PROMETHEUS: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4");
 const CLOSE: HeaderValue = HeaderValue::from_static("close");
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 const BEARER: HeaderValue = HeaderValue::from_static("Bearer realm=\"tidelock\"");
-const GET_ONLY: HeaderValue = HeaderValue::from_static("GET");
-const POST_ONLY: HeaderValue = HeaderValue::from_static("POST");
+pub(crate) const GET_ONLY: HeaderValue = HeaderValue::from_static("GET");
+pub(crate) const POST_ONLY: HeaderValue = HeaderValue::from_static("POST");
 
 /// When to come back after meeting the concurrency limit: a decision takes milliseconds.
 const BUSY_RETRY: Duration = Duration::from_secs(1);
@@ -50,11 +51,11 @@ const BUSY_RETRY: Duration = Duration::from_secs(1);
 const ADMIN: &str = "/v1/admin/";
 
 /// One request's surroundings.
-struct Visit<'a> {
-    app: &'a App,
+pub(crate) struct Visit<'a> {
+    pub(crate) app: &'a App,
     registry: &'a Registry,
     connection: &'a Connection,
-    source: Source,
+    pub(crate) source: Source,
 }
 
 /// Answers one request.
@@ -85,6 +86,7 @@ pub(crate) async fn answer(
         "/metrics" if is_get => metrics(&visit, &request),
         "/openapi.json" if is_get => openapi_json(),
         path if path.starts_with(ADMIN) && is_post => admin(&visit, request).await,
+        path if authzen::is_ours(path) => authzen::answer(&visit, request).await,
         "/v1/decide" | "/v1/explain" => wrong_method(POST_ONLY),
         "/v1/status" | "/healthz" | "/readyz" | "/metrics" | "/openapi.json" => {
             wrong_method(GET_ONLY)
@@ -360,15 +362,10 @@ async fn judge(
     scope: fn(&Scopes) -> bool,
 ) -> Reply {
     let app = visit.app;
-    let identity = match visit.known_caller(request.headers()) {
+    let identity = match visit.scoped_caller(request.headers(), scope) {
         Ok(identity) => identity,
         Err(refused) => return *refused,
     };
-    if !scope(&identity.scopes) {
-        visit.refuse(RefusalKind::MissingScope);
-        let message = "this caller's credentials do not carry the scope for that";
-        return problem(StatusCode::FORBIDDEN, "missing_scope", message);
-    }
     let Some(slot) = app.slots.take(&identity.in_flight) else {
         return visit.busy();
     };
@@ -381,43 +378,9 @@ async fn judge(
     };
     let oversized = body.len() > BODY_BYTES_MAX;
 
-    let (done, mut outcome) = oneshot::channel();
-    let decide = || {
-        app.decider.decide(
-            &body,
-            identity.caller(visit.source),
-            mode,
-            Box::new(move |outcome| {
-                // The slot comes back when the decision does, not when the caller goes.
-                drop(slot);
-                let _ = done.send(outcome);
-            }),
-        )
-    };
-    // INV-10: an engine may be waited for, and what else runs on this runtime goes on meanwhile.
-    let give_up = match Handle::current().runtime_flavor() {
-        RuntimeFlavor::MultiThread => tokio::task::block_in_place(decide),
-        _ => decide(),
-    };
-    // INV-14: whether the caller hangs up here or time runs out, the wait is given up, and no
-    // permit comes of it.
-    let waiting = Waiting(Some(give_up));
-    let in_time = timeout(app.decision_timeout, &mut outcome).await;
-    let outcome = match in_time {
-        Ok(Ok(outcome)) => {
-            waiting.end();
-            Some(outcome)
-        }
-        // Giving up brings the deny that says why.
-        _ => {
-            app.counters.unanswered.up();
-            drop(waiting);
-            outcome.try_recv().ok()
-        }
-    };
-    let Some(outcome) = outcome else {
-        let message = "the decision did not come back in time, nothing is permitted";
-        return problem(StatusCode::SERVICE_UNAVAILABLE, "unanswered", message);
+    let ask = Ask::Native(&body);
+    let Some(outcome) = asked(app, ask, identity.caller(visit.source), mode, slot).await else {
+        return unanswered();
     };
     app.counters.decisions.up();
     if !oversized {
@@ -434,7 +397,94 @@ async fn judge(
     })
 }
 
+/// Asks for one decision and waits for it; nothing where it did not come back in time. What is
+/// `held` is given back when the decision is back, not when the caller goes.
+pub(crate) async fn asked(
+    app: &App,
+    ask: Ask<'_>,
+    caller: &Caller,
+    mode: Mode,
+    held: impl Send + 'static,
+) -> Option<Outcome> {
+    let (waiting, outcome) = begin(app, ask, caller, mode, held);
+    outcome_of(app, waiting, outcome).await
+}
+
+/// Asks for one decision.
+pub(crate) fn begin(
+    app: &App,
+    ask: Ask<'_>,
+    caller: &Caller,
+    mode: Mode,
+    held: impl Send + 'static,
+) -> (Waiting, oneshot::Receiver<Outcome>) {
+    let (done, outcome) = oneshot::channel();
+    let decide = || {
+        app.decider.decide(
+            ask,
+            caller,
+            mode,
+            Box::new(move |outcome| {
+                drop(held);
+                let _ = done.send(outcome);
+            }),
+        )
+    };
+    // INV-14: whether the caller hangs up here or time runs out, the wait is given up, and no
+    // permit comes of it.
+    (Waiting(Some(blocking(decide))), outcome)
+}
+
+/// Waits for what was begun.
+pub(crate) async fn outcome_of(
+    app: &App,
+    waiting: Waiting,
+    mut outcome: oneshot::Receiver<Outcome>,
+) -> Option<Outcome> {
+    let in_time = timeout(app.decision_timeout, &mut outcome).await;
+    if let Ok(Ok(outcome)) = in_time {
+        waiting.end();
+        return Some(outcome);
+    }
+    // Giving up brings the deny that says why.
+    app.counters.unanswered.up();
+    drop(waiting);
+    outcome.try_recv().ok()
+}
+
+/// INV-10: an engine may be waited for, and what else runs on this runtime goes on meanwhile.
+pub(crate) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::MultiThread => tokio::task::block_in_place(work),
+        _ => work(),
+    }
+}
+
+pub(crate) fn unanswered() -> Reply {
+    let message = "the decision did not come back in time, nothing is permitted";
+    problem(StatusCode::SERVICE_UNAVAILABLE, "unanswered", message)
+}
+
 impl Visit<'_> {
+    /// The caller, if it has this scope.
+    pub(crate) fn scoped_caller(
+        &self,
+        headers: &HeaderMap,
+        scope: fn(&Scopes) -> bool,
+    ) -> Result<Arc<Identity>, Refused> {
+        let identity = self.known_caller(headers)?;
+        if scope(&identity.scopes) {
+            return Ok(identity);
+        }
+        self.refuse(RefusalKind::MissingScope);
+        let message = "this caller's credentials do not carry the scope for that";
+        Err(Box::new(problem(
+            StatusCode::FORBIDDEN,
+            "missing_scope",
+            message,
+        )))
+    }
+
     /// A browser that was led here by somebody else's page says so in `Origin`, or, when the
     /// name was rebound to loopback, in `Host`. Neither gets in.
     fn right_place(&self, request: &Request<Incoming>) -> Result<(), Refused> {
@@ -495,11 +545,11 @@ impl Visit<'_> {
         self.app.counters.refused(kind).up();
     }
 
-    fn busy(&self) -> Reply {
+    pub(crate) fn busy(&self) -> Reply {
         self.refuse(RefusalKind::Busy);
-        let mut refused = json(
+        let mut refused = problem_reply(
             StatusCode::TOO_MANY_REQUESTS,
-            &Problem {
+            Problem {
                 error: "rate_limited".to_owned(),
                 message: "as many requests are in progress as there may be, retry".to_owned(),
                 retry_after_ms: u64::try_from(BUSY_RETRY.as_millis()).ok(),
@@ -515,7 +565,7 @@ impl Visit<'_> {
 
     /// The whole body, or its first bytes when it is longer than `limit`: then more than `limit`
     /// bytes come back, for the interceptor to refuse and record.
-    async fn body(
+    pub(crate) async fn body(
         &self,
         body: Incoming,
         limit: usize,
@@ -541,7 +591,7 @@ impl Visit<'_> {
 }
 
 /// A wait for a decision, given up when dropped.
-struct Waiting(Option<GiveUp>);
+pub(crate) struct Waiting(Option<GiveUp>);
 
 impl Waiting {
     fn end(mut self) {
@@ -637,7 +687,7 @@ fn decided(answer: &Answer) -> Reply {
     reply
 }
 
-fn wrong_method(allowed: HeaderValue) -> Reply {
+pub(crate) fn wrong_method(allowed: HeaderValue) -> Reply {
     let message = "this resource is not used with that method";
     let mut refused = problem(
         StatusCode::METHOD_NOT_ALLOWED,
@@ -648,16 +698,23 @@ fn wrong_method(allowed: HeaderValue) -> Reply {
     refused
 }
 
-fn problem(status: StatusCode, error: &str, message: &str) -> Reply {
+pub(crate) fn problem(status: StatusCode, error: &str, message: &str) -> Reply {
     let problem = Problem {
         error: error.to_owned(),
         message: message.to_owned(),
         retry_after_ms: None,
     };
-    json(status, &problem)
+    problem_reply(status, problem)
 }
 
-fn json<T: Serialize>(status: StatusCode, value: &T) -> Reply {
+/// The problem itself goes along, for a door that says it in another form.
+fn problem_reply(status: StatusCode, problem: Problem) -> Reply {
+    let mut reply = json(status, &problem);
+    reply.extensions_mut().insert(problem);
+    reply
+}
+
+pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Reply {
     let mut body = Vec::with_capacity(512);
     match serde_json::to_writer(&mut body, value) {
         Ok(()) => reply(status, JSON, Bytes::from(body)),
@@ -678,12 +735,12 @@ fn reply(status: StatusCode, content_type: HeaderValue, body: Bytes) -> Reply {
     reply
 }
 
-fn set(reply: &mut Reply, name: HeaderName, value: HeaderValue) {
+pub(crate) fn set(reply: &mut Reply, name: HeaderName, value: HeaderValue) {
     reply.headers_mut().insert(name, value);
 }
 
 /// The connection ends with this answer: what is left of the request is not read.
-fn closing(mut reply: Reply) -> Reply {
+pub(crate) fn closing(mut reply: Reply) -> Reply {
     set(&mut reply, CONNECTION, CLOSE);
     reply
 }

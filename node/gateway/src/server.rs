@@ -151,6 +151,9 @@ pub struct GatewayConfig {
     pub unix: Option<UnixDoor>,
     /// Who may call.
     pub auth: AuthConfig,
+    /// Under which URL callers reach the doors where something in front of them speaks TLS, without
+    /// a slash at its end; what the AuthZEN metadata say.
+    pub public_url: Option<String>,
     /// How much the doors let in, and how long they wait.
     pub limits: GatewayLimits,
 }
@@ -222,6 +225,7 @@ pub(crate) struct App {
     pub(crate) refusals: RefusalLedger,
     pub(crate) counters: Stats,
     pub(crate) own_uid: u32,
+    pub(crate) public_url: Option<String>,
     pub(crate) body_timeout: Duration,
     pub(crate) decision_timeout: Duration,
     tcp_connections: Registry,
@@ -310,6 +314,7 @@ impl Gateway {
             tcp,
             unix,
             auth,
+            public_url,
             limits,
         } = config;
         limits.check()?;
@@ -335,6 +340,7 @@ impl Gateway {
             refusals: RefusalLedger::default(),
             counters: Stats::default(),
             own_uid,
+            public_url,
             body_timeout: limits.body_timeout,
             decision_timeout: limits.decision_timeout,
             tcp_connections: registry(),

@@ -149,3 +149,143 @@ pub struct Readiness {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
+
+/// An access evaluation request of AuthZEN. Keys that are not listed are ignored.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuthzenRequest {
+    /// Who acts: the caller itself, or anybody for callers with the scope `act_as`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<AuthzenEntity>,
+    /// What is to be done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub action: Option<AuthzenAction>,
+    /// To what.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resource: Option<AuthzenEntity>,
+    /// The circumstances; any JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub context: Option<Value>,
+    /// Only for `/access/v1/evaluations`: at most 64, each with what differs from the above.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(max_items = 64, value_type = Option<Vec<Object>>)]
+    pub evaluations: Option<Vec<Value>>,
+    /// Only for `/access/v1/evaluations`: `evaluations_semantic`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub options: Option<Value>,
+}
+
+/// A subject or resource of AuthZEN.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuthzenEntity {
+    /// The type.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    #[schema(example = "user")]
+    pub kind: Option<String>,
+    /// The id; not of what a search looks for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "alice@example.com")]
+    pub id: Option<String>,
+    /// What the caller says of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub properties: Option<Value>,
+}
+
+/// An action of AuthZEN.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuthzenAction {
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "can_read")]
+    pub name: Option<String>,
+    /// Its parameters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub properties: Option<Value>,
+}
+
+/// A search request of AuthZEN. What is looked for has no id; an action search has no action.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AuthzenSearchRequest {
+    /// Who acts.
+    pub subject: AuthzenEntity,
+    /// What is to be done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub action: Option<AuthzenAction>,
+    /// To what.
+    pub resource: AuthzenEntity,
+    /// The circumstances; any JSON object.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub context: Option<Value>,
+    /// `token` of the page before, `limit` of results.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub page: Option<Value>,
+}
+
+/// A decision of AuthZEN.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuthzenEvaluation {
+    /// Whether the action may take effect. Only an allow whose record is durable is `true`.
+    pub decision: bool,
+    /// `reason`, `message`, `policies`, `bundle`, `posture`, `record` and `obligations`.
+    #[schema(value_type = Object)]
+    pub context: Value,
+}
+
+/// Decisions of AuthZEN.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuthzenEvaluations {
+    /// In the order of the request.
+    pub evaluations: Vec<AuthzenEvaluation>,
+}
+
+/// One page of a search of AuthZEN.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+pub struct AuthzenSearch {
+    /// `{type, id}` of subjects and resources, `{name}` of actions.
+    #[schema(value_type = Vec<Object>)]
+    pub results: Vec<Value>,
+    /// `next_token`, empty after the last page, and `count`.
+    #[schema(value_type = Object)]
+    pub page: Value,
+    /// `posture`, `bundle`, `record`, `judged`.
+    #[schema(value_type = Object)]
+    pub context: Value,
+}
+
+/// Where the endpoints of AuthZEN are.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AuthzenConfiguration {
+    /// The base URL of this decision point.
+    pub policy_decision_point: String,
+    /// Of one evaluation.
+    pub access_evaluation_endpoint: String,
+    /// Of several.
+    pub access_evaluations_endpoint: String,
+    /// Of subject searches.
+    pub search_subject_endpoint: String,
+    /// Of resource searches.
+    pub search_resource_endpoint: String,
+    /// Of action searches.
+    pub search_action_endpoint: String,
+}
+
+impl AuthzenConfiguration {
+    /// The endpoints below this URL, which has no slash at its end.
+    #[must_use]
+    pub fn of(base: &str) -> Self {
+        let below = |path: &str| format!("{base}/access/v1/{path}");
+        Self {
+            policy_decision_point: base.to_owned(),
+            access_evaluation_endpoint: below("evaluation"),
+            access_evaluations_endpoint: below("evaluations"),
+            search_subject_endpoint: below("search/subject"),
+            search_resource_endpoint: below("search/resource"),
+            search_action_endpoint: below("search/action"),
+        }
+    }
+}

@@ -265,6 +265,7 @@ async fn bind(
     limits: GatewayLimits,
 ) -> Result<Gateway, GatewayError> {
     let config = GatewayConfig {
+        public_url: None,
         tcp: tcp.map(|a| a.parse().unwrap()),
         unix,
         auth,
@@ -610,7 +611,7 @@ async fn the_committed_document_is_the_one_that_is_served() {
     let document = value(&bytes);
     assert_eq!(document["openapi"], "3.1.0");
     let paths: Vec<_> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 8, "{paths:?}");
+    assert_eq!(paths.len(), 14, "{paths:?}");
     for (path, methods) in document["paths"].as_object().unwrap() {
         for scheme in methods.as_object().unwrap().values().flat_map(|m| {
             m["security"]

@@ -187,22 +187,25 @@ impl Action {
     /// # Errors
     /// The request could be understood in more than one way, or not at all.
     pub fn parse(bytes: &[u8], caller: &Caller) -> Result<Self, InvalidRequest> {
-        let mut request = Fields::new("request", json::parse(bytes)?)?;
+        Self::from_parts(Parts::parse(bytes)?, caller)
+    }
+
+    /// Checks and normalises what a door read out of one request of this caller.
+    pub(crate) fn from_parts(parts: Parts, caller: &Caller) -> Result<Self, InvalidRequest> {
+        let Parts {
+            principal,
+            name,
+            resource_type,
+            resource_id,
+            params,
+            context,
+            request_id,
+        } = parts;
         let own = caller.principal()?;
-        let principal = match request.take("principal") {
-            Some(value) => parse_principal(value, &own, caller.may_act_as)?,
+        let principal = match principal {
+            Some((kind, id)) => speaks_for(Principal::new(&kind, &id)?, &own, caller)?,
             None => own,
         };
-        let name = request.text("action")?;
-        let mut resource = Fields::new("resource", request.required("resource")?)?;
-        let params = request.object("params")?;
-        let context = request.object("context")?;
-        let request_id = request.optional_text("id")?;
-        request.finish(&["principal", "action", "resource", "params", "context", "id"])?;
-        let resource_type = resource.text("type")?;
-        let resource_id = resource.text("id")?;
-        resource.finish(&["type", "id"])?;
-
         check_action_name(&name)?;
         check_type("resource type", &resource_type)?;
         if let Some(id) = &request_id {
@@ -342,23 +345,66 @@ pub(crate) fn canonical_bytes(value: &impl Serialize) -> Result<Vec<u8>, Invalid
         .map_err(|_| InvalidRequest::new(InvalidCode::Syntax, "request has no canonical form"))
 }
 
-fn parse_principal(
-    value: Value,
-    own: &Principal,
-    may_act_as: bool,
-) -> Result<Principal, InvalidRequest> {
-    let mut fields = Fields::new("principal", value)?;
-    let principal_type = fields.text("type")?;
-    let id = fields.text("id")?;
-    fields.finish(&["type", "id"])?;
-    let principal = Principal::new(&principal_type, &id)?;
-    if principal != *own && !may_act_as {
-        return Err(InvalidRequest::new(
-            InvalidCode::PrincipalMismatch,
-            "principal is not the caller's own, and the caller has no act_as scope",
-        ));
+/// What a request asks for, as its door's form says it: read strictly, judged by nothing yet.
+#[derive(Debug, Clone)]
+pub(crate) struct Parts {
+    /// Type and id; none is the caller's own.
+    pub(crate) principal: Option<(String, String)>,
+    pub(crate) name: String,
+    pub(crate) resource_type: String,
+    pub(crate) resource_id: String,
+    pub(crate) params: Value,
+    pub(crate) context: Value,
+    pub(crate) request_id: Option<String>,
+}
+
+impl Parts {
+    /// Reads the native form.
+    fn parse(bytes: &[u8]) -> Result<Self, InvalidRequest> {
+        let mut request = Fields::new("request", json::parse(bytes)?)?;
+        let principal = request
+            .take("principal")
+            .map(|value| {
+                let mut fields = Fields::new("principal", value)?;
+                let named = (fields.text("type")?, fields.text("id")?);
+                fields.finish(&["type", "id"])?;
+                Ok::<_, InvalidRequest>(named)
+            })
+            .transpose()?;
+        let name = request.text("action")?;
+        let mut resource = Fields::new("resource", request.required("resource")?)?;
+        let params = request.object("params")?;
+        let context = request.object("context")?;
+        let request_id = request.optional_text("id")?;
+        request.finish(&["principal", "action", "resource", "params", "context", "id"])?;
+        let resource_type = resource.text("type")?;
+        let resource_id = resource.text("id")?;
+        resource.finish(&["type", "id"])?;
+        Ok(Self {
+            principal,
+            name,
+            resource_type,
+            resource_id,
+            params,
+            context,
+            request_id,
+        })
     }
-    Ok(principal)
+}
+
+/// The principal, if the caller may speak for it.
+pub(crate) fn speaks_for(
+    principal: Principal,
+    own: &Principal,
+    caller: &Caller,
+) -> Result<Principal, InvalidRequest> {
+    if principal == *own || caller.may_act_as {
+        return Ok(principal);
+    }
+    Err(InvalidRequest::new(
+        InvalidCode::PrincipalMismatch,
+        "principal is not the caller's own, and the caller has no act_as scope",
+    ))
 }
 
 pub(crate) fn check_type(what: &str, text: &str) -> Result<(), InvalidRequest> {
@@ -374,7 +420,7 @@ pub(crate) fn check_type(what: &str, text: &str) -> Result<(), InvalidRequest> {
     ))
 }
 
-fn check_action_name(text: &str) -> Result<(), InvalidRequest> {
+pub(crate) fn check_action_name(text: &str) -> Result<(), InvalidRequest> {
     let good = text.len() <= MAX_ACTION_NAME_BYTES
         && text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text
@@ -412,13 +458,13 @@ fn check_text(what: &str, text: &str, max: usize) -> Result<(), InvalidRequest> 
 }
 
 /// The fields of one object, taken out one by one; what remains was not known.
-struct Fields {
+pub(crate) struct Fields {
     what: &'static str,
     fields: Map<String, Value>,
 }
 
 impl Fields {
-    fn new(what: &'static str, value: Value) -> Result<Self, InvalidRequest> {
+    pub(crate) fn new(what: &'static str, value: Value) -> Result<Self, InvalidRequest> {
         match value {
             Value::Object(fields) => Ok(Self { what, fields }),
             _ => Err(InvalidRequest::new(
@@ -428,11 +474,11 @@ impl Fields {
         }
     }
 
-    fn take(&mut self, key: &str) -> Option<Value> {
+    pub(crate) fn take(&mut self, key: &str) -> Option<Value> {
         self.fields.remove(key)
     }
 
-    fn required(&mut self, key: &str) -> Result<Value, InvalidRequest> {
+    pub(crate) fn required(&mut self, key: &str) -> Result<Value, InvalidRequest> {
         if let Some(value) = self.take(key) {
             return Ok(value);
         }
@@ -444,7 +490,7 @@ impl Fields {
         ))
     }
 
-    fn optional_text(&mut self, key: &str) -> Result<Option<String>, InvalidRequest> {
+    pub(crate) fn optional_text(&mut self, key: &str) -> Result<Option<String>, InvalidRequest> {
         match self.take(key) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
@@ -452,7 +498,7 @@ impl Fields {
         }
     }
 
-    fn text(&mut self, key: &str) -> Result<String, InvalidRequest> {
+    pub(crate) fn text(&mut self, key: &str) -> Result<String, InvalidRequest> {
         match self.required(key)? {
             Value::String(text) => Ok(text),
             _ => Err(self.wrong_type(key, "a string")),
@@ -460,7 +506,7 @@ impl Fields {
     }
 
     /// An object, empty when it is absent.
-    fn object(&mut self, key: &str) -> Result<Value, InvalidRequest> {
+    pub(crate) fn object(&mut self, key: &str) -> Result<Value, InvalidRequest> {
         match self.take(key) {
             None => Ok(Value::Object(Map::new())),
             Some(value @ Value::Object(_)) => Ok(value),
@@ -485,17 +531,25 @@ impl Fields {
         }
     }
 
-    fn finish(self, known: &[&str]) -> Result<(), InvalidRequest> {
-        for key in known {
-            self.refuse_case_variant(key)?;
-        }
-        match self.fields.keys().next() {
+    /// Nothing may be left; a known key in another case is told apart from an unknown one.
+    pub(crate) fn finish(self, known: &[&str]) -> Result<(), InvalidRequest> {
+        let fields = self.finish_ignoring(known)?;
+        match fields.fields.keys().next() {
             Some(key) => Err(InvalidRequest::new(
                 InvalidCode::UnknownField,
-                format!("{} has the unknown key {key:?}, remove it", self.what),
+                format!("{} has the unknown key {key:?}, remove it", fields.what),
             )),
             None => Ok(()),
         }
+    }
+
+    /// What is left is ignored, but for a known key in another case: another reader may take it for
+    /// the known one.
+    pub(crate) fn finish_ignoring(self, known: &[&str]) -> Result<Self, InvalidRequest> {
+        for key in known {
+            self.refuse_case_variant(key)?;
+        }
+        Ok(self)
     }
 }
 

@@ -16,8 +16,9 @@ use tidelock_quota::{Rate, RateError, TokenBuckets};
 use tidelock_segments::{AppendError, NodeId, RecordClass};
 
 use crate::{
-    action::{Action, canonical_bytes},
+    action::{Action, InvalidRequest, canonical_bytes},
     answer::{Answer, BundleInfo, Done, Mode, Outcome},
+    authzen::{self, Search},
     caller::{Caller, Principal},
     clock::{BucketClock, Clock},
     engines::{Engines, Evaluated},
@@ -29,6 +30,7 @@ use crate::{
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
+    search::{self, Found, Judged, SearchDone, SearchRefused},
     stats::{Counters, Seldom, Stats, add},
     summary::{Summary, Window},
 };
@@ -38,6 +40,31 @@ const JUDGED_AT_MOST: usize = 3;
 
 /// Gives the policy that decides now, or none. Read once a request.
 pub type PolicySource = Arc<dyn Fn() -> Option<Arc<ActivePolicy>> + Send + Sync>;
+
+/// One request as its door hands it over.
+#[derive(Debug, Clone, Copy)]
+pub enum Ask<'a> {
+    /// Bytes in the native form.
+    Native(&'a [u8]),
+    /// An evaluation of AuthZEN.
+    Evaluation(&'a authzen::Evaluation),
+}
+
+impl Ask<'_> {
+    fn action(self, caller: &Caller) -> Result<Action, InvalidRequest> {
+        match self {
+            Self::Native(bytes) => Action::parse(bytes, caller),
+            Self::Evaluation(evaluation) => Action::from_parts(evaluation.parts.clone()?, caller),
+        }
+    }
+
+    fn body_bytes(self) -> usize {
+        match self {
+            Self::Native(bytes) => bytes.len(),
+            Self::Evaluation(evaluation) => evaluation.body_bytes,
+        }
+    }
+}
 
 /// Everything about the interceptor that a site may set.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -189,7 +216,12 @@ impl Interceptor {
     /// its record is durable. The wait for the record is bounded as long as [`Interceptor::tick`]
     /// is called; it can be ended earlier through the returned [`Pending`].
     pub fn decide(&self, bytes: &[u8], caller: &Caller, mode: Mode, done: Done) -> Pending {
-        let slot = Inner::start(&self.inner, bytes, caller, mode, done);
+        self.decide_ask(Ask::Native(bytes), caller, mode, done)
+    }
+
+    /// [`Interceptor::decide`] for every form of request.
+    pub fn decide_ask(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> Pending {
+        let slot = Inner::start(&self.inner, ask, caller, mode, done);
         Pending {
             inner: Arc::clone(&self.inner),
             slot,
@@ -220,6 +252,14 @@ impl Interceptor {
                 permit: None,
             }
         })
+    }
+
+    /// Judges one page of a search. Each candidate is judged like an action, quotas included; no
+    /// permit comes of any, and nothing is answered before the search is recorded or counted.
+    ///
+    /// `done` is called exactly once, on this thread or on the recorder's.
+    pub fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
+        Inner::search(&self.inner, search, caller, done);
     }
 
     /// Ends waits that took too long and writes summary windows that are due. To be called a few
@@ -371,13 +411,13 @@ impl Inner {
     /// Everything up to the record. Returns the slot that waits for it, if one does.
     fn start(
         inner: &Arc<Self>,
-        bytes: &[u8],
+        ask: Ask<'_>,
         caller: &Caller,
         mode: Mode,
         done: Done,
     ) -> Option<Arc<Slot>> {
         add(&inner.counters.explains, u64::from(mode == Mode::Explain));
-        let judgement = inner.judge(bytes, caller);
+        let judgement = inner.judge(ask, caller);
         let unix_ms = inner.clock.unix_ms();
         let mut answer = inner.blank_answer(judgement.findings.reason, judgement.findings.posture);
         answer.bundle = judgement.bundle.as_ref().map(|(bundle, _)| bundle.clone());
@@ -459,9 +499,9 @@ impl Inner {
     }
 
     /// Parse, quota, posture, engine, in this order.
-    fn judge(&self, bytes: &[u8], caller: &Caller) -> Judgement {
+    fn judge(&self, ask: Ask<'_>, caller: &Caller) -> Judgement {
         let mut policy = (self.policy)();
-        let (findings, request) = match Action::parse(bytes, caller) {
+        let (findings, request) = match ask.action(caller) {
             Ok(action) => {
                 let findings = self.judge_action(&action, caller, &mut policy);
                 (findings, Request::Action(Box::new(action)))
@@ -473,7 +513,7 @@ impl Inner {
                     findings,
                     Request::Invalid {
                         error,
-                        body_bytes: bytes.len(),
+                        body_bytes: ask.body_bytes(),
                     },
                 )
             }
@@ -483,6 +523,66 @@ impl Inner {
             bundle: policy.as_deref().map(bundle_info),
             request,
         }
+    }
+
+    fn search(inner: &Arc<Self>, search: &Search, caller: &Caller, done: SearchDone) {
+        add(&inner.counters.searches, 1);
+        let mut policy = (inner.policy)();
+        let bundle = policy.as_deref().map(bundle_info);
+        let posture = inner.overall_posture(policy.as_deref());
+        let searched = policy.clone();
+        let mut judge = |action: &Action| {
+            let findings = inner.judge_action(action, caller, &mut policy);
+            Judged {
+                decision: findings.reason.decision(),
+                reason: findings.reason,
+                retry_after_ms: findings.retry_after_ms,
+            }
+        };
+        let now = || inner.clock.now();
+        let page = search::check(search, caller)
+            .map_err(SearchRefused::from)
+            .and_then(|()| search::page(search, caller, searched.as_deref(), &now, &mut judge));
+        let page = match page {
+            Ok(page) => page,
+            Err(refused) => return done(Err(refused)),
+        };
+        let described = search::described(search, &page);
+        let at = (inner.node(), inner.clock.unix_ms());
+        let id = search.request_id.as_deref();
+        let record = record::search(at, caller, &described, id, bundle.as_ref(), posture);
+        let mut found = Found {
+            results: page.results,
+            next_token: page.next_token,
+            judged: page.judged,
+            bundle: bundle.map(|(bundle, _)| bundle),
+            posture,
+            record: None,
+            window: None,
+        };
+        let Ok(record) = record else {
+            return done(Err(SearchRefused::Unrecorded(Reason::AuditUnavailable)));
+        };
+        if !inner.may_record_denial(caller, record.len()) {
+            found.window = Some(inner.summarise_as(caller, "SEARCH"));
+            return done(Ok(found));
+        }
+        inner.recorder.submit(
+            RecordClass::Denial,
+            record,
+            Box::new(move |result| {
+                done(match result {
+                    Ok(appended) => {
+                        found.record = Some(appended.into());
+                        Ok(found)
+                    }
+                    Err(AppendError::Capacity) => {
+                        Err(SearchRefused::Unrecorded(Reason::AuditCapacity))
+                    }
+                    Err(_) => Err(SearchRefused::Unrecorded(Reason::AuditUnavailable)),
+                });
+            }),
+        );
     }
 
     fn posture_of(&self, action: &Action, policy: Option<&ActivePolicy>) -> Posture {
@@ -661,11 +761,17 @@ impl Inner {
     }
 
     fn summarise(&self, caller: &Caller, mode: Mode, reason: Reason) -> String {
+        self.summarise_as(
+            caller,
+            match mode {
+                Mode::Decide => reason.as_str(),
+                Mode::Explain => "EXPLAIN",
+            },
+        )
+    }
+
+    fn summarise_as(&self, caller: &Caller, what: &'static str) -> String {
         add(&self.counters.summarised, 1);
-        let what = match mode {
-            Mode::Decide => reason.as_str(),
-            Mode::Explain => "EXPLAIN",
-        };
         let (kind, id) = denial_key(caller);
         let shown = (
             crate::redact::message(&kind, crate::limits::MAX_TYPE_BYTES),

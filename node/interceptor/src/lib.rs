@@ -14,6 +14,7 @@
 
 mod action;
 mod answer;
+mod authzen;
 mod caller;
 mod clock;
 mod engines;
@@ -28,16 +29,18 @@ mod record;
 mod recorder;
 mod redact;
 mod replay;
+mod search;
 mod stats;
 mod summary;
 pub mod testing;
 
 pub use action::{Action, InvalidCode, InvalidRequest};
 pub use answer::{Answer, BundleInfo, Done, Mode, Outcome, RecordPosition};
+pub use authzen::{Evaluation, Evaluations, Search, SearchFor, Semantic};
 pub use caller::{Caller, Principal};
 pub use clock::{Clock, ThreadCpu};
 pub use interceptor::{
-    Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
+    Ask, Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
 };
 pub use normalise::ResourceError;
 pub use permit::Permit;
@@ -45,4 +48,6 @@ pub use reason::{Decision, Reason};
 pub use recorder::{AppendDone, Recorder};
 pub use redact::{redact, redact_text};
 pub use replay::{NotReplayable, recorded_request};
+pub use search::{Found, FoundOne, SearchDone, SearchRefused};
 pub use stats::Stats;
+pub use tidelock_policy::Posture;

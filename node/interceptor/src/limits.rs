@@ -72,6 +72,23 @@ pub const MAX_PENDING: usize = 16_384;
 /// A summary line is at most about 700 bytes, so a window's record stays below the record limit.
 pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
 
+/// Evaluations of one AuthZEN request. Each has a durable record of its own, so a request writes at
+/// most this many; their bodies share one of [`MAX_BODY_BYTES`].
+pub const MAX_EVALUATIONS: usize = 64;
+
+/// Candidates that one page of a search judges.
+pub const MAX_SEARCH_CANDIDATES: usize = 256;
+
+/// Results that one page of a search carries: at most 100 ids of 4 KiB, 400 KiB.
+pub const MAX_SEARCH_RESULTS: usize = 100;
+
+/// Bytes of a page token.
+pub const MAX_PAGE_TOKEN_BYTES: usize = 64;
+
+/// Time after which a page of a search judges no further candidate. One more may be under way, so a
+/// page takes at most this and [`ENGINE_WAIT`].
+pub const SEARCH_BUDGET: Duration = Duration::from_millis(100);
+
 /// CPU time that the policy engine may take for one decision.
 pub const ENGINE_BUDGET: Duration = Duration::from_millis(5);
 
@@ -132,4 +149,6 @@ const _: () = assert!(DEFAULT_DENIAL_BYTES.burst as usize > MAX_RECORD_BYTES);
 const _: () = assert!(ENGINE_WAIT.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(ENGINE_BUDGET.as_millis() < ENGINE_WAIT.as_millis());
 const _: () = assert!(ENGINE_WORKERS_PER_CALLER >= 1);
+const _: () = assert!(MAX_SEARCH_RESULTS <= MAX_SEARCH_CANDIDATES);
+const _: () = assert!(SEARCH_BUDGET.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

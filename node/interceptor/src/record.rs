@@ -119,11 +119,7 @@ pub(crate) fn decision(
         Mode::Explain => "explain",
     };
     let mut record = head(kind, node, unix_ms);
-    let mut from = principal(&caller.principal_type, &caller.principal_id);
-    if let Value::Object(fields) = &mut from {
-        fields.insert("door".to_owned(), caller.door.into());
-    }
-    record.insert("caller".to_owned(), from);
+    record.insert("caller".to_owned(), caller_of(caller));
 
     let listed = |texts: &[String], max: usize| -> Vec<String> {
         texts
@@ -148,16 +144,7 @@ pub(crate) fn decision(
         record.insert("errors".to_owned(), errors.clone().into());
     }
     if let Some((bundle, source)) = &judgement.bundle {
-        let source = match source {
-            Source::Active => "active",
-            Source::LastKnownGood => "last_known_good",
-        };
-        record.insert(
-            "bundle".to_owned(),
-            json!({
-                "name": bundle.name, "epoch": bundle.epoch, "hash": bundle.hash, "source": source,
-            }),
-        );
+        record.insert("bundle".to_owned(), bundle_of(bundle, *source));
     }
     let mut rendered = Rendered {
         bytes: Vec::new(),
@@ -311,6 +298,65 @@ pub(crate) fn not_released(
         Reason::AuditUnavailable.as_str().into(),
     );
     record
+}
+
+/// What a search is recorded as: bounded by leaving out what is long, as a decision's record is.
+pub(crate) fn search(
+    head_of: (&str, u64),
+    caller: &Caller,
+    described: &Value,
+    request_id: Option<&str>,
+    bundle: Option<&(BundleInfo, Source)>,
+    posture: Posture,
+) -> Result<Vec<u8>, InvalidRequest> {
+    let mut record = head("search", head_of.0, head_of.1);
+    record.insert("caller".to_owned(), caller_of(caller));
+    record.insert("posture".to_owned(), posture.as_str().into());
+    if let Some(id) = request_id {
+        let id = redact::message(id, MAX_REQUEST_ID_BYTES);
+        record.insert("request_id".to_owned(), id.into());
+    }
+    if let Some((bundle, source)) = bundle {
+        record.insert("bundle".to_owned(), bundle_of(bundle, *source));
+    }
+    let (described, redactions) = redact(described);
+    let mut omitted = Vec::new();
+    for (key, value) in described.as_object().into_iter().flatten() {
+        let is_empty = value.is_null() || value.as_object().is_some_and(Map::is_empty);
+        if is_empty {
+            continue;
+        }
+        if canonical_bytes(value)?.len() > MAX_INLINE_BYTES {
+            omitted.push(Value::from(key.as_str()));
+        } else {
+            record.insert(key.clone(), value.clone());
+        }
+    }
+    if !omitted.is_empty() {
+        record.insert("omitted".to_owned(), omitted.into());
+    }
+    if redactions > 0 {
+        record.insert("redacted".to_owned(), redactions.into());
+    }
+    canonical_bytes(&record)
+}
+
+fn caller_of(caller: &Caller) -> Value {
+    let mut from = principal(&caller.principal_type, &caller.principal_id);
+    if let Value::Object(fields) = &mut from {
+        fields.insert("door".to_owned(), caller.door.into());
+    }
+    from
+}
+
+fn bundle_of(bundle: &BundleInfo, source: Source) -> Value {
+    let source = match source {
+        Source::Active => "active",
+        Source::LastKnownGood => "last_known_good",
+    };
+    json!({
+        "name": bundle.name, "epoch": bundle.epoch, "hash": bundle.hash, "source": source,
+    })
 }
 
 /// A window of summarised denials.

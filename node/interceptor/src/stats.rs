@@ -18,6 +18,8 @@ pub struct Stats {
     pub permits: u64,
     /// Answers in mode explain.
     pub explains: u64,
+    /// Pages of searches.
+    pub searches: u64,
     /// Denials that were counted in a summary window instead of recorded one by one.
     pub summarised: u64,
     /// Secrets cut out of records.
@@ -45,6 +47,7 @@ pub(crate) struct Counters {
     answers: [AtomicU64; Reason::ALL.len()],
     pub(crate) permits: AtomicU64,
     pub(crate) explains: AtomicU64,
+    pub(crate) searches: AtomicU64,
     pub(crate) summarised: AtomicU64,
     pub(crate) redactions: AtomicU64,
     pub(crate) not_released: AtomicU64,
@@ -73,6 +76,7 @@ impl Counters {
                 .collect(),
             permits: get(&self.permits),
             explains: get(&self.explains),
+            searches: get(&self.searches),
             summarised: get(&self.summarised),
             redactions: get(&self.redactions),
             not_released: get(&self.not_released),

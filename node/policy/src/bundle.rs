@@ -175,6 +175,18 @@ impl VerifiedBundle {
         self.cedar.policy_ids()
     }
 
+    /// Ids of the bundle's entities of one type, sorted: what a search can find.
+    #[must_use]
+    pub fn entity_ids(&self, kind: &str) -> Vec<&str> {
+        self.cedar.entity_ids(kind)
+    }
+
+    /// The actions that requests may name, sorted.
+    #[must_use]
+    pub fn action_names(&self) -> Vec<&str> {
+        self.cedar.action_names()
+    }
+
     /// What the compiler found odd without refusing it.
     #[must_use]
     pub fn warnings(&self) -> &[String] {

@@ -47,6 +47,8 @@ pub struct CedarEngine {
     level: u32,
     policy_ids: Vec<String>,
     warnings: Vec<String>,
+    /// Ids of the bundle's entities of each type, sorted: what a search can find.
+    entity_ids: BTreeMap<String, Vec<String>>,
 }
 
 struct EntityType {
@@ -122,6 +124,12 @@ impl CedarEngine {
             })
             .collect::<Result<_, BundleError>>()?;
         warnings.truncate(FAILURES_LISTED_MAX);
+        let mut entity_ids: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for uid in entities.iter().map(Entity::uid) {
+            let ids = entity_ids.entry(uid.type_name().to_string()).or_default();
+            ids.push(uid.id().unescaped().to_owned());
+        }
+        entity_ids.values_mut().for_each(|ids| ids.sort_unstable());
         Ok(Self {
             authorizer: Authorizer::new(),
             schema,
@@ -133,6 +141,7 @@ impl CedarEngine {
             level,
             policy_ids,
             warnings,
+            entity_ids,
         })
     }
 
@@ -146,6 +155,21 @@ impl CedarEngine {
     #[must_use]
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// Ids of the bundle's entities of one type, sorted.
+    #[must_use]
+    pub fn entity_ids(&self, kind: &str) -> Vec<&str> {
+        let ids = self.entity_ids.get(kind).into_iter().flatten();
+        ids.map(String::as_str).collect()
+    }
+
+    /// The names of [`CedarEngine::actions`], sorted.
+    #[must_use]
+    pub fn action_names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.actions.keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
     }
 
     /// The actions that the schema applies to some principal and resource.

@@ -132,7 +132,7 @@ impl<'a> Section<'a> {
             .collect()
     }
 
-    fn optional_string(&mut self, key: &'static str) -> Option<String> {
+    pub(super) fn optional_string(&mut self, key: &'static str) -> Option<String> {
         let item = self.item(key)?;
         match item.as_str() {
             Some(text) if !text.is_empty() => Some(text.to_owned()),

@@ -8,7 +8,7 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
-use tidelock_interceptor::{Caller, Done, Mode};
+use tidelock_interceptor::{Ask, Caller, Done, Mode, Search, SearchDone};
 use tidelock_policy::{Posture, WhenRestricted};
 use tidelock_segments::{Ladder, NodeId, Origin, merkle};
 
@@ -25,9 +25,13 @@ use crate::worker::For;
 pub(super) struct Doors(pub(super) Arc<Node>);
 
 impl Decider for Doors {
-    fn decide(&self, body: &[u8], caller: &Caller, mode: Mode, done: Done) -> GiveUp {
-        let pending = self.0.interceptor.decide(body, caller, mode, done);
+    fn decide(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> GiveUp {
+        let pending = self.0.interceptor.decide_ask(ask, caller, mode, done);
         Box::new(move || pending.give_up())
+    }
+
+    fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
+        self.0.interceptor.search(search, caller, done);
     }
 
     fn status(&self) -> Value {

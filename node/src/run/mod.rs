@@ -237,6 +237,7 @@ fn auth_config(section: &GatewaySection) -> Result<AuthConfig, Failure> {
 
 fn gateway_config(section: &GatewaySection) -> Result<GatewayConfig, Failure> {
     Ok(GatewayConfig {
+        public_url: section.public_url.clone(),
         tcp: section.tcp,
         unix: Some(UnixDoor::new(section.unix.clone())),
         limits: GatewayLimits {

@@ -18,7 +18,9 @@ use tidelock_gateway::{
     GatewayLimits, GatewayParts, GiveUp, Operator, OperatorError, RefusalWindow, TokenSet,
     UnixDoor,
 };
-use tidelock_interceptor::{Answer, Caller, Decision, Done, Mode, Outcome, Reason};
+use tidelock_interceptor::{
+    Answer, Ask, Caller, Decision, Done, Mode, Outcome, Reason, Search, SearchDone, SearchRefused,
+};
 use tidelock_policy::Posture;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -117,7 +119,21 @@ fn outcome(decision: Decision, reason: Reason) -> Outcome {
 }
 
 impl Decider for Script {
-    fn decide(&self, body: &[u8], caller: &Caller, mode: Mode, done: Done) -> GiveUp {
+    fn search(&self, _: &Search, _: &Caller, done: SearchDone) {
+        done(Err(SearchRefused::RateLimited {
+            retry_after_ms: Some(2_500),
+        }));
+    }
+
+    fn decide(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> GiveUp {
+        let named;
+        let body = match ask {
+            Ask::Native(body) => body,
+            Ask::Evaluation(evaluation) => {
+                named = format!("\"{}\"", evaluation.action_name().unwrap_or_default());
+                named.as_bytes()
+            }
+        };
         self.asked.lock().unwrap().push(Asked {
             bytes: body.len(),
             caller: caller.clone(),
@@ -235,6 +251,7 @@ pub(crate) async fn start_with(
         tcp: Some("127.0.0.1:0".parse().unwrap()),
         unix: Some(shape(UnixDoor::new(&unix))),
         auth,
+        public_url: None,
         limits,
     };
     let parts = GatewayParts {
