@@ -7,7 +7,7 @@
 //! What it is not: it starts no timer, owns no thread, knows no peer, principal or socket. Whoever
 //! asks gets an answer at once; waiting is the caller's business.
 //!
-//! Where to start: [`TokenBuckets`] for quotas (INV-13), [`BoundedRetry`] and [`RetryBudget`] for
+//! Where to start: [`TokenBuckets`] for quotas (INV-13), [`Ladder`] for several at once, [`BoundedRetry`] and [`RetryBudget`] for
 //! redials (INV-12), [`Breaker`] for upstreams that fail, [`DailyVolume`] for bytes a day.
 //!
 //! Two units of time are used throughout: `now: Duration` is monotonic time since process start,
@@ -17,6 +17,7 @@
 mod breaker;
 mod bucket;
 mod clock;
+mod ladder;
 pub mod limits;
 mod retry;
 mod volume;
@@ -25,6 +26,7 @@ pub use breaker::{Breaker, BreakerConfig, BreakerConfigError, BreakerOpen, Break
 pub use bucket::{Rate, RateError, Refused, TokenBuckets};
 pub use clock::{ManualClock, MonotonicClock};
 pub use governor::clock::Clock;
+pub use ladder::{Ladder, RungRefused, RungStats};
 pub use retry::{
     BoundedRetry, BudgetSpent, RetryBudget, RetryBudgetConfig, RetryConfig, RetryConfigError,
 };

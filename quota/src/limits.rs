@@ -10,6 +10,9 @@ pub const MAX_KEYS: usize = 65_536;
 /// keeps whole nanoseconds a token: at this rate rounding costs at most 1 %.
 pub const MAX_UNITS_PER_SECOND: u32 = 10_000_000;
 
+/// Requests a second beyond which a rung of a ladder counts this many: a microsecond a token.
+pub const MAX_LADDER_PER_SECOND: u32 = 1_000_000;
+
 /// Attempts that one session may be configured to make. No memory depends on it; a bigger number
 /// is a retry without a bound in all but name.
 pub const MAX_ATTEMPTS: u32 = 1_000;
