@@ -204,7 +204,7 @@ fn ca_bundle_and_token_speak_to_people_and_machines() {
     site.ok(&["bundle", "sign", "site-1.tar", "--key", "stranger.key"]);
     site.tidelock(&verify).ended(1).says(&["BUNDLE_SIGNATURE"]);
     let init = [
-        "bundle", "init", "--dir", "policy", "--name", "x", "--domain", "harbour",
+        "bundle", "new", "policy", "--name", "x", "--domain", "harbour",
     ];
     site.tidelock(&init)
         .ended(2)

@@ -351,7 +351,7 @@ impl Contents {
             let work = || -> Result<Compiled, BundleError> {
                 let engine = CedarEngine::compile(&self.files)?;
                 self.manifest.check_actions(&engine.actions())?;
-                let tests = Cases::read(&self.files)?.run(&engine);
+                let tests = Cases::read(&self.files)?.run(&engine, engine.policy_ids());
                 Ok(Compiled { engine, tests })
             };
             std::thread::Builder::new()
@@ -373,7 +373,12 @@ impl Compiled {
         Err(BundleError::Tests {
             failed: self.tests.failed,
             total: self.tests.failed + self.tests.passed,
-            first: self.tests.failures.first().cloned().unwrap_or_default(),
+            first: self
+                .tests
+                .failures
+                .first()
+                .map(|failure| clip(&failure.to_string()))
+                .unwrap_or_default(),
         })
     }
 }

@@ -1,10 +1,13 @@
 //! A bundle's own tests: requests with the answer that its author expects.
 
+use std::collections::BTreeSet;
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::archive::Files;
-use crate::error::BundleError;
+use crate::error::{BundleError, clip};
 use crate::json;
 use crate::limits::{FAILURES_LISTED_MAX, TESTS_MAX};
 use crate::request::{Engine, Evaluation, PolicyRequest, Verdict};
@@ -16,8 +19,63 @@ pub struct TestReport {
     pub passed: usize,
     /// Tests that did not.
     pub failed: usize,
-    /// The first failures, each with file, name, expectation and outcome.
-    pub failures: Vec<String>,
+    /// The first failures.
+    pub failures: Vec<CaseFailure>,
+    /// Policies that determined the answer of no test that passed, sorted: what they say may be changed
+    /// without any test noticing.
+    pub uncovered: Vec<String>,
+}
+
+/// A test that did not come out as expected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CaseFailure {
+    /// File of the archive that the test stands in.
+    pub file: String,
+    /// Its name.
+    pub name: String,
+    /// Why its author expects what it expects.
+    pub because: Option<String>,
+    /// What it expects.
+    pub expected: Outcome,
+    /// What it got.
+    pub got: Outcome,
+    /// What went wrong in the evaluation.
+    pub errors: Vec<String>,
+}
+
+/// An answer, as tests speak of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Outcome {
+    /// `allow`, `deny` or `error`; of what was got, with the reason of a deny.
+    pub answer: &'static str,
+    /// The policies that determined it; `None` where the test does not say.
+    pub policies: Option<Vec<String>>,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.answer)?;
+        match &self.policies {
+            Some(policies) => write!(f, " by [{}]", policies.join(", ")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for CaseFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            file,
+            name,
+            expected,
+            got,
+            ..
+        } = self;
+        write!(f, "{file}: `{name}` expects {expected}, got {got}")?;
+        self.errors
+            .iter()
+            .try_for_each(|error| write!(f, ": {error}"))
+    }
 }
 
 /// Tests of a bundle, read and checked for form.
@@ -27,6 +85,9 @@ pub(crate) struct Cases(Vec<(String, Case)>);
 #[serde(deny_unknown_fields)]
 struct Case {
     name: String,
+    /// Why the author expects it; shown when the test fails.
+    #[serde(default)]
+    because: Option<String>,
     request: CaseRequest,
     expect: Expect,
     /// When given, exactly the policies that must have determined the answer.
@@ -106,12 +167,15 @@ impl Cases {
         Ok(Self(cases))
     }
 
-    pub(crate) fn run(&self, engine: &dyn Engine) -> TestReport {
+    /// Runs all tests against an engine with these policies.
+    pub(crate) fn run(&self, engine: &dyn Engine, policy_ids: &[String]) -> TestReport {
         let mut report = TestReport {
             passed: 0,
             failed: 0,
             failures: Vec::new(),
+            uncovered: Vec::new(),
         };
+        let mut covered = BTreeSet::new();
         for (path, case) in &self.0 {
             let evaluation = engine.evaluate(&case.request.to_policy());
             let good = case.expect.fits(evaluation.verdict)
@@ -122,38 +186,46 @@ impl Cases {
                 });
             if good {
                 report.passed += 1;
+                covered.extend(evaluation.policies);
                 continue;
             }
             report.failed += 1;
             if report.failures.len() < FAILURES_LISTED_MAX {
-                report.failures.push(failure(path, case, &evaluation));
+                report.failures.push(failure(path, case, evaluation));
             }
         }
+        let uncovered = policy_ids.iter().filter(|id| !covered.contains(*id));
+        report.uncovered = uncovered.cloned().collect();
         report
     }
 }
 
-fn failure(path: &str, case: &Case, evaluation: &Evaluation) -> String {
-    let outcome = match evaluation.verdict {
+fn failure(path: &str, case: &Case, evaluation: Evaluation) -> CaseFailure {
+    let answer = match evaluation.verdict {
         Verdict::Permit => "allow",
         Verdict::Forbid => "deny (forbid)",
         Verdict::NoMatch => "deny (no policy matches)",
         Verdict::Error => "error",
     };
-    let mut text = format!(
-        "{path}: `{}` expects {}, got {outcome} by [{}]",
-        case.name,
-        case.expect.word(),
-        evaluation.policies.join(", ")
-    );
-    if let Some(expected) = &case.policies {
-        text.push_str(&format!(", expected by [{}]", expected.join(", ")));
+    // Of a failure that crosses into records and answers, every part is bounded.
+    let bounded = |texts: &[String]| -> Vec<String> {
+        let some = texts.iter().take(FAILURES_LISTED_MAX);
+        some.map(|text| clip(text)).collect()
+    };
+    CaseFailure {
+        file: path.to_owned(),
+        name: clip(&case.name),
+        because: case.because.as_deref().map(clip),
+        expected: Outcome {
+            answer: case.expect.word(),
+            policies: case.policies.as_deref().map(bounded),
+        },
+        got: Outcome {
+            answer,
+            policies: Some(bounded(&evaluation.policies)),
+        },
+        errors: bounded(&evaluation.errors),
     }
-    for error in &evaluation.errors {
-        text.push_str(": ");
-        text.push_str(error);
-    }
-    crate::error::clip(&text)
 }
 
 impl CaseRequest {

@@ -38,7 +38,7 @@ pub use bundle::{
     BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
     run_tests, vouched,
 };
-pub use cases::TestReport;
+pub use cases::{CaseFailure, Outcome, TestReport};
 pub use cedar::CedarEngine;
 pub use diff::{Changes, Difference, difference};
 pub use error::{ActivateError, BuildError, BundleError, KeyError};
@@ -51,5 +51,5 @@ pub use slots::{
     Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, SlotFault, SlotStorage, Slots,
     Source,
 };
-pub use template::template;
+pub use template::{Starter, starter, template};
 pub use trust::{TrustError, TrustFile};

@@ -95,7 +95,7 @@ fn a_good_bundle_loads_and_decides() {
     assert_eq!(bundle.signers(), ["key-0", "key-1"]);
     assert_eq!(bundle.manifest().name, "base");
     assert_eq!(bundle.manifest().created_unix_ms, CREATED);
-    assert_eq!(bundle.tests_passed(), 7);
+    assert_eq!(bundle.tests_passed(), 13);
     assert_eq!(bundle.warnings(), <[String; 0]>::default());
     assert_eq!(bundle.evaluate(&read_srv()).verdict, Verdict::Permit);
     assert_eq!(bundle.evaluate(&read_srv()).policies, ["read-srv"]);
@@ -440,7 +440,7 @@ fn a_bundle_that_fails_its_own_tests_is_refused() {
     };
     assert_eq!(
         site.load_built(case("allow", "")).unwrap().tests_passed(),
-        8
+        14
     );
     let by = r#", "policies": ["read-srv"]"#;
     assert!(site.load_built(case("allow", by)).is_ok());
@@ -452,7 +452,7 @@ fn a_bundle_that_fails_its_own_tests_is_refused() {
     ] {
         let archive = builder.build().unwrap();
         let report = run_tests(&archive).unwrap();
-        assert_eq!((report.passed, report.failed), (7, 1));
+        assert_eq!((report.passed, report.failed), (13, 1));
         let error = site.load(site.sign(archive, &[0])).unwrap_err();
         assert_eq!(error.code(), "BUNDLE_TESTS");
         assert!(
@@ -601,7 +601,7 @@ fn building_is_deterministic_and_refuses_strangers() {
     };
     let inspection = inspect(&package).unwrap();
     assert_eq!(inspection.content_id, package.content_id());
-    assert_eq!(inspection.tests.passed, 7);
+    assert_eq!(inspection.tests.passed, 13);
     assert!(inspection.policies.contains(&"no-keys".to_owned()));
     assert!(inspection.actions.contains("tool.call"));
 

@@ -1,16 +1,18 @@
 //! `tidelock bundle …`
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
 use tidelock_policy::{
-    LoadContext, Package, TrustFile, build_dir, decode_signature, limits::ARCHIVE_BYTES_MAX,
-    run_tests, sign, template,
+    LoadContext, Package, Starter, TestReport, TrustFile, build_dir, decode_signature,
+    limits::ARCHIVE_BYTES_MAX, run_tests, sign, starter,
 };
 
 use super::{ConfigArg, Exit, Failure, Output, node, output::table};
@@ -23,14 +25,21 @@ use crate::{
 /// What to do with a bundle.
 #[derive(Debug, Subcommand)]
 pub enum BundleCommand {
-    /// Write a small, working bundle directory to begin from.
+    /// Write a working bundle directory to begin from, with comments, and tests that cover it.
     #[command(
-        after_help = "Example:\n  tidelock bundle init --dir policy --name site --domain harbour"
+        after_help = "Starters:\n  coding-agent      files, URLs, programs, repositories, tools\n  \
+                      operations-agent  hosts, units, logs, diagnostics\n  \
+                      service-mesh      which service may call which URL\n\n\
+                      Example:\n  tidelock bundle new policy --name site --domain harbour \
+                      --starter operations-agent\n  tidelock bundle test policy --watch"
     )]
-    Init {
+    New {
         /// The directory to write.
-        #[arg(long, value_hint = ValueHint::DirPath)]
+        #[arg(value_hint = ValueHint::DirPath)]
         dir: PathBuf,
+        /// What to begin from.
+        #[arg(long, value_enum, default_value = "coding-agent")]
+        starter: StarterName,
         /// The bundle's name.
         #[arg(long)]
         name: String,
@@ -73,11 +82,22 @@ pub enum BundleCommand {
         #[arg(long, value_hint = ValueHint::FilePath)]
         trust: PathBuf,
     },
-    /// Compile an archive and run its own tests.
+    /// Compile a bundle directory or an archive, run its own tests, and name the policies that no
+    /// test covers.
+    #[command(after_help = "Examples:\n  tidelock bundle test policy --watch\n  \
+                      tidelock bundle test site-1.tar --require-coverage\n\nA policy is covered when it \
+                      determined the answer of a test that passed. Exit codes: 0 all passed, 1 a test \
+                      failed or a policy is not covered, 2 it does not compile.")]
     Test {
-        /// The archive.
-        #[arg(value_hint = ValueHint::FilePath)]
-        archive: PathBuf,
+        /// The bundle directory, or the archive.
+        #[arg(value_hint = ValueHint::AnyPath)]
+        bundle: PathBuf,
+        /// Fail where a policy is not covered.
+        #[arg(long)]
+        require_coverage: bool,
+        /// Run again whenever a file changes, until interrupted.
+        #[arg(long)]
+        watch: bool,
     },
     /// Show what an archive holds, without judging its signatures.
     Inspect(PackageArgs),
@@ -95,6 +115,27 @@ pub enum BundleCommand {
         #[arg(long)]
         apply: bool,
     },
+}
+
+/// A starter, as the command line names it.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum StarterName {
+    /// An agent that changes code.
+    CodingAgent,
+    /// An agent that keeps machines running.
+    OperationsAgent,
+    /// Services that call each other.
+    ServiceMesh,
+}
+
+impl From<StarterName> for Starter {
+    fn from(name: StarterName) -> Self {
+        match name {
+            StarterName::CodingAgent => Self::CodingAgent,
+            StarterName::OperationsAgent => Self::OperationsAgent,
+            StarterName::ServiceMesh => Self::ServiceMesh,
+        }
+    }
 }
 
 /// An archive with its signatures.
@@ -155,7 +196,12 @@ fn text(path: &Path) -> Result<String, Failure> {
 
 pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failure> {
     match command {
-        BundleCommand::Init { dir, name, domain } => init(&dir, &name, &domain, output),
+        BundleCommand::New {
+            dir,
+            starter,
+            name,
+            domain,
+        } => new(&dir, starter.into(), &name, &domain, output),
         BundleCommand::Build { dir, out } => {
             let archive = build_dir(&dir)?;
             let package = Package {
@@ -216,27 +262,16 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
                 Err(error) => Err(Failure::failed(format!("{}: {error}", error.code()))),
             }
         }
-        BundleCommand::Test { archive } => {
-            let report = run_tests(&read(&archive)?)?;
-            output.say(&report, || {
-                let mut lines: Vec<String> = report
-                    .failures
-                    .iter()
-                    .map(|f| format!("FAILED {f}"))
-                    .collect();
-                lines.push(format!(
-                    "{} passed, {} failed",
-                    report.passed,
-                    report.failures.len()
-                ));
-                lines.join("\n")
-            });
-            Ok(if report.failures.is_empty() {
-                Exit::Done
-            } else {
-                Exit::Failed
-            })
-        }
+        BundleCommand::Test {
+            bundle,
+            require_coverage,
+            watch: false,
+        } => test(&bundle, require_coverage, output),
+        BundleCommand::Test {
+            bundle,
+            require_coverage,
+            watch: true,
+        } => watch(&bundle, require_coverage, output),
         BundleCommand::Inspect(package) => {
             let package = package.load()?;
             let mut seen = worker::inspect(&package.archive, Terms::default())
@@ -289,11 +324,102 @@ fn describe(seen: &Value) -> String {
     )
 }
 
-fn init(dir: &Path, name: &str, domain: &str, output: &Output) -> Result<Exit, Failure> {
-    let files = template(name, domain, wall_unix_ms())?;
+/// Runs the tests of a directory or an archive once.
+fn test(bundle: &Path, require_coverage: bool, output: &Output) -> Result<Exit, Failure> {
+    let archive = if bundle.is_dir() {
+        build_dir(bundle)?
+    } else {
+        read(bundle)?
+    };
+    let report = run_tests(&archive)?;
+    let covered = report.uncovered.is_empty() || !require_coverage;
+    output.say(&report, || report_text(&report));
+    Ok(if report.failures.is_empty() && covered {
+        Exit::Done
+    } else {
+        Exit::Failed
+    })
+}
+
+/// A report for people: each failure with what was expected above what came.
+fn report_text(report: &TestReport) -> String {
+    let mut lines = Vec::new();
+    for failure in &report.failures {
+        lines.push(format!("FAILED {}: {}", failure.file, failure.name));
+        if let Some(because) = &failure.because {
+            lines.push(format!("  because   {because}"));
+        }
+        lines.push(format!("- expected  {}", failure.expected));
+        lines.push(format!("+ got       {}", failure.got));
+        let errors = failure.errors.iter();
+        lines.extend(errors.map(|error| format!("  error     {error}")));
+    }
+    let unlisted = report.failed.saturating_sub(report.failures.len());
+    if unlisted > 0 {
+        lines.push(format!("and {unlisted} more failures"));
+    }
+    if !report.uncovered.is_empty() {
+        lines.push(format!(
+            "covered by no test: {}",
+            report.uncovered.join(", ")
+        ));
+    }
+    lines.push(format!(
+        "{} passed, {} failed",
+        report.passed, report.failed
+    ));
+    lines.join("\n")
+}
+
+/// Between two looks at the files.
+const WATCH_EVERY: Duration = Duration::from_millis(300);
+
+/// Runs the tests now and after each change. It ends with the process.
+fn watch(bundle: &Path, require_coverage: bool, output: &Output) -> Result<Exit, Failure> {
+    let mut seen = None;
+    loop {
+        let now = stamps(bundle);
+        if seen.as_ref() != Some(&now) {
+            // What does not compile is the author's next change away from it.
+            if let Err(failure) = test(bundle, require_coverage, output) {
+                output.failure(&failure);
+            }
+            seen = Some(now);
+        }
+        std::thread::sleep(WATCH_EVERY);
+    }
+}
+
+/// Size and time of change of every file that may be of the bundle. One that cannot be read has none, and
+/// a change of that is a change.
+fn stamps(bundle: &Path) -> BTreeMap<PathBuf, (u64, Option<SystemTime>)> {
+    let files_in = |dir: &Path| -> Vec<PathBuf> {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    };
+    [bundle.to_owned()]
+        .into_iter()
+        .chain(files_in(bundle))
+        .chain(files_in(&bundle.join("policies")))
+        .chain(files_in(&bundle.join("tests")))
+        .filter_map(|path| {
+            let meta = fs::metadata(&path).ok().filter(fs::Metadata::is_file)?;
+            Some((path, (meta.len(), meta.modified().ok())))
+        })
+        .collect()
+}
+
+fn new(
+    dir: &Path,
+    kind: Starter,
+    name: &str,
+    domain: &str,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let files = starter(kind, name, domain, wall_unix_ms())?;
     if let Some((path, _)) = files.iter().find(|(path, _)| dir.join(path).exists()) {
         return Err(Failure::cannot_run(format!(
-            "{} exists already; choose another --dir, nothing was written",
+            "{} exists already; choose another directory, nothing was written",
             dir.join(path).display()
         )));
     }
@@ -307,7 +433,7 @@ fn init(dir: &Path, name: &str, domain: &str, output: &Output) -> Result<Exit, F
     let names: Vec<&str> = files.iter().map(|(path, _)| path.as_str()).collect();
     output.say(&json!({"dir": dir, "files": names}), || {
         format!(
-            "{}\n{}\nnext: tidelock bundle build {} --out {name}-1.tar",
+            "{}\n{}\nnext: tidelock bundle test {}",
             dir.display(),
             names
                 .iter()

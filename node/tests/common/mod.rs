@@ -245,7 +245,7 @@ impl Site {
         site.signing_key("policy.key");
         site.write("trust.toml", &site.trust("policy.key"));
         site.ok(&[
-            "bundle", "init", "--dir", "policy", "--name", "site", "--domain", DOMAIN,
+            "bundle", "new", "policy", "--name", "site", "--domain", DOMAIN,
         ]);
         site.bundle("site-1.tar", "policy.key", |_| {});
         site.write("tidelock.toml", &site.config());
