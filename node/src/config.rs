@@ -270,6 +270,18 @@ pub struct QuotaSection {
     pub actions_per_second: u32,
     /// Actions at once for each principal.
     pub actions_burst: u32,
+    /// Of each principal and action type; 0 is no bound.
+    pub principal_action: (u32, u32),
+    /// Of each principal and resource; 0 is no bound.
+    pub principal_resource: (u32, u32),
+    /// Of each action type; 0 is no bound.
+    pub action: (u32, u32),
+    /// Of all actions; 0 is no bound.
+    pub total: (u32, u32),
+    /// Seconds for which a bucket that is full again is kept.
+    pub evict_after_s: u64,
+    /// Requests of each caller, judged or not.
+    pub requests: (u32, u32),
 }
 
 /// The node's own log on standard error.
@@ -627,6 +639,30 @@ impl Config {
         let mut s = top.section("quota");
         let actions_per_second = s.number32("actions_per_second", 5_000, 1..=10_000_000);
         let actions_burst = s.number32("actions_burst", 10_000, 1..=10_000_000);
+        let mut pair = |rate: &'static str, burst: &'static str, times: u32, least: u32| {
+            let per_second = actions_per_second.saturating_mul(times);
+            let at_once = actions_burst.saturating_mul(times);
+            (
+                s.number32(rate, per_second, least..=40_000_000),
+                s.number32(burst, at_once, 1..=40_000_000),
+            )
+        };
+        let principal_action = pair(
+            "principal_action_per_second",
+            "principal_action_burst",
+            1,
+            0,
+        );
+        let principal_resource = pair(
+            "principal_resource_per_second",
+            "principal_resource_burst",
+            1,
+            0,
+        );
+        let action = pair("action_per_second", "action_burst", 2, 0);
+        let total = pair("total_per_second", "total_burst", 4, 0);
+        let requests = pair("requests_per_second", "requests_burst", 2, 1);
+        let evict_after_s = s.integer("evict_after_s", 300, 1..=86_400);
         s.finish();
 
         let mut s = top.section("log");
@@ -725,6 +761,12 @@ impl Config {
                 quota: QuotaSection {
                     actions_per_second,
                     actions_burst,
+                    principal_action,
+                    principal_resource,
+                    action,
+                    total,
+                    evict_after_s,
+                    requests,
                 },
                 log: LogSection { level, json },
             }),

@@ -705,7 +705,7 @@ fn search(tcp: SocketAddr) {
 #[test]
 fn the_certification_scenario_s_levels_hold() {
     let (site, tcp) = site(&[], Some("https://pdp.example.com"));
-    let _node = started(&site);
+    let node = started(&site);
     basic(tcp);
     basic_refusals(tcp);
     request_ids(tcp);
@@ -733,6 +733,50 @@ fn the_certification_scenario_s_levels_hold() {
             format!("https://pdp.example.com/access/v1/{path}")
         );
     }
+
+    // Quotas change while the node runs, and status, metrics and the command show them.
+    site.write(
+        "tidelock.toml",
+        &format!(
+            "{}\n[quota]\nactions_per_second = 1\nactions_burst = 2\n",
+            site.read("tidelock.toml")
+        ),
+    );
+    node.reload("reloaded");
+    let request = tuple(
+        &user("alice"),
+        &json!({"name": "read"}),
+        &record("record-1"),
+    );
+    let spent = until("a spent quota", || {
+        let (status, answer) = ask(tcp, "/access/v1/evaluation", &request);
+        assert_eq!(status, 200);
+        (answer["context"]["reason"] == "RATE_LIMIT_EXCEEDED").then_some(answer)
+    });
+    assert_eq!(spent["decision"], false);
+    assert_eq!(
+        spent["context"]["message"],
+        "quota principal_action is spent"
+    );
+    assert!(
+        spent["context"]["retry_after_ms"].as_u64().unwrap() <= 1_000,
+        "{spent}"
+    );
+    site.write(
+        "tidelock.toml",
+        &site
+            .read("tidelock.toml")
+            .replace("_second = 1\n", "_second = 5000\n"),
+    );
+    node.reload("reloaded");
+    until("the new quota", || {
+        (ask(tcp, "/access/v1/evaluation", &request).1["decision"] == true).then_some(())
+    });
+    let quotas = site.json(&["quota"])["quotas"].clone();
+    assert_eq!(quotas[0]["bucket"], "principal_action");
+    assert!(quotas[0]["refused"].as_u64() >= Some(1), "{quotas}");
+    assert_eq!(quotas[4]["per_second"], 20_000);
+    site.ok(&["quota"]).says(&["principal_resource", "total"]);
 
     // Each search is in the log, and so is what was not understood.
     let records = site.records();

@@ -57,7 +57,7 @@ struct Rung<K> {
 }
 
 /// What one rung has done and holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RungStats {
     /// Its rate; none where it lets everything pass.
     pub rate: Option<Rate>,
@@ -194,12 +194,7 @@ impl<K: Clone + Eq + Hash + Ord, const N: usize> Ladder<K, N> {
     /// What each rung has done and holds.
     #[must_use]
     pub fn stats(&self) -> [RungStats; N] {
-        let mut all = [RungStats {
-            rate: None,
-            passed: 0,
-            refused: 0,
-            keys: 0,
-        }; N];
+        let mut all = [RungStats::default(); N];
         for (stats, rung) in all.iter_mut().zip(&self.rungs) {
             *stats = RungStats {
                 rate: rung.pace.map(|pace| pace.rate),

@@ -30,7 +30,7 @@ const ROOMS: [(&str, &str, &[&str]); 8] = [
     (
         "node/gateway",
         "tidelock-gateway",
-        &["tidelock-interceptor"],
+        &["tidelock-interceptor", "tidelock-quota"],
     ),
     (
         "node/executors",

@@ -19,6 +19,7 @@ mod authzen;
 pub mod client;
 mod connection;
 pub mod doors;
+mod guard;
 pub mod limits;
 mod listen;
 mod openapi;

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use tidelock_quota::Rate;
+
 /// Longest body of a decide or explain request: what the interceptor takes. One such buffer a concurrency slot, so at most
 /// [`SLOTS_DEFAULT`] of them: 16 MiB.
 pub const BODY_BYTES_MAX: usize = tidelock_interceptor::limits::MAX_BODY_BYTES;
@@ -92,11 +94,11 @@ pub const REFUSAL_WINDOW_DEFAULT: Duration = Duration::from_secs(60);
 pub const TIMEOUT_MAX: Duration = Duration::from_secs(3600);
 
 /// Sources that a refusal window tells apart; further ones are counted exactly, but together.
-/// At most 400 bytes of JSON each, so a whole window fits one event record of 48 KiB.
+/// At most 440 bytes of JSON each, so a whole window fits one event record of 48 KiB.
 pub const REFUSAL_SOURCES_MAX: usize = 96;
 
-/// Upper bound of one source's JSON in a window: an IPv6 address and seven 20-digit counters.
-pub(crate) const REFUSAL_SOURCE_JSON_BYTES_MAX: usize = 400;
+/// Upper bound of one source's JSON in a window: an IPv6 address and eight 20-digit counters.
+pub(crate) const REFUSAL_SOURCE_JSON_BYTES_MAX: usize = 440;
 
 /// Tokens in one token file. Every one is compared in constant time on every request that brings
 /// a token: about 10 microseconds at the limit.
@@ -110,6 +112,16 @@ pub const TOKEN_BYTES_MAX: usize = 512;
 
 /// Unix user ids mapped to principals.
 pub const UNIX_PEERS_MAX: usize = 1024;
+
+/// Callers whose requests are counted: about 800 bytes each at the longest names. At least as many as
+/// there can be tokens and user ids, so that none is forgotten.
+pub const GUARD_CALLERS_MAX: usize = 4096;
+
+/// Requests of one caller, default.
+pub const REQUESTS_DEFAULT: Rate = Rate {
+    per_second: 10_000,
+    burst: 20_000,
+};
 
 /// Longest response that the client module reads.
 pub const CLIENT_RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
@@ -136,6 +148,7 @@ const _: () = assert!(CONNECTIONS_DEFAULT <= CONNECTIONS_MAX && STRANGERS_DEFAUL
 const _: () = assert!(
     DECISION_TIMEOUT_DEFAULT.as_millis() > tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
 );
+const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);
 const _: () = assert!(HEAD_BYTES_MAX >= 8192, "hyper's smallest read buffer");
 const _: () = assert!(REFUSAL_SOURCES_MAX * REFUSAL_SOURCE_JSON_BYTES_MAX < 48 * 1024 - 1024);

@@ -55,6 +55,8 @@ pub enum RefusalKind {
     Busy,
     /// A request whose body never arrived whole.
     Incomplete,
+    /// More requests than one caller may send.
+    RateLimited,
 }
 
 /// Exact numbers of refusals, by kind.
@@ -74,6 +76,8 @@ pub struct RefusalCounts {
     pub busy: u64,
     /// A body that never arrived whole.
     pub incomplete: u64,
+    /// Over the rate of one caller.
+    pub rate_limited: u64,
 }
 
 impl RefusalCounts {
@@ -86,6 +90,7 @@ impl RefusalCounts {
             RefusalKind::WrongHost => &mut self.wrong_host,
             RefusalKind::Busy => &mut self.busy,
             RefusalKind::Incomplete => &mut self.incomplete,
+            RefusalKind::RateLimited => &mut self.rate_limited,
         };
         *counter = counter.saturating_add(1);
     }
@@ -101,6 +106,7 @@ impl RefusalCounts {
             self.wrong_host,
             self.busy,
             self.incomplete,
+            self.rate_limited,
         ]
         .iter()
         .fold(0, |sum, n| sum.saturating_add(*n))
@@ -217,6 +223,7 @@ mod tests {
                 wrong_host: u64::MAX,
                 busy: u64::MAX,
                 incomplete: u64::MAX,
+                rate_limited: u64::MAX,
             },
         };
         let json = serde_json::to_vec(&widest).unwrap();

@@ -533,10 +533,17 @@ impl Visit<'_> {
                 set(&mut refused, WWW_AUTHENTICATE, BEARER);
                 Box::new(refused)
             })?;
-        if self.registry.make_known(self.connection) {
-            Ok(identity)
-        } else {
-            Err(Box::new(closing(self.busy())))
+        if !self.registry.make_known(self.connection) {
+            return Err(Box::new(closing(self.busy())));
+        }
+        let caller = identity.caller(self.source);
+        let guarded = self
+            .app
+            .guard
+            .check(&caller.principal_type, &caller.principal_id);
+        match guarded {
+            Ok(()) => Ok(identity),
+            Err(wait) => Err(Box::new(self.too_often(wait))),
         }
     }
 
@@ -547,20 +554,13 @@ impl Visit<'_> {
 
     pub(crate) fn busy(&self) -> Reply {
         self.refuse(RefusalKind::Busy);
-        let mut refused = problem_reply(
-            StatusCode::TOO_MANY_REQUESTS,
-            Problem {
-                error: "rate_limited".to_owned(),
-                message: "as many requests are in progress as there may be, retry".to_owned(),
-                retry_after_ms: u64::try_from(BUSY_RETRY.as_millis()).ok(),
-            },
-        );
-        set(
-            &mut refused,
-            RETRY_AFTER,
-            HeaderValue::from(BUSY_RETRY.as_secs()),
-        );
-        refused
+        let message = "as many requests are in progress as there may be, retry";
+        rate_limited(message, BUSY_RETRY)
+    }
+
+    fn too_often(&self, wait: Duration) -> Reply {
+        self.refuse(RefusalKind::RateLimited);
+        rate_limited("this caller sends more requests than it may, retry", wait)
     }
 
     /// The whole body, or its first bytes when it is longer than `limit`: then more than `limit`
@@ -588,6 +588,21 @@ impl Visit<'_> {
             }
         }
     }
+}
+
+fn rate_limited(message: &str, wait: Duration) -> Reply {
+    let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+    let mut refused = problem_reply(
+        StatusCode::TOO_MANY_REQUESTS,
+        Problem {
+            error: "rate_limited".to_owned(),
+            message: message.to_owned(),
+            retry_after_ms: Some(wait_ms),
+        },
+    );
+    let seconds = wait_ms.div_ceil(1000).max(1);
+    set(&mut refused, RETRY_AFTER, HeaderValue::from(seconds));
+    refused
 }
 
 /// A wait for a decision, given up when dropped.

@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tidelock_quota::{Rate, RateError};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -26,13 +27,14 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use crate::auth::{AuthConfig, Authenticator};
 use crate::connection::{CloseCause, Connection, Patience, Registry, Watched};
 use crate::doors::{Decider, Operator};
+use crate::guard::Guard;
 use crate::limits::{
     ADMIN_SLOTS, BODY_TIMEOUT_DEFAULT, CONNECTIONS_DEFAULT, CONNECTIONS_MAX,
     DECISION_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_DEFAULT, H2_CONNECTION_WINDOW_BYTES,
     H2_SEND_BUFFER_BYTES, H2_STREAM_WINDOW_BYTES, H2_STREAMS_MAX, HEAD_BYTES_MAX,
     HEAD_LIST_BYTES_MAX, HEAD_TIMEOUT_DEFAULT, IDLE_TIMEOUT_DEFAULT, REFUSAL_WINDOW_DEFAULT,
-    SLOTS_DEFAULT, SLOTS_MAX, SLOTS_PER_PRINCIPAL_DEFAULT, STRANGER_TIMEOUT_DEFAULT,
-    STRANGERS_DEFAULT, TIMEOUT_MAX, WRITE_TIMEOUT_DEFAULT,
+    REQUESTS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_PER_PRINCIPAL_DEFAULT,
+    STRANGER_TIMEOUT_DEFAULT, STRANGERS_DEFAULT, TIMEOUT_MAX, WRITE_TIMEOUT_DEFAULT,
 };
 use crate::listen::{self, ListenError, UnixDoor, UnixSocket};
 use crate::refusals::{RefusalLedger, RefusalWindow, Source};
@@ -70,6 +72,8 @@ pub struct GatewayLimits {
     pub drain_timeout: Duration,
     /// Length of the window in which refusals are counted into one summary.
     pub refusal_window: Duration,
+    /// Requests of one caller, whatever they ask for.
+    pub requests: Rate,
 }
 
 impl Default for GatewayLimits {
@@ -87,6 +91,7 @@ impl Default for GatewayLimits {
             decision_timeout: DECISION_TIMEOUT_DEFAULT,
             drain_timeout: DRAIN_TIMEOUT_DEFAULT,
             refusal_window: REFUSAL_WINDOW_DEFAULT,
+            requests: REQUESTS_DEFAULT,
         }
     }
 }
@@ -210,6 +215,9 @@ pub enum GatewayError {
         /// What it was.
         value: Duration,
     },
+    /// A rate of requests that lets nothing pass.
+    #[error("requests of one caller: {0}")]
+    Requests(#[from] RateError),
     /// A door does not open.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -222,6 +230,7 @@ pub(crate) struct App {
     pub(crate) auth: ArcSwap<Authenticator>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) admin_slots: Arc<Slots>,
+    pub(crate) guard: Guard,
     pub(crate) refusals: RefusalLedger,
     pub(crate) counters: Stats,
     pub(crate) own_uid: u32,
@@ -296,6 +305,12 @@ impl GatewayHandle {
             .store(Arc::new(Authenticator::new(auth, self.app.own_uid)));
     }
 
+    /// Another rate of requests for each caller, from the next request on. A rate of nothing changes
+    /// nothing.
+    pub fn set_requests(&self, rate: Rate) {
+        self.app.guard.set(rate);
+    }
+
     /// What the gateway is doing and has done.
     #[must_use]
     pub fn stats(&self) -> GatewayStats {
@@ -337,6 +352,7 @@ impl Gateway {
             auth: ArcSwap::from_pointee(Authenticator::new(auth, own_uid)),
             slots: Slots::new(limits.slots, limits.slots_per_principal),
             admin_slots: Slots::new(ADMIN_SLOTS, usize::MAX),
+            guard: Guard::new(limits.requests)?,
             refusals: RefusalLedger::default(),
             counters: Stats::default(),
             own_uid,

@@ -27,7 +27,7 @@ pub(crate) struct Stats {
     pub(crate) decisions: Count,
     pub(crate) unanswered: Count,
     closed: [Count; 5],
-    refused: [Count; 7],
+    refused: [Count; 8],
 }
 
 impl Stats {
@@ -43,7 +43,7 @@ impl Stats {
     }
 
     pub(crate) fn refused(&self, kind: RefusalKind) -> &Count {
-        let [none, bad, scope, operator, host, busy, incomplete] = &self.refused;
+        let [none, bad, scope, operator, host, busy, incomplete, rate] = &self.refused;
         match kind {
             RefusalKind::NoCredentials => none,
             RefusalKind::BadCredentials => bad,
@@ -52,6 +52,7 @@ impl Stats {
             RefusalKind::WrongHost => host,
             RefusalKind::Busy => busy,
             RefusalKind::Incomplete => incomplete,
+            RefusalKind::RateLimited => rate,
         }
     }
 }
@@ -94,6 +95,7 @@ impl GatewayStats {
             ("wrong_host", RefusalKind::WrongHost),
             ("busy", RefusalKind::Busy),
             ("incomplete", RefusalKind::Incomplete),
+            ("rate_limited", RefusalKind::RateLimited),
         ];
         Self {
             connections_known: known,

@@ -11,7 +11,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{FULL, OTHER, body, decide, header, quick, read_answer, soon, start, status, until};
 use http_body_util::Full;
@@ -21,6 +21,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tidelock_gateway::GatewayLimits;
 use tidelock_gateway::limits::{BODY_BYTES_MAX, HEAD_BYTES_MAX};
 use tidelock_gateway::refusals::{RefusalCounts, Source};
+use tidelock_quota::Rate;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -752,4 +753,65 @@ async fn a_drain_ends_at_its_deadline() {
     let mut rest = Vec::new();
     let _ = soon(open.read_to_end(&mut rest)).await;
     assert!(rest.is_empty(), "no answer was made up");
+}
+
+#[tokio::test]
+async fn inv_13_a_caller_that_asks_too_often_is_told_to_wait_and_costs_nobody_else() {
+    let limits = GatewayLimits {
+        requests: Rate {
+            per_second: 1,
+            burst: 3,
+        },
+        ..quick()
+    };
+    let node = start(limits).await;
+    let (noisy, quiet) = (node.client(Some(FULL)), node.client(Some(OTHER)));
+    let begun = Instant::now();
+    let mut passed = 0;
+    let body = loop {
+        let (status, body) = noisy
+            .post_json("/v1/decide", "\"POLICY_ALLOW\"")
+            .await
+            .unwrap();
+        if status == 429 {
+            break body;
+        }
+        passed += 1;
+    };
+    assert!(passed <= 3 + begun.elapsed().as_secs() + 1, "{passed}");
+    let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+    assert_eq!(body["error"], "rate_limited");
+    assert!(body["retry_after_ms"].as_u64().unwrap() <= 1_000, "{body}");
+    // Nothing of it was judged, no slot is held, and the other has its whole burst.
+    assert_eq!(node.script.asked().len() as u64, passed);
+    assert_eq!(node.handle.stats().in_flight, 0);
+    for _ in 0..3 {
+        let (status, _) = quiet
+            .post_json("/v1/decide", "\"POLICY_ALLOW\"")
+            .await
+            .unwrap();
+        assert_eq!(status, 200);
+    }
+    node.handle.set_requests(Rate {
+        per_second: 1_000,
+        burst: 1_000,
+    });
+    // What it owes it goes on owing, and pays at the new rate.
+    loop {
+        let (status, _) = noisy
+            .post_json("/v1/decide", "\"POLICY_ALLOW\"")
+            .await
+            .unwrap();
+        if status == 200 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (_, windows) = node.stop().await;
+    let counted: u64 = windows
+        .iter()
+        .flat_map(|window| &window.sources)
+        .map(|source| source.counts.rate_limited)
+        .sum();
+    assert!(counted >= 1);
 }

@@ -19,14 +19,15 @@ use crate::{
     action::{Action, InvalidRequest, canonical_bytes},
     answer::{Answer, BundleInfo, Done, Mode, Outcome},
     authzen::{self, Search},
-    caller::{Caller, Principal},
+    caller::Caller,
     clock::{BucketClock, Clock},
     engines::{Engines, Evaluated},
     limits::{
-        APPEND_TIMEOUT, DEFAULT_ACTIONS, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT,
-        ENGINE_WORKERS, MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
+        APPEND_TIMEOUT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT, ENGINE_WORKERS,
+        MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
     },
     pending::{Completed, Draft, Queue, Slot},
+    quotas::{BucketStats, QuotaRates, Quotas},
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
@@ -71,8 +72,8 @@ impl Ask<'_> {
 pub struct InterceptorConfig {
     /// This node, as records name it.
     pub node_id: NodeId,
-    /// Actions of one principal.
-    pub actions: Rate,
+    /// Quotas of actions.
+    pub quotas: QuotaRates,
     /// Record bytes of one principal's denials before they are summarised.
     pub denial_bytes: Rate,
     /// CPU time of the policy engine for one decision.
@@ -91,7 +92,7 @@ impl InterceptorConfig {
     pub fn new(node_id: NodeId) -> Self {
         Self {
             node_id,
-            actions: DEFAULT_ACTIONS,
+            quotas: QuotaRates::default(),
             denial_bytes: DEFAULT_DENIAL_BYTES,
             engine_budget: ENGINE_BUDGET,
             engine_wait: ENGINE_WAIT,
@@ -104,8 +105,8 @@ impl InterceptorConfig {
 /// Why a configuration was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InterceptorConfigError {
-    /// The rate of actions.
-    #[error("actions per principal: {0}")]
+    /// A rate of actions.
+    #[error("quota of actions: {0}")]
     Actions(RateError),
     /// The rate of record bytes.
     #[error("denial bytes per principal: {0}")]
@@ -126,8 +127,6 @@ pub enum InterceptorConfigError {
 
 /// Whose denials are counted: the caller's own type and id.
 type DenialKey = (String, String);
-/// Whose actions are counted: the caller, and on whose behalf it acts.
-type ActionKey = (DenialKey, Principal);
 
 /// Decides, records, and is the only maker of permits. Cheap to clone; clones are the same one.
 #[derive(Clone)]
@@ -140,7 +139,7 @@ struct Inner {
     clock: Arc<dyn Clock>,
     policy: PolicySource,
     recorder: Arc<dyn Recorder>,
-    actions: TokenBuckets<ActionKey, BucketClock>,
+    quotas: Quotas,
     denial_bytes: TokenBuckets<DenialKey, BucketClock>,
     engines: Engines,
     floor: AtomicU8,
@@ -185,8 +184,7 @@ impl Interceptor {
             return Err(InterceptorConfigError::DenialBurst { burst });
         }
         let bucket_clock = BucketClock(Arc::clone(&clock));
-        let actions = TokenBuckets::new(config.actions, MAX_PRINCIPALS, bucket_clock.clone())
-            .map_err(InterceptorConfigError::Actions)?;
+        let quotas = Quotas::new(&config.quotas).map_err(InterceptorConfigError::Actions)?;
         let denial_bytes = TokenBuckets::new(config.denial_bytes, MAX_PRINCIPALS, bucket_clock)
             .map_err(InterceptorConfigError::DenialBytes)?;
         let summary = Mutex::new(Summary::new(clock.unix_ms()));
@@ -197,7 +195,7 @@ impl Interceptor {
                 clock,
                 policy,
                 recorder,
-                actions,
+                quotas,
                 denial_bytes,
                 engines,
                 floor: AtomicU8::new(0),
@@ -273,7 +271,24 @@ impl Interceptor {
             let Some(slot) = overdue else { break };
             Inner::finish(&self.inner, slot.give_up());
         }
+        self.inner.quotas.evict_idle(now);
         Inner::flush(&self.inner, self.inner.config.summary_window);
+    }
+
+    /// Other quotas from now on; what is owed stays owed.
+    ///
+    /// # Errors
+    /// A rate of nothing; then nothing has changed.
+    pub fn set_quotas(&self, rates: &QuotaRates) -> Result<(), InterceptorConfigError> {
+        let now = self.inner.clock.now();
+        let set = self.inner.quotas.set(rates, now);
+        set.map_err(InterceptorConfigError::Actions)
+    }
+
+    /// What each kind of quota has done since the start, and holds.
+    #[must_use]
+    pub fn quota_stats(&self) -> [BucketStats; 5] {
+        self.inner.quotas.stats()
     }
 
     /// Writes the open summary window now, for a shutdown.
@@ -439,6 +454,11 @@ impl Inner {
             }
         };
         add(&inner.counters.redactions, rendered.redactions);
+        if answer.reason == Reason::RateLimitExceeded
+            && let Some(spent) = rendered.errors.first()
+        {
+            answer.message.clone_from(spent);
+        }
         answer.policies = rendered.policies;
         answer.action_hash = rendered.action_hash;
         answer.request_id = rendered.request_id;
@@ -601,13 +621,12 @@ impl Inner {
         policy: &mut Option<Arc<ActivePolicy>>,
     ) -> Findings {
         let posture = self.posture_of(action, policy.as_deref());
-        let key = (denial_key(caller), action.principal().clone());
-        if let Err(refused) = self.actions.check(&key, 1) {
-            let retry_after_ms = refused.retry_after().map(whole_ms);
-            let findings = Findings::new(Reason::RateLimitExceeded, posture);
+        let now = self.clock.now();
+        if let Err((bucket, retry_after)) = self.quotas.check(action, caller, now) {
             return Findings {
-                retry_after_ms,
-                ..findings
+                retry_after_ms: Some(whole_ms(retry_after)),
+                errors: vec![format!("quota {} is spent", bucket.as_str())],
+                ..Findings::new(Reason::RateLimitExceeded, posture)
             };
         }
         for _ in 0..JUDGED_AT_MOST {

@@ -24,6 +24,7 @@ pub mod limits;
 mod normalise;
 mod pending;
 mod permit;
+mod quotas;
 mod reason;
 mod record;
 mod recorder;
@@ -44,6 +45,7 @@ pub use interceptor::{
 };
 pub use normalise::ResourceError;
 pub use permit::Permit;
+pub use quotas::{Bucket, BucketStats, QuotaRates};
 pub use reason::{Decision, Reason};
 pub use recorder::{AppendDone, Recorder};
 pub use redact::{redact, redact_text};

@@ -61,7 +61,8 @@ pub const MAX_INLINE_BYTES: usize = 8 * 1024;
 /// Bytes of an event's detail; a bigger one is replaced by a note of its size.
 pub const MAX_EVENT_BYTES: usize = 48 * 1024;
 
-/// Principals whose quotas are tracked; about 500 bytes each, 4 MiB in all.
+/// Buckets of each kind of quota, and principals whose denials are budgeted: at most 500 bytes each,
+/// six kinds, 24 MiB in all.
 pub const MAX_PRINCIPALS: usize = 8_192;
 
 /// Decisions whose record is not durable yet; beyond it a request is answered `AUDIT_UNAVAILABLE`.
@@ -123,6 +124,9 @@ pub const DEFAULT_ACTIONS: Rate = Rate {
     per_second: 2_000,
     burst: 4_000,
 };
+
+/// How long the bucket of a quota that is full again is kept, unless the configuration says otherwise.
+pub const QUOTA_IDLE: Duration = Duration::from_secs(300);
 
 /// Record bytes a second that one principal's denials may write one by one (ruling 20).
 pub const DEFAULT_DENIAL_BYTES: Rate = Rate {

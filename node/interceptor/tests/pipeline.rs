@@ -18,7 +18,7 @@ use std::{
 use serde_json::{Value, json};
 use tidelock_interceptor::{
     Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
-    NotReplayable, Outcome, Pending, Reason,
+    NotReplayable, Outcome, Pending, QuotaRates, Reason,
     limits::{ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
     recorded_request,
     testing::{MemoryRecorder, TestClock},
@@ -229,7 +229,7 @@ fn an_allow_carries_answer_record_and_permit() {
 #[test]
 fn every_early_exit_is_a_recorded_deny_with_its_reason() {
     let site = Site::with(|config| {
-        config.actions = Rate {
+        config.quotas.principal = Rate {
             per_second: 1,
             burst: 9,
         }
@@ -525,7 +525,7 @@ fn a_posture_floor_holds_whatever_the_age_and_can_be_lifted() {
 #[test]
 fn a_spent_quota_denies_after_parsing_and_before_policy() {
     let site = Site::with(|config| {
-        config.actions = Rate {
+        config.quotas.principal = Rate {
             per_second: 2,
             burst: 1,
         }
@@ -546,9 +546,93 @@ fn a_spent_quota_denies_after_parsing_and_before_policy() {
 }
 
 #[test]
+fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
+    let rate = |burst| {
+        Some(Rate {
+            per_second: 1,
+            burst,
+        })
+    };
+    let site = Site::with(|config| {
+        config.quotas = QuotaRates {
+            principal_action: rate(2),
+            principal_resource: rate(3),
+            principal: rate(4).unwrap(),
+            action: rate(5),
+            total: rate(6),
+            ..QuotaRates::default()
+        }
+    });
+    let ask = |who: &str, action: &str, file: &str| {
+        let mut request = request(action);
+        request["resource"]["id"] = json!(file);
+        site.ask_as(&caller_named(who), Mode::Decide, &request)
+            .answer
+    };
+    let passes = |who: &str, action: &str, file: &str| {
+        let answer = ask(who, action, file);
+        assert_ne!(answer.reason, Reason::RateLimitExceeded, "{answer:?}");
+    };
+    let spent = |who: &str, action: &str, file: &str, bucket: &str| {
+        for _ in 0..20 {
+            let answer = ask(who, action, file);
+            assert_eq!(answer.reason, Reason::RateLimitExceeded);
+            assert_eq!(answer.message, format!("quota {bucket} is spent"));
+            assert_eq!(answer.retry_after_ms, Some(1_000));
+        }
+    };
+    passes("one", "fs.read", "/a");
+    passes("one", "fs.read", "/a");
+    spent("one", "fs.read", "/a", "principal_action");
+    passes("one", "fs.list", "/a");
+    // Another spelling is the same resource.
+    spent("one", "fs.stat", "/x/../a", "principal_resource");
+    passes("one", "fs.list", "/b");
+    spent("one", "fs.stat", "/c", "principal");
+    // The control: none of the refused ones was charged to what others share.
+    passes("two", "fs.read", "/d");
+    passes("three", "fs.read", "/d");
+    spent("four", "fs.write", "/d", "total");
+    let refused: Vec<(&str, u64)> = site
+        .interceptor
+        .quota_stats()
+        .iter()
+        .map(|quota| (quota.bucket.as_str(), quota.stats.refused))
+        .collect();
+    assert_eq!(
+        refused,
+        [
+            ("principal_action", 20),
+            ("principal_resource", 20),
+            ("principal", 20),
+            ("action", 0),
+            ("total", 20)
+        ]
+    );
+    assert_eq!(site.evaluations.load(Ordering::SeqCst), 6);
+
+    // Other rates hold at once; a rate of nothing changes nothing.
+    let mut rates = QuotaRates::default();
+    site.interceptor.set_quotas(&rates).unwrap();
+    site.clock.advance(Duration::from_secs(5));
+    passes("one", "fs.read", "/a");
+    rates.principal.per_second = 0;
+    assert!(site.interceptor.set_quotas(&rates).is_err());
+    passes("one", "fs.read", "/a");
+    // What is full again is forgotten, after its time.
+    let keys = || site.interceptor.quota_stats()[2].stats.keys;
+    site.clock.advance(Duration::from_secs(60));
+    site.interceptor.tick();
+    assert_eq!(keys(), 3);
+    site.clock.advance(Duration::from_secs(600));
+    site.interceptor.tick();
+    assert_eq!(keys(), 0);
+}
+
+#[test]
 fn inv_13_one_principals_flood_costs_another_nothing() {
     let site = Site::with(|config| {
-        config.actions = Rate {
+        config.quotas.principal = Rate {
             per_second: 1,
             burst: 5,
         }
@@ -717,7 +801,7 @@ fn inv_14_waiting_for_a_recorder_that_never_answers_ends_in_a_deny() {
 #[test]
 fn inv_07_requests_without_a_record_yet_are_limited() {
     let site = Site::with(|config| {
-        config.actions = Rate {
+        config.quotas.principal = Rate {
             per_second: 1,
             burst: u32::MAX,
         }
@@ -941,7 +1025,7 @@ fn denials_are_recorded_up_to_a_budget_then_summarised_with_exact_counts() {
             per_second: 1,
             burst: 70_000,
         };
-        config.actions = Rate {
+        config.quotas.principal = Rate {
             per_second: 1,
             burst: u32::MAX,
         };
@@ -1069,7 +1153,7 @@ fn nonsense_is_refused_by_the_constructor() {
         Some(InterceptorConfigError::DenialBurst { burst: 1_000 })
     );
     assert!(matches!(
-        make(|c| c.actions.per_second = 0),
+        make(|c| c.quotas.principal.per_second = 0),
         Some(InterceptorConfigError::Actions(_))
     ));
     assert!(matches!(

@@ -113,6 +113,12 @@ pub enum Command {
     Decide(decide::DecideArgs),
     /// What a running node is doing.
     Status(ConfigArg),
+    /// The quotas of actions of a running node: what each kind of bucket lets pass, and what it did
+    /// since the start. They are changed in the config, by `[quota]` and SIGHUP.
+    #[command(
+        after_help = "Examples:\n  tidelock quota\n  tidelock quota --json -c /etc/tidelock/tidelock.toml"
+    )]
+    Quota(ConfigArg),
     /// What happened at a running node lately: sessions, transfers, refusals. No evidence, that is
     /// the audit log.
     #[command(after_help = "Example:\n  tidelock journal --since 120 --json")]
@@ -202,6 +208,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Crl(command) => node::crl(command, output),
         Command::Decide(args) => decide::run(&args, output),
         Command::Status(args) => node::status(&args, output),
+        Command::Quota(args) => node::quota(&args, output),
         Command::Journal { since, config } => node::journal(&config, since, output),
         Command::Peers { command, config } => node::peers(command, &config, output),
         Command::Audit(command) => audit::run(command, output),

@@ -358,6 +358,28 @@ pub(super) fn status(args: &ConfigArg, output: &Output) -> Result<Exit, Failure>
     Ok(Exit::Done)
 }
 
+pub(super) fn quota(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
+    let status = Door::of(args)?.get("/v1/status")?;
+    let quotas = at(&status, "/quotas");
+    output.say(&json!({"quotas": quotas}), || {
+        let cells = ["bucket", "per_second", "burst", "passed", "refused", "keys"];
+        let rows: Vec<Vec<String>> = quotas
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|quota| {
+                let cell = |key: &&str| match quota.get(*key) {
+                    None | Some(Value::Null) => "no bound".to_owned(),
+                    Some(value) => plain(value),
+                };
+                cells.iter().map(cell).collect()
+            })
+            .collect();
+        table(&cells, &rows)
+    });
+    Ok(Exit::Done)
+}
+
 pub(super) fn at<'v>(value: &'v Value, pointer: &str) -> &'v Value {
     value.pointer(pointer).unwrap_or(&Value::Null)
 }

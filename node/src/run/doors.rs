@@ -334,6 +334,23 @@ impl Node {
         Ok(json!({"records": records}))
     }
 
+    /// What each kind of bucket lets pass, has done, and holds.
+    fn quotas_json(&self) -> Value {
+        let quotas = self.interceptor.quota_stats();
+        let quotas = quotas.iter().map(|quota| {
+            let stats = quota.stats;
+            json!({
+                "bucket": quota.bucket,
+                "per_second": stats.rate.map(|rate| rate.per_second),
+                "burst": stats.rate.map(|rate| rate.burst),
+                "passed": stats.passed,
+                "refused": stats.refused,
+                "keys": stats.keys,
+            })
+        });
+        quotas.collect()
+    }
+
     /// What `/v1/status` answers; its shape is documented in docs/src/api.md.
     pub(super) fn status(&self) -> Value {
         let config = self.config.load();
@@ -400,6 +417,7 @@ impl Node {
             "domain": config.node.domain,
             "version": env!("CARGO_PKG_VERSION"),
             "posture": self.interceptor.posture(),
+            "quotas": self.quotas_json(),
             "bundle": bundle,
             "policy_worker": self.vetter.status(worker_terms(&config)),
             "audit": {
@@ -533,7 +551,37 @@ impl Node {
                 reason.as_str()
             );
         }
+        text.push_str("# HELP tidelock_quota_total Actions by bucket and outcome; a refusal counts at the narrowest bucket that was spent.\n# TYPE tidelock_quota_total counter\n");
+        let quotas = self.interceptor.quota_stats();
+        for quota in &quotas {
+            for (outcome, count) in [
+                ("passed", quota.stats.passed),
+                ("refused", quota.stats.refused),
+            ] {
+                let _ = writeln!(
+                    text,
+                    "tidelock_quota_total{{bucket=\"{}\",outcome=\"{outcome}\"}} {count}",
+                    quota.bucket.as_str()
+                );
+            }
+        }
+        text.push_str(
+            "# HELP tidelock_quota_keys Buckets held.\n# TYPE tidelock_quota_keys gauge\n",
+        );
+        for quota in &quotas {
+            let _ = writeln!(
+                text,
+                "tidelock_quota_keys{{bucket=\"{}\"}} {}",
+                quota.bucket.as_str(),
+                quota.stats.keys
+            );
+        }
         let counters = [
+            (
+                "tidelock_searches_total",
+                "Pages of searches.",
+                stats.searches,
+            ),
             ("tidelock_permits_total", "Permits made.", stats.permits),
             (
                 "tidelock_denials_summarised_total",

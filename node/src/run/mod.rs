@@ -24,6 +24,7 @@ use tidelock_gateway::{
     AuthConfig, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant, RefusalWindow, Scopes,
     TokenSet, UnixDoor,
 };
+use tidelock_quota::Rate;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -84,12 +85,13 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     // A key that others can read keeps a node from starting, whatever else is wrong with its papers.
     hooks::beacon_config(&config.beacon)?;
     let gateway_section = config.gateway.clone();
+    let requests = node::rate(config.quota.requests);
     let path = config_path.to_owned();
     let node = tokio::task::spawn_blocking(move || Node::open(&path, config)).await??;
     let doors = Arc::new(Doors(node.clone()));
     let refused_node = node.clone();
     let gateway = Gateway::bind(
-        gateway_config(&gateway_section)?,
+        gateway_config(&gateway_section, requests)?,
         GatewayParts {
             decider: doors.clone(),
             operator: Some(doors),
@@ -133,7 +135,10 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
             }
             _ = hangup.recv() => {
                 let (reloading, doorkeeper) = (node.clone(), doorkeeper.clone());
-                let reload = move || reloading.reload(|auth| doorkeeper.set_auth(auth));
+                let reload = move || reloading.reload(|auth, requests| {
+                        doorkeeper.set_auth(auth);
+                        doorkeeper.set_requests(requests);
+                    });
                 match tokio::task::spawn_blocking(reload).await {
                     Ok(Ok(())) => {}
                     Ok(Err(failure)) => node.event("reload_refused", json!({"why": failure.message})),
@@ -235,13 +240,14 @@ fn auth_config(section: &GatewaySection) -> Result<AuthConfig, Failure> {
     Ok(auth)
 }
 
-fn gateway_config(section: &GatewaySection) -> Result<GatewayConfig, Failure> {
+fn gateway_config(section: &GatewaySection, requests: Rate) -> Result<GatewayConfig, Failure> {
     Ok(GatewayConfig {
         public_url: section.public_url.clone(),
         tcp: section.tcp,
         unix: Some(UnixDoor::new(section.unix.clone())),
         limits: GatewayLimits {
             slots: usize::try_from(section.concurrent_max).unwrap_or(usize::MAX),
+            requests,
             ..GatewayLimits::default()
         },
         auth: auth_config(section)?,

@@ -16,7 +16,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tidelock_gateway::AuthConfig;
-use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig, ThreadCpu};
+use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig, QuotaRates, ThreadCpu};
 use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
@@ -46,7 +46,7 @@ use super::{
 use crate::{
     cli::Failure,
     clock::{NodeClock, PersistedFloor, ThreadAccount, thread_cpu},
-    config::Config,
+    config::{Config, QuotaSection},
     sealing::seal_options,
     worker::{For, KeptPasses, Terms, Vetter},
 };
@@ -661,7 +661,10 @@ impl Node {
 
     /// Reads config, certificate, key, CA, CRLs, trust file and tokens again. All or nothing: where
     /// one of them is unusable, all of the old stays. Who may call goes to `take_auth`.
-    pub(super) fn reload(&self, take_auth: impl FnOnce(AuthConfig)) -> Result<(), Failure> {
+    pub(super) fn reload(
+        &self,
+        take_callers: impl FnOnce(AuthConfig, Rate),
+    ) -> Result<(), Failure> {
         let _turn = self
             .reloading
             .lock()
@@ -684,7 +687,6 @@ impl Node {
             (new.mesh != old.mesh, "mesh"),
             (new.beacon != old.beacon, "beacon"),
             (new.gateway != old.gateway, "gateway"),
-            (new.quota != old.quota, "quota"),
             (
                 new.audit.segment_bytes != old.audit.segment_bytes,
                 "audit.segment_bytes",
@@ -716,12 +718,16 @@ impl Node {
         let credentials = load_credentials(&new)?;
         let trust = load_policy_trust(&new).map_err(Failure::cannot_run)?;
         let auth = super::auth_config(&new.gateway)?;
+        // A config whose quotas make no sense has been refused above; nothing else can fail in it.
+        self.interceptor
+            .set_quotas(&action_quotas(&new.quota))
+            .map_err(|error| Failure::cannot_run(error.to_string()))?;
         // From here on nothing can fail. No bundle is judged by the old trust file meanwhile.
         let turn = self
             .activating
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        take_auth(auth);
+        take_callers(auth, rate(new.quota.requests));
         self.root.ledger().set_ceiling(new.node.ceiling_bytes);
         self.root
             .ledger()
@@ -1002,6 +1008,23 @@ fn claim_root(config: &Config, root: &Arc<Root>) -> Result<(), Failure> {
     }
 }
 
+pub(super) fn rate((per_second, burst): (u32, u32)) -> Rate {
+    Rate { per_second, burst }
+}
+
+/// The quotas of actions, where 0 a second is no bound.
+fn action_quotas(section: &QuotaSection) -> QuotaRates {
+    let bound = |pair: (u32, u32)| (pair.0 > 0).then(|| rate(pair));
+    QuotaRates {
+        principal_action: bound(section.principal_action),
+        principal_resource: bound(section.principal_resource),
+        principal: rate((section.actions_per_second, section.actions_burst)),
+        action: bound(section.action),
+        total: bound(section.total),
+        evict_after: Duration::from_secs(section.evict_after_s),
+    }
+}
+
 fn open_interceptor(
     config: &Config,
     clock: &Arc<NodeClock>,
@@ -1009,10 +1032,7 @@ fn open_interceptor(
     log: &Arc<AuditLog>,
 ) -> Result<Interceptor, Failure> {
     let mut settings = InterceptorConfig::new(config.node.id.clone());
-    settings.actions = Rate {
-        per_second: config.quota.actions_per_second,
-        burst: config.quota.actions_burst,
-    };
+    settings.quotas = action_quotas(&config.quota);
     let slots = slots.clone();
     Ok(Interceptor::new(
         settings,
