@@ -20,7 +20,7 @@ use crate::limits::{
 use crate::manifest::{ClassLimits, Manifest, rfc3339};
 use crate::package::{ContentId, Package, sha256};
 use crate::request::{Engine, Evaluation, Lanes, PolicyRequest};
-use crate::trust::TrustFile;
+use crate::trust::{Role, Signed, TrustFile};
 
 /// What the node is, as far as a bundle may ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,8 +107,9 @@ impl VerifiedBundle {
         trust: &TrustFile,
         context: &LoadContext,
     ) -> Result<Self, BundleError> {
-        let signers = vouched(&package, trust, context)?;
+        let signed = signed_by(&package, trust, context)?;
         let contents = Contents::read(&package.archive)?;
+        let signers = contents.check_role(&signed)?;
         contents.check_for(context)?;
         let compiled = contents.compile(COMPILE_STACK_BYTES)?;
         compiled.check_tests()?;
@@ -206,8 +207,8 @@ impl Engine for VerifiedBundle {
     }
 }
 
-/// The first part of [`VerifiedBundle::load`], which parses nothing of the archive: the ids of the
-/// distinct trusted keys that signed it. It decides who may cost this machine a worker.
+/// The first part of [`VerifiedBundle::load`], which parses nothing of the archive: whether enough
+/// distinct trusted keys of some role signed it. It decides who may cost this machine a worker.
 ///
 /// # Errors
 /// [`BundleError::Domain`], [`BundleError::Format`] or [`BundleError::Signature`].
@@ -215,7 +216,15 @@ pub fn vouched(
     package: &Package,
     trust: &TrustFile,
     context: &LoadContext,
-) -> Result<Vec<String>, BundleError> {
+) -> Result<(), BundleError> {
+    signed_by(package, trust, context).map(|_| ())
+}
+
+fn signed_by<'t>(
+    package: &Package,
+    trust: &'t TrustFile,
+    context: &LoadContext,
+) -> Result<Signed<'t>, BundleError> {
     if trust.domain() != context.domain {
         return Err(BundleError::Domain {
             what: "the trust file",
@@ -225,15 +234,17 @@ pub fn vouched(
     }
     // Also bounds the sizes: what cannot be encoded is not looked at.
     package.encode()?;
-    let signers = trust.signers(package);
-    if signers.ids.len() < trust.threshold() {
+    let signed = trust.signed_package(package);
+    let by_policy = signed.quorum(Role::Policy, None);
+    let by_break_glass = signed.quorum(Role::BreakGlass, None);
+    if !by_policy.is_reached() && !by_break_glass.is_reached() {
         return Err(BundleError::Signature {
-            valid: signers.ids.len(),
+            valid: by_policy.ids.len(),
             needed: trust.threshold(),
-            unknown: signers.unknown,
+            unknown: by_policy.unknown,
         });
     }
-    Ok(signers.ids)
+    Ok(signed)
 }
 
 /// What a worker says of a bundle that it compiled and tested without fault.
@@ -320,6 +331,29 @@ impl Contents {
             )));
         }
         Ok(Self { manifest, files })
+    }
+
+    /// Whether enough keys of the role that the manifest states signed, at a time that is theirs by
+    /// the bundle's own word: no clock is asked. Answers their ids.
+    fn check_role(&self, signed: &Signed<'_>) -> Result<Vec<String>, BundleError> {
+        let stated = self.manifest.role;
+        let quorum = signed.quorum(stated, None);
+        let Some(needed) = quorum.needed.filter(|_| quorum.is_reached()) else {
+            return Err(BundleError::Role {
+                stated,
+                valid: quorum.ids.len(),
+                needed: quorum.needed,
+            });
+        };
+        let in_time = signed.quorum(stated, Some(self.manifest.created_unix_ms));
+        if !in_time.is_reached() {
+            return Err(BundleError::KeyTime {
+                valid: in_time.ids.len(),
+                needed,
+                created_at: self.manifest.created_at.clone(),
+            });
+        }
+        Ok(in_time.ids)
     }
 
     fn check_for(&self, context: &LoadContext) -> Result<(), BundleError> {

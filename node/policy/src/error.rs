@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::ContentId;
+use crate::trust::{Quorum, Role, TrustError};
 
 /// Why a bundle was refused. Grouped by whose fault it is; [`code`](Self::code) is stable.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -32,6 +33,32 @@ pub enum BundleError {
         needed: usize,
         /// Signatures that no trusted key verifies.
         unknown: usize,
+    },
+    /// The keys that signed it are trusted, but not for what the bundle says that it is.
+    #[error(
+        "the bundle says that it is of role `{stated}`, and {valid} of the {} needed signatures are by \
+         distinct keys of that role: sign it with keys that the trust file gives the role", needed_text(*needed)
+    )]
+    Role {
+        /// Role that the manifest states.
+        stated: Role,
+        /// Distinct keys of the role that signed.
+        valid: usize,
+        /// Threshold of the role; none if the trust file does not have it.
+        needed: Option<usize>,
+    },
+    /// The keys that signed it are of the role, but not for the time of its making.
+    #[error(
+        "{valid} of the {needed} needed signatures are by keys that may sign what was made at \
+         {created_at}: see not_before and not_after in the trust file"
+    )]
+    KeyTime {
+        /// Distinct keys of the role whose time it is.
+        valid: usize,
+        /// Threshold of the role.
+        needed: usize,
+        /// When the bundle was made, as it says.
+        created_at: String,
     },
     /// The bundle, or the trust file, belongs to another domain.
     #[error("{what} is of domain `{found}`, this node is of domain `{expected}`")]
@@ -66,6 +93,20 @@ pub enum BundleError {
         known: ContentId,
         /// Content offered.
         offered: ContentId,
+    },
+
+    // Its time.
+    /// Its `not_before` lies ahead.
+    #[error("the bundle may not decide yet: its not_before lies {seconds} s ahead")]
+    NotYet {
+        /// How far, in seconds.
+        seconds: u64,
+    },
+    /// Its `expires_at` has passed.
+    #[error("the bundle expired {seconds} s ago: install a newer one")]
+    Expired {
+        /// How long ago, in seconds.
+        seconds: u64,
     },
 
     // What this node can run.
@@ -165,6 +206,10 @@ impl BundleError {
             Self::Format(_) => "BUNDLE_FORMAT",
             Self::Digest { .. } => "BUNDLE_DIGEST",
             Self::Signature { .. } => "BUNDLE_SIGNATURE",
+            Self::Role { .. } => "BUNDLE_ROLE",
+            Self::KeyTime { .. } => "BUNDLE_KEY_TIME",
+            Self::NotYet { .. } => "BUNDLE_NOT_YET",
+            Self::Expired { .. } => "BUNDLE_EXPIRED",
             Self::Domain { .. } => "BUNDLE_DOMAIN",
             Self::Epoch { .. } => "BUNDLE_EPOCH",
             Self::Conflict { .. } => "BUNDLE_CONFLICT",
@@ -186,6 +231,150 @@ impl BundleError {
             file: file.to_owned(),
             message: clip(&message.to_string()),
         }
+    }
+}
+
+/// Why a signed document that is no bundle was refused; [`code`](Self::code) is stable.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum StatementError {
+    /// Not in the documented form.
+    #[error("{0}")]
+    Format(String),
+    /// Too few distinct keys of the role signed it, or not in their time.
+    #[error(
+        "{valid} of the {} needed signatures are by distinct keys of role `{role}`: sign it with more of \
+         them, within their time", needed_text(*needed)
+    )]
+    Signature {
+        /// The role.
+        role: Role,
+        /// Distinct keys that count.
+        valid: usize,
+        /// Threshold of the role; none if the trust file does not have it.
+        needed: Option<usize>,
+    },
+    /// It is of another domain.
+    #[error("it is of domain `{found}`, this node is of domain `{expected}`")]
+    Domain {
+        /// Domain of this node.
+        expected: String,
+        /// Domain found.
+        found: String,
+    },
+    /// A freshness statement that speaks of another bundle than the one that decides.
+    #[error("it speaks of {bundle} epoch {epoch}, which is not the bundle that decides here")]
+    Other {
+        /// Name of the bundle it speaks of.
+        bundle: String,
+        /// Epoch it speaks of.
+        epoch: u64,
+    },
+    /// A freshness statement that is older than one that is known.
+    #[error("a statement is known that was issued {newer_by_s} s later")]
+    Stale {
+        /// How much later, in seconds.
+        newer_by_s: u64,
+    },
+    /// A trust document below the one that holds, from before the chain's beginning.
+    #[error("trust version {offered} is below version {current}, which holds here")]
+    Older {
+        /// Version that holds.
+        current: u64,
+        /// Version offered.
+        offered: u64,
+    },
+    /// A trust document of a version that has other content here.
+    #[error("trust version {version} is {known} here, this is {offered}")]
+    Conflict {
+        /// The version.
+        version: u64,
+        /// Content that holds.
+        known: ContentId,
+        /// Content offered.
+        offered: ContentId,
+    },
+    /// Versions between the one that holds and this one are missing.
+    #[error("trust version {offered} does not follow version {current}: bring those between first")]
+    Gap {
+        /// Version that holds.
+        current: u64,
+        /// Version offered.
+        offered: u64,
+    },
+    /// It does not name the document before.
+    #[error("its `previous` is not {expected}, which holds here")]
+    Chain {
+        /// What it should name.
+        expected: ContentId,
+    },
+    /// The chain has as many documents as one node keeps.
+    #[error(
+        "the chain has reached its limit: make the current document the configured trust file \
+         (`tidelock trust show --toml`), with a version above it"
+    )]
+    Full,
+    /// What was kept of the chain cannot be read.
+    #[error("the kept trust chain is damaged: {0}")]
+    Damaged(String),
+    /// The configured trust file is not a version of the chain.
+    #[error(
+        "the configured trust file (version {configured_version}, {configured}) is not in the chain that this \
+         node has come to follow, which is at version {current}: put back the file that the chain began \
+         with, or take the current document (`tidelock trust show --toml`), or give the file a version \
+         above {current} to begin anew"
+    )]
+    Contradiction {
+        /// Identity of the configured file.
+        configured: ContentId,
+        /// Version that it states.
+        configured_version: u64,
+        /// Version that the chain has come to.
+        current: u64,
+    },
+    /// A slot could not be written.
+    #[error("cannot write slot `{slot}`: {message}")]
+    Storage {
+        /// The slot.
+        slot: &'static str,
+        /// What the storage says.
+        message: String,
+    },
+}
+
+impl StatementError {
+    /// The stable reason code, as recorded and shown.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Format(_) => "STATEMENT_FORMAT",
+            Self::Signature { .. } => "STATEMENT_SIGNATURE",
+            Self::Domain { .. } => "STATEMENT_DOMAIN",
+            Self::Other { .. } => "FRESHNESS_OTHER_BUNDLE",
+            Self::Stale { .. } => "FRESHNESS_OLDER",
+            Self::Older { .. } => "TRUST_OLDER",
+            Self::Conflict { .. } => "TRUST_CONFLICT",
+            Self::Gap { .. } => "TRUST_GAP",
+            Self::Chain { .. } => "TRUST_CHAIN",
+            Self::Full => "TRUST_FULL",
+            Self::Damaged(_) => "TRUST_DAMAGED",
+            Self::Contradiction { .. } => "TRUST_CONTRADICTION",
+            Self::Storage { .. } => "STATEMENT_STORAGE",
+        }
+    }
+
+    pub(crate) fn signature(role: Role, quorum: &Quorum) -> Self {
+        Self::Signature {
+            role,
+            valid: quorum.ids.len(),
+            needed: quorum.needed,
+        }
+    }
+}
+
+impl From<TrustError> for StatementError {
+    fn from(error: TrustError) -> Self {
+        Self::Format(clip(&error.to_string()))
     }
 }
 
@@ -254,6 +443,10 @@ impl ActivateError {
             Self::Storage { .. } => "BUNDLE_STORAGE",
         }
     }
+}
+
+fn needed_text(needed: Option<usize>) -> String {
+    needed.map_or_else(|| "(no key has it)".to_owned(), |n| n.to_string())
 }
 
 /// Bounds a message that carries text from outside, at a character boundary.

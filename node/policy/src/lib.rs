@@ -17,20 +17,25 @@ mod archive;
 mod bundle;
 mod cases;
 mod cedar;
+mod chain;
 mod diff;
 mod error;
+mod freshness;
 mod json;
 pub mod limits;
 mod manifest;
 mod nesting;
 mod package;
 mod posture;
+mod release;
 mod request;
 mod scope;
+mod signed;
 mod slots;
 mod template;
 pub mod testing;
 mod trust;
+mod validity;
 mod values;
 
 pub use archive::{ENTITIES, LINKS, MANIFEST, SCHEMA};
@@ -40,16 +45,22 @@ pub use bundle::{
 };
 pub use cases::{CaseFailure, Outcome, TestReport};
 pub use cedar::CedarEngine;
+pub use chain::{Extended, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
 pub use diff::{Changes, Difference, difference};
-pub use error::{ActivateError, BuildError, BundleError, KeyError};
+pub use error::{ActivateError, BuildError, BundleError, KeyError, StatementError};
+pub use freshness::{FRESHNESS_ORIGIN, Freshness};
 pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use package::{ContentId, Package, decode_signature, sign};
 pub use posture::{Posture, posture};
+pub use release::{ReleaseError, ReleaseStep, VerifiedRelease, lock_fingerprint, verify_release};
 pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
 pub use scope::{Joined, ScopeIndex};
+pub use semver::Version;
+pub use signed::{HintedSignature, SignedDocument, is_signed_document};
 pub use slots::{
     Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, SlotFault, SlotStorage, Slots,
     Source,
 };
 pub use template::{Starter, starter, template};
-pub use trust::{TrustError, TrustFile};
+pub use trust::{KeyInfo, Quorum, Role, TrustError, TrustFile};
+pub use validity::{Validity, WhenExpired};

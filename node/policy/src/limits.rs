@@ -16,6 +16,9 @@ pub const PATH_BYTES_MAX: usize = 100;
 /// Bytes of a bundle's name, a class's name or a domain.
 pub const NAME_BYTES_MAX: usize = 63;
 
+/// What no bundle's name contains: segments of statements about bundles and trust bear such names.
+pub const RESERVED_NAMES: &str = ".tidelock.";
+
 /// Highest epoch: the largest integer that every JSON reader keeps exactly, because epochs are
 /// written into audit records.
 pub const EPOCH_MAX: u64 = (1 << 53) - 1;
@@ -103,6 +106,32 @@ pub const TRUST_KEYS_MAX: usize = 16;
 
 /// Bytes of a trust file.
 pub const TRUST_FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// Seconds from the making of a break-glass bundle to its end: three days. What an emergency key that was
+/// stolen can do ends with it.
+pub const BREAK_GLASS_S_MAX: u64 = 72 * 3600;
+
+/// Bytes of one signed document: a trust document is the largest.
+pub const DOCUMENT_BYTES_MAX: usize = TRUST_FILE_BYTES_MAX;
+
+/// Bytes of a key id that a signature names.
+pub const KEY_HINT_BYTES_MAX: usize = NAME_BYTES_MAX;
+
+/// Trust documents after the first that one node keeps: 4 MiB in the slot, and as many segments.
+pub const TRUST_LINKS_MAX: usize = 64;
+
+/// Blobs of one release, its manifests and signatures counted. Their descriptors take 1 MiB at most.
+pub const RELEASE_BLOBS_MAX: usize = 256;
+
+/// Bytes of the blobs of one release: what one verification reads at most.
+pub const RELEASE_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
+
+/// Bytes of an index, a manifest, a payload or a lock file of a release, which are read whole. At most
+/// [`SIGNATURES_MAX`] payloads are held at once: 16 MiB.
+pub const RELEASE_JSON_BYTES_MAX: u64 = 1024 * 1024;
+
+/// How deep indexes of a release may nest.
+pub const RELEASE_DEPTH_MAX: usize = 4;
 
 /// Bytes of one encoded package: the body of a policy segment and the content of a slot.
 pub const PACKAGE_BYTES_MAX: usize =

@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::archive::{MANIFEST, is_name};
 use crate::error::BundleError;
 use crate::json;
-use crate::limits::{AGE_S_MAX, CLASSES_MAX, EPOCH_MAX};
+use crate::limits::{AGE_S_MAX, CLASSES_MAX, EPOCH_MAX, RESERVED_NAMES};
+use crate::trust::Role;
+use crate::validity::{Validity, WhenExpired};
 
 /// What posture `restricted` does to a class of actions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +60,18 @@ pub struct Manifest {
     /// [`created_at`](Self::created_at) in unix milliseconds.
     #[serde(skip)]
     pub created_unix_ms: u64,
+    /// The role whose keys must have signed it. `policy` is not written.
+    #[serde(skip_serializing_if = "is_policy")]
+    pub role: Role,
+    /// From when on it may decide, RFC 3339.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<String>,
+    /// Until when it may decide, RFC 3339.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<String>,
+    /// Role and times as the node judges them.
+    #[serde(skip)]
+    pub validity: Validity,
     /// Oldest epoch that may serve as last known good while this epoch is the floor.
     pub min_fallback_epoch: u64,
     /// Action classes by name.
@@ -80,6 +94,14 @@ struct Raw {
     engine: String,
     min_node_version: String,
     created_at: String,
+    #[serde(default)]
+    role: Role,
+    #[serde(default)]
+    not_before: Option<String>,
+    #[serde(default)]
+    expires_at: Option<String>,
+    #[serde(default)]
+    when_expired: WhenExpired,
     min_fallback_epoch: u64,
     classes: BTreeMap<String, ClassLimits>,
     #[serde(default)]
@@ -93,7 +115,14 @@ impl Manifest {
         let raw: Raw = json::parse_as(bytes)
             .map_err(|error| BundleError::format(format!("{MANIFEST}: {error}")))?;
         let created_unix_ms = unix_ms(&raw.created_at);
-        let problems = problems(&raw, created_unix_ms);
+        let mut problems = problems(&raw, created_unix_ms);
+        let validity = Validity {
+            role: raw.role,
+            not_before_unix_ms: raw.not_before.as_deref().and_then(unix_ms),
+            expires_unix_ms: raw.expires_at.as_deref().and_then(unix_ms),
+            when_expired: raw.when_expired,
+        };
+        problems.extend(validity.problems(created_unix_ms.unwrap_or_default()));
         if !problems.is_empty() {
             return Err(BundleError::format(format!(
                 "{MANIFEST}: {}",
@@ -109,6 +138,10 @@ impl Manifest {
             min_node_version: raw.min_node_version,
             created_at: raw.created_at,
             created_unix_ms: created_unix_ms.unwrap_or_default(),
+            role: raw.role,
+            not_before: raw.not_before,
+            expires_at: raw.expires_at,
+            validity,
             min_fallback_epoch: raw.min_fallback_epoch,
             classes: raw.classes,
             default_class: raw.default_class,
@@ -154,8 +187,16 @@ impl Manifest {
     }
 }
 
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde calls it with a reference"
+)]
+fn is_policy(role: &Role) -> bool {
+    *role == Role::Policy
+}
+
 /// The instant of an RFC 3339 text in unix milliseconds, if it lies in this era.
-fn unix_ms(text: &str) -> Option<u64> {
+pub(crate) fn unix_ms(text: &str) -> Option<u64> {
     let at: jiff::Timestamp = text.parse().ok()?;
     u64::try_from(at.as_millisecond()).ok()
 }
@@ -184,6 +225,9 @@ fn problems(raw: &Raw, created_unix_ms: Option<u64>) -> Vec<String> {
             format!("{key} must be 1 to 63 of letters, digits, `.`, `_`, `-`, not `{value}`")
         });
     }
+    check(!raw.name.contains(RESERVED_NAMES), &|| {
+        format!("name must not contain `{RESERVED_NAMES}`")
+    });
     check((1..=EPOCH_MAX).contains(&raw.epoch), &|| {
         format!("epoch must be 1 to {EPOCH_MAX}")
     });
@@ -207,6 +251,15 @@ fn problems(raw: &Raw, created_unix_ms: Option<u64>) -> Vec<String> {
             raw.created_at
         )
     });
+    for (key, value) in [
+        ("not_before", &raw.not_before),
+        ("expires_at", &raw.expires_at),
+    ] {
+        check(
+            value.as_deref().is_none_or(|text| unix_ms(text).is_some()),
+            &|| format!("{key} must be a time such as 2026-01-31T12:00:00Z"),
+        );
+    }
     check((1..=CLASSES_MAX).contains(&raw.classes.len()), &|| {
         format!("classes must hold 1 to {CLASSES_MAX} classes")
     });
@@ -253,7 +306,8 @@ pub(crate) mod tests {
         json!({
             "format": 1, "name": "base", "domain": "site-1", "epoch": 3, "version": "1.0.0",
             "engine": "cedar", "min_node_version": "0.1.0", "created_at": "2026-01-31T12:00:00Z",
-            "min_fallback_epoch": 2,
+            "min_fallback_epoch": 2, "role": "policy", "not_before": "2026-01-31T12:00:00Z",
+            "expires_at": "2027-01-31T12:00:00Z", "when_expired": "close",
             "classes": {
                 "read": {"actions": ["fs.read"], "stale_after_s": 10, "restrict_after_s": 20,
                          "close_after_s": 30, "when_restricted": "continue"},
@@ -301,6 +355,18 @@ pub(crate) mod tests {
                 json!("1969-12-31T23:59:59Z"),
                 "created_at must",
             ),
+            ("/name", json!("a.tidelock.b"), "name must not contain"),
+            ("/role", json!("trust"), "role must be"),
+            ("/role", json!("root"), "unknown variant"),
+            ("/role", json!("break-glass"), "at most 72 hours"),
+            ("/not_before", json!("soon"), "not_before must"),
+            ("/expires_at", json!("never"), "expires_at must"),
+            (
+                "/expires_at",
+                json!("2026-01-31T12:00:00Z"),
+                "expires_at must lie",
+            ),
+            ("/when_expired", json!("allow"), "unknown variant"),
             ("/classes", json!({}), "classes must"),
             (
                 "/classes/read/stale_after_s",
@@ -365,8 +431,15 @@ pub(crate) mod tests {
                 .to_string()
                 .contains("unknown field `colour`")
         );
+        let optional = [
+            "default_class",
+            "role",
+            "not_before",
+            "expires_at",
+            "when_expired",
+        ];
         let keys: Vec<String> = valid().as_object().unwrap().keys().cloned().collect();
-        for key in keys.iter().filter(|key| *key != "default_class") {
+        for key in keys.iter().filter(|key| !optional.contains(&key.as_str())) {
             let mut missing = valid();
             missing.as_object_mut().unwrap().remove(key);
             assert!(

@@ -191,7 +191,7 @@ impl Package {
 
 /// Whether bytes have the outer form of a P-256 signature: one DER sequence of fitting length.
 /// Whether it is one is for the verification to say.
-fn is_signature(bytes: &[u8]) -> bool {
+pub(crate) fn is_signature(bytes: &[u8]) -> bool {
     bytes.len() <= SIGNATURE_BYTES_MAX
         && matches!(bytes, [0x30, len, body @ ..] if usize::from(*len) == body.len())
 }

@@ -1,31 +1,36 @@
 //! The two slots on disk, active and last known good, and the floor under them.
 //!
-//! Three small files behind [`SlotStorage`]. `active` and `lkg` hold an encoded package, `floor`
-//! the highest epoch that was ever active, its content and the oldest epoch that may stand in for
-//! it. Activation writes `lkg`, `active`, `floor`, in this order, and only then lets the new bundle
+//! Small files behind [`SlotStorage`]. `active` and `lkg` hold an encoded package, `floor` the highest
+//! epoch that was ever active, its content and the oldest epoch that may stand in for it; `freshness`
+//! the newest statement of the authority about the bundle. Activation writes `lkg`, `active`, `floor`,
+//! in this order, and only then lets the new bundle
 //! decide; a crash between two writes leaves a state that [`Slots::open`] completes.
 //!
 //! Fallback is not rollback: the floor never moves back, and a last known good bundle that has to
 //! serve does so in posture `restricted` at best.
 
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arc_swap::ArcSwapOption;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::{LoadContext, VerifiedBundle};
-use crate::error::{ActivateError, BundleError};
+use crate::error::{ActivateError, BundleError, StatementError};
+use crate::freshness::Freshness;
 use crate::json;
 use crate::manifest::{ClassLimits, WhenRestricted};
 use crate::package::{ContentId, Package, sha256};
 use crate::posture::{Posture, posture};
 use crate::request::Engine;
+use crate::signed::SignedDocument;
 use crate::trust::TrustFile;
 
 const ACTIVE: &str = "active";
 const LKG: &str = "lkg";
 const FLOOR: &str = "floor";
+const FRESHNESS: &str = "freshness";
 
 /// Where the slots live. A write is atomic and durable when it returns; a slot that was never
 /// written reads as `None`.
@@ -33,7 +38,7 @@ const FLOOR: &str = "floor";
 /// Two implementations: the node's root directory, and
 /// [`MemorySlots`](crate::testing::MemorySlots).
 pub trait SlotStorage: Send + Sync {
-    /// Reads a slot, one of `active`, `lkg`, `floor`.
+    /// Reads a slot: `active`, `lkg`, `floor`, `freshness` or `trust`.
     ///
     /// # Errors
     /// What the storage says.
@@ -65,6 +70,8 @@ pub struct ActivePolicy {
     bundle: Arc<VerifiedBundle>,
     engine: Arc<dyn Engine>,
     source: Source,
+    /// When the authority last confirmed the bundle; 0 where it has not.
+    confirmed_unix_ms: AtomicU64,
 }
 
 impl std::fmt::Debug for ActivePolicy {
@@ -83,6 +90,7 @@ impl ActivePolicy {
             bundle: Arc::new(bundle),
             engine,
             source,
+            confirmed_unix_ms: AtomicU64::new(0),
         }
     }
 
@@ -95,6 +103,7 @@ impl ActivePolicy {
             bundle: Arc::new(bundle),
             engine,
             source,
+            confirmed_unix_ms: AtomicU64::new(0),
         }
     }
 
@@ -150,9 +159,33 @@ impl ActivePolicy {
             .unwrap_or_else(|| self.floor())
     }
 
+    /// From when the age of the policy counts: the making of the bundle, or the newest statement of its
+    /// authority that it is still in force (ruling 15). Contact, activation and restart do not move it.
+    #[must_use]
+    pub fn confirmed_unix_ms(&self) -> u64 {
+        let confirmed = self.confirmed_unix_ms.load(Ordering::Acquire);
+        self.bundle.manifest().created_unix_ms.max(confirmed)
+    }
+
+    /// Age of the policy at this trusted time, in seconds.
+    #[must_use]
+    pub fn age_s(&self, trusted_now_unix_ms: u64) -> u64 {
+        trusted_now_unix_ms.saturating_sub(self.confirmed_unix_ms()) / 1000
+    }
+
+    fn confirm(&self, freshness: &Freshness) {
+        let manifest = self.bundle.manifest();
+        if freshness.names(&manifest.name, manifest.epoch, self.bundle.content_id()) {
+            self.confirmed_unix_ms
+                .fetch_max(freshness.issued_unix_ms, Ordering::AcqRel);
+        }
+    }
+
     fn judge(&self, limits: &ClassLimits, trusted_now_unix_ms: u64) -> Posture {
-        let created = self.bundle.manifest().created_unix_ms;
-        posture(created, trusted_now_unix_ms, limits, self.floor())
+        let created = self.confirmed_unix_ms();
+        let validity = self.bundle.manifest().validity.posture(trusted_now_unix_ms);
+        let floor = self.floor().max(validity);
+        posture(created, trusted_now_unix_ms, limits, floor)
     }
 
     fn floor(&self) -> Posture {
@@ -228,7 +261,7 @@ impl Floor {
 /// One thing that is wrong with the slots. The node records it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SlotFault {
-    /// `active`, `lkg` or `floor`.
+    /// `active`, `lkg`, `floor` or `freshness`.
     pub slot: &'static str,
     /// Stable code: one of [`BundleError::code`], or `SLOT_UNREADABLE`, `SLOT_MISSING`,
     /// `SLOT_WRITE`, `FLOOR_DAMAGED`, `LKG_BELOW_FALLBACK`.
@@ -269,6 +302,7 @@ pub struct Slots {
     storage: Arc<dyn SlotStorage>,
     current: ArcSwapOption<ActivePolicy>,
     floor: Mutex<Option<Floor>>,
+    freshness: Mutex<Option<Freshness>>,
 }
 
 impl std::fmt::Debug for Slots {
@@ -283,6 +317,7 @@ impl std::fmt::Debug for Slots {
 struct Found {
     current: Option<ActivePolicy>,
     floor: Option<Floor>,
+    freshness: Option<Freshness>,
     faults: Vec<SlotFault>,
 }
 
@@ -295,7 +330,7 @@ impl Slots {
         trust: &TrustFile,
         context: &LoadContext,
     ) -> (Self, Vec<SlotFault>) {
-        Self::open_by(storage, &|package| {
+        Self::open_by(storage, trust, &|package| {
             VerifiedBundle::load(package, trust, context)
         })
     }
@@ -304,13 +339,15 @@ impl Slots {
     #[must_use]
     pub fn open_by(
         storage: Arc<dyn SlotStorage>,
+        trust: &TrustFile,
         load: &LoadPackage<'_>,
     ) -> (Self, Vec<SlotFault>) {
-        let found = read(storage.as_ref(), None, load);
+        let found = read(storage.as_ref(), None, trust, load);
         let slots = Self {
             storage,
             current: ArcSwapOption::from(found.current.map(Arc::new)),
             floor: Mutex::new(found.floor),
+            freshness: Mutex::new(found.freshness),
         };
         (slots, found.faults)
     }
@@ -318,14 +355,17 @@ impl Slots {
     /// Reads and verifies the slots again, after the trust file changed: a bundle whose signers are
     /// no longer trusted stops deciding here, not at the next start.
     pub fn reload(&self, trust: &TrustFile, context: &LoadContext) -> Vec<SlotFault> {
-        self.reload_by(&|package| VerifiedBundle::load(package, trust, context))
+        self.reload_by(trust, &|package| {
+            VerifiedBundle::load(package, trust, context)
+        })
     }
 
     /// [`reload`](Self::reload) where more stands before a bundle than [`VerifiedBundle::load`].
-    pub fn reload_by(&self, load: &LoadPackage<'_>) -> Vec<SlotFault> {
+    pub fn reload_by(&self, trust: &TrustFile, load: &LoadPackage<'_>) -> Vec<SlotFault> {
         let mut floor = self.lock();
-        let found = read(self.storage.as_ref(), floor.clone(), load);
+        let found = read(self.storage.as_ref(), floor.clone(), trust, load);
         *floor = found.floor;
+        *self.held_freshness() = found.freshness;
         self.current.store(found.current.map(Arc::new));
         found.faults
     }
@@ -340,6 +380,72 @@ impl Slots {
     #[must_use]
     pub fn floor(&self) -> Option<Floor> {
         self.lock().clone()
+    }
+
+    /// The newest statement of the authority about the bundle that decides.
+    #[must_use]
+    pub fn freshness(&self) -> Option<Freshness> {
+        let held = self.held_freshness().clone()?;
+        let current = self.current()?;
+        let manifest = current.bundle.manifest();
+        held.names(&manifest.name, manifest.epoch, current.bundle.content_id())
+            .then_some(held)
+    }
+
+    /// Whether a statement would make the deciding bundle younger.
+    ///
+    /// # Errors
+    /// [`StatementError`]: not the bundle that decides, or an older statement.
+    pub fn check_confirms(&self, freshness: &Freshness) -> Result<(), StatementError> {
+        let other = || StatementError::Other {
+            bundle: freshness.bundle.clone(),
+            epoch: freshness.epoch,
+        };
+        let current = self.current().ok_or_else(other)?;
+        let manifest = current.bundle.manifest();
+        if !freshness.names(&manifest.name, manifest.epoch, current.bundle.content_id()) {
+            return Err(other());
+        }
+        // A freeze: a statement from before the newest one that is known makes nothing younger.
+        let known = current.confirmed_unix_ms();
+        if freshness.issued_unix_ms < known {
+            return Err(StatementError::Stale {
+                newer_by_s: (known - freshness.issued_unix_ms) / 1000,
+            });
+        }
+        Ok(())
+    }
+
+    /// Keeps a verified statement about the bundle that decides, and counts its age from there. The
+    /// encoded statement is kept as it was signed, and verified again at each start.
+    ///
+    /// # Errors
+    /// [`StatementError`]; nothing has changed then.
+    pub fn confirm(
+        &self,
+        signed: &SignedDocument,
+        trust: &TrustFile,
+    ) -> Result<Freshness, StatementError> {
+        let _turn = self.lock();
+        let freshness = Freshness::verify(signed, trust)?;
+        self.check_confirms(&freshness)?;
+        let written = self.storage.write(FRESHNESS, &signed.encode()?);
+        written.map_err(|error| StatementError::Storage {
+            slot: FRESHNESS,
+            message: error.to_string(),
+        })?;
+        *self.held_freshness() = Some(freshness.clone());
+        if let Some(current) = self.current() {
+            current.confirm(&freshness);
+        }
+        Ok(freshness)
+    }
+
+    fn held_freshness(&self) -> MutexGuard<'_, Option<Freshness>> {
+        // A plain value: a panic elsewhere leaves it whole.
+        self.freshness
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The content to look for in the segment store and hand to [`activate`](Self::activate): set
@@ -401,8 +507,11 @@ impl Slots {
             content_id: bundle.content_id().clone(),
             replaced,
         };
-        self.current
-            .store(Some(Arc::new(ActivePolicy::new(bundle, Source::Active))));
+        let policy = ActivePolicy::new(bundle, Source::Active);
+        if let Some(freshness) = self.held_freshness().as_ref() {
+            policy.confirm(freshness);
+        }
+        self.current.store(Some(Arc::new(policy)));
         Ok(activation)
     }
 
@@ -453,7 +562,12 @@ enum SlotContent {
     Bad,
 }
 
-fn read(storage: &dyn SlotStorage, known: Option<Floor>, load_package: &LoadPackage<'_>) -> Found {
+fn read(
+    storage: &dyn SlotStorage,
+    known: Option<Floor>,
+    trust: &TrustFile,
+    load_package: &LoadPackage<'_>,
+) -> Found {
     let mut faults = Vec::new();
     let mut floor_damaged = false;
     let stored = match storage.read(FLOOR) {
@@ -525,10 +639,43 @@ fn read(storage: &dyn SlotStorage, known: Option<Floor>, load_package: &LoadPack
             });
         }
     }
+    let freshness = read_freshness(storage, trust, &mut faults);
+    if let (Some(policy), Some(freshness)) = (&current, &freshness) {
+        policy.confirm(freshness);
+    }
     Found {
         current,
         floor,
+        freshness,
         faults,
+    }
+}
+
+/// A statement that is lost or damaged makes the bundle older, never younger.
+fn read_freshness(
+    storage: &dyn SlotStorage,
+    trust: &TrustFile,
+    faults: &mut Vec<SlotFault>,
+) -> Option<Freshness> {
+    let fault = |code, message| SlotFault {
+        slot: FRESHNESS,
+        code,
+        message,
+    };
+    let bytes = match storage.read(FRESHNESS) {
+        Ok(bytes) => bytes?,
+        Err(error) => {
+            faults.push(fault("SLOT_UNREADABLE", error.to_string()));
+            return None;
+        }
+    };
+    let read = SignedDocument::decode(&bytes).and_then(|signed| Freshness::verify(&signed, trust));
+    match read {
+        Ok(freshness) => Some(freshness),
+        Err(error) => {
+            faults.push(fault(error.code(), error.to_string()));
+            None
+        }
     }
 }
 

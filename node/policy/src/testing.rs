@@ -16,7 +16,7 @@ use crate::package::Package;
 use crate::request::{Engine, Evaluation, PolicyRequest};
 use crate::slots::{ActivePolicy, SlotStorage, Source};
 use crate::template::template;
-use crate::trust::TrustFile;
+use crate::trust::{Role, SPKI_PREFIX, TrustFile};
 
 /// Node version that test bundles are loaded with.
 pub const NODE_VERSION: &str = "0.1.0";
@@ -135,17 +135,12 @@ impl Authority {
     /// The text of a trust file that names all keys.
     #[must_use]
     pub fn trust_toml(&self, threshold: usize) -> String {
-        // A P-256 SubjectPublicKeyInfo is this prefix and the uncompressed point.
-        const PREFIX: &[u8] = &[
-            0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06,
-            0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
-        ];
         let mut text = format!(
             "format = 1\ndomain = \"{}\"\nthreshold = {threshold}\n",
             self.domain
         );
         for (number, key) in self.keys.iter().enumerate() {
-            let der = [PREFIX, key.public_key().as_ref()].concat();
+            let der = [SPKI_PREFIX, key.public_key().as_ref()].concat();
             text.push_str(&format!(
                 "\n[[keys]]\nid = \"key-{number}\"\npublic_key_pem = \"\"\"\n\
                  -----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n\"\"\"\n",
@@ -155,21 +150,52 @@ impl Authority {
         text
     }
 
+    /// The text of a trust file of format 2: each key with its roles, each role with its threshold.
+    /// A key without roles is left out.
+    #[must_use]
+    pub fn roles_toml(&self, thresholds: &[(Role, usize)], roles: &[&[Role]]) -> String {
+        let mut text = format!("format = 2\ndomain = \"{}\"\n\n[thresholds]\n", self.domain);
+        for (role, threshold) in thresholds {
+            text.push_str(&format!("{role} = {threshold}\n"));
+        }
+        for (number, (key, roles)) in self.keys.iter().zip(roles).enumerate() {
+            if roles.is_empty() {
+                continue;
+            }
+            let der = [SPKI_PREFIX, key.public_key().as_ref()].concat();
+            let roles: Vec<String> = roles.iter().map(|role| format!("\"{role}\"")).collect();
+            text.push_str(&format!(
+                "\n[[keys]]\nid = \"key-{number}\"\nroles = [{}]\npublic_key_pem = \"\"\"\n\
+                 -----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n\"\"\"\n",
+                roles.join(", "),
+                STANDARD.encode(der)
+            ));
+        }
+        text
+    }
+
+    /// Detached signatures over bytes, with the keys of these numbers.
+    ///
+    /// # Errors
+    /// [`KeyError::Signing`] for a number without a key.
+    pub fn signatures(&self, bytes: &[u8], keys: &[usize]) -> Result<Vec<Vec<u8>>, KeyError> {
+        keys.iter()
+            .map(|number| {
+                let key = self.keys.get(*number).ok_or(KeyError::Signing)?;
+                let signature = key
+                    .sign(&SystemRandom::new(), bytes)
+                    .map_err(|_| KeyError::Signing)?;
+                Ok(signature.as_ref().to_vec())
+            })
+            .collect()
+    }
+
     /// Signs an archive with the keys of these numbers.
     ///
     /// # Errors
     /// [`KeyError::Signing`] for a number without a key.
     pub fn sign(&self, archive: Vec<u8>, keys: &[usize]) -> Result<Package, KeyError> {
-        let signatures = keys
-            .iter()
-            .map(|number| {
-                let key = self.keys.get(*number).ok_or(KeyError::Signing)?;
-                let signature = key
-                    .sign(&SystemRandom::new(), &archive)
-                    .map_err(|_| KeyError::Signing)?;
-                Ok(signature.as_ref().to_vec())
-            })
-            .collect::<Result<_, KeyError>>()?;
+        let signatures = self.signatures(&archive, keys)?;
         Ok(Package {
             archive,
             signatures,

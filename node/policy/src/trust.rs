@@ -1,9 +1,13 @@
-//! The trust file: whose signatures make a bundle valid on this node, and how many of them.
+//! The trust file: whose signatures count on this node, for what, and how many of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use aws_lc_rs::digest::{Digest, SHA256, digest};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1, ParsedPublicKey};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use toml_edit::{Document, Item, Table, Value};
 use x509_parser::oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY};
@@ -12,8 +16,19 @@ use x509_parser::prelude::FromDer;
 use x509_parser::x509::SubjectPublicKeyInfo;
 
 use crate::archive::is_name;
-use crate::limits::{TRUST_FILE_BYTES_MAX, TRUST_KEYS_MAX};
-use crate::package::Package;
+use crate::json;
+use crate::limits::{EPOCH_MAX, SIGNATURES_MAX, TRUST_FILE_BYTES_MAX, TRUST_KEYS_MAX};
+use crate::manifest::{rfc3339, unix_ms};
+use crate::package::{ContentId, Package};
+
+/// What a P-256 `SubjectPublicKeyInfo` begins with; the uncompressed point follows.
+pub(crate) const SPKI_PREFIX: &[u8] = &[
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a,
+    0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+];
+
+/// The word that a trust document begins its type with.
+const DOCUMENT_TYPE: &str = "tidelock-trust";
 
 /// Everything that is wrong with a trust file, each with its line.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -23,28 +38,176 @@ pub struct TrustError {
     pub problems: Vec<String>,
 }
 
-/// The keys that may sign bundles for a domain, and how many of them must.
+/// What a key may sign. Each role has a threshold of its own.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Bundles, and statements that one is still in force.
+    #[default]
+    Policy,
+    /// Emergency bundles: short-lived, and shown as such wherever the node speaks.
+    BreakGlass,
+    /// Releases of the program.
+    Release,
+    /// The next version of the trust document.
+    Trust,
+}
+
+impl Role {
+    /// Every role, in the order of the documentation.
+    pub const ALL: [Self; 4] = [Self::Policy, Self::BreakGlass, Self::Release, Self::Trust];
+
+    /// The word in files and messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::BreakGlass => "break-glass",
+            Self::Release => "release",
+            Self::Trust => "trust",
+        }
+    }
+
+    /// The role of this name.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == text)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// The keys that may sign for a domain, what each may sign, and how many of them must.
+///
+/// It is a file of the operator's or a version of the trust document that follows from one; both say
+/// the same things and have the same identity ([`id`](Self::id)).
 #[derive(Debug, Clone)]
 pub struct TrustFile {
     domain: String,
-    threshold: usize,
+    version: u64,
+    previous: Option<ContentId>,
+    created_unix_ms: Option<u64>,
+    thresholds: BTreeMap<Role, usize>,
     keys: Vec<TrustedKey>,
 }
 
 #[derive(Debug, Clone)]
-struct TrustedKey {
+pub(crate) struct TrustedKey {
     id: String,
+    roles: BTreeSet<Role>,
+    not_before_unix_ms: Option<u64>,
+    not_after_unix_ms: Option<u64>,
     key: ParsedPublicKey,
     point: Vec<u8>,
 }
 
-/// How the signatures of a package fare against a trust file.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Signers {
-    /// Ids of the distinct keys that signed, sorted.
-    pub(crate) ids: Vec<String>,
-    /// Signatures that no key verifies.
-    pub(crate) unknown: usize,
+impl TrustedKey {
+    /// Whether the key may sign, in this role, what says that it was made at this time.
+    fn may(&self, role: Role, at: Option<u64>) -> bool {
+        self.roles.contains(&role)
+            && at.is_none_or(|at| {
+                self.not_before_unix_ms.is_none_or(|from| at >= from)
+                    && self.not_after_unix_ms.is_none_or(|to| at <= to)
+            })
+    }
+}
+
+/// A key of a trust file, for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct KeyInfo {
+    /// Its id.
+    pub id: String,
+    /// What it may sign.
+    pub roles: Vec<Role>,
+    /// From when on, Unix milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_before_unix_ms: Option<u64>,
+    /// Until when, Unix milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_after_unix_ms: Option<u64>,
+}
+
+/// How signatures fare against one role of a trust file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Quorum {
+    /// Ids of the distinct keys of the role that signed, sorted.
+    pub ids: Vec<String>,
+    /// Threshold of the role; none if the trust file does not have it.
+    pub needed: Option<usize>,
+    /// Signatures that no trusted key verifies.
+    pub unknown: usize,
+}
+
+impl Quorum {
+    /// Whether enough distinct keys signed. Never for a role that the trust file does not have.
+    #[must_use]
+    pub fn is_reached(&self) -> bool {
+        self.needed.is_some_and(|needed| self.ids.len() >= needed)
+    }
+}
+
+/// The distinct keys that signed something, whatever their roles.
+pub(crate) struct Signed<'t> {
+    trust: &'t TrustFile,
+    keys: BTreeMap<&'t str, &'t TrustedKey>,
+    unknown: usize,
+}
+
+impl Signed<'_> {
+    /// The keys that count for a role, for what says that it was made at this time.
+    pub(crate) fn quorum(&self, role: Role, at: Option<u64>) -> Quorum {
+        Quorum {
+            ids: self
+                .keys
+                .values()
+                .filter(|key| key.may(role, at))
+                .map(|key| key.id.clone())
+                .collect(),
+            needed: self.trust.thresholds.get(&role).copied(),
+            unknown: self.unknown,
+        }
+    }
+}
+
+/// The trust document as it is hashed, signed and carried.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDocument {
+    r#type: String,
+    format: u64,
+    domain: String,
+    version: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    previous: Option<ContentId>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    created_at: Option<String>,
+    thresholds: BTreeMap<Role, usize>,
+    keys: Vec<RawKey>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawKey {
+    id: String,
+    roles: BTreeSet<Role>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    not_before: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    not_after: Option<String>,
+    /// Base64 of the DER `SubjectPublicKeyInfo`.
+    public_key: String,
+}
+
+fn only(problem: impl Into<String>) -> TrustError {
+    TrustError {
+        problems: vec![problem.into()],
+    }
 }
 
 impl TrustFile {
@@ -53,9 +216,6 @@ impl TrustFile {
     /// # Errors
     /// [`TrustError`] with a line for each mistake.
     pub fn parse(text: &str) -> Result<Self, TrustError> {
-        let only = |problem: String| TrustError {
-            problems: vec![problem],
-        };
         if text.len() > TRUST_FILE_BYTES_MAX {
             return Err(only(format!("larger than {TRUST_FILE_BYTES_MAX} bytes")));
         }
@@ -74,13 +234,183 @@ impl TrustFile {
         }
     }
 
+    /// Reads a trust document in its one form, as [`document`](Self::document) writes it.
+    ///
+    /// # Errors
+    /// [`TrustError`]: not in that form, or it makes no sense.
+    pub fn from_document(bytes: &[u8]) -> Result<Self, TrustError> {
+        if bytes.len() > TRUST_FILE_BYTES_MAX {
+            return Err(only(format!("larger than {TRUST_FILE_BYTES_MAX} bytes")));
+        }
+        let raw: RawDocument = json::parse_as(bytes).map_err(|error| only(error.to_string()))?;
+        if raw.r#type != DOCUMENT_TYPE || raw.format != 2 {
+            return Err(only(format!(
+                "type must be {DOCUMENT_TYPE} and format 2, not {} and {}",
+                raw.r#type, raw.format
+            )));
+        }
+        let mut problems = Vec::new();
+        let mut time = |text: &Option<String>| -> Option<u64> {
+            let text = text.as_ref()?;
+            let at = unix_ms(text);
+            if at.is_none() {
+                problems.push(format!(
+                    "`{text}` is not a time such as 2026-01-31T12:00:00Z"
+                ));
+            }
+            at
+        };
+        let created_unix_ms = time(&raw.created_at);
+        let times: Vec<(Option<u64>, Option<u64>)> = raw
+            .keys
+            .iter()
+            .map(|key| (time(&key.not_before), time(&key.not_after)))
+            .collect();
+        let mut keys = Vec::new();
+        for (raw, (not_before_unix_ms, not_after_unix_ms)) in raw.keys.into_iter().zip(times) {
+            let read = STANDARD
+                .decode(&raw.public_key)
+                .map_err(|_| "not base64")
+                .and_then(|der| point_of(&der));
+            match read {
+                Ok((key, point)) => keys.push(TrustedKey {
+                    id: raw.id,
+                    roles: raw.roles,
+                    not_before_unix_ms,
+                    not_after_unix_ms,
+                    key,
+                    point,
+                }),
+                Err(reason) => problems.push(format!("key `{}`: {reason}", raw.id)),
+            }
+        }
+        let file = Self {
+            domain: raw.domain,
+            version: raw.version,
+            previous: raw.previous,
+            created_unix_ms,
+            thresholds: raw.thresholds,
+            keys,
+        };
+        problems.extend(file.problems());
+        if problems.is_empty() && file.document().as_deref() != Ok(bytes) {
+            problems.push(
+                "the document is not in its one form: `tidelock trust rotate` writes it".to_owned(),
+            );
+        }
+        if problems.is_empty() {
+            Ok(file)
+        } else {
+            Err(TrustError { problems })
+        }
+    }
+
+    /// The document that says what this file says: the bytes that are hashed and signed.
+    ///
+    /// # Errors
+    /// [`TrustError`] for a time that is none of the calendar.
+    pub fn document(&self) -> Result<Vec<u8>, TrustError> {
+        let text = |at: Option<u64>| {
+            at.map(rfc3339)
+                .transpose()
+                .map_err(|error| only(error.to_string()))
+        };
+        let keys = self
+            .keys
+            .iter()
+            .map(|key| {
+                Ok(RawKey {
+                    id: key.id.clone(),
+                    roles: key.roles.clone(),
+                    not_before: text(key.not_before_unix_ms)?,
+                    not_after: text(key.not_after_unix_ms)?,
+                    public_key: key.spki_base64(),
+                })
+            })
+            .collect::<Result<_, TrustError>>()?;
+        json::to_sorted_bytes(&RawDocument {
+            r#type: DOCUMENT_TYPE.to_owned(),
+            format: 2,
+            domain: self.domain.clone(),
+            version: self.version,
+            previous: self.previous.clone(),
+            created_at: text(self.created_unix_ms)?,
+            thresholds: self.thresholds.clone(),
+            keys,
+        })
+        .map_err(|error| only(error.to_string()))
+    }
+
+    /// The file, format 2, that says what this document says.
+    ///
+    /// # Errors
+    /// [`TrustError`] for a time that is none of the calendar.
+    pub fn to_toml(&self) -> Result<String, TrustError> {
+        use fmt::Write as _;
+        let time = |name: &str, at: Option<u64>| -> Result<String, TrustError> {
+            let text = at.map(rfc3339).transpose();
+            let text = text.map_err(|error| only(error.to_string()))?;
+            Ok(text.map_or_else(String::new, |text| format!("{name} = \"{text}\"\n")))
+        };
+        let mut text = format!(
+            "format = 2\ndomain = \"{}\"\nversion = {}\n",
+            self.domain, self.version
+        );
+        if let Some(previous) = &self.previous {
+            // Writing to a string cannot fail, here and below.
+            let _ = writeln!(text, "previous = \"{previous}\"");
+        }
+        text.push_str(&time("created_at", self.created_unix_ms)?);
+        text.push_str("\n[thresholds]\n");
+        for (role, threshold) in &self.thresholds {
+            let _ = writeln!(text, "{role} = {threshold}");
+        }
+        for key in &self.keys {
+            let roles: Vec<String> = key.roles.iter().map(|role| format!("\"{role}\"")).collect();
+            let _ = writeln!(
+                text,
+                "\n[[keys]]\nid = \"{}\"\nroles = [{}]",
+                key.id,
+                roles.join(", ")
+            );
+            text.push_str(&time("not_before", key.not_before_unix_ms)?);
+            text.push_str(&time("not_after", key.not_after_unix_ms)?);
+            let _ = writeln!(
+                text,
+                "public_key_pem = \"\"\"\n-----BEGIN PUBLIC KEY-----\n{}\n-----END PUBLIC KEY-----\n\"\"\"",
+                key.spki_base64()
+            );
+        }
+        Ok(text)
+    }
+
+    /// The same keys and thresholds as the version that follows `before`.
+    #[must_use]
+    pub fn following(mut self, before: &Self, before_id: ContentId, created_unix_ms: u64) -> Self {
+        self.version = before.version.saturating_add(1);
+        self.previous = Some(before_id);
+        self.created_unix_ms = Some(created_unix_ms);
+        self
+    }
+
+    /// SHA-256 of the document.
+    ///
+    /// # Errors
+    /// [`TrustError`] for a time that is none of the calendar.
+    pub fn id(&self) -> Result<ContentId, TrustError> {
+        Ok(ContentId::of(&self.document()?))
+    }
+
     /// A trust file without keys: nothing verifies against it. For a node whose own trust file is
     /// unusable, which starts and denies.
     #[must_use]
     pub fn nobody(domain: &str) -> Self {
         Self {
             domain: domain.to_owned(),
-            threshold: 1,
+            version: 1,
+            previous: None,
+            created_unix_ms: None,
+            thresholds: BTreeMap::from([(Role::Policy, 1)]),
             keys: Vec::new(),
         }
     }
@@ -91,10 +421,34 @@ impl TrustFile {
         &self.domain
     }
 
-    /// How many distinct keys must have signed.
+    /// Its place in the sequence of trust documents; a configured file that says nothing is 1.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// Identity of the version before it.
+    #[must_use]
+    pub fn previous(&self) -> Option<&ContentId> {
+        self.previous.as_ref()
+    }
+
+    /// When it was made, as it says, Unix milliseconds.
+    #[must_use]
+    pub fn created_unix_ms(&self) -> Option<u64> {
+        self.created_unix_ms
+    }
+
+    /// How many distinct keys must have signed a bundle.
     #[must_use]
     pub fn threshold(&self) -> usize {
-        self.threshold
+        self.threshold_of(Role::Policy).unwrap_or(usize::MAX)
+    }
+
+    /// How many distinct keys must have signed in this role; none if the file does not have it.
+    #[must_use]
+    pub fn threshold_of(&self, role: Role) -> Option<usize> {
+        self.thresholds.get(&role).copied()
     }
 
     /// Ids of the keys, in the order of the file.
@@ -102,25 +456,141 @@ impl TrustFile {
         self.keys.iter().map(|key| key.id.as_str())
     }
 
-    /// Which keys signed the package. A key counts once, however many signatures it made.
-    pub(crate) fn signers(&self, package: &Package) -> Signers {
-        let hash: Digest = digest(&SHA256, &package.archive);
-        let mut ids = BTreeSet::new();
+    /// The keys, in the order of the file.
+    #[must_use]
+    pub fn keys(&self) -> Vec<KeyInfo> {
+        let info = |key: &TrustedKey| KeyInfo {
+            id: key.id.clone(),
+            roles: key.roles.iter().copied().collect(),
+            not_before_unix_ms: key.not_before_unix_ms,
+            not_after_unix_ms: key.not_after_unix_ms,
+        };
+        self.keys.iter().map(info).collect()
+    }
+
+    /// Which keys made these detached signatures over the bytes, in this role. A key counts once,
+    /// however many signatures it made; `at` is when the signed thing says that it was made.
+    #[must_use]
+    pub fn quorum(
+        &self,
+        role: Role,
+        bytes: &[u8],
+        signatures: &[Vec<u8>],
+        at: Option<u64>,
+    ) -> Quorum {
+        let hinted = signatures.iter().map(|der| (None, der.as_slice()));
+        self.signed(bytes, hinted).quorum(role, at)
+    }
+
+    /// Which keys signed a package.
+    pub(crate) fn signed_package(&self, package: &Package) -> Signed<'_> {
+        let signatures = package.signatures.iter();
+        self.signed(
+            &package.archive,
+            signatures.map(|der| (None, der.as_slice())),
+        )
+    }
+
+    /// Which keys made these signatures. A hint only says which key to try first; it proves nothing.
+    pub(crate) fn signed<'s>(
+        &self,
+        bytes: &[u8],
+        signatures: impl Iterator<Item = (Option<&'s str>, &'s [u8])>,
+    ) -> Signed<'_> {
+        let hash: Digest = digest(&SHA256, bytes);
+        let mut keys = BTreeMap::new();
         let mut unknown = 0;
-        for signature in &package.signatures {
-            let signer = self
-                .keys
-                .iter()
-                .find(|trusted| trusted.key.verify_digest_sig(&hash, signature).is_ok());
+        // INV-07: bounds the verifications, whatever the caller was given.
+        for (hint, signature) in signatures.take(SIGNATURES_MAX) {
+            let made_by = |key: &&TrustedKey| key.key.verify_digest_sig(&hash, signature).is_ok();
+            let hinted = hint.and_then(|hint| self.keys.iter().find(|key| key.id == hint));
+            let signer = hinted
+                .filter(made_by)
+                .or_else(|| self.keys.iter().find(made_by));
             match signer {
-                Some(trusted) => _ = ids.insert(trusted.id.clone()),
+                Some(key) => _ = keys.insert(key.id.as_str(), key),
                 None => unknown += 1,
             }
         }
-        Signers {
-            ids: ids.into_iter().collect(),
+        Signed {
+            trust: self,
+            keys,
             unknown,
         }
+    }
+
+    /// What makes no sense about keys, roles and thresholds.
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        if !is_name(&self.domain) {
+            problems.push("domain must be 1 to 63 of letters, digits, `.`, `_`, `-`".to_owned());
+        }
+        if !(1..=EPOCH_MAX).contains(&self.version) {
+            problems.push(format!("version must be 1 to {EPOCH_MAX}"));
+        }
+        if self.keys.len() > TRUST_KEYS_MAX {
+            problems.push(format!("more than {TRUST_KEYS_MAX} keys"));
+        }
+        for (number, key) in self.keys.iter().enumerate() {
+            if !is_name(&key.id) {
+                problems.push(format!(
+                    "key id `{}` must be 1 to 63 of letters, digits, `.`, `_`, `-`",
+                    key.id
+                ));
+            }
+            for other in self.keys.iter().take(number) {
+                if other.id == key.id {
+                    problems.push(format!("key id `{}` stands twice", key.id));
+                } else if other.point == key.point {
+                    // Two names for one key would let one signer reach a threshold of two.
+                    problems.push(format!("`{}` and `{}` are the same key", key.id, other.id));
+                }
+            }
+            problems.extend(self.key_problems(key));
+        }
+        if !self.thresholds.contains_key(&Role::Policy) {
+            problems.push("no threshold for role `policy`: no bundle could ever verify".to_owned());
+        }
+        for (role, threshold) in &self.thresholds {
+            let count = self
+                .keys
+                .iter()
+                .filter(|key| key.roles.contains(role))
+                .count();
+            if !(1..=count).contains(threshold) {
+                problems.push(format!(
+                    "threshold of role `{role}` must be 1 to the number of its keys, {count}"
+                ));
+            }
+        }
+        problems
+    }
+
+    fn key_problems(&self, key: &TrustedKey) -> Vec<String> {
+        let mut problems = Vec::new();
+        if key.roles.is_empty() {
+            problems.push(format!("key `{}` has no role", key.id));
+        }
+        for role in &key.roles {
+            if !self.thresholds.contains_key(role) {
+                problems.push(format!(
+                    "key `{}` has role `{role}`, which has no threshold",
+                    key.id
+                ));
+            }
+        }
+        if let (Some(from), Some(to)) = (key.not_before_unix_ms, key.not_after_unix_ms)
+            && from > to
+        {
+            problems.push(format!("key `{}` ends before it begins", key.id));
+        }
+        problems
+    }
+}
+
+impl TrustedKey {
+    fn spki_base64(&self) -> String {
+        STANDARD.encode([SPKI_PREFIX, &self.point].concat())
     }
 }
 
@@ -130,7 +600,7 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn problem(&mut self, span: Option<std::ops::Range<usize>>, message: impl std::fmt::Display) {
+    fn problem(&mut self, span: Option<std::ops::Range<usize>>, message: impl fmt::Display) {
         let before = span.and_then(|span| self.text.get(..span.start));
         self.problems.push(match before {
             Some(before) => {
@@ -142,16 +612,33 @@ impl Reader<'_> {
     }
 
     fn file(&mut self, table: &Table) -> TrustFile {
-        self.known_keys(table, &["format", "domain", "threshold", "keys"]);
-        match self.integer(table, "format") {
-            Some(1) | None => {}
+        let format = self.integer(table, "format");
+        let is_first = format != Some(2);
+        match format {
+            Some(1 | 2) | None => {}
             Some(other) => {
                 let span = table.get("format").and_then(Item::span);
                 self.problem(
                     span,
-                    format!("format {other} is not known, this node reads 1"),
+                    format!("format {other} is not known, this node reads 1 and 2"),
                 );
             }
+        }
+        if is_first {
+            self.known_keys(table, &["format", "domain", "threshold", "keys"]);
+        } else {
+            self.known_keys(
+                table,
+                &[
+                    "format",
+                    "domain",
+                    "version",
+                    "previous",
+                    "created_at",
+                    "thresholds",
+                    "keys",
+                ],
+            );
         }
         let domain = self.string(table, "domain").unwrap_or_default();
         if !domain.is_empty() && !is_name(&domain) {
@@ -161,9 +648,51 @@ impl Reader<'_> {
                 "domain must be 1 to 63 of letters, digits, `.`, `_`, `-`",
             );
         }
-        let keys = self.keys(table);
+        let keys = self.keys(table, is_first);
+        if is_first {
+            let thresholds = self.one_threshold(table, keys.len());
+            return TrustFile {
+                domain,
+                version: 1,
+                previous: None,
+                created_unix_ms: None,
+                thresholds,
+                keys,
+            };
+        }
+        let version = match table.get("version") {
+            None => 1,
+            Some(_) => self
+                .integer(table, "version")
+                .and_then(|value| u64::try_from(value).ok())
+                .unwrap_or_default(),
+        };
+        let previous = self.optional(table, "previous").and_then(|text| {
+            let id = ContentId::try_from(text);
+            if id.is_err() {
+                let span = table.get("previous").and_then(Item::span);
+                self.problem(span, "previous must be `sha256:` and 64 hex digits");
+            }
+            id.ok()
+        });
+        let file = TrustFile {
+            domain,
+            version,
+            previous,
+            created_unix_ms: self.time(table, "created_at"),
+            thresholds: self.thresholds(table),
+            keys,
+        };
+        // What has a line was said with it; what is left concerns the file as a whole.
+        if self.problems.is_empty() {
+            self.problems.extend(file.problems());
+        }
+        file
+    }
+
+    fn one_threshold(&mut self, table: &Table, keys: usize) -> BTreeMap<Role, usize> {
         let threshold = self.integer(table, "threshold");
-        let count = i64::try_from(keys.len()).unwrap_or(i64::MAX);
+        let count = i64::try_from(keys).unwrap_or(i64::MAX);
         if let Some(threshold) = threshold
             && !(1..=count.max(1)).contains(&threshold)
         {
@@ -176,14 +705,72 @@ impl Reader<'_> {
         let threshold = threshold
             .and_then(|value| usize::try_from(value).ok())
             .unwrap_or(1);
-        TrustFile {
-            domain,
-            threshold,
-            keys,
-        }
+        BTreeMap::from([(Role::Policy, threshold)])
     }
 
-    fn keys(&mut self, table: &Table) -> Vec<TrustedKey> {
+    fn thresholds(&mut self, table: &Table) -> BTreeMap<Role, usize> {
+        let Some(item) = table.get("thresholds") else {
+            self.problem(None, "no [thresholds]: say how many keys each role needs");
+            return BTreeMap::new();
+        };
+        let Some(thresholds) = item.as_table() else {
+            self.problem(
+                item.span(),
+                "thresholds must be written as a [thresholds] table",
+            );
+            return BTreeMap::new();
+        };
+        let words = Role::ALL.map(Role::as_str);
+        self.known_keys(thresholds, &words);
+        let mut found = BTreeMap::new();
+        for role in Role::ALL {
+            if thresholds.contains_key(role.as_str()) {
+                let threshold = self.integer(thresholds, role.as_str());
+                let threshold = threshold.and_then(|value| usize::try_from(value).ok());
+                found.insert(role, threshold.unwrap_or_default());
+            }
+        }
+        found
+    }
+
+    fn roles(&mut self, table: &Table) -> BTreeSet<Role> {
+        let Some(item) = table.get("roles") else {
+            self.problem(table.span(), "`roles` is missing");
+            return BTreeSet::new();
+        };
+        let roles: Option<BTreeSet<Role>> = item.as_array().and_then(|array| {
+            array
+                .iter()
+                .map(|word| Role::parse(word.as_str()?))
+                .collect()
+        });
+        roles.unwrap_or_else(|| {
+            let words = Role::ALL.map(Role::as_str).join(", ");
+            self.problem(item.span(), format!("roles must be a list of: {words}"));
+            BTreeSet::new()
+        })
+    }
+
+    /// A text that may be absent.
+    fn optional(&mut self, table: &Table, key: &str) -> Option<String> {
+        table.get(key)?;
+        self.string(table, key)
+    }
+
+    fn time(&mut self, table: &Table, key: &str) -> Option<u64> {
+        let text = self.optional(table, key)?;
+        let at = unix_ms(&text);
+        if at.is_none() {
+            let span = table.get(key).and_then(Item::span);
+            self.problem(
+                span,
+                format!("{key} must be a time such as 2026-01-31T12:00:00Z, not `{text}`"),
+            );
+        }
+        at
+    }
+
+    fn keys(&mut self, table: &Table, is_first: bool) -> Vec<TrustedKey> {
         let Some(item) = table.get("keys") else {
             self.problem(
                 None,
@@ -201,9 +788,22 @@ impl Reader<'_> {
         }
         let mut keys: Vec<TrustedKey> = Vec::new();
         for table in tables {
-            self.known_keys(table, &["id", "public_key_pem"]);
+            let known: &[&str] = match is_first {
+                true => &["id", "public_key_pem"],
+                false => &["id", "roles", "not_before", "not_after", "public_key_pem"],
+            };
+            self.known_keys(table, known);
             let id = self.string(table, "id");
             let pem = self.string(table, "public_key_pem");
+            let (roles, not_before_unix_ms, not_after_unix_ms) = match is_first {
+                // A file of the first format gives no power that it did not give before.
+                true => (BTreeSet::from([Role::Policy]), None, None),
+                false => (
+                    self.roles(table),
+                    self.time(table, "not_before"),
+                    self.time(table, "not_after"),
+                ),
+            };
             let span = table.get("id").and_then(Item::span);
             if let Some(id) = &id {
                 if !is_name(id) {
@@ -227,7 +827,14 @@ impl Reader<'_> {
                         let message = format!("`{id}` and `{}` are the same key", other.id);
                         self.problem(pem_span, message);
                     }
-                    keys.push(TrustedKey { id, key, point });
+                    keys.push(TrustedKey {
+                        id,
+                        roles,
+                        not_before_unix_ms,
+                        not_after_unix_ms,
+                        key,
+                        point,
+                    });
                 }
             }
         }
@@ -292,9 +899,14 @@ fn public_key(text: &str) -> Result<(ParsedPublicKey, Vec<u8>), &'static str> {
     if block.label != "PUBLIC KEY" {
         return Err("expected BEGIN PUBLIC KEY (make it with `openssl pkey -pubout`)");
     }
+    point_of(&block.contents)
+}
+
+/// An uncompressed P-256 point out of a DER `SubjectPublicKeyInfo`.
+fn point_of(der: &[u8]) -> Result<(ParsedPublicKey, Vec<u8>), &'static str> {
     let not_p256 = "not an ECDSA P-256 key (make one with `openssl genpkey -algorithm EC \
                     -pkeyopt ec_paramgen_curve:P-256`)";
-    let (rest, spki) = SubjectPublicKeyInfo::from_der(&block.contents).map_err(|_| not_p256)?;
+    let (rest, spki) = SubjectPublicKeyInfo::from_der(der).map_err(|_| not_p256)?;
     let curve = spki
         .algorithm
         .parameters

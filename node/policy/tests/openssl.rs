@@ -243,7 +243,7 @@ fn every_mistake_in_a_trust_file_is_reported_with_its_line() {
 
     let problems = |text: &str| TrustFile::parse(text).unwrap_err().problems;
     for (from, to, expected) in [
-        ("format = 1", "format = 2", "line 1: format 2 is not known"),
+        ("format = 1", "format = 3", "line 1: format 3 is not known"),
         (
             "format = 1",
             "format = \"1\"",
@@ -294,7 +294,7 @@ fn every_mistake_in_a_trust_file_is_reported_with_its_line() {
         problems(&same)
     );
     assert!(problems(&trust(1, &[]))[0].contains("no [[keys]]"));
-    let broken = "format = 2\ndomain = \"\u{e9}\"\nthreshold = 1\ncolour = 1\n";
+    let broken = "format = 3\ndomain = \"\u{e9}\"\nthreshold = 1\ncolour = 1\n";
     assert_eq!(problems(broken).len(), 4, "{:?}", problems(broken));
     assert!(problems("format = ").len() == 1);
 }

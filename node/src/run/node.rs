@@ -342,11 +342,12 @@ impl Node {
         };
         let vetter = Vetter::new(kept_passes.value_or_default());
         let terms = worker_terms(&config);
-        let (slots, faults) = Slots::open_by(Arc::new(RootSlots(root.clone())), &|package| {
-            vetter
-                .vet(package, &trust, &context, For::Slots, terms)?
-                .load(&trust, &context)
-        });
+        let (slots, faults) =
+            Slots::open_by(Arc::new(RootSlots(root.clone())), &trust, &|package| {
+                vetter
+                    .vet(package, &trust, &context, For::Slots, terms)?
+                    .load(&trust, &context)
+            });
         let slots = Arc::new(slots);
         let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
         let node = Arc::new(Self {
@@ -740,11 +741,9 @@ impl Node {
             ScrubPace::new(new.store.scrub_bytes_per_second);
         self.config.store(Arc::new(new));
         self.taking_papers(looks);
-        self.slot_faults(
-            &self
-                .slots
-                .reload_by(&|package| self.load_package(package, &trust, For::Slots)),
-        );
+        self.slot_faults(&self.slots.reload_by(&trust, &|package| {
+            self.load_package(package, &trust, For::Slots)
+        }));
         self.policy_trust.store(Some(Arc::new(trust)));
         drop(turn);
         self.take_identity(Ok(credentials));
