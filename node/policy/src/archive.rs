@@ -21,27 +21,43 @@ pub const SCHEMA: &str = "schema.cedarschema";
 pub const ENTITIES: &str = "entities.json";
 /// Path of the optional links: policies made from templates.
 pub const LINKS: &str = "links.json";
+/// Path of the input schema of a bundle with Rego policies.
+pub const INPUT_SCHEMA: &str = "input-schema.json";
+/// Path of the optional data document of Rego policies.
+pub const DATA: &str = "data.json";
+/// Where further data documents lie.
+pub(crate) const DATA_DIR: &str = "data/";
+/// Where policies lie.
+pub(crate) const POLICIES_DIR: &str = "policies/";
+/// How the name of a file with Cedar policies ends.
+pub(crate) const CEDAR: &str = ".cedar";
+/// How the name of a file with Rego rules ends.
+pub(crate) const REGO: &str = ".rego";
 
 /// Files of an archive by path, in the order of the archive.
 pub(crate) type Files = BTreeMap<String, Vec<u8>>;
 
-/// Whether a path may stand in a bundle: the four fixed files, `policies/*.cedar` and
-/// `tests/*.json`. An allow list: `..`, absolute paths and separators cannot occur.
+/// Whether a path may stand in a bundle: the fixed files, `policies/*.cedar`, `policies/*.rego`,
+/// `data/*.json` and `tests/*.json`. An allow list: `..`, absolute paths and separators cannot occur.
 pub(crate) fn is_bundle_path(path: &str) -> bool {
     if path.len() > PATH_BYTES_MAX {
         return false;
     }
-    if matches!(path, MANIFEST | SCHEMA | ENTITIES | LINKS) {
+    if matches!(
+        path,
+        MANIFEST | SCHEMA | ENTITIES | LINKS | INPUT_SCHEMA | DATA
+    ) {
         return true;
     }
-    let stem = path
-        .strip_prefix("policies/")
-        .and_then(|name| name.strip_suffix(".cedar"))
-        .or_else(|| {
-            path.strip_prefix("tests/")
-                .and_then(|name| name.strip_suffix(".json"))
-        });
-    stem.is_some_and(is_name)
+    [
+        (POLICIES_DIR, CEDAR),
+        (POLICIES_DIR, REGO),
+        (DATA_DIR, ".json"),
+        ("tests/", ".json"),
+    ]
+    .into_iter()
+    .filter_map(|(dir, end)| path.strip_prefix(dir)?.strip_suffix(end))
+    .any(is_name)
 }
 
 /// Whether a text is a name: 1 to 63 of `[A-Za-z0-9._-]`, the first a letter or digit.
@@ -160,7 +176,7 @@ fn describe(kind: EntryType) -> &'static str {
 fn unknown_path(path: &str) -> BundleError {
     BundleError::format(format!(
         "`{}` has no place in a bundle: allowed are {MANIFEST}, {SCHEMA}, {ENTITIES}, {LINKS}, \
-         policies/*.cedar and tests/*.json",
+         {INPUT_SCHEMA}, {DATA}, policies/*.cedar, policies/*.rego, data/*.json and tests/*.json",
         crate::error::clip(path).escape_debug()
     ))
 }

@@ -9,7 +9,10 @@ use semver::Version;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::archive::{self, Files, MANIFEST, is_name};
+use crate::archive::{
+    self, DATA, DATA_DIR, ENTITIES, Files, INPUT_SCHEMA, LINKS, MANIFEST, POLICIES_DIR, SCHEMA,
+    is_name,
+};
 use crate::cases::{Cases, TestReport};
 use crate::cedar::CedarEngine;
 use crate::error::{BuildError, BundleError, clip};
@@ -19,6 +22,7 @@ use crate::limits::{
 };
 use crate::manifest::{ClassLimits, Manifest, rfc3339};
 use crate::package::{ContentId, Package, sha256};
+use crate::rego::{RegoEngine, rego_name};
 use crate::request::{Engine, Evaluation, Lanes, PolicyRequest};
 use crate::trust::{Role, Signed, TrustFile};
 
@@ -78,9 +82,7 @@ pub struct VerifiedBundle {
     content_id: ContentId,
     manifest: Manifest,
     signers: Vec<String>,
-    cedar: Arc<CedarEngine>,
-    engine: Arc<dyn Engine>,
-    tests: TestReport,
+    compiled: Compiled,
 }
 
 impl fmt::Debug for VerifiedBundle {
@@ -113,18 +115,12 @@ impl VerifiedBundle {
         contents.check_for(context)?;
         let compiled = contents.compile(COMPILE_STACK_BYTES)?;
         compiled.check_tests()?;
-        let cedar = Arc::new(compiled.engine);
         Ok(Self {
             content_id: package.content_id(),
             package,
             manifest: contents.manifest,
             signers,
-            engine: Arc::new(Lanes::new(
-                Arc::clone(&cedar) as Arc<dyn Engine>,
-                Vec::new(),
-            )),
-            cedar,
-            tests: compiled.tests,
+            compiled,
         })
     }
 
@@ -167,43 +163,46 @@ impl VerifiedBundle {
     /// The compiled policies, all lanes as one engine.
     #[must_use]
     pub fn engine(&self) -> Arc<dyn Engine> {
-        Arc::clone(&self.engine)
+        Arc::clone(&self.compiled.engine)
     }
 
-    /// Ids of all policies, sorted.
+    /// Ids of all Cedar policies and names of all Rego files, sorted.
     #[must_use]
     pub fn policy_ids(&self) -> &[String] {
-        self.cedar.policy_ids()
+        &self.compiled.policy_ids
     }
 
     /// Ids of the bundle's entities of one type, sorted: what a search can find.
     #[must_use]
     pub fn entity_ids(&self, kind: &str) -> Vec<&str> {
-        self.cedar.entity_ids(kind)
+        let cedar = self.compiled.cedar.as_ref();
+        cedar
+            .map(|cedar| cedar.entity_ids(kind))
+            .unwrap_or_default()
     }
 
     /// The actions that requests may name, sorted.
     #[must_use]
     pub fn action_names(&self) -> Vec<&str> {
-        self.cedar.action_names()
+        self.compiled.actions.iter().map(String::as_str).collect()
     }
 
     /// What the compiler found odd without refusing it.
     #[must_use]
     pub fn warnings(&self) -> &[String] {
-        self.cedar.warnings()
+        &self.compiled.warnings
     }
 
     /// How many tests of its own the bundle passed.
     #[must_use]
     pub fn tests_passed(&self) -> usize {
-        self.tests.passed
+        self.compiled.tests.passed
     }
 }
 
 impl Engine for VerifiedBundle {
     fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
-        self.engine.evaluate(request)
+        self.compiled.engine.evaluate(request)
     }
 }
 
@@ -275,12 +274,12 @@ pub fn examine(archive: &[u8], context: &LoadContext) -> Result<Examined, Bundle
     contents.check_for(context)?;
     let compiled = contents.compile(WORKER_COMPILE_STACK_BYTES)?;
     compiled.check_tests()?;
-    let warnings = compiled.engine.warnings().iter();
+    let warnings = compiled.warnings.iter();
     Ok(Examined {
         name: contents.manifest.name,
         epoch: contents.manifest.epoch,
         content_id: ContentId::of(archive),
-        policies: compiled.engine.policy_ids().len(),
+        policies: compiled.policy_ids.len(),
         warnings: warnings
             .take(WARNINGS_LISTED_MAX)
             .map(|warning| clip(warning))
@@ -295,9 +294,14 @@ struct Contents {
     files: Files,
 }
 
-/// Compiled policies and how the bundle's own tests went.
+/// Compiled policies, all lanes as one engine, and how the bundle's own tests went.
 struct Compiled {
-    engine: CedarEngine,
+    /// The Cedar lane, where there is one.
+    cedar: Option<Arc<CedarEngine>>,
+    engine: Arc<dyn Engine>,
+    policy_ids: Vec<String>,
+    actions: BTreeSet<String>,
+    warnings: Vec<String>,
     tests: TestReport,
 }
 
@@ -375,19 +379,86 @@ impl Contents {
         Ok(())
     }
 
+    /// A file of a lane that the engine does not name would be a policy that nobody obeys.
+    fn check_lanes(&self, cedar: bool, rego: bool) -> Result<(), BundleError> {
+        for path in self.files.keys() {
+            let named = match lane_of(path) {
+                Some("cedar") => cedar,
+                Some(_) => rego,
+                None => true,
+            };
+            if !named {
+                return Err(BundleError::format(format!(
+                    "`{path}` says nothing in a bundle of engine `{}`: remove it, or name the engine \
+                     that it is for",
+                    self.manifest.engine
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn compile_lanes(&self, cedar: bool, rego: bool) -> Result<Compiled, BundleError> {
+        let cedar = cedar
+            .then(|| CedarEngine::compile(&self.files).map(Arc::new))
+            .transpose()?;
+        let rego = rego.then(|| RegoEngine::compile(&self.files)).transpose()?;
+        let mut policy_ids = Vec::new();
+        let mut warnings = Vec::new();
+        let mut lanes: Vec<Arc<dyn Engine>> = Vec::new();
+        let mut known: Vec<BTreeSet<String>> = Vec::new();
+        if let Some(engine) = &cedar {
+            policy_ids.extend_from_slice(engine.policy_ids());
+            warnings.extend_from_slice(engine.warnings());
+            known.push(engine.actions());
+            lanes.push(Arc::clone(engine) as Arc<dyn Engine>);
+        }
+        if let Some(engine) = rego {
+            policy_ids.extend_from_slice(engine.policy_ids());
+            known.push(engine.actions());
+            lanes.push(Arc::new(engine));
+        }
+        policy_ids.sort_unstable();
+        let mut known = known.into_iter();
+        let actions = known.next().unwrap_or_default();
+        for others in known {
+            // An action that one lane does not know is denied whatever the other says.
+            if let Some(action) = actions.symmetric_difference(&others).next() {
+                return Err(BundleError::schema(
+                    INPUT_SCHEMA,
+                    format!("action `{action}` is declared here or in {SCHEMA}, not in both"),
+                ));
+            }
+        }
+        self.manifest.check_actions(&actions)?;
+        let mut lanes = lanes.into_iter();
+        let first = lanes
+            .next()
+            .ok_or_else(|| BundleError::Engine(self.manifest.engine.clone()))?;
+        let engine: Arc<dyn Engine> = Arc::new(Lanes::new(first, lanes.collect()));
+        let tests = Cases::read(&self.files)?.run(engine.as_ref(), &policy_ids);
+        Ok(Compiled {
+            cedar,
+            engine,
+            policy_ids,
+            actions,
+            warnings,
+            tests,
+        })
+    }
+
     /// Compiles and runs the tests on a thread whose stack is the same everywhere, so that a bundle
     /// that loads on the author's machine loads on every node.
     fn compile(&self, stack_bytes: usize) -> Result<Compiled, BundleError> {
-        if self.manifest.engine != "cedar" {
-            return Err(BundleError::Engine(self.manifest.engine.clone()));
-        }
+        let (with_cedar, with_rego) = match self.manifest.engine.as_str() {
+            "cedar" => (true, false),
+            "rego" => (false, true),
+            "cedar+rego" => (true, true),
+            other => return Err(BundleError::Engine(other.to_owned())),
+        };
+        self.check_lanes(with_cedar, with_rego)?;
         std::thread::scope(|scope| {
-            let work = || -> Result<Compiled, BundleError> {
-                let engine = CedarEngine::compile(&self.files)?;
-                self.manifest.check_actions(&engine.actions())?;
-                let tests = Cases::read(&self.files)?.run(&engine, engine.policy_ids());
-                Ok(Compiled { engine, tests })
-            };
+            let work = || self.compile_lanes(with_cedar, with_rego);
             std::thread::Builder::new()
                 .name("bundle-compile".to_owned())
                 .stack_size(stack_bytes)
@@ -396,6 +467,17 @@ impl Contents {
                 .join()
                 .unwrap_or_else(|_| Err(BundleError::Compiler("it panicked".to_owned())))
         })
+    }
+}
+
+/// What of an archive is for one lane only.
+fn lane_of(path: &str) -> Option<&'static str> {
+    match path {
+        SCHEMA | ENTITIES | LINKS => Some("cedar"),
+        INPUT_SCHEMA | DATA => Some("rego"),
+        _ if path.starts_with(DATA_DIR) || rego_name(path).is_some() => Some("rego"),
+        _ if path.starts_with(POLICIES_DIR) => Some("cedar"),
+        _ => None,
     }
 }
 
@@ -460,7 +542,7 @@ impl BundleBuilder {
             let meta = path
                 .symlink_metadata()
                 .map_err(|error| failed(&path, &error))?;
-            if meta.is_dir() && prefix.is_empty() && matches!(name, "policies" | "tests") {
+            if meta.is_dir() && prefix.is_empty() && matches!(name, "policies" | "tests" | "data") {
                 self.take_dir(&path, &format!("{name}/"))?;
                 continue;
             }
@@ -609,9 +691,9 @@ pub fn inspect(package: &Package) -> Result<Inspection, BundleError> {
         archive_bytes: package.archive.len(),
         signatures: package.signatures.len(),
         manifest: contents.manifest,
-        policies: compiled.engine.policy_ids().to_vec(),
-        actions: compiled.engine.actions(),
-        warnings: compiled.engine.warnings().to_vec(),
+        policies: compiled.policy_ids,
+        actions: compiled.actions,
+        warnings: compiled.warnings,
         tests: compiled.tests,
     })
 }

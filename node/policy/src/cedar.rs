@@ -18,7 +18,7 @@ use cedar_policy::{
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::archive::{ENTITIES, Files, LINKS, SCHEMA};
+use crate::archive::{CEDAR, ENTITIES, Files, LINKS, POLICIES_DIR, SCHEMA};
 use crate::error::{BundleError, chain, clip};
 use crate::json;
 use crate::limits::{
@@ -162,14 +162,6 @@ impl CedarEngine {
     pub fn entity_ids(&self, kind: &str) -> Vec<&str> {
         let ids = self.entity_ids.get(kind).into_iter().flatten();
         ids.map(String::as_str).collect()
-    }
-
-    /// The names of [`CedarEngine::actions`], sorted.
-    #[must_use]
-    pub fn action_names(&self) -> Vec<&str> {
-        let mut names: Vec<&str> = self.actions.keys().map(String::as_str).collect();
-        names.sort_unstable();
-        names
     }
 
     /// The actions that the schema applies to some principal and resource.
@@ -463,7 +455,10 @@ pub(crate) fn policy_texts(files: &Files) -> Result<BTreeMap<String, String>, Bu
 fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
     let mut policies = PolicySet::new();
     let mut ids = BTreeSet::new();
-    for path in files.keys().filter(|path| path.starts_with("policies/")) {
+    for path in files
+        .keys()
+        .filter(|path| path.starts_with(POLICIES_DIR) && path.ends_with(CEDAR))
+    {
         let source = text(files, path)?.unwrap_or_default();
         let refuse = |line: usize, message: String| {
             Err(BundleError::Compile {
@@ -487,7 +482,7 @@ fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {
         if ids.len() + parts.statements.len() > POLICIES_MAX {
             return refuse(1, format!("more than {POLICIES_MAX} policies"));
         }
-        let name = path.strip_prefix("policies/").unwrap_or(path);
+        let name = path.strip_prefix(POLICIES_DIR).unwrap_or(path);
         for (number, statement) in parts.statements.iter().enumerate() {
             let default = format!("{name}#{}", number + 1);
             let parsed = match Statement::parse(&default, statement.text) {

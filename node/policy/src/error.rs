@@ -119,7 +119,7 @@ pub enum BundleError {
         running: String,
     },
     /// The bundle names an engine that this node does not have.
-    #[error("the bundle names engine `{0}`, this node has `cedar`")]
+    #[error("the bundle names engine `{0}`, this node has `cedar`, `rego` and `cedar+rego`")]
     Engine(String),
 
     // Its policies.

@@ -1,7 +1,7 @@
 //! Signed policy bundles, and the decision whether one allows an action.
 //!
-//! A bundle is a deterministic archive of manifest, Cedar policies, schema, entities and tests,
-//! with detached signatures. [`VerifiedBundle::load`] turns bytes into a bundle that may decide;
+//! A bundle is a deterministic archive of manifest, policies in Cedar, in Rego or in both, schema, entities, data and
+//! tests, with detached signatures. [`VerifiedBundle::load`] turns bytes into a bundle that may decide;
 //! [`Slots`] keeps the active and the last known good one, forward-only; [`Engine::evaluate`] answers
 //! one [`PolicyRequest`]; [`posture()`] says what the age of the bundle still permits.
 //!
@@ -10,7 +10,7 @@
 //! whether the action happens: quota, posture gate, record and permit belong to the interceptor.
 //!
 //! Start reading in `bundle.rs` (every check between bytes and a policy that decides), then
-//! `slots.rs` (what survives a restart), then `cedar.rs` (what a request costs). The bundle format
+//! `slots.rs` (what survives a restart), then `cedar.rs` and `rego.rs` (what a request costs). The bundle format
 //! for authors is described in the book, in `policy.md`.
 
 mod archive;
@@ -21,12 +21,17 @@ mod chain;
 mod diff;
 mod error;
 mod freshness;
+mod input_schema;
 mod json;
 pub mod limits;
 mod manifest;
 mod nesting;
 mod package;
 mod posture;
+mod rego;
+mod rego_builtins;
+mod rego_program;
+mod rego_source;
 mod release;
 mod request;
 mod scope;
@@ -38,7 +43,7 @@ mod trust;
 mod validity;
 mod values;
 
-pub use archive::{ENTITIES, LINKS, MANIFEST, SCHEMA};
+pub use archive::{DATA, ENTITIES, INPUT_SCHEMA, LINKS, MANIFEST, SCHEMA};
 pub use bundle::{
     BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
     run_tests, vouched,
@@ -52,6 +57,7 @@ pub use freshness::{FRESHNESS_ORIGIN, Freshness};
 pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use package::{ContentId, Package, decode_signature, sign};
 pub use posture::{Posture, posture};
+pub use rego::{REGO_ENTRY, RegoEngine};
 pub use release::{ReleaseError, ReleaseStep, VerifiedRelease, lock_fingerprint, verify_release};
 pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
 pub use scope::{Joined, ScopeIndex};

@@ -92,6 +92,56 @@ pub const WARNINGS_LISTED_MAX: usize = 20;
 /// How deep JSON values of a request may nest before the engine refuses them.
 pub const VALUE_DEPTH_MAX: usize = 64;
 
+/// How deep brackets may nest in Rego: its parser's work doubles with each level.
+pub const REGO_NESTING_MAX: usize = 16;
+
+/// Steps of backtracking that the brackets of one Rego file may cost its parser: about a second.
+pub const REGO_PARSE_WORK_MAX: usize = 1 << 22;
+
+/// Characters of one line of Rego.
+pub const REGO_LINE_CHARACTERS_MAX: u32 = 8192;
+
+/// Instructions of one evaluation in the Rego lane. With at most about 100 bytes each: 10 MiB.
+pub const REGO_FUEL: usize = 100_000;
+
+/// Bytes that the functions called by one evaluation may make, in all. With the engine's threads this
+/// bounds what evaluations hold at once.
+pub const REGO_ALLOCATED_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Bytes of one text that a function takes or makes, and steps of one search for a pattern.
+pub const REGO_TEXT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Elements of one collection that a function takes or makes.
+pub const REGO_COLLECTION_MAX: usize = 32 * 1024;
+
+/// Parts, down to the leaves, of the values of one call that walks them.
+pub const REGO_NODES_MAX: usize = 64 * 1024;
+
+/// Bytes of a regular expression or glob; the engine bounds a compiled expression to 100 KiB.
+pub const REGO_PATTERN_BYTES_MAX: usize = 512;
+
+/// Numbers that one `numbers.range` makes.
+pub const REGO_RANGE_MAX: usize = 10_000;
+
+/// Bits of a shift to the left.
+pub const REGO_SHIFT_BITS_MAX: usize = 256;
+
+/// Bytes of a text that is read as a number, and factors of one `product`.
+pub const REGO_NUMBER_BYTES_MAX: usize = 64;
+
+/// Digits of a width in `sprintf`.
+pub const REGO_WIDTH_DIGITS_MAX: usize = 3;
+
+/// How deep rules may refer to rules. Each level takes up to two calls of the machine on the stack of the
+/// evaluating thread (tested on 1 MiB, unoptimised).
+pub const REGO_RULE_DEPTH_MAX: usize = 32;
+
+/// Texts in `deny` and ids in `policies` of one decision.
+pub const REGO_GROUNDS_MAX: usize = 64;
+
+/// How deep a schema of `input-schema.json` may nest.
+pub const INPUT_SCHEMA_DEPTH_MAX: usize = 16;
+
 /// Signatures on one package.
 pub const SIGNATURES_MAX: usize = 16;
 
@@ -157,6 +207,8 @@ const _: () = assert!(
     "the package stores a u8 length"
 );
 const _: () = assert!(NESTING_MAX <= EXPRESSION_DEPTH_MAX);
+const _: () = assert!(REGO_NESTING_MAX < usize::BITS as usize);
+const _: () = assert!(REGO_TEXT_BYTES_MAX <= REGO_ALLOCATED_BYTES_MAX);
 const _: () = assert!(POLICIES_MAX <= INDEX_ENTRIES_MAX);
 const _: () = assert!(EPOCH_MAX < i64::MAX as u64);
 const _: () = assert!(AGE_S_MAX < u64::MAX / 1000 / 1000);

@@ -51,7 +51,7 @@ pub struct Manifest {
     pub epoch: u64,
     /// Version for people, semver.
     pub version: String,
-    /// Engine that evaluates the policies: `cedar`.
+    /// Engine that evaluates the policies: `cedar`, `rego` or `cedar+rego`.
     pub engine: String,
     /// Oldest node version that may run the bundle, semver.
     pub min_node_version: String,

@@ -60,11 +60,21 @@ pub enum Failure {
     Request,
     /// A policy errored.
     Policy,
+    /// The Rego lane's decision is not in the fixed form.
+    Decision,
+    /// The evaluation reached a bound on what it may use.
+    Budget,
 }
 
 impl Failure {
     /// Every failure, in the order of the documentation.
-    pub const ALL: [Self; 3] = [Self::UnknownAction, Self::Request, Self::Policy];
+    pub const ALL: [Self; 5] = [
+        Self::UnknownAction,
+        Self::Request,
+        Self::Policy,
+        Self::Decision,
+        Self::Budget,
+    ];
 
     /// The stable code. Every text in [`Evaluation::errors`] begins with one.
     #[must_use]
@@ -73,6 +83,8 @@ impl Failure {
             Self::UnknownAction => "UNKNOWN_ACTION",
             Self::Request => "REQUEST_MISMATCH",
             Self::Policy => "POLICY_ERROR",
+            Self::Decision => "DECISION_MALFORMED",
+            Self::Budget => "POLICY_BUDGET",
         }
     }
 }
@@ -133,7 +145,8 @@ pub(crate) fn error_text(failure: Failure, message: &str) -> String {
 /// An action that the engine does not know is [`Failure::UnknownAction`], never silence: in a bundle
 /// of several lanes each must know an action before any may permit it.
 ///
-/// Implementations: [`CedarEngine`](crate::CedarEngine), [`Lanes`] over several engines, and
+/// Implementations: [`CedarEngine`](crate::CedarEngine), [`RegoEngine`](crate::RegoEngine), [`Lanes`] over
+/// several engines, and
 /// [`ScriptedEngine`](crate::testing::ScriptedEngine) for tests of what stands around an engine.
 pub trait Engine: Send + Sync {
     /// Judges one request. Must not panic and must end on any input; callers guard against both

@@ -9,10 +9,13 @@ use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
 
 use crate::bundle::{BundleBuilder, LoadContext, VerifiedBundle};
 use crate::error::{BundleError, KeyError};
+use crate::input_schema::convert;
 use crate::package::Package;
+use crate::rego_program::{Module, Rules};
 use crate::request::{Engine, Evaluation, PolicyRequest};
 use crate::slots::{ActivePolicy, SlotStorage, Source};
 use crate::template::template;
@@ -217,6 +220,42 @@ impl Authority {
             &trust,
             &LoadContext::new(&self.domain, NODE_VERSION)?,
         )
+    }
+}
+
+/// Rego rules outside any bundle, run as a bundle's would be: for conformance with what others expect of
+/// the language.
+pub struct RegoRules(Rules);
+
+impl RegoRules {
+    /// Compiles modules, path and text, with data, for one rule such as `data.test.p`.
+    ///
+    /// # Errors
+    /// What does not compile, or is not run here, with file and line.
+    pub fn compile(modules: &[(&str, &str)], data: &Value, entry: &str) -> Result<Self, String> {
+        let modules: Vec<Module<'_>> = modules
+            .iter()
+            .map(|(path, text)| Module { path, text })
+            .collect();
+        Rules::compile(&modules, convert(data), entry)
+            .map(Self)
+            .map_err(|fault| format!("{}, line {}: {}", fault.file, fault.line, fault.message))
+    }
+
+    /// The value of the rule for an input; `None` where it is undefined.
+    ///
+    /// # Errors
+    /// What stopped the evaluation.
+    pub fn run(&self, input: Option<&Value>) -> Result<Option<Value>, String> {
+        let input = input.map_or(regorus::Value::Undefined, convert);
+        let said = self.0.run(input).map_err(|stop| format!("{stop:?}"))?;
+        if said == regorus::Value::Undefined {
+            return Ok(None);
+        }
+        let text = said.to_json_str().map_err(|error| error.to_string())?;
+        serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|error| error.to_string())
     }
 }
 

@@ -215,9 +215,9 @@ fn a_bundle_for_a_newer_node_is_refused() {
 fn another_engine_is_refused() {
     let site = Site::new(1, 1);
     let error = site
-        .load_built(with_manifest(|m| m["engine"] = "rego".into()))
+        .load_built(with_manifest(|m| m["engine"] = "wasm".into()))
         .unwrap_err();
-    assert_eq!(error, BundleError::Engine("rego".into()));
+    assert_eq!(error, BundleError::Engine("wasm".into()));
     assert_eq!(error.code(), "BUNDLE_ENGINE");
 }
 
