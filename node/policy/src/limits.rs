@@ -142,6 +142,18 @@ pub const REGO_GROUNDS_MAX: usize = 64;
 /// How deep a schema of `input-schema.json` may nest.
 pub const INPUT_SCHEMA_DEPTH_MAX: usize = 16;
 
+/// Bytes of an OPA bundle as it comes, compressed.
+pub const OPA_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Bytes of an OPA bundle's archive, unpacked: read in a stream, so a bomb costs this and no more.
+pub const OPA_UNPACKED_BYTES_MAX: usize = 16 * 1024 * 1024;
+
+/// Entries of an OPA bundle's archive, directories counted.
+pub const OPA_ENTRIES_MAX: usize = 4 * FILES_MAX;
+
+/// Bytes of a path in an OPA bundle.
+pub const OPA_PATH_BYTES_MAX: usize = 256;
+
 /// Signatures on one package.
 pub const SIGNATURES_MAX: usize = 16;
 

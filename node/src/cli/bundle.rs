@@ -11,8 +11,8 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
 use tidelock_policy::{
-    LoadContext, Package, Starter, TestReport, TrustFile, build_dir, decode_signature,
-    limits::ARCHIVE_BYTES_MAX, run_tests, sign, starter,
+    LoadContext, OpaFile, OpaImport, OpaKey, OpaProblem, Package, Starter, TestReport, TrustFile,
+    build_dir, decode_signature, import_opa, limits::ARCHIVE_BYTES_MAX, run_tests, sign, starter,
 };
 
 use super::{ConfigArg, Exit, Failure, Output, node, output::table};
@@ -101,6 +101,14 @@ pub enum BundleCommand {
     },
     /// Show what an archive holds, without judging its signatures.
     Inspect(PackageArgs),
+    /// Make a bundle directory out of an OPA bundle, with a report of what in it a node does not run.
+    #[command(
+        name = "import-opa",
+        after_help = "Example:\n  tidelock bundle import-opa bundle.tar.gz --key site=opa.pub --dir policy --name authz \\\n    \
+                      --domain harbour --action fs.read --allow-rule data.authz.allow\n\n\
+                      Nothing is written where the report has problems."
+    )]
+    ImportOpa(ImportOpaArgs),
     /// Give a signed bundle to a running node; its peers get it from there.
     #[command(
         after_help = "Examples:\n  tidelock bundle install site-1.tar           the plan\n  \
@@ -136,6 +144,43 @@ impl From<StarterName> for Starter {
             StarterName::ServiceMesh => Self::ServiceMesh,
         }
     }
+/// An OPA bundle, and what is to become of it.
+#[derive(Debug, Args)]
+pub struct ImportOpaArgs {
+    /// The OPA bundle, .tar.gz.
+    #[arg(value_hint = ValueHint::FilePath)]
+    file: PathBuf,
+    /// A key that may have signed it: its id and the file of the public key in PEM. May be repeated.
+    #[arg(long = "key", value_name = "ID=FILE")]
+    keys: Vec<String>,
+    /// Scope that the signature must name.
+    #[arg(long)]
+    scope: Option<String>,
+    /// Take a bundle that nobody signed.
+    #[arg(long)]
+    allow_unsigned: bool,
+    /// The directory to write.
+    #[arg(long, value_hint = ValueHint::DirPath)]
+    dir: PathBuf,
+    /// The bundle's name.
+    #[arg(long)]
+    name: String,
+    /// The domain it is for.
+    #[arg(long)]
+    domain: String,
+    /// An action that it decides. May be repeated.
+    #[arg(long = "action", required = true)]
+    actions: Vec<String>,
+    /// A type of principals. May be repeated.
+    #[arg(long = "principal", default_value = "Agent")]
+    principals: Vec<String>,
+    /// A type of resources. May be repeated.
+    #[arg(long = "resource", default_value = "File")]
+    resources: Vec<String>,
+    /// The rule that is true where the request is allowed; without it the bundle must have
+    /// data.tidelock.decision.
+    #[arg(long)]
+    allow_rule: Option<String>,
 }
 
 /// An archive with its signatures.
@@ -283,6 +328,7 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
             output.say(&seen, || describe(&seen));
             Ok(Exit::Done)
         }
+        BundleCommand::ImportOpa(arguments) => import(arguments, output),
         BundleCommand::Install {
             package,
             config,
@@ -417,13 +463,25 @@ fn new(
     output: &Output,
 ) -> Result<Exit, Failure> {
     let files = starter(kind, name, domain, wall_unix_ms())?;
+fn init(dir: &Path, name: &str, domain: &str, output: &Output) -> Result<Exit, Failure> {
+    let files = template(name, domain, wall_unix_ms())?;
+    write_new(dir, &files)?;
+    let names: Vec<&str> = files.iter().map(|(path, _)| path.as_str()).collect();
+    output.say(&json!({"dir": dir, "files": names}), || {
+        written(dir, &names, name)
+    });
+    Ok(Exit::Done)
+}
+
+/// Writes files that are not there yet; one that is there keeps all from being written.
+fn write_new(dir: &Path, files: &[(String, Vec<u8>)]) -> Result<(), Failure> {
     if let Some((path, _)) = files.iter().find(|(path, _)| dir.join(path).exists()) {
         return Err(Failure::cannot_run(format!(
             "{} exists already; choose another directory, nothing was written",
             dir.join(path).display()
         )));
     }
-    for (path, bytes) in &files {
+    for (path, bytes) in files {
         let path = dir.join(path);
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(|e| Failure::at(parent, &e))?;
@@ -444,4 +502,80 @@ fn new(
         )
     });
     Ok(Exit::Done)
+    Ok(())
+}
+
+fn written(dir: &Path, names: &[&str], name: &str) -> String {
+    format!(
+        "{}\n{}\nnext: tidelock bundle build {} --out {name}-1.tar",
+        dir.display(),
+        names
+            .iter()
+            .map(|n| format!("  {n}"))
+            .collect::<Vec<_>>()
+            .join("\n"),
+        dir.display()
+    )
+}
+
+fn import(arguments: ImportOpaArgs, output: &Output) -> Result<Exit, Failure> {
+    let mut keys = Vec::new();
+    for pinned in &arguments.keys {
+        let (id, path) = pinned
+            .split_once('=')
+            .filter(|(id, path)| !id.is_empty() && !path.is_empty())
+            .ok_or_else(|| {
+                Failure::cannot_run(format!("`{pinned}` is not ID=FILE, such as site=opa.pub"))
+            })?;
+        keys.push(OpaKey::from_pem(id, &text(Path::new(path))?)?);
+    }
+    let wanted = OpaImport {
+        name: arguments.name,
+        domain: arguments.domain,
+        created_unix_ms: wall_unix_ms(),
+        actions: arguments.actions.into_iter().collect(),
+        principals: arguments.principals.into_iter().collect(),
+        resources: arguments.resources.into_iter().collect(),
+        allow: arguments.allow_rule,
+        keys,
+        scope: arguments.scope,
+        allow_unsigned: arguments.allow_unsigned,
+    };
+    let (files, report) = import_opa(&read(&arguments.file)?, &wanted)?;
+    let ready = report.problems.is_empty();
+    if ready {
+        write_new(&arguments.dir, &files)?;
+    }
+    let names: Vec<&str> = files.iter().map(|(path, _)| path.as_str()).collect();
+    output.say(
+        &json!({"ready": ready, "dir": ready.then_some(&arguments.dir), "files": names, "report": report}),
+        || {
+            let rows = |file: &OpaFile| vec![file.path.clone(), file.becomes.clone()];
+            let problem = |p: &OpaProblem| {
+                let line = if p.line == 0 { String::new() } else { p.line.to_string() };
+                vec![p.path.clone(), line, p.message.clone()]
+            };
+            let files: Vec<Vec<String>> = report.files.iter().map(rows).collect();
+            let problems: Vec<Vec<String>> = report.problems.iter().map(problem).collect();
+            let signed = match &report.signed_by {
+                Some(id) => format!("signed by `{id}`"),
+                None => "NOT SIGNED: taken because --allow-unsigned says so".to_owned(),
+            };
+            let head = format!(
+                "revision `{}`, roots {:?}, {signed}\n{}",
+                report.revision,
+                report.roots,
+                table(&["file", "becomes"], &files)
+            );
+            if ready {
+                format!("{head}\n{}", written(&arguments.dir, &names, &wanted.name))
+            } else {
+                format!(
+                    "{head}\n{}\nnothing was written: mend these in the OPA bundle",
+                    table(&["file", "line", "problem"], &problems)
+                )
+            }
+        },
+    );
+    Ok(if ready { Exit::Done } else { Exit::Failed })
 }
