@@ -15,6 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde_json::Value;
 use tidelock_interceptor::Principal;
 use tidelock_segments::{
     AgeRecipients, Compression, DomainId, NodeId,
@@ -368,6 +369,28 @@ impl Config {
     /// # Errors
     /// Every mistake, ordered by line.
     pub fn parse(text: &str, base: &Path) -> Result<Self, Vec<Mistake>> {
+        Self::read(text, &reader::Cx::new(text, base))
+    }
+
+    /// The JSON Schema of a config, made of what the reader asks for. It knows keys, types, ranges and
+    /// defaults; what one key demands of another, [`parse`](Self::parse) says.
+    #[must_use]
+    pub fn schema() -> Value {
+        // One empty table of each list, so that its keys are asked for. The mistakes do not matter.
+        let text = "[[mesh.peers]]\n[[gateway.users]]\n";
+        let cx = reader::Cx::new(text, Path::new(""));
+        let _ = Self::read(text, &cx);
+        let mut schema = cx.schema("");
+        for (key, value) in [
+            ("$schema", "https://json-schema.org/draft/2020-12/schema"),
+            ("title", "Config of a Tidelock node"),
+        ] {
+            schema.insert(key.to_owned(), value.into());
+        }
+        Value::Object(schema)
+    }
+
+    fn read(text: &str, cx: &reader::Cx<'_>) -> Result<Self, Vec<Mistake>> {
         let document = match toml_edit::Document::parse(text) {
             Ok(document) => document,
             Err(error) => {
@@ -381,8 +404,7 @@ impl Config {
                 }]);
             }
         };
-        let cx = reader::Cx::new(text, base);
-        let mut top = Section::root(&cx, document.as_table());
+        let mut top = Section::root(cx, document.as_table());
 
         let mut s = top.section("node");
         let id = s.parsed("id", NodeId::new);
@@ -675,7 +697,7 @@ impl Config {
         s.finish();
         top.finish();
 
-        let mistakes = cx.into_mistakes();
+        let mistakes = cx.take_mistakes();
         if !mistakes.is_empty() {
             return Err(mistakes);
         }

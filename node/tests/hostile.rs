@@ -583,6 +583,7 @@ fn install_while_deciding(site: &Site) -> (Ran, Duration) {
         let installing = scope.spawn(|| (install(site), begun.elapsed()));
         while !installing.is_finished() {
             decides(site);
+            std::thread::sleep(Duration::from_millis(100));
         }
         installing.join().unwrap()
     })

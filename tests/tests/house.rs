@@ -118,6 +118,23 @@ fn inv_02_what_decides_knows_no_network_and_waits_for_no_peer() {
     assert!(dependencies("transport").contains("tokio"));
 }
 
+/// Decision 0028: in the node, a package becomes a bundle by way of the worker and no other.
+#[test]
+fn a_node_loads_what_a_worker_passed_and_nothing_else() {
+    let node = workspace().join("node/src");
+    let mut loading = BTreeSet::new();
+    for (path, source) in sources() {
+        let Ok(inside) = path.strip_prefix(&node) else {
+            continue;
+        };
+        let loads = ["VerifiedBundle::load", "Slots::open(", "slots.reload("];
+        if loads.iter().any(|call| source.contains(call)) {
+            loading.insert(inside.to_owned());
+        }
+    }
+    assert_eq!(loading, BTreeSet::from([PathBuf::from("worker/mod.rs")]));
+}
+
 #[test]
 fn bincode_stands_behind_the_two_codecs_only() {
     for (room, _, _) in ROOMS {

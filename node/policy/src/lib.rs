@@ -35,6 +35,7 @@ mod rego_program;
 mod rego_source;
 mod release;
 mod request;
+pub mod schemas;
 mod scope;
 mod signed;
 mod slots;

@@ -144,6 +144,8 @@ impl From<StarterName> for Starter {
             StarterName::ServiceMesh => Self::ServiceMesh,
         }
     }
+}
+
 /// An OPA bundle, and what is to become of it.
 #[derive(Debug, Args)]
 pub struct ImportOpaArgs {

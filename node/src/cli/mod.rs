@@ -16,6 +16,7 @@ mod output;
 mod policy;
 mod proof;
 mod qlog;
+mod schema;
 mod segment;
 mod stat;
 
@@ -171,6 +172,16 @@ pub enum Command {
         #[arg(long)]
         allow_without_seccomp: bool,
     },
+    /// Print the JSON Schema (draft 2020-12) of something that people or programs write.
+    #[command(
+        after_help = "Example:\n  tidelock schema manifest > manifest.schema.json\n\nWhat editors do with \
+                      them: docs/src/authoring.md"
+    )]
+    Schema {
+        /// Of what.
+        #[arg(value_enum)]
+        what: schema::What,
+    },
     /// Print shell completions.
     Completions {
         /// The shell.
@@ -217,6 +228,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Config(command) => node::config(command, output),
         Command::Clock(command) => node::clock(command, output),
         Command::Token(command) => node::token(command, output),
+        Command::Schema { what } => schema::run(what, output),
         Command::PolicyWorker {
             cpu_seconds,
             allow_without_seccomp,

@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    collections::BTreeMap,
     convert::Infallible,
     fmt::Display,
     net::{Ipv4Addr, SocketAddr},
@@ -9,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde_json::{Map, Value, json};
 use toml_edit::{Item, TableLike};
 
 use super::Mistake;
@@ -18,6 +20,24 @@ pub(super) struct Cx<'a> {
     text: &'a str,
     base: &'a Path,
     mistakes: RefCell<Vec<Mistake>>,
+    asked: RefCell<Asked>,
+}
+
+/// Every key that was asked for, in its section: its JSON Schema, and whether it must be there. What the
+/// reader asks for is what a config may say, so the published schema is made of it.
+type Asked = BTreeMap<String, BTreeMap<&'static str, (Value, bool)>>;
+
+/// Stands for the schema of a table until its keys are known.
+const TABLE: &str = "table";
+/// Stands for the schema of a list of tables.
+const TABLES: &str = "tables";
+
+fn dotted(section: &str, key: &str) -> String {
+    if section.is_empty() {
+        key.to_owned()
+    } else {
+        format!("{section}.{key}")
+    }
 }
 
 /// The line of a byte offset, from 1.
@@ -31,14 +51,46 @@ impl<'a> Cx<'a> {
             text,
             base,
             mistakes: RefCell::new(Vec::new()),
+            asked: RefCell::default(),
         }
     }
 
     /// Everything found, in the order of the file.
-    pub(super) fn into_mistakes(self) -> Vec<Mistake> {
-        let mut mistakes = self.mistakes.into_inner();
+    pub(super) fn take_mistakes(&self) -> Vec<Mistake> {
+        let mut mistakes = self.mistakes.take();
         mistakes.sort_by_key(|m| m.line);
         mistakes
+    }
+
+    /// The schema of a section, of what was asked for so far.
+    pub(super) fn schema(&self, section: &str) -> Map<String, Value> {
+        let asked = self.asked.borrow();
+        let mut properties = Map::new();
+        let mut required = Vec::new();
+        for (key, (schema, must)) in asked.get(section).into_iter().flatten() {
+            let dotted = dotted(section, key);
+            let schema = match schema.as_str() {
+                Some(TABLE) => Value::Object(self.schema(&dotted)),
+                Some(TABLES) => json!({"type": "array", "items": self.schema(&dotted)}),
+                _ => schema.clone(),
+            };
+            // A table must be there if anything in it must.
+            let needs = schema.get("type").is_some_and(|kind| kind == "object")
+                && schema.get("required").is_some();
+            if *must || needs {
+                required.push(*key);
+            }
+            properties.insert((*key).to_owned(), schema);
+        }
+        let mut schema = Map::from_iter([
+            ("type".to_owned(), json!("object")),
+            ("additionalProperties".to_owned(), json!(false)),
+            ("properties".to_owned(), Value::Object(properties)),
+        ]);
+        if !required.is_empty() {
+            schema.insert("required".to_owned(), json!(required));
+        }
+        schema
     }
 }
 
@@ -63,11 +115,14 @@ impl<'a> Section<'a> {
     }
 
     fn dotted(&self, key: &str) -> String {
-        if self.name.is_empty() {
-            key.to_owned()
-        } else {
-            format!("{}.{key}", self.name)
-        }
+        dotted(&self.name, key)
+    }
+
+    /// Notes what a key may say. The first note is the closest one.
+    fn note(&self, key: &'static str, must: bool, schema: Value) {
+        let mut asked = self.cx.asked.borrow_mut();
+        let keys = asked.entry(self.name.clone()).or_default();
+        keys.entry(key).or_insert((schema, must)).1 |= must;
     }
 
     fn item(&mut self, key: &'static str) -> Option<&'a Item> {
@@ -92,6 +147,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
+        self.note(key, false, json!(TABLE));
         let table = match self.item(key) {
             None => None,
             Some(item) => {
@@ -112,6 +168,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn tables(&mut self, key: &'static str) -> Vec<Section<'a>> {
+        self.note(key, false, json!(TABLES));
         let name = self.dotted(key);
         let Some(item) = self.item(key) else {
             return Vec::new();
@@ -133,6 +190,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn optional_string(&mut self, key: &'static str) -> Option<String> {
+        self.note(key, false, json!({"type": "string", "minLength": 1}));
         let item = self.item(key)?;
         match item.as_str() {
             Some(text) if !text.is_empty() => Some(text.to_owned()),
@@ -148,6 +206,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn required_string(&mut self, key: &'static str) -> Option<String> {
+        self.note(key, true, json!({"type": "string", "minLength": 1}));
         if self.item(key).is_none() {
             self.mistake(key, "is required");
             return None;
@@ -188,6 +247,7 @@ impl<'a> Section<'a> {
         key: &'static str,
         parse: impl Fn(&str) -> Result<T, E>,
     ) -> Vec<T> {
+        self.note(key, false, strings());
         let Some(item) = self.item(key) else {
             return Vec::new();
         };
@@ -208,6 +268,7 @@ impl<'a> Section<'a> {
 
     /// A list of strings, if the key is there.
     pub(super) fn strings(&mut self, key: &'static str) -> Option<Vec<String>> {
+        self.note(key, false, strings());
         let all = self.item(key)?.as_array().and_then(|array| {
             array
                 .iter()
@@ -250,6 +311,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn address(&mut self, key: &'static str) -> Option<SocketAddr> {
+        self.note(key, true, json!({"type": "string", "minLength": 1}));
         if self.item(key).is_none() {
             self.mistake(key, "is required, as in 127.0.0.1:7411");
             return None;
@@ -258,6 +320,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn boolean(&mut self, key: &'static str, default: bool) -> bool {
+        self.note(key, false, json!({"type": "boolean", "default": default}));
         match self.item(key) {
             None => default,
             Some(item) => item.as_bool().unwrap_or_else(|| {
@@ -273,6 +336,10 @@ impl<'a> Section<'a> {
         default: u64,
         range: RangeInclusive<u64>,
     ) -> u64 {
+        let schema = json!({
+            "type": "integer", "minimum": range.start(), "maximum": range.end(), "default": default,
+        });
+        self.note(key, false, schema);
         match self.item(key) {
             None => default,
             Some(item) => {
@@ -298,6 +365,11 @@ impl<'a> Section<'a> {
         key: &'static str,
         range: RangeInclusive<u32>,
     ) -> Option<u32> {
+        self.note(
+            key,
+            true,
+            whole(&(*range.start()).into(), &(*range.end()).into()),
+        );
         let Some(item) = self.item(key) else {
             self.mistake(key, "is required");
             return None;
@@ -321,6 +393,9 @@ impl<'a> Section<'a> {
         default: u64,
         range: RangeInclusive<u64>,
     ) -> u64 {
+        let text = json!({"type": "string", "minLength": 1, "examples": ["64MiB"]});
+        let number = whole(range.start(), range.end());
+        self.note(key, false, json!({"anyOf": [number, text]}));
         let Some(item) = self.item(key) else {
             return default;
         };
@@ -362,6 +437,7 @@ impl<'a> Section<'a> {
     }
 
     pub(super) fn one_of(&mut self, key: &'static str, default: &str, allowed: &[&str]) -> String {
+        self.note(key, false, json!({"enum": allowed}));
         match self.optional_string(key) {
             None => default.to_owned(),
             Some(text) if allowed.contains(&text.as_str()) => text,
@@ -397,6 +473,16 @@ impl<'a> Section<'a> {
             self.mistake(&key, message);
         }
     }
+}
+
+/// The schema of a whole number.
+fn whole(least: &u64, most: &u64) -> Value {
+    json!({"type": "integer", "minimum": least, "maximum": most})
+}
+
+/// The schema of a list of strings.
+fn strings() -> Value {
+    json!({"type": "array", "items": {"type": "string"}})
 }
 
 /// A number of bytes, with or without a binary unit.
