@@ -7,7 +7,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use serde_json::Value;
-use tidelock_interceptor::{Ask, Caller, Done, Mode, Search, SearchDone};
+use tidelock_interceptor::{Ask, Caller, Done, Mode, ReportDone, Search, SearchDone};
 
 /// A future that the gateway can hold without knowing its type.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -27,6 +27,10 @@ pub trait Decider: Send + Sync + 'static {
 
     /// Judges one page of a search, and calls `done` exactly once. Nothing is permitted by it.
     fn search(&self, search: &Search, caller: &Caller, done: SearchDone);
+
+    /// Takes a caller's word on what became of an action that was allowed to it, and calls `done`
+    /// exactly once.
+    fn report(&self, body: &[u8], caller: &Caller, done: ReportDone);
 
     /// The node's state, as `GET /v1/status` shows it.
     fn status(&self) -> Value;

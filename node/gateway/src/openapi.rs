@@ -13,7 +13,8 @@ use crate::routes;
 use crate::wire::{
     AnswerOrProblem, AuthzenAction, AuthzenConfiguration, AuthzenEntity, AuthzenEvaluation,
     AuthzenEvaluations, AuthzenRequest, AuthzenSearch, AuthzenSearchRequest, BundleRef,
-    DecideRequest, DecisionAnswer, DecisionWord, EntityRef, Problem, Readiness, RecordRef,
+    DecideRequest, DecisionAnswer, DecisionWord, EntityRef, OutcomeWord, Problem, Readiness,
+    RecordRef, ReportAnswer, ReportRequest,
 };
 
 #[derive(OpenApi)]
@@ -37,6 +38,7 @@ use crate::wire::{
     paths(
         routes::decide,
         routes::explain,
+        routes::report,
         routes::status,
         routes::healthz,
         routes::readyz,
@@ -60,6 +62,9 @@ use crate::wire::{
         Readiness,
         RecordRef,
         AnswerOrProblem,
+        OutcomeWord,
+        ReportAnswer,
+        ReportRequest,
         AuthzenAction,
         AuthzenConfiguration,
         AuthzenEntity,

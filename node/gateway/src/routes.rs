@@ -16,7 +16,7 @@ use hyper::header::{
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use serde::Serialize;
 use serde_json::Value;
-use tidelock_interceptor::{Answer, Ask, Caller, Decision, Mode, Outcome, Reason};
+use tidelock_interceptor::{Answer, Ask, Caller, Decision, Mode, Outcome, Reason, ReportRefused};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -29,7 +29,9 @@ use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_TIMEOUT, BODY_BYTES_MAX};
 use crate::openapi;
 use crate::refusals::{RefusalKind, Source};
 use crate::server::App;
-use crate::wire::{AnswerOrProblem, DecideRequest, DecisionAnswer, Problem, Readiness};
+use crate::wire::{
+    AnswerOrProblem, DecideRequest, DecisionAnswer, Problem, Readiness, ReportAnswer, ReportRequest,
+};
 
 pub(crate) type Reply = Response<Full<Bytes>>;
 
@@ -79,6 +81,7 @@ pub(crate) async fn answer(
     let is_post = request.method() == Method::POST;
     match request.uri().path() {
         "/v1/decide" if is_post => decide(&visit, request).await,
+        "/v1/report" if is_post => report(&visit, request).await,
         "/v1/explain" if is_post => explain(&visit, request).await,
         "/v1/status" if is_get => status(&visit, &request),
         "/healthz" if is_get => healthz(),
@@ -87,7 +90,7 @@ pub(crate) async fn answer(
         "/openapi.json" if is_get => openapi_json(),
         path if path.starts_with(ADMIN) && is_post => admin(&visit, request).await,
         path if authzen::is_ours(path) => authzen::answer(&visit, request).await,
-        "/v1/decide" | "/v1/explain" => wrong_method(POST_ONLY),
+        "/v1/decide" | "/v1/explain" | "/v1/report" => wrong_method(POST_ONLY),
         "/v1/status" | "/healthz" | "/readyz" | "/metrics" | "/openapi.json" => {
             wrong_method(GET_ONLY)
         }
@@ -151,6 +154,80 @@ async fn decide(visit: &Visit<'_>, request: Request<Incoming>) -> Reply {
 )]
 async fn explain(visit: &Visit<'_>, request: Request<Incoming>) -> Reply {
     judge(visit, request, Mode::Explain, |scopes| scopes.explain).await
+}
+
+/// Tell what became of an action that was allowed here and executed elsewhere.
+///
+/// Once, by the caller that it was allowed to, within 24 hours.
+#[utoipa::path(
+    post, path = "/v1/report", tag = "decisions",
+    request_body = ReportRequest,
+    responses(
+        (status = 200, description = "Recorded", body = ReportAnswer),
+        (status = 400, description = "`INVALID_REQUEST`", body = Problem),
+        (status = 401, description = "No or unknown credentials", body = Problem,
+            headers(("WWW-Authenticate" = String))),
+        (status = 403, description = "`NOT_YOURS`: it was allowed to another caller; or the caller lacks the scope `decide`", body = Problem),
+        (status = 404, description = "`UNKNOWN_RECORD`", body = Problem),
+        (status = 408, description = "The body did not arrive in time", body = Problem),
+        (status = 409, description = "`NOT_ALLOWED` or `ALREADY_REPORTED`", body = Problem),
+        (status = 410, description = "`TOO_LATE`: older than what is kept", body = Problem),
+        (status = 421, description = "`Host` or `Origin` is not this machine", body = Problem),
+        (status = 429, description = "`rate_limited`", body = Problem,
+            headers(("Retry-After" = u64, description = "Seconds"))),
+        (status = 431, description = "The request head is longer than 16 KiB"),
+        (status = 503, description = "`AUDIT_UNAVAILABLE`, `AUDIT_CAPACITY`: report again", body = Problem),
+    ),
+    security(("bearer" = []), ())
+)]
+async fn report(visit: &Visit<'_>, request: Request<Incoming>) -> Reply {
+    let app = visit.app;
+    let identity = match visit.scoped_caller(request.headers(), |scopes| scopes.decide) {
+        Ok(identity) => identity,
+        Err(refused) => return *refused,
+    };
+    let Some(slot) = app.slots.take(&identity.in_flight) else {
+        return visit.busy();
+    };
+    let body = visit.body(request.into_body(), BODY_BYTES_MAX, app.body_timeout);
+    let body = match body.await {
+        Ok(body) => body,
+        Err(refused) => return *refused,
+    };
+    let (done, outcome) = oneshot::channel();
+    blocking(|| {
+        app.decider.report(
+            &body,
+            identity.caller(visit.source),
+            Box::new(move |reported| {
+                drop(slot);
+                let _ = done.send(reported);
+            }),
+        );
+    });
+    let refused = match timeout(app.decision_timeout, outcome).await {
+        Ok(Ok(Ok(reported))) => return json(StatusCode::OK, &reported),
+        Ok(Ok(Err(refused))) => refused,
+        _ => {
+            app.counters.unanswered.up();
+            let message =
+                "the outcome was not recorded in time; report again to see whether it was";
+            return problem(StatusCode::SERVICE_UNAVAILABLE, "unanswered", message);
+        }
+    };
+    let status = match refused {
+        ReportRefused::Invalid(_) => StatusCode::BAD_REQUEST,
+        ReportRefused::Unknown => StatusCode::NOT_FOUND,
+        ReportRefused::NotYours => StatusCode::FORBIDDEN,
+        ReportRefused::NotAllowed | ReportRefused::AlreadyReported => StatusCode::CONFLICT,
+        ReportRefused::TooLate => StatusCode::GONE,
+        ReportRefused::Unrecorded(_) => StatusCode::SERVICE_UNAVAILABLE,
+    };
+    let reply = problem(status, refused.code(), &refused.to_string());
+    match body.len() > BODY_BYTES_MAX {
+        true => closing(reply),
+        false => reply,
+    }
 }
 
 /// The node's state.

@@ -108,7 +108,7 @@ pub struct BundleRef {
 }
 
 /// A position in the node's audit log.
-#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecordRef {
     /// Index of the record, from 0.
@@ -288,4 +288,42 @@ impl AuthzenConfiguration {
             search_action_endpoint: below("search/action"),
         }
     }
+}
+
+/// What became of an allowed action.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReportRequest {
+    /// The decision, as its answer named it.
+    pub record: RecordRef,
+    /// What happened.
+    pub outcome: OutcomeWord,
+    /// What else is to be recorded of it; any JSON object up to 8 KiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub detail: Option<Value>,
+}
+
+/// What happened.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OutcomeWord {
+    /// The action took effect.
+    Executed,
+    /// It was tried and failed; it may have taken effect in part.
+    Failed,
+    /// It was not tried.
+    NotExecuted,
+}
+
+/// A report that was recorded.
+#[derive(Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReportAnswer {
+    /// What was reported.
+    pub outcome: OutcomeWord,
+    /// The decision.
+    pub decision: RecordRef,
+    /// Where the outcome is recorded.
+    pub record: RecordRef,
 }

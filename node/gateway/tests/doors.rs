@@ -611,7 +611,7 @@ async fn the_committed_document_is_the_one_that_is_served() {
     let document = value(&bytes);
     assert_eq!(document["openapi"], "3.1.0");
     let paths: Vec<_> = document["paths"].as_object().unwrap().keys().collect();
-    assert_eq!(paths.len(), 14, "{paths:?}");
+    assert_eq!(paths.len(), 15, "{paths:?}");
     for (path, methods) in document["paths"].as_object().unwrap() {
         for scheme in methods.as_object().unwrap().values().flat_map(|m| {
             m["security"]

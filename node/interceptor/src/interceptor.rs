@@ -31,6 +31,7 @@ use crate::{
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
+    report::{For, History, Report, ReportDone, ReportRefused, Reported, Reports},
     search::{self, Found, Judged, SearchDone, SearchRefused},
     stats::{Counters, Seldom, Stats, add},
     summary::{Summary, Window},
@@ -145,6 +146,7 @@ struct Inner {
     floor: AtomicU8,
     queue: Mutex<Queue>,
     summary: Mutex<Summary>,
+    reports: Mutex<Reports>,
     counters: Counters,
     told_panicked: Seldom,
     told_abandoned: Seldom,
@@ -201,6 +203,7 @@ impl Interceptor {
                 floor: AtomicU8::new(0),
                 queue: Mutex::new(Queue::default()),
                 summary,
+                reports: Mutex::default(),
                 counters: Counters::default(),
                 told_panicked: Seldom::default(),
                 told_abandoned: Seldom::default(),
@@ -258,6 +261,14 @@ impl Interceptor {
     /// `done` is called exactly once, on this thread or on the recorder's.
     pub fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
         Inner::search(&self.inner, search, caller, done);
+    }
+
+    /// Takes a caller's word on what became of an action that was allowed to it, once. `history` gives
+    /// the last records of earlier runs, and is asked at most once a run.
+    ///
+    /// `done` is called exactly once, on this thread or on the recorder's.
+    pub fn report(&self, bytes: &[u8], caller: &Caller, history: History<'_>, done: ReportDone) {
+        Inner::report(&self.inner, bytes, caller, history, done);
     }
 
     /// Ends waits that took too long and writes summary windows that are due. To be called a few
@@ -405,6 +416,10 @@ impl Inner {
         self.summary.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn reports(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn floor(&self) -> Posture {
         match self.floor.load(Ordering::Acquire) {
             0 => Posture::Normal,
@@ -507,12 +522,24 @@ impl Inner {
             return None;
         }
         let shared = (Arc::clone(inner), Arc::clone(&slot));
+        let made_for = effective.then(|| For::caller(caller)).flatten();
         inner.recorder.submit(
             class,
             rendered.bytes,
             Box::new(move |result| {
                 let (inner, slot) = shared;
-                Self::finish(&inner, slot.complete(result));
+                let completed = slot.complete(result);
+                if let Completed::Answered(_, outcome) = &completed
+                    && let Some(position) = outcome.answer.record
+                {
+                    match (&outcome.permit, made_for) {
+                        (Some(_), Some(made_for)) => {
+                            inner.reports().allowed(position, made_for, unix_ms);
+                        }
+                        _ => inner.reports().denied(position),
+                    }
+                }
+                Self::finish(&inner, completed);
             }),
         );
         Some(slot)
@@ -543,6 +570,60 @@ impl Inner {
             bundle: policy.as_deref().map(bundle_info),
             request,
         }
+    }
+
+    fn report(
+        inner: &Arc<Self>,
+        bytes: &[u8],
+        caller: &Caller,
+        history: History<'_>,
+        done: ReportDone,
+    ) {
+        let report = match Report::read(bytes) {
+            Ok(report) => report,
+            Err(error) => return done(Err(error.into())),
+        };
+        if inner.reports().wants_history(report.index) {
+            // Read without the lock: allows are answered meanwhile. Twice at once does no harm.
+            let records = history();
+            inner.reports().read_back(&records);
+        }
+        let unix_ms = inner.clock.unix_ms();
+        let claimed = inner.reports().claim(&report, caller, unix_ms);
+        let decision = match claimed {
+            Ok(decision) => decision,
+            Err(refused) => return done(Err(refused)),
+        };
+        let outcome = report.outcome;
+        let record = record::reported(
+            (inner.node(), unix_ms),
+            caller,
+            decision,
+            outcome.as_str(),
+            &report.detail,
+        );
+        let shared = Arc::clone(inner);
+        inner.submit(
+            RecordClass::Denial,
+            &record,
+            Box::new(move |result| {
+                shared.reports().settle(decision.index, result.is_ok());
+                done(match result {
+                    Ok(appended) => {
+                        add(&shared.counters.reports, 1);
+                        Ok(Reported {
+                            outcome,
+                            decision,
+                            record: appended.into(),
+                        })
+                    }
+                    Err(AppendError::Capacity) => {
+                        Err(ReportRefused::Unrecorded(Reason::AuditCapacity))
+                    }
+                    Err(_) => Err(ReportRefused::Unrecorded(Reason::AuditUnavailable)),
+                });
+            }),
+        );
     }
 
     fn search(inner: &Arc<Self>, search: &Search, caller: &Caller, done: SearchDone) {

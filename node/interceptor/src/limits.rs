@@ -73,6 +73,18 @@ pub const MAX_PENDING: usize = 16_384;
 /// A summary line is at most about 700 bytes, so a window's record stays below the record limit.
 pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
 
+/// Allows whose outcome can be reported; about 200 bytes each, 3 MiB in all. The oldest goes.
+pub const MAX_OPEN_REPORTS: usize = 16_384;
+
+/// Decisions that were no allow and are known as such to who reports an outcome of them.
+pub const MAX_DENIED_KNOWN: usize = 4_096;
+
+/// Records of earlier runs that are read back for reports, once a run.
+pub const MAX_READ_BACK: usize = 4_096;
+
+/// Age of a decision beyond which no outcome of it is taken.
+pub const REPORT_AGE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Evaluations of one AuthZEN request. Each has a durable record of its own, so a request writes at
 /// most this many; their bodies share one of [`MAX_BODY_BYTES`].
 pub const MAX_EVALUATIONS: usize = 64;

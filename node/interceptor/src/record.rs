@@ -300,6 +300,29 @@ pub(crate) fn not_released(
     record
 }
 
+/// What became of an allowed action, as its caller says.
+pub(crate) fn reported(
+    head_of: (&str, u64),
+    caller: &Caller,
+    decision: RecordPosition,
+    outcome: &str,
+    detail: &Value,
+) -> Map<String, Value> {
+    let mut record = head("outcome", head_of.0, head_of.1);
+    record.insert("outcome".to_owned(), outcome.into());
+    record.insert("decision_index".to_owned(), decision.index.into());
+    record.insert("decision_leaf".to_owned(), decision.leaf.to_string().into());
+    record.insert("caller".to_owned(), caller_of(caller));
+    let (detail, redactions) = redact(detail);
+    if detail.as_object().is_some_and(|fields| !fields.is_empty()) {
+        record.insert("detail".to_owned(), detail);
+    }
+    if redactions > 0 {
+        record.insert("redacted".to_owned(), redactions.into());
+    }
+    record
+}
+
 /// What a search is recorded as: bounded by leaving out what is long, as a decision's record is.
 pub(crate) fn search(
     head_of: (&str, u64),
@@ -341,7 +364,7 @@ pub(crate) fn search(
     canonical_bytes(&record)
 }
 
-fn caller_of(caller: &Caller) -> Value {
+pub(crate) fn caller_of(caller: &Caller) -> Value {
     let mut from = principal(&caller.principal_type, &caller.principal_id);
     if let Value::Object(fields) = &mut from {
         fields.insert("door".to_owned(), caller.door.into());

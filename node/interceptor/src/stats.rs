@@ -22,6 +22,8 @@ pub struct Stats {
     pub searches: u64,
     /// Denials that were counted in a summary window instead of recorded one by one.
     pub summarised: u64,
+    /// Outcomes that callers reported.
+    pub reports: u64,
     /// Secrets cut out of records.
     pub redactions: u64,
     /// Records that became durable after their caller had been given up.
@@ -48,6 +50,7 @@ pub(crate) struct Counters {
     pub(crate) permits: AtomicU64,
     pub(crate) explains: AtomicU64,
     pub(crate) searches: AtomicU64,
+    pub(crate) reports: AtomicU64,
     pub(crate) summarised: AtomicU64,
     pub(crate) redactions: AtomicU64,
     pub(crate) not_released: AtomicU64,
@@ -77,6 +80,7 @@ impl Counters {
             permits: get(&self.permits),
             explains: get(&self.explains),
             searches: get(&self.searches),
+            reports: get(&self.reports),
             summarised: get(&self.summarised),
             redactions: get(&self.redactions),
             not_released: get(&self.not_released),

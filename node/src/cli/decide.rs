@@ -3,6 +3,7 @@
 use std::{fs, io::Read as _, path::PathBuf};
 
 use clap::{Args, ValueHint};
+use serde_json::{Value, json};
 
 use super::{
     ConfigArg, Exit, Failure, Output,
@@ -23,6 +24,50 @@ pub struct DecideArgs {
     explain: bool,
     #[command(flatten)]
     config: ConfigArg,
+}
+
+/// What became of one action.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// Index of the decision's record.
+    index: u64,
+    /// Leaf of the decision's record, sha256:….
+    leaf: String,
+    /// What happened.
+    #[arg(value_parser = ["executed", "failed", "not_executed"])]
+    outcome: String,
+    /// What else is to be recorded of it, a JSON object of at most 8 KiB.
+    #[arg(long, value_name = "JSON")]
+    detail: Option<String>,
+    #[command(flatten)]
+    config: ConfigArg,
+}
+
+pub(super) fn report(args: &ReportArgs, output: &Output) -> Result<Exit, Failure> {
+    let detail: Value = match &args.detail {
+        Some(text) => serde_json::from_str(text)
+            .map_err(|e| Failure::cannot_run(format!("--detail is not JSON: {e}")))?,
+        None => json!({}),
+    };
+    let body = json!({
+        "record": {"index": args.index, "leaf": args.leaf},
+        "outcome": args.outcome,
+        "detail": detail,
+    });
+    let door = Door::of(&args.config)?;
+    match door.post("/v1/report", body.to_string().into_bytes())? {
+        (200, answer) => {
+            output.say(&answer, || {
+                format!("{} recorded for record {}", args.outcome, args.index)
+            });
+            Ok(Exit::Done)
+        }
+        (status, answer) if (403..=410).contains(&status) => {
+            output.say(&answer, || problem(status, &answer));
+            Ok(Exit::Failed)
+        }
+        (status, answer) => Err(Failure::cannot_run(problem(status, &answer))),
+    }
 }
 
 pub(super) fn run(args: &DecideArgs, output: &Output) -> Result<Exit, Failure> {

@@ -112,6 +112,12 @@ pub enum Command {
                       \"resource\":{\"type\":\"File\",\"id\":\"/srv/app/README.md\"}}' | tidelock decide"
     )]
     Decide(decide::DecideArgs),
+    /// Tell a running node what became of an action that it allowed: once, by the same caller, within
+    /// 24 hours. Index and leaf are those of the decision's answer.
+    #[command(
+        after_help = "Example:\n  tidelock report 4711 sha256:5f… executed --detail '{\"bytes\": 512}'"
+    )]
+    Report(decide::ReportArgs),
     /// What a running node is doing.
     Status(ConfigArg),
     /// The quotas of actions of a running node: what each kind of bucket lets pass, and what it did
@@ -218,6 +224,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Policy(command) => policy::run(command, output),
         Command::Crl(command) => node::crl(command, output),
         Command::Decide(args) => decide::run(&args, output),
+        Command::Report(args) => decide::report(&args, output),
         Command::Status(args) => node::status(&args, output),
         Command::Quota(args) => node::quota(&args, output),
         Command::Journal { since, config } => node::journal(&config, since, output),

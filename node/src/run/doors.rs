@@ -8,7 +8,9 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
-use tidelock_interceptor::{Ask, Caller, Done, Mode, Search, SearchDone};
+use tidelock_interceptor::{
+    Ask, Caller, Done, Mode, ReportDone, Search, SearchDone, limits::MAX_READ_BACK,
+};
 use tidelock_policy::{Posture, WhenRestricted};
 use tidelock_segments::{Ladder, NodeId, Origin, merkle};
 
@@ -32,6 +34,19 @@ impl Decider for Doors {
 
     fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
         self.0.interceptor.search(search, caller, done);
+    }
+
+    fn report(&self, body: &[u8], caller: &Caller, done: ReportDone) {
+        let node = &self.0;
+        // An earlier run's records only: of this one the interceptor knows more than the log.
+        let history = || {
+            let tail = node.log.tail(MAX_READ_BACK).unwrap_or_default();
+            let earlier = tail.into_iter();
+            earlier
+                .filter(|(index, _)| *index < node.began_at_index)
+                .collect()
+        };
+        node.interceptor.report(body, caller, &history, done);
     }
 
     fn status(&self) -> Value {
@@ -577,6 +592,11 @@ impl Node {
             );
         }
         let counters = [
+            (
+                "tidelock_reports_total",
+                "Outcomes that callers reported.",
+                stats.reports,
+            ),
             (
                 "tidelock_searches_total",
                 "Pages of searches.",

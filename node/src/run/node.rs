@@ -112,6 +112,8 @@ pub(super) struct Node {
     pub(super) store: Arc<Store>,
     pub(super) log: Arc<AuditLog>,
     pub(super) interceptor: Interceptor,
+    /// How many records the own log had when this run began.
+    pub(super) began_at_index: u64,
     pub(super) slots: Arc<Slots>,
     pub(super) policy_trust: ArcSwapOption<TrustFile>,
     pub(super) context: LoadContext,
@@ -349,6 +351,7 @@ impl Node {
                     .load(&trust, &context)
             });
         let slots = Arc::new(slots);
+        let began_at_index = log.size();
         let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
         let node = Arc::new(Self {
             config_path: config_path.to_owned(),
@@ -357,6 +360,7 @@ impl Node {
             store,
             log,
             interceptor,
+            began_at_index,
             slots,
             policy_trust: ArcSwapOption::from_pointee(policy_trust.as_ref().ok().cloned()),
             context,

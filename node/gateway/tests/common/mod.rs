@@ -19,7 +19,8 @@ use tidelock_gateway::{
     UnixDoor,
 };
 use tidelock_interceptor::{
-    Answer, Ask, Caller, Decision, Done, Mode, Outcome, Reason, Search, SearchDone, SearchRefused,
+    Answer, Ask, Caller, Decision, Done, Mode, Outcome, Reason, ReportDone, ReportRefused, Search,
+    SearchDone, SearchRefused,
 };
 use tidelock_policy::Posture;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -123,6 +124,10 @@ impl Decider for Script {
         done(Err(SearchRefused::RateLimited {
             retry_after_ms: Some(2_500),
         }));
+    }
+
+    fn report(&self, _: &[u8], _: &Caller, done: ReportDone) {
+        done(Err(ReportRefused::Unknown));
     }
 
     fn decide(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> GiveUp {
