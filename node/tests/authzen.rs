@@ -702,6 +702,69 @@ fn search(tcp: SocketAddr) {
     assert_eq!(refused("planet", &mine, PEP), 404);
 }
 
+/// The native door says why, and what would have to change.
+fn explained(tcp: SocketAddr) {
+    let explain = |action: &str, id: &str, params: Value| {
+        let request = json!({
+            "principal": user("alice"), "action": action, "resource": record(id), "params": params,
+        });
+        until("an explanation", || {
+            let (_, answer) = ask_as(tcp, PEP, "/v1/explain", request.to_string().as_bytes());
+            let reason = answer["reason"].as_str().unwrap_or_default().to_owned();
+            let busy = ["AUDIT_UNAVAILABLE", "DEADLINE", "ENGINE_EXHAUSTED", ""];
+            (!busy.contains(&reason.as_str())).then_some((reason, answer))
+        })
+    };
+    let (reason, answer) = explain("read", "record-1", json!({}));
+    assert_eq!(reason, "POLICY_ALLOW");
+    let said = &answer["explanation"];
+    assert_eq!(
+        (&said["nearest"], &said["to_allow"]),
+        (&json!([]), &json!([]))
+    );
+    assert_eq!(said["provenance"]["signers"], json!(["harbour-master"]));
+    assert_eq!(said["provenance"]["source"], "active");
+
+    let unmet = |action: &str, id: &str, params: Value, policy: &str| -> Vec<(String, String)> {
+        until("the nearest policies", || {
+            let (reason, answer) = explain(action, id, params.clone());
+            assert_eq!(reason, "NO_MATCH", "{answer}");
+            assert!(answer["bundle"]["hash"].is_string());
+            let notes = answer["explanation"]["nearest"].as_array().unwrap();
+            assert!(notes.len() <= 8);
+            let note = notes.iter().find(|note| note["policy"] == policy)?;
+            let unmet = note["unmet"].as_array().unwrap().iter();
+            let word = |u: &Value, key: &str| u[key].as_str().unwrap().to_owned();
+            Some(unmet.map(|u| (word(u, "part"), word(u, "needs"))).collect())
+        })
+    };
+    // Of two conditions the one that fails is named.
+    let of_write = unmet("write", "record-2", json!({}), "fixture-write");
+    assert_eq!(of_write.len(), 1, "{of_write:?}");
+    assert_eq!(of_write[0].0, "unless");
+    assert!(of_write[0].1.contains("archived"), "{of_write:?}");
+    let of_delete = unmet(
+        "delete",
+        "record-1",
+        json!({"soft": false}),
+        "fixture-delete",
+    );
+    assert_eq!(of_delete[0].0, "when");
+    let of_scope = unmet(
+        "delete",
+        "record-1",
+        json!({"soft": false}),
+        "fixture-write",
+    );
+    assert_eq!(
+        of_scope,
+        [(
+            "action".to_owned(),
+            "action == Action::\"write\"".to_owned()
+        )]
+    );
+}
+
 #[test]
 fn the_certification_scenario_s_levels_hold() {
     let (site, tcp) = site(&[], Some("https://pdp.example.com"));
@@ -733,6 +796,8 @@ fn the_certification_scenario_s_levels_hold() {
             format!("https://pdp.example.com/access/v1/{path}")
         );
     }
+
+    explained(tcp);
 
     // Quotas change while the node runs, and status, metrics and the command show them.
     site.write(

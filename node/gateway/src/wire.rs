@@ -93,6 +93,11 @@ pub struct DecisionAnswer {
     /// How long to wait before trying again, where that helps.
     #[serde(default)]
     pub retry_after_ms: Option<u64>,
+    /// Only in answers to explain: `nearest` permits with what of them is `unmet`, `to_allow`, and
+    /// the bundle's `provenance`.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub explanation: Option<Value>,
 }
 
 /// The bundle that decided.

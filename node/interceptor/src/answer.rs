@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use tidelock_policy::Posture;
+use tidelock_policy::{PolicyNote, Posture, Source};
 use tidelock_segments::{Appended, Sha256Hash};
 
 use crate::{
@@ -81,6 +81,34 @@ pub struct Answer {
     /// When to try again, where that helps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
+    /// Why it is so and what would change it; only in answers to `explain`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub explanation: Option<Box<Explanation>>,
+}
+
+/// Why an answer is what it is. Made for `explain` only, and of no weight: the answer was found
+/// without it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// The permits that came nearest, and what of them does not hold, where no policy permits.
+    pub nearest: Vec<PolicyNote>,
+    /// What would have to change for the action to be allowed.
+    pub to_allow: Vec<String>,
+    /// Where the policy comes from.
+    pub provenance: Option<Provenance>,
+}
+
+/// Where a policy comes from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Provenance {
+    /// Version for people.
+    pub version: String,
+    /// When the authority made it, RFC 3339.
+    pub created_at: String,
+    /// Ids of the trusted keys that signed it.
+    pub signers: Vec<String>,
+    /// Whether it is the active bundle or the last known good one.
+    pub source: Source,
 }
 
 impl Answer {

@@ -22,6 +22,7 @@ use crate::{
     caller::Caller,
     clock::{BucketClock, Clock},
     engines::{Engines, Evaluated},
+    explain,
     limits::{
         APPEND_TIMEOUT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT, ENGINE_WORKERS,
         MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
@@ -479,6 +480,16 @@ impl Inner {
         answer.request_id = rendered.request_id;
         if mode == Mode::Explain {
             answer.errors = rendered.errors;
+            let action = match &judgement.request {
+                Request::Action(action) => Some(action.as_ref()),
+                Request::Invalid { .. } => None,
+            };
+            answer.explanation = Some(Box::new(explain::explanation(
+                &inner.engines,
+                action,
+                judgement.policy.as_ref(),
+                &judgement.findings,
+            )));
         }
         let action = match judgement.request {
             Request::Action(action) => Some(action),
@@ -568,6 +579,7 @@ impl Inner {
         Judgement {
             findings,
             bundle: policy.as_deref().map(bundle_info),
+            policy,
             request,
         }
     }
@@ -851,6 +863,7 @@ impl Inner {
             action_hash: None,
             request_id: None,
             retry_after_ms: None,
+            explanation: None,
         }
     }
 

@@ -18,6 +18,7 @@ mod authzen;
 mod caller;
 mod clock;
 mod engines;
+mod explain;
 mod interceptor;
 mod json;
 pub mod limits;
@@ -37,7 +38,9 @@ mod summary;
 pub mod testing;
 
 pub use action::{Action, InvalidCode, InvalidRequest};
-pub use answer::{Answer, BundleInfo, Done, Mode, Outcome, RecordPosition};
+pub use answer::{
+    Answer, BundleInfo, Done, Explanation, Mode, Outcome, Provenance, RecordPosition,
+};
 pub use authzen::{Evaluation, Evaluations, Search, SearchFor, Semantic};
 pub use caller::{Caller, Principal};
 pub use clock::{Clock, ThreadCpu};

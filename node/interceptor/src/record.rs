@@ -4,8 +4,10 @@
 //! that of the redacted action. Where nothing was redacted it equals [`Action::hash`]. The layout
 //! is in `docs/src/records.md`.
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value, json};
-use tidelock_policy::{Posture, Source};
+use tidelock_policy::{ActivePolicy, Posture, Source};
 use tidelock_segments::Sha256Hash;
 
 use crate::{
@@ -25,10 +27,10 @@ use crate::{
 pub(crate) const VERSION: u64 = 1;
 
 /// What one request came to, before it is recorded.
-#[derive(Debug)]
 pub(crate) struct Judgement {
     pub(crate) findings: Findings,
     pub(crate) bundle: Option<(BundleInfo, Source)>,
+    pub(crate) policy: Option<Arc<ActivePolicy>>,
     pub(crate) request: Request,
 }
 

@@ -371,7 +371,8 @@ mod tests {
         let (mine, other) = (caller("a", "tcp"), caller("b", "tcp"));
         reports.allowed(at(7), For::caller(&mine).unwrap(), 1_000);
         reports.denied(at(8));
-        let mut claim = |position, caller: &Caller, now| reports.claim(&report(position), caller, now);
+        let mut claim =
+            |position, caller: &Caller, now| reports.claim(&report(position), caller, now);
         assert_eq!(claim(at(7), &other, 1_000), Err(ReportRefused::NotYours));
         assert_eq!(claim(at(8), &mine, 1_000), Err(ReportRefused::NotAllowed));
         assert_eq!(claim(at(9), &mine, 1_000), Err(ReportRefused::Unknown));

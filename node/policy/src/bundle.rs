@@ -16,6 +16,7 @@ use crate::archive::{
 use crate::cases::{Cases, TestReport};
 use crate::cedar::CedarEngine;
 use crate::error::{BuildError, BundleError, clip};
+use crate::explain::PolicyNote;
 use crate::json;
 use crate::limits::{
     COMPILE_STACK_BYTES, FILE_BYTES_MAX, WARNINGS_LISTED_MAX, WORKER_COMPILE_STACK_BYTES,
@@ -185,6 +186,15 @@ impl VerifiedBundle {
     #[must_use]
     pub fn action_names(&self) -> Vec<&str> {
         self.compiled.actions.iter().map(String::as_str).collect()
+    }
+
+    /// The permits that come nearest to a request that none of them permits, and what does not hold.
+    #[must_use]
+    pub fn explain(&self, request: &PolicyRequest) -> Vec<PolicyNote> {
+        let cedar = self.compiled.cedar.as_ref();
+        cedar
+            .map(|cedar| cedar.explain(request))
+            .unwrap_or_default()
     }
 
     /// What the compiler found odd without refusing it.

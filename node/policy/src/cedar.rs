@@ -20,6 +20,7 @@ use serde_json::{Map, Value};
 
 use crate::archive::{CEDAR, ENTITIES, Files, LINKS, POLICIES_DIR, SCHEMA};
 use crate::error::{BundleError, chain, clip};
+use crate::explain::{self, PolicyNote};
 use crate::json;
 use crate::limits::{
     ANCESTORS_MAX, ENTITIES_MAX, FAILURES_LISTED_MAX, LEVEL_MAX, POLICIES_MAX, POLICY_ID_BYTES_MAX,
@@ -180,6 +181,34 @@ impl CedarEngine {
     }
 
     fn judge_known(&self, action: &Action, request: &PolicyRequest) -> Result<Joined, String> {
+        let (judged, entities) = self.prepared(action, request)?;
+        Ok(self
+            .index
+            .is_authorized(&self.authorizer, &judged, &entities))
+    }
+
+    /// The permits that come nearest to a request that none of them permits, and what does not hold.
+    /// Empty where the request does not fit the schema. Decides nothing.
+    #[must_use]
+    pub fn explain(&self, request: &PolicyRequest) -> Vec<PolicyNote> {
+        let prepared = self
+            .actions
+            .get(&request.action)
+            .and_then(|action| self.prepared(action, request).ok());
+        match prepared {
+            Some((asked, entities)) => {
+                let all = self.index.policy_set();
+                explain::nearest(all, &self.authorizer, &asked, &entities)
+            }
+            None => Vec::new(),
+        }
+    }
+
+    fn prepared(
+        &self,
+        action: &Action,
+        request: &PolicyRequest,
+    ) -> Result<(Request, Entities), String> {
         let principal_type = self.entity_type("principal", &request.principal_type)?;
         let resource_type = self.entity_type("resource", &request.resource_type)?;
         let principal = uid(&principal_type.name, &request.principal_id);
@@ -200,9 +229,7 @@ impl CedarEngine {
             Some(&self.schema),
         )
         .map_err(|error| chain(&error))?;
-        Ok(self
-            .index
-            .is_authorized(&self.authorizer, &judged, &entities))
+        Ok((judged, entities))
     }
 
     fn entity_type(&self, role: &str, name: &str) -> Result<&EntityType, String> {

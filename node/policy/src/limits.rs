@@ -224,3 +224,12 @@ const _: () = assert!(REGO_TEXT_BYTES_MAX <= REGO_ALLOCATED_BYTES_MAX);
 const _: () = assert!(POLICIES_MAX <= INDEX_ENTRIES_MAX);
 const _: () = assert!(EPOCH_MAX < i64::MAX as u64);
 const _: () = assert!(AGE_S_MAX < u64::MAX / 1000 / 1000);
+
+/// Permits that an explanation looks at, by their scopes: below a millisecond.
+pub const EXPLAINED_POLICIES_MAX: usize = 2_048;
+
+/// Permits that an explanation names.
+pub const EXPLAINED_MAX: usize = 8;
+
+/// Conditions of each of them that an explanation evaluates.
+pub const EXPLAINED_CONDITIONS_MAX: usize = 8;

@@ -465,12 +465,10 @@ fn new(
     output: &Output,
 ) -> Result<Exit, Failure> {
     let files = starter(kind, name, domain, wall_unix_ms())?;
-fn init(dir: &Path, name: &str, domain: &str, output: &Output) -> Result<Exit, Failure> {
-    let files = template(name, domain, wall_unix_ms())?;
     write_new(dir, &files)?;
     let names: Vec<&str> = files.iter().map(|(path, _)| path.as_str()).collect();
     output.say(&json!({"dir": dir, "files": names}), || {
-        written(dir, &names, name)
+        written(dir, &names)
     });
     Ok(Exit::Done)
 }
@@ -490,26 +488,12 @@ fn write_new(dir: &Path, files: &[(String, Vec<u8>)]) -> Result<(), Failure> {
         }
         fs::write(&path, bytes).map_err(|e| Failure::at(&path, &e))?;
     }
-    let names: Vec<&str> = files.iter().map(|(path, _)| path.as_str()).collect();
-    output.say(&json!({"dir": dir, "files": names}), || {
-        format!(
-            "{}\n{}\nnext: tidelock bundle test {}",
-            dir.display(),
-            names
-                .iter()
-                .map(|n| format!("  {n}"))
-                .collect::<Vec<_>>()
-                .join("\n"),
-            dir.display()
-        )
-    });
-    Ok(Exit::Done)
     Ok(())
 }
 
-fn written(dir: &Path, names: &[&str], name: &str) -> String {
+fn written(dir: &Path, names: &[&str]) -> String {
     format!(
-        "{}\n{}\nnext: tidelock bundle build {} --out {name}-1.tar",
+        "{}\n{}\nnext: tidelock bundle test {}",
         dir.display(),
         names
             .iter()
@@ -570,7 +554,7 @@ fn import(arguments: ImportOpaArgs, output: &Output) -> Result<Exit, Failure> {
                 table(&["file", "becomes"], &files)
             );
             if ready {
-                format!("{head}\n{}", written(&arguments.dir, &names, &wanted.name))
+                format!("{head}\n{}", written(&arguments.dir, &names))
             } else {
                 format!(
                     "{head}\n{}\nnothing was written: mend these in the OPA bundle",

@@ -1,0 +1,106 @@
+//! Explanations: asked of the policies after the answer was found, on the engines' own threads.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tidelock_policy::{ActivePolicy, Engine, Evaluation, PolicyNote, PolicyRequest, Verdict};
+
+use crate::{
+    action::Action,
+    answer::{Explanation, Provenance},
+    engines::{Engines, Evaluated},
+    reason::Reason,
+    record::Findings,
+};
+
+/// Looks for the nearest permits where an engine would evaluate, within the same budget. What it
+/// answers as an engine is thrown away.
+struct Explaining {
+    policy: Arc<ActivePolicy>,
+    notes: Mutex<Vec<PolicyNote>>,
+}
+
+impl Engine for Explaining {
+    fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
+        let notes = self.policy.bundle().explain(request);
+        *self.notes.lock().unwrap_or_else(PoisonError::into_inner) = notes;
+        Evaluation {
+            verdict: Verdict::NoMatch,
+            policies: Vec::new(),
+            errors: Vec::new(),
+        }
+    }
+}
+
+fn nearest(engines: &Engines, action: &Action, policy: &Arc<ActivePolicy>) -> Vec<PolicyNote> {
+    let explaining = Arc::new(Explaining {
+        policy: Arc::clone(policy),
+        notes: Mutex::default(),
+    });
+    let engine = Arc::clone(&explaining) as Arc<dyn Engine>;
+    match engines.evaluate(engine, PolicyRequest::from(action)).0 {
+        Evaluated::Done(_) => {
+            let mut notes = explaining
+                .notes
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *notes)
+        }
+        // Late or exhausted: an answer without them.
+        _ => Vec::new(),
+    }
+}
+
+/// What is to be said of these findings.
+pub(crate) fn explanation(
+    engines: &Engines,
+    action: Option<&Action>,
+    policy: Option<&Arc<ActivePolicy>>,
+    findings: &Findings,
+) -> Explanation {
+    let nearest = match (findings.reason, action, policy) {
+        (Reason::NoMatch, Some(action), Some(policy)) => nearest(engines, action, policy),
+        _ => Vec::new(),
+    };
+    let to_allow = match findings.reason {
+        Reason::PolicyAllow => Vec::new(),
+        Reason::PolicyDeny => findings
+            .policies
+            .iter()
+            .take(crate::limits::MAX_LISTED)
+            .map(|policy| format!("forbid {policy} must not apply"))
+            .collect(),
+        Reason::NoMatch if nearest.is_empty() => {
+            vec!["the bundle needs a permit for this action".to_owned()]
+        }
+        Reason::NoMatch => nearest
+            .iter()
+            .map(|note| {
+                let needs: Vec<&str> = note.unmet.iter().map(|u| u.needs.as_str()).collect();
+                format!("for {} to permit: {}", note.policy, needs.join("; "))
+            })
+            .collect(),
+        Reason::NoPolicy => vec!["a bundle must be installed".to_owned()],
+        Reason::InvalidRequest => vec!["the request must be put right".to_owned()],
+        Reason::RateLimitExceeded => vec!["wait until the quota lets it pass".to_owned()],
+        Reason::EvaluationError => {
+            vec!["the request must fit the schema, and no policy may err; see errors".to_owned()]
+        }
+        Reason::PostureRestricted | Reason::PostureClosed => vec![
+            "the policy must be newer, or what doctor shows of clock and disk be mended".to_owned(),
+        ],
+        _ => vec!["the node must recover; ask again".to_owned()],
+    };
+    Explanation {
+        nearest,
+        to_allow,
+        provenance: policy.map(|policy| {
+            let bundle = policy.bundle();
+            Provenance {
+                version: bundle.manifest().version.clone(),
+                created_at: bundle.manifest().created_at.clone(),
+                signers: bundle.signers().to_vec(),
+                source: policy.source(),
+            }
+        }),
+    }
+}
