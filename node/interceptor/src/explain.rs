@@ -31,13 +31,21 @@ impl Engine for Explaining {
     }
 }
 
-fn nearest(engines: &Engines, action: &Action, policy: &Arc<ActivePolicy>) -> Vec<PolicyNote> {
+fn nearest(
+    engines: &Engines,
+    caller: &Arc<str>,
+    action: &Action,
+    policy: &Arc<ActivePolicy>,
+) -> Vec<PolicyNote> {
     let explaining = Arc::new(Explaining {
         policy: Arc::clone(policy),
         notes: Mutex::default(),
     });
     let engine = Arc::clone(&explaining) as Arc<dyn Engine>;
-    match engines.evaluate(engine, PolicyRequest::from(action)).0 {
+    match engines
+        .evaluate(engine, PolicyRequest::from(action), caller)
+        .0
+    {
         Evaluated::Done(_) => {
             let mut notes = explaining
                 .notes
@@ -53,12 +61,13 @@ fn nearest(engines: &Engines, action: &Action, policy: &Arc<ActivePolicy>) -> Ve
 /// What is to be said of these findings.
 pub(crate) fn explanation(
     engines: &Engines,
+    caller: &Arc<str>,
     action: Option<&Action>,
     policy: Option<&Arc<ActivePolicy>>,
     findings: &Findings,
 ) -> Explanation {
     let nearest = match (findings.reason, action, policy) {
-        (Reason::NoMatch, Some(action), Some(policy)) => nearest(engines, action, policy),
+        (Reason::NoMatch, Some(action), Some(policy)) => nearest(engines, caller, action, policy),
         _ => Vec::new(),
     };
     let to_allow = match findings.reason {

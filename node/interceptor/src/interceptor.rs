@@ -486,6 +486,7 @@ impl Inner {
             };
             answer.explanation = Some(Box::new(explain::explanation(
                 &inner.engines,
+                &holder(caller),
                 action,
                 judgement.policy.as_ref(),
                 &judgement.findings,
@@ -781,7 +782,7 @@ impl Inner {
         policy: &ActivePolicy,
         posture: Posture,
     ) -> Findings {
-        let holder: Arc<str> = format!("{}::{}", caller.principal_type, caller.principal_id).into();
+        let holder = holder(caller);
         let (evaluated, took) =
             self.engines
                 .evaluate(policy.shared_engine(), PolicyRequest::from(action), &holder);
@@ -964,6 +965,11 @@ impl Inner {
 
 fn count(number: usize) -> u64 {
     u64::try_from(number).unwrap_or(u64::MAX)
+}
+
+/// Whose evaluations are counted.
+fn holder(caller: &Caller) -> Arc<str> {
+    format!("{}::{}", caller.principal_type, caller.principal_id).into()
 }
 
 fn denial_key(caller: &Caller) -> DenialKey {
