@@ -416,6 +416,21 @@ mod tests {
     }
 
     #[test]
+    fn inv_18_a_restart_in_1970_revives_nothing_and_one_in_2100_closes() {
+        const IN_2100: u64 = 4_102_444_800_000;
+        for (wall, suspect) in [(0, false), (T0 + 1_000, false), (IN_2100, true)] {
+            let mut guard = TimeGuard::new(kept(T0), s(0), wall);
+            let started = guard.observe(s(0), wall);
+            assert_eq!(started.suspect, suspect, "{wall}");
+            assert!((T0..=T0 + 1_000).contains(&started.unix_ms), "{wall}");
+            // Time goes on at the pace of the monotonic clock, whatever the wall clock says.
+            let later = guard.observe(s(3_600), wall);
+            assert_eq!(later.unix_ms, started.unix_ms + HOUR_MS, "{wall}");
+            assert_eq!(guard.kept().suspect, suspect, "a restart keeps it");
+        }
+    }
+
+    #[test]
     fn inv_18_signed_time_raises_the_floor() {
         let mut guard = TimeGuard::new(kept(0), s(0), T0);
         guard.raise_by_signed(s(0), T0 + 5 * HOUR_MS);

@@ -713,7 +713,7 @@ fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
     let site = Site::new();
     let program: PathBuf = site.path("program");
     fs::copy(env!("CARGO_BIN_EXE_tidelock"), &program).unwrap();
-    let node = site.start_as(&program);
+    let node = site.start_as(&program, &[]);
     site.ok(&["bundle", "install", "site-1.tar", "--apply"]);
     chmod(&program, 0o644);
     offer(&site, &archive(&good(&site, 2)));
@@ -728,7 +728,7 @@ fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
     install(&site).ended(0);
     decides(&site);
     assert!(node.stop().success());
-    let node = site.start_as(&program);
+    let node = site.start_as(&program, &[]);
     decides(&site);
     let counts = site.status()["policy_worker"]["counts"].clone();
     assert_eq!(counts["passed"], 0, "{counts}");
@@ -736,7 +736,7 @@ fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
 
     // Another program under the same version examines for itself.
     fs::copy(env!("CARGO_BIN_EXE_tidelock"), site.path("other")).unwrap();
-    let _node = site.start_as(&site.path("other"));
+    let _node = site.start_as(&site.path("other"), &[]);
     decides(&site);
     let worker = site.status()["policy_worker"].clone();
     assert!(worker["counts"]["passed"].as_u64().unwrap() > 0, "{worker}");

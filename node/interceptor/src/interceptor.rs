@@ -782,10 +782,17 @@ impl Inner {
         policy: &ActivePolicy,
         posture: Posture,
     ) -> Findings {
+        let mut request = PolicyRequest::from(action);
+        if let Err(error) = policy.describe_node(&mut request, posture, self.clock.unix_ms()) {
+            return Findings {
+                errors: vec![error],
+                ..Findings::new(Reason::EvaluationError, posture)
+            };
+        }
         let holder = holder(caller);
-        let (evaluated, took) =
-            self.engines
-                .evaluate(policy.shared_engine(), PolicyRequest::from(action), &holder);
+        let (evaluated, took) = self
+            .engines
+            .evaluate(policy.shared_engine(), request, &holder);
         let counters = &self.counters;
         add(
             &counters.engine_us,

@@ -414,6 +414,21 @@ fn without_a_policy_every_action_is_denied() {
 }
 
 #[test]
+fn a_caller_cannot_state_what_the_node_states_of_itself() {
+    let site = Site::new();
+    let mut asked = request("fs.read");
+    assert_eq!(site.ask("fs.read").answer.reason, Reason::PolicyAllow);
+    let evaluated = site.evaluations.load(Ordering::SeqCst);
+    asked["context"] = json!({"tidelock": {"posture": "normal", "policy_age_s": 0}});
+    let outcome = site.ask_as(&caller(), Mode::Decide, &asked);
+    assert_eq!(outcome.answer.reason, Reason::EvaluationError);
+    assert!(outcome.permit.is_none());
+    assert_eq!(site.evaluations.load(Ordering::SeqCst), evaluated);
+    let errors = site.last_record()["errors"].to_string();
+    assert!(errors.contains("must not contain `tidelock`"), "{errors}");
+}
+
+#[test]
 fn posture_follows_the_bundles_age_and_closes_by_class() {
     // Template: stale after 7 days, restricted after 30; fs.read is still allowed then, fs.write is
     // not; closed after 180 days for fs.read, 90 for the rest.

@@ -197,6 +197,12 @@ impl VerifiedBundle {
             .unwrap_or_default()
     }
 
+    /// Whether policies may look at this member of an action's context.
+    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
+        let cedar = self.compiled.cedar.as_ref();
+        cedar.is_some_and(|cedar| cedar.declares_context(action, member))
+    }
+
     /// What the compiler found odd without refusing it.
     #[must_use]
     pub fn warnings(&self) -> &[String] {

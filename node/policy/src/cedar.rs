@@ -171,6 +171,13 @@ impl CedarEngine {
         self.actions.keys().cloned().collect()
     }
 
+    /// Whether the schema declares this member of an action's context.
+    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
+        self.actions
+            .get(action)
+            .is_some_and(|action| action.context.declares(member))
+    }
+
     fn judge(&self, request: &PolicyRequest) -> Result<Joined, (Failure, String)> {
         let action = self.actions.get(&request.action).ok_or_else(|| {
             let message = format!("unknown action `{}`", request.action);

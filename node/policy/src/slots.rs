@@ -20,10 +20,11 @@ use crate::bundle::{LoadContext, VerifiedBundle};
 use crate::error::{ActivateError, BundleError, StatementError};
 use crate::freshness::Freshness;
 use crate::json;
+use crate::limits::AGE_S_MAX;
 use crate::manifest::{ClassLimits, WhenRestricted};
 use crate::package::{ContentId, Package, sha256};
 use crate::posture::{Posture, posture};
-use crate::request::Engine;
+use crate::request::{Engine, Failure, PolicyRequest, error_text};
 use crate::signed::SignedDocument;
 use crate::trust::TrustFile;
 
@@ -31,6 +32,8 @@ const ACTIVE: &str = "active";
 const LKG: &str = "lkg";
 const FLOOR: &str = "floor";
 const FRESHNESS: &str = "freshness";
+/// Member of the context that only the node states.
+const NODE_MEMBER: &str = "tidelock";
 
 /// Where the slots live. A write is atomic and durable when it returns; a slot that was never
 /// written reads as `None`.
@@ -171,6 +174,37 @@ impl ActivePolicy {
     #[must_use]
     pub fn age_s(&self, trusted_now_unix_ms: u64) -> u64 {
         trusted_now_unix_ms.saturating_sub(self.confirmed_unix_ms()) / 1000
+    }
+
+    /// Puts what the node knows of itself into a request's context, as `tidelock`, where the schema
+    /// declares it for the action: posture and age of the policy.
+    ///
+    /// # Errors
+    /// A text that denies the request, if its context holds `tidelock` already: whoever sent it must not
+    /// choose what policies take for the node's own word.
+    pub fn describe_node(
+        &self,
+        request: &mut PolicyRequest,
+        posture: Posture,
+        trusted_now_unix_ms: u64,
+    ) -> Result<(), String> {
+        if request.context.get(NODE_MEMBER).is_some() {
+            let message = format!("context: must not contain `{NODE_MEMBER}`");
+            return Err(error_text(Failure::Request, &message));
+        }
+        if !self.bundle.declares_context(&request.action, NODE_MEMBER) {
+            return Ok(());
+        }
+        // A policy older than any limit is as old as the oldest one.
+        let age_s = self.age_s(trusted_now_unix_ms).min(AGE_S_MAX);
+        let own = serde_json::json!({"posture": posture.as_str(), "policy_age_s": age_s});
+        match &mut request.context {
+            serde_json::Value::Object(context) => _ = context.insert(NODE_MEMBER.to_owned(), own),
+            // Anything but an object is refused by the engine.
+            context if context.is_null() => *context = serde_json::json!({NODE_MEMBER: own}),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn confirm(&self, freshness: &Freshness) {

@@ -3,10 +3,12 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    Extended, Freshness, HintedSignature, LoadContext, Posture, Role, SignedDocument, SlotStorage,
-    Slots, StatementError, TrustChain, TrustFile, VerifiedBundle,
+    Extended, Freshness, HintedSignature, LoadContext, PolicyRequest, Posture, Role,
+    SignedDocument, SlotStorage, Slots, StatementError, TrustChain, TrustFile, Verdict,
+    VerifiedBundle,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -298,6 +300,71 @@ fn ruling_15_only_the_authority_makes_a_policy_younger() {
         assert_eq!(posture(&slots, 31), Posture::Stale);
         assert_eq!(posture(&slots, 50), Posture::Restricted);
         assert_eq!(slots.freshness().unwrap().issued_unix_ms, at(20));
+    }
+}
+
+#[test]
+fn policies_see_posture_and_age_and_callers_cannot_forge_them() {
+    let node = Node::new();
+    let schema = "entity Agent; entity File;\n\
+        action \"fs.read\" appliesTo { principal: [Agent], resource: [File],\n\
+        context: { tidelock: { posture: String, policy_age_s: Long } } };\n\
+        action \"fs.write\" appliesTo { principal: [Agent], resource: [File] };";
+    let policy = "permit (principal, action == Action::\"fs.read\", resource)\n\
+        when { context.tidelock.policy_age_s < 3600 && context.tidelock.posture == \"normal\" };\n\
+        permit (principal, action == Action::\"fs.write\", resource);";
+    let archive = template_builder("base", DOMAIN, CREATED)
+        .unwrap()
+        .file("schema.cedarschema", schema.into())
+        .file("policies/base.cedar", policy.into())
+        .file("tests/base.json", b"[]".to_vec())
+        .build()
+        .unwrap();
+    let package = node.keys.0.sign(archive, &[0]).unwrap();
+    let context = LoadContext::new(DOMAIN, NODE_VERSION).unwrap();
+    let slots = node.open();
+    slots
+        .activate(VerifiedBundle::load(package, &node.trust, &context).unwrap())
+        .unwrap();
+    let policy = slots.current().unwrap();
+    let judge = |action: &str, posture: Posture, age_s: u64, context: Value| {
+        let mut request = PolicyRequest {
+            principal_type: "Agent".into(),
+            principal_id: "a".into(),
+            action: action.into(),
+            resource_type: "File".into(),
+            resource_id: "/srv/a".into(),
+            resource_attributes: serde_json::Map::new(),
+            params: Value::Null,
+            context,
+        };
+        policy
+            .describe_node(&mut request, posture, CREATED + age_s * 1000)
+            .map(|()| policy.engine().evaluate(&request).verdict)
+    };
+    for context in [Value::Null, json!({})] {
+        assert_eq!(
+            judge("fs.read", Posture::Normal, 3_599, context),
+            Ok(Verdict::Permit)
+        );
+    }
+    assert_eq!(
+        judge("fs.read", Posture::Normal, 3_600, json!({})),
+        Ok(Verdict::NoMatch)
+    );
+    assert_eq!(
+        judge("fs.read", Posture::Stale, 0, json!({})),
+        Ok(Verdict::NoMatch)
+    );
+    // Where the schema does not declare it nothing is added, so nothing is a mismatch.
+    assert_eq!(
+        judge("fs.write", Posture::Stale, 0, json!({})),
+        Ok(Verdict::Permit)
+    );
+    let forged = json!({"tidelock": {"posture": "normal", "policy_age_s": 0}});
+    for action in ["fs.read", "fs.write"] {
+        let error = judge(action, Posture::Stale, 9_999, forged.clone()).unwrap_err();
+        assert!(error.starts_with("REQUEST_MISMATCH: "), "{error}");
     }
 }
 

@@ -11,11 +11,16 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
 use tidelock_policy::{
-    LoadContext, OpaFile, OpaImport, OpaKey, OpaProblem, Package, Starter, TestReport, TrustFile,
-    build_dir, decode_signature, import_opa, limits::ARCHIVE_BYTES_MAX, run_tests, sign, starter,
+    ContentId, Freshness, LoadContext, OpaFile, OpaImport, OpaKey, OpaProblem, Package, Starter,
+    TestReport, build_dir, decode_signature, import_opa, limits::ARCHIVE_BYTES_MAX, run_tests,
+    sign, starter,
 };
 
-use super::{ConfigArg, Exit, Failure, Output, node, output::table};
+use super::{
+    ConfigArg, Exit, Failure, Output, node,
+    output::table,
+    trust::{self, SignedArgs},
+};
 use crate::{
     ca::replace,
     clock::wall_unix_ms,
@@ -117,6 +122,49 @@ pub enum BundleCommand {
     Install {
         #[command(flatten)]
         package: PackageArgs,
+        #[command(flatten)]
+        config: ConfigArg,
+        /// Act on the printed plan.
+        #[arg(long)]
+        apply: bool,
+    },
+    /// The authority's word that a bundle is still in force: the age of the policy counts from it.
+    #[command(subcommand)]
+    Freshness(FreshnessCommand),
+}
+
+/// What to do with a freshness statement.
+#[derive(Debug, Subcommand)]
+pub enum FreshnessCommand {
+    /// Write a statement that a bundle is in force now. It is to be signed like the bundle.
+    #[command(
+        after_help = "Example:\n  tidelock bundle freshness make site-7.tar --out fresh.json\n  \
+                      openssl dgst -sha256 -sign alice.key -out fresh.json.sig fresh.json"
+    )]
+    Make {
+        /// The archive.
+        #[arg(value_hint = ValueHint::FilePath)]
+        archive: PathBuf,
+        /// The statement to write.
+        #[arg(long, value_hint = ValueHint::FilePath)]
+        out: PathBuf,
+    },
+    /// Check a signed statement against a trust file.
+    Verify {
+        #[command(flatten)]
+        signed: SignedArgs,
+        /// The trust file or document.
+        #[arg(long, value_hint = ValueHint::FilePath)]
+        trust: PathBuf,
+    },
+    /// Give a signed statement to a running node; its peers get it from there.
+    #[command(
+        after_help = "Examples:\n  tidelock bundle freshness install fresh.json --sig fresh.json.sig           the plan\n  \
+                      tidelock bundle freshness install fresh.json --sig fresh.json.sig --apply   the act"
+    )]
+    Install {
+        #[command(flatten)]
+        signed: SignedArgs,
         #[command(flatten)]
         config: ConfigArg,
         /// Act on the printed plan.
@@ -279,7 +327,7 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
             Ok(Exit::Done)
         }
         BundleCommand::Verify { package, trust } => {
-            let trust = TrustFile::parse(&text(&trust)?)?;
+            let trust = trust::load(&trust)?;
             let context = LoadContext::new(trust.domain(), env!("CARGO_PKG_VERSION"))?;
             let vetted = Vetter::new(KeptPasses::default()).vet(
                 package.load()?,
@@ -331,6 +379,7 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
             Ok(Exit::Done)
         }
         BundleCommand::ImportOpa(arguments) => import(arguments, output),
+        BundleCommand::Freshness(command) => freshness(command, output),
         BundleCommand::Install {
             package,
             config,
@@ -471,6 +520,53 @@ fn new(
         written(dir, &names)
     });
     Ok(Exit::Done)
+}
+
+fn freshness(command: FreshnessCommand, output: &Output) -> Result<Exit, Failure> {
+    match command {
+        FreshnessCommand::Make { archive, out } => {
+            let archive = read_archive(&archive)?;
+            let seen = worker::inspect(&archive, Terms::default())
+                .map_err(|error| Failure::cannot_run(format!("{}: {error}", error.code())))?;
+            let member = |pointer: &str| seen.pointer(pointer).cloned().unwrap_or_default();
+            let statement = Freshness {
+                domain: serde_json::from_value(member("/manifest/domain"))?,
+                bundle: serde_json::from_value(member("/manifest/name"))?,
+                epoch: serde_json::from_value(member("/manifest/epoch"))?,
+                content_id: ContentId::of(&archive),
+                issued_unix_ms: wall_unix_ms(),
+            };
+            replace(&out, &statement.document()?, 0o644)?;
+            output.say(&json!({"statement": out, "says": statement}), || {
+                format!(
+                    "{} says that {} epoch {} is in force\nnext: let enough `policy` keys sign it",
+                    out.display(),
+                    statement.bundle,
+                    statement.epoch
+                )
+            });
+            Ok(Exit::Done)
+        }
+        FreshnessCommand::Verify { signed, trust } => {
+            match Freshness::verify(&signed.load()?, &trust::load(&trust)?) {
+                Ok(statement) => {
+                    output.say(&json!({"ok": true, "says": statement}), || {
+                        format!(
+                            "{} epoch {} is in force, says the authority",
+                            statement.bundle, statement.epoch
+                        )
+                    });
+                    Ok(Exit::Done)
+                }
+                Err(error) => Err(Failure::failed(format!("{}: {error}", error.code()))),
+            }
+        }
+        FreshnessCommand::Install {
+            signed,
+            config,
+            apply,
+        } => trust::install(&signed, &config, apply, output),
+    }
 }
 
 /// Writes files that are not there yet; one that is there keeps all from being written.

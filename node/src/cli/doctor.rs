@@ -358,6 +358,22 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
             "no bundle: every action is denied; tidelock bundle install one",
         );
     }
+    if text("/bundle/role") == "break-glass" {
+        let end = text("/bundle/expires_at");
+        findings.add(
+            "policy",
+            Grade::Bad,
+            format!("an emergency (break-glass) bundle decides until {end}: install a regular one of a higher epoch"),
+        );
+    }
+    if let Some(age_s) = status.pointer("/policy_age_s").and_then(Value::as_u64) {
+        let hours = age_s / 3_600;
+        findings.add(
+            "policy",
+            Grade::Good,
+            format!("the authority last confirmed the policy {hours} hours ago"),
+        );
+    }
     for class in status
         .pointer("/bundle/continues_when_restricted")
         .and_then(Value::as_array)

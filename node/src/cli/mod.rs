@@ -16,9 +16,11 @@ mod output;
 mod policy;
 mod proof;
 mod qlog;
+mod release;
 mod schema;
 mod segment;
 mod stat;
+mod trust;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -103,6 +105,12 @@ pub enum Command {
     /// Plan and activate what a running node decides by, and compare bundles.
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
+    /// Whose signatures count, for what, and how their keys are replaced.
+    #[command(subcommand)]
+    Trust(trust::TrustCommand),
+    /// Verify a release of this program on disk or media.
+    #[command(subcommand)]
+    Release(release::ReleaseCommand),
     /// Import a CRL into a running node.
     #[command(subcommand)]
     Crl(node::CrlCommand),
@@ -222,6 +230,8 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Ca(command) => ca::run(command, output),
         Command::Bundle(command) => bundle::run(command, output),
         Command::Policy(command) => policy::run(command, output),
+        Command::Trust(command) => trust::run(command, output),
+        Command::Release(command) => release::run(command, output),
         Command::Crl(command) => node::crl(command, output),
         Command::Decide(args) => decide::run(&args, output),
         Command::Report(args) => decide::report(&args, output),

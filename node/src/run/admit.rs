@@ -12,7 +12,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, BundleError, Package, TrustFile, VerifiedBundle,
+    Activation, ActivationKind, BundleError, Package, Role, TrustFile, VerifiedBundle,
 };
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Kind, LogError, NamedHead, NodeId, Origin, OwnSegment,
@@ -28,6 +28,7 @@ use tidelock_transport::{
 use super::{
     node::{ACCEPTED_LOGS_FILE, Node, identity_rules, worker_terms},
     policy::policy_segment,
+    trust::{carries_statement, is_statement},
 };
 use crate::worker::For;
 
@@ -242,7 +243,19 @@ impl Node {
 
     /// Whether the floor would let this bundle activate (INV-16, ruling 13).
     pub(super) fn check_floor(&self, bundle: &VerifiedBundle) -> Result<(), Denied> {
-        let Some(floor) = self.slots.floor() else {
+        let floor = self.slots.floor();
+        let is_again = floor
+            .as_ref()
+            .is_some_and(|floor| floor.content_id == *bundle.content_id());
+        // What was active may always be installed again (ruling 13); its time gates each request.
+        if !is_again {
+            bundle
+                .manifest()
+                .validity
+                .check_now(self.clock.unix_ms())
+                .map_err(|error| Denied::local(error.code(), error))?;
+        }
+        let Some(floor) = floor else {
             return Ok(());
         };
         let epoch = bundle.manifest().epoch;
@@ -289,6 +302,14 @@ impl Node {
         self.check_floor(&bundle)?;
         agreed(&bundle)?;
         let created_unix_ms = bundle.manifest().created_unix_ms;
+        let emergency = (bundle.manifest().role == Role::BreakGlass).then(|| {
+            json!({
+                "name": bundle.manifest().name,
+                "epoch": bundle.epoch(),
+                "expires_at": bundle.manifest().expires_at,
+                "signers": bundle.signers(),
+            })
+        });
         let segment = self.own_policy_segment(&bundle)?;
         // The same content under further signatures is no new policy (ruling 5), and no new segment.
         let held = self
@@ -310,6 +331,9 @@ impl Node {
         self.clock.raise_by_signed(created_unix_ms);
         if activation.kind != ActivationKind::Reinstalled || unusable {
             self.event("bundle_activated", describe_activation(&activation));
+            if let Some(emergency) = emergency {
+                self.event("break_glass_activated", emergency);
+            }
         }
         self.drop_superseded_policy(&activation);
         if !held {
@@ -341,6 +365,7 @@ impl Node {
         let keep_from = lkg_epoch.map_or(activation.epoch, |lkg| lkg.min(activation.epoch));
         for old in self.store.list(Some(Kind::Policy)) {
             if old.sequence < keep_from
+                && !is_statement(&old.origin)
                 && let Err(error) = self.store.remove(&old.id)
             {
                 tracing::warn!(%error, id = %old.id, "superseded policy segment stays");
@@ -357,7 +382,7 @@ impl Node {
             .store
             .list(Some(Kind::Policy))
             .into_iter()
-            .filter(|s| s.sequence == floor.epoch)
+            .filter(|s| s.sequence == floor.epoch && !is_statement(&s.origin))
             .collect();
         for candidate in candidates {
             let restored = self
@@ -924,6 +949,7 @@ impl Node {
         }
         match reference.kind {
             Kind::Revocation => self.check_crl(segment).map(|_| ()),
+            Kind::Policy if carries_statement(segment) => self.check_statement(segment),
             Kind::Policy => self
                 .check_policy(segment)
                 .and_then(|bundle| self.check_floor(&bundle)),
@@ -952,6 +978,9 @@ impl Node {
         let admitted = match reference.kind {
             _ if self.store.contains(&reference.id) => Ok(PutOutcome::AlreadyHeld),
             Kind::Revocation => self.admit_crl(segment).map(|()| PutOutcome::Stored),
+            Kind::Policy if carries_statement(segment) => {
+                self.admit_statement(segment).map(|()| PutOutcome::Stored)
+            }
             Kind::Policy => self.admit_policy(segment).map(|()| PutOutcome::Stored),
             Kind::Audit => self.admit_audit(peer, segment),
             Kind::Witness => Err(Self::no_witness()),

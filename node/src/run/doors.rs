@@ -11,7 +11,7 @@ use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
 use tidelock_interceptor::{
     Ask, Caller, Done, Mode, ReportDone, Search, SearchDone, limits::MAX_READ_BACK,
 };
-use tidelock_policy::{Posture, WhenRestricted};
+use tidelock_policy::{Posture, Role, WhenRestricted};
 use tidelock_segments::{Ladder, NodeId, Origin, merkle};
 
 use tidelock_transport::shell::{MeshHandle, PeerStatus};
@@ -20,6 +20,7 @@ use super::{
     admit::{Denied, describe_activation, outcome_word},
     hooks::peer_json,
     node::{Node, worker_terms},
+    trust::is_statement,
 };
 use crate::worker::For;
 
@@ -165,6 +166,9 @@ impl Node {
             "bundle.install" => self.operate_bundle(body, apply),
             "policy.plan" => self.operate_policy_plan(body),
             "policy.activate" => self.operate_policy_activate(body, apply),
+            "statement.install" => self.operate_statement(&field_bytes(body, "statement")?, apply),
+            "trust.show" => self.operate_trust_show(),
+            "release.verify" => self.operate_release(body),
             "crl.import" => self.operate_crl(body, apply),
             "clock.accept" => self.operate_clock(apply),
             "audit.seal" => self.operate_seal(apply),
@@ -187,7 +191,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, policy.plan, policy.activate, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
+                    "no operation `{op}`; there are bundle.install, policy.plan, policy.activate, statement.install, trust.show, release.verify, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
                 ),
             }),
         }
@@ -215,6 +219,8 @@ impl Node {
             "activate": format!("{} epoch {}", manifest.name, manifest.epoch),
             "hash": bundle.content_id(),
             "signers": bundle.signers(),
+            "role": manifest.role,
+            "expires_at": manifest.expires_at,
             "replaces_epoch": self.slots.current().map(|p| p.bundle().manifest().epoch),
         });
         if !apply {
@@ -377,7 +383,7 @@ impl Node {
                 .store
                 .list(Some(tidelock_segments::Kind::Policy))
                 .into_iter()
-                .rfind(|s| s.sequence == manifest.epoch)
+                .rfind(|s| s.sequence == manifest.epoch && !is_statement(&s.origin))
                 .map(|s| s.id);
             json!({
                 "name": manifest.name,
@@ -385,6 +391,10 @@ impl Node {
                 "version": manifest.version,
                 "hash": policy.bundle().content_id(),
                 "source": policy.source(),
+                "role": manifest.role,
+                "not_before": manifest.not_before,
+                "expires_at": manifest.expires_at,
+                "confirmed_unix_ms": policy.confirmed_unix_ms(),
                 "segment": segment,
                 "continues_when_restricted": manifest
                     .classes
@@ -435,6 +445,8 @@ impl Node {
             "quotas": self.quotas_json(),
             "bundle": bundle,
             "policy_worker": self.vetter.status(worker_terms(&config)),
+            "policy_age_s": self.slots.current().map(|policy| policy.age_s(now.unix_ms)),
+            "trust": self.trust_json(),
             "audit": {
                 "origin": self.log.origin(),
                 "records": self.log.size(),
@@ -535,6 +547,27 @@ impl Node {
                 self.slots
                     .current()
                     .map_or(0, |p| p.bundle().manifest().epoch),
+            ),
+            (
+                "tidelock_policy_age_seconds",
+                "Age of the policy that decides, by its authority's word; 0 without one.",
+                self.slots
+                    .current()
+                    .map_or(0, |p| p.age_s(self.clock.unix_ms())),
+            ),
+            (
+                "tidelock_policy_break_glass",
+                "1 while an emergency bundle decides.",
+                u64::from(
+                    self.slots
+                        .current()
+                        .is_some_and(|p| p.bundle().manifest().role == Role::BreakGlass),
+                ),
+            ),
+            (
+                "tidelock_trust_version",
+                "Version of the trust document that holds; 0 without one.",
+                self.policy_trust.load().as_ref().map_or(0, |t| t.version()),
             ),
             (
                 "tidelock_peers_connected",

@@ -25,7 +25,7 @@ use tidelock_transport::{
     },
 };
 
-use super::{admit::Denied, node::Node, quotas::common_quota};
+use super::{admit::Denied, node::Node, quotas::common_quota, trust::is_statement};
 use crate::{
     cli::Failure,
     config::{BeaconSection, Config, MeshSection},
@@ -226,6 +226,7 @@ impl Node {
                 .iter()
                 .filter(|crl| crl.origin() == reference.origin)
                 .all(|crl| reference.sequence >= crl.number()),
+            Kind::Policy if is_statement(&reference.origin) => self.wants_statement(reference),
             // The floor's own epoch is of use only while it is not held whole.
             Kind::Policy => self.slots.floor().is_none_or(|floor| {
                 let held = || {

@@ -16,6 +16,7 @@ mod plan;
 mod policy;
 mod quotas;
 mod seen;
+mod trust;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tidelock_gateway::AuthConfig;
 use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig, QuotaRates, ThreadCpu};
-use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustFile};
+use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustChain, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
@@ -42,6 +42,7 @@ use super::{
     policy::RootSlots,
     quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
     seen::Seen,
+    trust::{keep_chain, open_chain},
 };
 use crate::{
     cli::Failure,
@@ -116,6 +117,8 @@ pub(super) struct Node {
     pub(super) began_at_index: u64,
     pub(super) slots: Arc<Slots>,
     pub(super) policy_trust: ArcSwapOption<TrustFile>,
+    /// The documents that lead from the configured trust file to `policy_trust`.
+    pub(super) trust_chain: Mutex<Option<TrustChain>>,
     pub(super) context: LoadContext,
     /// Every bundle is compiled in a worker before it is compiled here.
     pub(super) vetter: Vetter,
@@ -336,10 +339,11 @@ impl Node {
         let revoked_keys = kept_keys.value_or_default();
         revocation.add_revoked_keys(revoked_keys.into_iter().map(SpkiHash::from_bytes));
         let context = LoadContext::new(config.node.domain.as_str(), env!("CARGO_PKG_VERSION"))?;
-        let policy_trust = load_policy_trust(&config);
+        let policy_trust = load_policy_trust(&config)
+            .and_then(|configured| open_chain(&RootSlots(root.clone()), &store, configured));
         // Without a trust file nothing verifies: an empty one says the same with one code path less.
         let trust = match &policy_trust {
-            Ok(trust) => trust.clone(),
+            Ok(chain) => chain.current().clone(),
             Err(_) => TrustFile::nobody(config.node.domain.as_str()),
         };
         let vetter = Vetter::new(kept_passes.value_or_default());
@@ -362,7 +366,13 @@ impl Node {
             interceptor,
             began_at_index,
             slots,
-            policy_trust: ArcSwapOption::from_pointee(policy_trust.as_ref().ok().cloned()),
+            policy_trust: ArcSwapOption::from_pointee(
+                policy_trust
+                    .as_ref()
+                    .ok()
+                    .map(|chain| chain.current().clone()),
+            ),
+            trust_chain: Mutex::new(policy_trust.as_ref().ok().cloned()),
             context,
             vetter,
             authorities: ArcSwapOption::empty(),
@@ -409,8 +419,7 @@ impl Node {
         node.record_repairs();
         if let Some(policy) = node.slots.current() {
             // A lost floor is made up for by what the authority has signed.
-            node.clock
-                .raise_by_signed(policy.bundle().manifest().created_unix_ms);
+            node.clock.raise_by_signed(policy.confirmed_unix_ms());
         }
         if let Err(why) = policy_trust {
             node.event("policy_trust_unusable", json!({"why": why}));
@@ -562,7 +571,7 @@ impl Node {
         }
     }
 
-    fn slot_faults(&self, faults: &[SlotFault]) {
+    pub(super) fn slot_faults(&self, faults: &[SlotFault]) {
         for fault in faults {
             self.event(
                 "policy_slot_fault",
@@ -721,18 +730,29 @@ impl Node {
         }
         let looks = PaperLooks::of(&new);
         let credentials = load_credentials(&new)?;
-        let trust = load_policy_trust(&new).map_err(Failure::cannot_run)?;
         let auth = super::auth_config(&new.gateway)?;
-        // A config whose quotas make no sense has been refused above; nothing else can fail in it.
-        self.interceptor
-            .set_quotas(&action_quotas(&new.quota))
-            .map_err(|error| Failure::cannot_run(error.to_string()))?;
-        // From here on nothing can fail. No bundle is judged by the old trust file meanwhile.
+        // No bundle is judged by the old trust file meanwhile, and no key is replaced.
         let turn = self
             .activating
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        let chain = load_policy_trust(&new)
+            .and_then(|configured| self.chain_with(configured))
+            .map_err(Failure::cannot_run)?;
+        // A config whose quotas make no sense has been refused above; nothing else can fail in it.
+        self.interceptor
+            .set_quotas(&action_quotas(&new.quota))
+            .map_err(|error| Failure::cannot_run(error.to_string()))?;
+        // From here on nothing can fail.
         take_callers(auth, rate(new.quota.requests));
+        let trust = chain.current().clone();
+        if let Err(why) = keep_chain(&RootSlots(self.root.clone()), &chain) {
+            tracing::error!(why, "the trust chain is kept in memory only");
+        }
+        *self
+            .trust_chain
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(chain);
         self.root.ledger().set_ceiling(new.node.ceiling_bytes);
         self.root
             .ledger()

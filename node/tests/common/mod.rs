@@ -432,12 +432,19 @@ impl Site {
     /// Starts node `a` and waits until it answers.
     #[track_caller]
     pub(crate) fn start(&self) -> Node<'_> {
-        self.start_as(Path::new(env!("CARGO_BIN_EXE_tidelock")))
+        self.start_as(Path::new(env!("CARGO_BIN_EXE_tidelock")), &[])
     }
 
-    /// Starts node `a` from this copy of the program and waits until it answers.
+    /// Starts node `a` with these in its environment.
     #[track_caller]
-    pub(crate) fn start_as(&self, program: &Path) -> Node<'_> {
+    pub(crate) fn start_with(&self, environment: &[(&str, &str)]) -> Node<'_> {
+        self.start_as(Path::new(env!("CARGO_BIN_EXE_tidelock")), environment)
+    }
+
+    /// Starts node `a` from this copy of the program, with these in its environment, and waits until
+    /// it answers.
+    #[track_caller]
+    pub(crate) fn start_as(&self, program: &Path, environment: &[(&str, &str)]) -> Node<'_> {
         let log = fs::OpenOptions::new()
             .create(true)
             .append(true)
@@ -446,6 +453,7 @@ impl Site {
         let child = Command::new(program)
             .current_dir(self.dir.path())
             .args(["run", "-c", "tidelock.toml"])
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -1,0 +1,438 @@
+//! Trust on a running node: keys that are replaced, statements of freshness, emergencies, releases, and
+//! a clock that lies.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use common::{Site, not_run, openssl};
+use serde_json::{Value, json};
+
+/// A site whose trust file gives the policy key the role of replacing it, and two more keys.
+fn site() -> Site {
+    let site = Site::new();
+    for name in ["policy", "next", "glass"] {
+        if name != "policy" {
+            site.signing_key(&format!("{name}.key"));
+        }
+        let public = openssl(
+            site.path("").as_path(),
+            &["pkey", "-in", &format!("{name}.key"), "-pubout"],
+        );
+        site.write(&format!("{name}.pub"), &public);
+    }
+    fs::remove_file(site.path("trust.toml")).unwrap();
+    init(&site, "trust.toml", "policy");
+    site
+}
+
+/// Writes a trust file in which `name` holds the roles.
+fn init(site: &Site, out: &str, name: &str) {
+    let key = format!("{name}={name}.pub:policy,trust,release");
+    site.ok(&[
+        "trust",
+        "init",
+        "--domain",
+        "harbour",
+        "--key",
+        &key,
+        "--key",
+        "glass=glass.pub:break-glass",
+        "--out",
+        out,
+    ]);
+}
+
+/// Signs with openssl alone.
+fn openssl_sign(site: &Site, key: &str, file: &str, out: &str) {
+    openssl(
+        site.path("").as_path(),
+        &["dgst", "-sha256", "-sign", key, "-out", out, file],
+    );
+}
+
+#[test]
+fn keys_are_replaced_on_a_running_node_and_stay_so() {
+    let site = site();
+    let node = site.start_deciding();
+    assert_eq!(site.status()["trust"]["version"], 1);
+    init(&site, "next.toml", "next");
+    site.ok(&[
+        "trust",
+        "rotate",
+        "--from",
+        "trust.toml",
+        "--to",
+        "next.toml",
+        "--out",
+        "trust-2.json",
+    ]);
+    openssl_sign(&site, "policy.key", "trust-2.json", "old.sig");
+    site.ok(&[
+        "trust",
+        "sign",
+        "trust-2.json",
+        "--key",
+        "next.key",
+        "--out",
+        "new.sig",
+    ]);
+    // One of the two is not enough, at the desk or at the node; a refusal by the node is recorded.
+    let one = ["trust-2.json", "--sig", "old.sig"];
+    let both = [
+        "trust-2.json",
+        "--sig",
+        "policy=old.sig",
+        "--sig",
+        "new.sig",
+    ];
+    let with = |head: &[&str], signed: &[&str], tail: &[&str]| -> Vec<String> {
+        let words = head.iter().chain(signed).chain(tail);
+        words.map(|word| (*word).to_owned()).collect()
+    };
+    let run = |words: Vec<String>| {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        site.tidelock(&words)
+    };
+    let trust = ["--trust", "trust.toml"];
+    run(with(&["trust", "verify"], &one, &trust))
+        .ended(1)
+        .says(&["STATEMENT_SIGNATURE"]);
+    run(with(&["trust", "verify"], &both, &trust)).ended(0);
+    run(with(&["trust", "install"], &one, &["--apply"]))
+        .ended(1)
+        .says(&["STATEMENT_SIGNATURE"]);
+    assert_eq!(
+        site.events("statement_rejected")[0]["code"],
+        "STATEMENT_SIGNATURE"
+    );
+    // The plan says that the bundle would be left without its signer, and changes nothing.
+    run(with(&["trust", "install"], &both, &[]))
+        .ended(0)
+        .says(&["deciding_bundle_stays_trusted", "false"]);
+    assert_eq!(site.status()["trust"]["version"], 1);
+    site.decides();
+    // So the same content is signed by the new key first.
+    site.ok(&[
+        "bundle",
+        "sign",
+        "site-1.tar",
+        "--key",
+        "next.key",
+        "--out",
+        "site-1.next.sig",
+    ]);
+    run(with(&["trust", "install"], &both, &["--apply"])).ended(0);
+    assert_eq!(site.events("trust_rotated").len(), 1);
+    assert_eq!(site.status()["trust"]["version"], 2);
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    site.ok(&[
+        "bundle",
+        "install",
+        "site-1.tar",
+        "--sig",
+        "site-1.next.sig",
+        "--apply",
+    ]);
+    site.decides();
+    // The replaced key signs nothing any more.
+    site.bundle("old.tar", "policy.key", |m| m["epoch"] = json!(2));
+    site.tidelock(&["bundle", "install", "old.tar", "--apply"])
+        .ended(1)
+        .says(&["BUNDLE_SIGNATURE"]);
+    // A restart keeps it, with the file that the chain began with still in its place.
+    node.stop();
+    let node = site.start();
+    assert_eq!(site.status()["trust"]["version"], 2);
+    site.decides();
+    let shown = site.json(&["trust", "show", "--toml"]);
+    // A file that is in no way part of the chain is refused at a reload and at a start.
+    let kept = site.read("trust.toml");
+    fs::remove_file(site.path("trust.toml")).unwrap();
+    site.signing_key("other.key");
+    let other = openssl(
+        site.path("").as_path(),
+        &["pkey", "-in", "other.key", "-pubout"],
+    );
+    site.write("other.pub", &other);
+    init(&site, "trust.toml", "other");
+    let why = node.reload("reload_refused");
+    assert!(
+        why["why"].as_str().unwrap().contains("not in the chain"),
+        "{why}"
+    );
+    site.decides();
+    node.stop();
+    let node = site.start();
+    let faults = site.events("policy_trust_unusable");
+    assert!(
+        faults[0]["why"]
+            .as_str()
+            .unwrap()
+            .contains("not in the chain")
+    );
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    // The ways out: the old file, or the current document as a file.
+    for text in [kept, shown["toml"].as_str().unwrap().to_owned()] {
+        site.write("trust.toml", &text);
+        node.reload("reloaded");
+        assert_eq!(site.status()["trust"]["version"], 2);
+        site.decides();
+    }
+    node.stop();
+}
+
+#[test]
+fn a_statement_of_the_authority_makes_the_policy_younger_and_nothing_else_does() {
+    let site = site();
+    // Made three days ago, by its own word.
+    site.bundle("old.tar", "policy.key", |m| {
+        m["created_at"] = json!("2026-01-01T00:00:00Z");
+        for class in m["classes"].as_object_mut().unwrap().values_mut() {
+            class["stale_after_s"] = json!(3_600);
+            class["restrict_after_s"] = json!(7_200);
+            class["close_after_s"] = json!(3_000_000_000_u64);
+            class["when_restricted"] = json!("continue");
+        }
+    });
+    let node = site.start();
+    site.ok(&["bundle", "install", "old.tar", "--apply"]);
+    assert_eq!(site.status()["posture"], "restricted");
+    let old_s = site.status()["policy_age_s"].as_u64().unwrap();
+    assert!(old_s > 7_200);
+    let fresh = ["bundle", "freshness"];
+    site.ok(&[&fresh[..], &["make", "old.tar", "--out", "fresh.json"]].concat());
+    openssl_sign(&site, "glass.key", "fresh.json", "wrong.sig");
+    openssl_sign(&site, "policy.key", "fresh.json", "right.sig");
+    let install = |sig: &str, tail: &[&str]| {
+        let words = [&fresh[..], &["install", "fresh.json", "--sig", sig], tail];
+        site.tidelock(&words.concat())
+    };
+    install("wrong.sig", &["--apply"])
+        .ended(1)
+        .says(&["STATEMENT_SIGNATURE"]);
+    install("right.sig", &[]).ended(0);
+    assert_eq!(
+        site.status()["posture"],
+        "restricted",
+        "a plan changes nothing"
+    );
+    install("right.sig", &["--apply"]).ended(0);
+    assert_eq!(site.status()["posture"], "normal");
+    assert!(site.status()["policy_age_s"].as_u64().unwrap() < 3_600);
+    assert_eq!(site.events("policy_confirmed").len(), 1);
+    // The same bundle again and a restart neither reset it nor lose it.
+    let confirmed = site.status()["bundle"]["confirmed_unix_ms"].clone();
+    site.ok(&["bundle", "install", "old.tar", "--apply"]);
+    assert_eq!(site.status()["bundle"]["confirmed_unix_ms"], confirmed);
+    node.stop();
+    let node = site.start();
+    assert_eq!(site.status()["bundle"]["confirmed_unix_ms"], confirmed);
+    assert_eq!(site.status()["posture"], "normal");
+    node.stop();
+}
+
+#[test]
+fn an_emergency_bundle_is_short_loud_and_recorded() {
+    let site = site();
+    let node = site.start_deciding();
+    let seconds = |ahead: i64| {
+        let at = jiff_now().checked_add(jiff::SignedDuration::from_secs(ahead));
+        json!(at.unwrap().to_string())
+    };
+    let glass = |name: &str, epoch: u64, ends: i64| {
+        site.bundle(name, "glass.key", |m| {
+            m["epoch"] = json!(epoch);
+            m["role"] = json!("break-glass");
+            m["created_at"] = seconds(-7_200);
+            m["expires_at"] = seconds(ends);
+        });
+    };
+    glass("over.tar", 2, -60);
+    site.tidelock(&["bundle", "install", "over.tar", "--apply"])
+        .ended(1)
+        .says(&["BUNDLE_EXPIRED"]);
+    glass("glass.tar", 2, 7_200);
+    site.ok(&["bundle", "install", "glass.tar", "--apply"]);
+    let status = site.status();
+    assert_eq!(status["bundle"]["role"], "break-glass");
+    assert_eq!(status["posture"], "stale");
+    assert_eq!(site.events("break_glass_activated")[0]["epoch"], 2);
+    site.tidelock(&["doctor"]).says(&["break-glass"]);
+    // It never goes back below the floor, and a regular bundle ends it.
+    glass("back.tar", 1, 7_200);
+    site.tidelock(&["bundle", "install", "back.tar", "--apply"])
+        .ended(1)
+        .says(&["BUNDLE_EPOCH"]);
+    site.bundle("after.tar", "policy.key", |m| m["epoch"] = json!(3));
+    site.ok(&["bundle", "install", "after.tar", "--apply"]);
+    assert_eq!(site.status()["posture"], "normal");
+    node.stop();
+}
+
+fn jiff_now() -> jiff::Timestamp {
+    jiff::Timestamp::now()
+}
+
+/// Writes a blob of an image layout and answers its descriptor.
+fn blob(layout: &Path, media_type: &str, bytes: &[u8]) -> Value {
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    let hex: String = hash.as_ref().iter().map(|b| format!("{b:02x}")).collect();
+    fs::write(layout.join("blobs/sha256").join(&hex), bytes).unwrap();
+    json!({"mediaType": media_type, "digest": format!("sha256:{hex}"), "size": bytes.len()})
+}
+
+#[test]
+fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
+    let site = site();
+    let layout: PathBuf = site.path("release");
+    fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    fs::create_dir_all(layout.join("signatures")).unwrap();
+    fs::write(
+        layout.join("oci-layout"),
+        r#"{"imageLayoutVersion":"1.0.0"}"#,
+    )
+    .unwrap();
+    let version = "99.0.0";
+    let mut lock = json!({"format": 1, "name": "tidelock", "version": version});
+    site.write("lock.json", &lock.to_string());
+    lock["fingerprint"] =
+        site.json(&["release", "fingerprint", "lock.json"])["fingerprint"].clone();
+    let lock = blob(
+        &layout,
+        "application/vnd.tidelock.lock.v1+json",
+        lock.to_string().as_bytes(),
+    );
+    let program = blob(
+        &layout,
+        "application/vnd.oci.image.layer.v1.tar",
+        b"program",
+    );
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "layers": [lock, program],
+    });
+    let image = blob(
+        &layout,
+        "application/vnd.oci.image.manifest.v1+json",
+        manifest.to_string().as_bytes(),
+    );
+    let index = json!({"schemaVersion": 2, "manifests": [image]});
+    fs::write(layout.join("index.json"), index.to_string()).unwrap();
+    let path_of = |descriptor: &Value| {
+        let hex = descriptor["digest"]
+            .as_str()
+            .unwrap()
+            .replace("sha256:", "");
+        layout.join("blobs/sha256").join(hex)
+    };
+    let manifest_path = path_of(&image);
+    openssl_sign(
+        &site,
+        "policy.key",
+        manifest_path.to_str().unwrap(),
+        "release/signatures/policy.sig",
+    );
+    let verify = ["release", "verify", "--layout", "release"];
+    let offline = [&verify[..], &["--trust", "trust.toml"]].concat();
+    site.tidelock(&offline).ended(0).says(&["99.0.0 verifies"]);
+
+    let node = site.start_deciding();
+    let verified = site.json(&verify);
+    assert_eq!(verified["signers"], json!(["policy"]));
+    assert_eq!(site.events("release_verified").len(), 1);
+    let rejected = |step: &str, code: &str, more: &[&str]| {
+        let before = site.events("release_rejected").len();
+        site.tidelock(&[&verify[..], more].concat())
+            .ended(1)
+            .says(&[code]);
+        let events = site.events("release_rejected");
+        assert_eq!(events.len(), before + 1);
+        assert_eq!(
+            (&events[before]["step"], &events[before]["code"]),
+            (&json!(step), &json!(code))
+        );
+        // Offline the same, and it says that nobody recorded it.
+        site.tidelock(&[&offline[..], more].concat())
+            .ended(1)
+            .says(&[code, "nothing was recorded"]);
+    };
+    rejected("version", "RELEASE_VERSION", &["--at-least", "99.0.1"]);
+    let program_path = path_of(&program);
+    fs::write(&program_path, b"progrAm").unwrap();
+    rejected("digests", "RELEASE_DIGEST", &[]);
+    fs::write(&program_path, b"program").unwrap();
+    fs::rename(layout.join("signatures"), site.path("aside")).unwrap();
+    rejected("signatures", "RELEASE_SIGNATURE", &[]);
+    symlink(site.path("aside"), layout.join("signatures")).unwrap();
+    rejected("signatures", "RELEASE_LAYOUT", &[]);
+    site.decides();
+    node.stop();
+}
+
+/// Debian's libfaketime, which tells a process another wall clock; its monotonic clocks stay.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
+#[test]
+fn inv_18_a_process_restarted_in_1970_goes_on_and_one_in_2100_closes() {
+    if !Path::new(FAKETIME).exists() {
+        not_run(
+            "inv_18_a_process_restarted_in_1970_goes_on_and_one_in_2100_closes",
+            "libfaketime is not installed",
+        );
+        return;
+    }
+    let site = site();
+    let node = site.start_deciding();
+    let before = site.status()["clock"]["trusted_unix_ms"].as_u64().unwrap();
+    node.stop();
+    let clock_at = |year: &str| {
+        let at = format!("@{year}-01-02 00:00:00");
+        let fake = [
+            ("LD_PRELOAD", FAKETIME),
+            ("FAKETIME", at.as_str()),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ("NO_FAKE_STAT", "1"),
+        ];
+        let node = site.start_with(&fake);
+        (node, site.status())
+    };
+    // Behind: trusted time goes on from where it was, nothing is revived, the policy decides.
+    let (node, status) = clock_at("1970");
+    assert!(status["clock"]["trusted_unix_ms"].as_u64().unwrap() >= before);
+    assert_eq!(status["clock"]["suspect"], false);
+    assert_eq!(status["posture"], "normal");
+    site.decides();
+    node.stop();
+    // Far ahead: closed, and time is not moved by it.
+    let (node, status) = clock_at("2100");
+    let trusted = status["clock"]["trusted_unix_ms"].as_u64().unwrap();
+    assert!(
+        (before..before + 24 * 3_600_000).contains(&trusted),
+        "{trusted}"
+    );
+    assert_eq!(status["clock"]["suspect"], true);
+    let denied = ("deny".to_owned(), "POSTURE_CLOSED".to_owned());
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    node.stop();
+    // A right clock alone does not resolve it; an operator does, on record.
+    let node = site.start();
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    site.ok(&["clock", "accept", "--apply"]);
+    common::until("the posture to follow", || {
+        (site.status()["posture"] == "normal").then_some(())
+    });
+    site.decides();
+    node.stop();
+}
