@@ -1,8 +1,13 @@
 //! Trust documents and freshness statements find their way from node to node, like bundles.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "helpers of tests, outside of test functions"
+)]
+
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
-use tidelock::demo::{network::Loopback, network::Network as _, site::NODES};
+use tidelock::demo::{network::Loopback, site::NODES};
 use tidelock_policy::{Freshness, HintedSignature, Package, SignedDocument, TrustFile, sign};
 use tidelock_tests::site::{LIMIT, await_epoch, directory, install, prepared};
 

@@ -336,6 +336,7 @@ impl Node {
             }
         }
         self.drop_superseded_policy(&activation);
+        self.confirm_from_store();
         if !held {
             self.offered(segment.reference());
         }

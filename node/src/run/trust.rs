@@ -157,15 +157,28 @@ impl Node {
             Statement::Freshness(_) => {
                 let trust = self.statement_trust()?;
                 let freshness = Freshness::verify(&signed, &trust).map_err(judge)?;
-                self.slots.check_confirms(&freshness).map_err(judge)?;
+                let confirms = match self.slots.check_confirms(&freshness) {
+                    // Statements may overtake their bundle: it is kept until that decides.
+                    Err(StatementError::Other { .. }) if self.may_come(&freshness) => false,
+                    other => other.map(|()| true).map_err(judge)?,
+                };
                 json!({
                     "bundle": freshness.bundle,
                     "epoch": freshness.epoch,
                     "issued_unix_ms": freshness.issued_unix_ms,
+                    "confirms_the_deciding_bundle": confirms,
                 })
             }
         };
         Ok((signed, statement, plan))
+    }
+
+    /// Whether the bundle that a statement names may still begin to decide here.
+    fn may_come(&self, freshness: &Freshness) -> bool {
+        self.slots.floor().is_none_or(|floor| {
+            freshness.epoch > floor.epoch
+                || (freshness.epoch == floor.epoch && freshness.content_id == floor.content_id)
+        })
     }
 
     fn statement_trust(&self) -> Result<std::sync::Arc<TrustFile>, Denied> {
@@ -267,7 +280,11 @@ impl Node {
     fn take_freshness(&self, signed: &SignedDocument) -> Result<(), Denied> {
         let trust = self.statement_trust()?;
         let before = self.slots.freshness();
-        let freshness = self.slots.confirm(signed, &trust).map_err(judge)?;
+        let freshness = match self.slots.confirm(signed, &trust) {
+            Ok(freshness) => freshness,
+            Err(StatementError::Other { .. }) => return Ok(()),
+            Err(error) => return Err(judge(error)),
+        };
         self.clock.raise_by_signed(freshness.issued_unix_ms);
         if before.as_ref() != Some(&freshness) {
             self.event(
@@ -280,6 +297,24 @@ impl Node {
             );
         }
         Ok(())
+    }
+
+    /// A bundle has begun to decide: what was said of it before it came counts now.
+    pub(super) fn confirm_from_store(&self) {
+        for held in self.store.list(Some(Kind::Policy)) {
+            if held.origin.policy_name() != Some(FRESHNESS_ORIGIN) {
+                continue;
+            }
+            let taken = self
+                .store
+                .get(&held.id)
+                .map_err(|e| e.to_string())
+                .and_then(|segment| SignedDocument::decode(segment.body()).map_err(text))
+                .and_then(|signed| self.take_freshness(&signed).map_err(|e| e.to_string()));
+            if let Err(why) = taken {
+                tracing::debug!(why, id = %held.id, "a stored statement confirms nothing");
+            }
+        }
     }
 
     /// Only the newest statement is of use to anybody.
@@ -306,7 +341,7 @@ impl Node {
         }
         self.slots
             .current()
-            .is_some_and(|policy| reference.sequence > policy.confirmed_unix_ms())
+            .is_none_or(|policy| reference.sequence > policy.confirmed_unix_ms())
     }
 
     /// Holds a newly configured trust file against the chain.
