@@ -30,7 +30,7 @@ use std::{
 use tidelock::config::Config;
 use tidelock_interceptor::{Action, Caller};
 use tidelock_link::Random;
-use tidelock_policy::{Package, TrustFile, decode_signature, inspect};
+use tidelock_policy::{Freshness, Package, SignedDocument, TrustFile, decode_signature, inspect};
 use tidelock_segments::{
     DomainId, Endorsement,
     decoders::{self, Decoder, Verdict},
@@ -70,6 +70,16 @@ fn decoders() -> Vec<Decoder> {
         Decoder::new("ca-file", |bytes| taken(Trust::from_pem(bytes))),
         Decoder::new("policy-package", policy_package),
         Decoder::new("policy-bundle", policy_bundle),
+        Decoder::new("policy-document", |bytes| {
+            let signed = SignedDocument::decode(bytes).ok();
+            Verdict::exact(signed.and_then(|signed| signed.encode().ok()))
+        }),
+        Decoder::new("policy-statement", |bytes| {
+            let trust = TrustFile::from_document(bytes).ok();
+            let trust = trust.and_then(|trust| trust.document().ok());
+            let freshness = || Freshness::read(bytes).ok()?.document().ok();
+            Verdict::exact(trust.or_else(freshness))
+        }),
         Decoder::new("policy-signature", |bytes| taken(decode_signature(bytes))),
         Decoder::new("policy-trust", |bytes| {
             text(bytes, |t| taken(TrustFile::parse(t)))

@@ -114,7 +114,6 @@ impl TrustChain {
     pub fn extend(&mut self, signed: SignedDocument) -> Result<Extended, StatementError> {
         let before = self.current();
         let by_before = signed.signed_by(before);
-        // Nothing is parsed before a trusted key has vouched for it, but for what is in the chain.
         let id = ContentId::of(&signed.document);
         if self.root_id == id || self.links.iter().any(|link| link.id == id) {
             return Ok(Extended::Known);
