@@ -451,3 +451,66 @@ fn inv_18_a_process_restarted_in_1970_goes_on_and_one_in_2100_closes() {
     decides(&site);
     node.stop();
 }
+
+#[test]
+fn documents_and_statements_travel_on_media_to_a_node_that_was_dark() {
+    let site = site();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    fs::create_dir(site.path("m")).unwrap();
+    let a = site.read("tidelock.toml");
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    let node = site.start_deciding();
+    for (from, to) in [("trust.toml", "t2.json"), ("t2.json", "t3.json")] {
+        let keys = ["--to", "trust.toml"];
+        site.ok(&[
+            &["trust", "rotate", "--from", from][..],
+            &keys,
+            &["--out", to],
+        ]
+        .concat());
+        openssl_sign(&site, "policy.key", to, "t.sig");
+        site.ok(&["trust", "install", to, "--sig", "t.sig", "--apply"]);
+    }
+    site.ok(&[
+        "bundle",
+        "freshness",
+        "make",
+        "site-1.tar",
+        "--out",
+        "f.json",
+    ]);
+    openssl_sign(&site, "policy.key", "f.json", "f.sig");
+    site.ok(&[
+        "bundle",
+        "freshness",
+        "install",
+        "f.json",
+        "--sig",
+        "f.sig",
+        "--apply",
+    ]);
+    let confirmed = site.status()["bundle"]["confirmed_unix_ms"].clone();
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+    node.stop();
+
+    site.write("tidelock.toml", &b);
+    let node = site.start();
+    assert_eq!(site.status()["trust"]["version"], 1);
+    site.ok(&["segment", "import", "m", "--apply"]);
+    let status = site.status();
+    assert_eq!(status["trust"]["version"], 3);
+    assert_eq!(status["bundle"]["epoch"], 1);
+    assert_eq!(status["bundle"]["confirmed_unix_ms"], confirmed);
+    decides(&site);
+    // Again, and after a restart, the same.
+    site.ok(&["segment", "import", "m", "--apply"]);
+    node.stop();
+    let node = site.start();
+    assert_eq!(site.status()["trust"]["version"], 3);
+    assert_eq!(site.status()["bundle"]["confirmed_unix_ms"], confirmed);
+    node.stop();
+}

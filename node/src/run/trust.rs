@@ -335,9 +335,10 @@ impl Node {
     /// Whether a signed document of this origin and number is of use here.
     pub(super) fn wants_statement(&self, reference: &SegmentRef) -> bool {
         if reference.origin.policy_name() == Some(TRUST_ORIGIN) {
-            return self
-                .trust_chain()
-                .is_ok_and(|chain| reference.sequence > chain.current().version());
+            let trust = self.policy_trust.load();
+            return trust
+                .as_ref()
+                .is_some_and(|trust| reference.sequence > trust.version());
         }
         self.slots
             .current()
