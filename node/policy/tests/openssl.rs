@@ -91,6 +91,19 @@ fn signatures_by_the_openssl_command_line_verify() {
     std::fs::write(keys.path("bob.sig"), sign_with("bob.pem")).unwrap();
     let base64 = keys.openssl(&["base64", "-A", "-in", "bob.sig"]);
     let by_bob = decode_signature(&base64).unwrap();
+    // And its bundle: the form of today, and the one before it.
+    let base64 = String::from_utf8(base64).unwrap();
+    for bundle in [
+        format!(
+            r#"{{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json",
+                "verificationMaterial":{{"publicKey":{{"hint":"bob"}}}},
+                "messageSignature":{{"messageDigest":{{"algorithm":"SHA2_256","digest":""}},
+                                     "signature":"{base64}"}}}}"#
+        ),
+        format!(r#"{{"base64Signature":"{base64}","cert":""}}"#),
+    ] {
+        assert_eq!(decode_signature(bundle.as_bytes()).as_ref(), Ok(&by_bob));
+    }
     let text = trust(2, &[("alice", &alice), ("bob", &bob)]);
 
     let package = Package {
