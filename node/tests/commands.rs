@@ -227,6 +227,52 @@ fn ca_bundle_and_token_speak_to_people_and_machines() {
 }
 
 #[test]
+fn an_opa_bundle_is_taken_over_with_a_report() {
+    let site = Site::new();
+    let pack = |rules: &str| {
+        fs::create_dir_all(site.path("opa")).unwrap();
+        site.write("opa/authz.rego", rules);
+        let packed = std::process::Command::new("tar")
+            .args(["-C", "opa", "-czf", "opa.tar.gz", "authz.rego"])
+            .current_dir(site.path(""))
+            .status();
+        assert!(packed.unwrap().success());
+    };
+    let import = [
+        "bundle",
+        "import-opa",
+        "opa.tar.gz",
+        "--dir",
+        "taken",
+        "--name",
+        "authz",
+        "--domain",
+        "harbour",
+        "--action",
+        "fs.read",
+        "--allow-rule",
+        "data.authz.allow",
+    ];
+    let unsigned = [&import[..], &["--allow-unsigned"]].concat();
+    pack("package authz\n\nallow if time.now_ns() > 1\n");
+    site.tidelock(&import).ended(2).says(&["--allow-unsigned"]);
+    site.tidelock(&unsigned)
+        .ended(1)
+        .says(&["time.now_ns", "authz.rego", "nothing was written"]);
+    assert!(!site.path("taken").exists());
+
+    pack("package authz\n\nallow if input.action == \"fs.read\"\n");
+    let said = site.json(&unsigned);
+    assert_eq!(said["ready"], true);
+    assert_eq!(said["report"]["signed_by"], Value::Null);
+    site.tidelock(&unsigned).ended(2).says(&["exists already"]);
+    site.ok(&["bundle", "build", "taken", "--out", "authz-1.tar"]);
+    site.ok(&["bundle", "test", "authz-1.tar"]);
+    site.ok(&["bundle", "inspect", "authz-1.tar"])
+        .says(&["policies/p-authz.rego", "input-schema.json"]);
+}
+
+#[test]
 fn completions_and_manual_pages_are_made() {
     let site = Site::new();
     for shell in ["bash", "zsh", "fish"] {

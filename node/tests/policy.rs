@@ -210,6 +210,108 @@ fn a_plan_shows_what_a_bundle_changes_and_is_acted_on_only_while_it_holds() {
     site.decides();
 }
 
+const REGO: &str = r#"package tidelock
+
+decision := {"allow": allow, "deny": deny, "policies": {"srv"}}
+
+default allow := false
+
+allow if {
+	startswith(input.resource.attributes.path, "/srv/")
+	input.context.tidelock.posture == "normal"
+}
+
+deny contains "secrets" if contains(input.resource.id, "secret")
+"#;
+
+const REGO_INPUT: &str = r#"{"format": 1, "actions": {"fs.read": {
+  "principal": ["Agent"], "resource": ["File"],
+  "attributes": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+  "context": {"type": "object", "properties": {"tidelock": {"type": "object", "properties": {
+    "posture": {"type": "string"}, "policy_age_s": {"type": "integer"}}}}}
+}}}"#;
+
+/// Both lanes in a real node, compiled by its confined worker.
+#[test]
+fn rego_decides_alone_and_beside_cedar_and_a_forbid_of_either_wins() {
+    let site = Site::new();
+    let _node = site.start_deciding();
+    let manifest = site.read("policy/manifest.json");
+    fs::remove_dir_all(site.path("policy")).unwrap();
+    fs::create_dir_all(site.path("policy/policies")).unwrap();
+    fs::create_dir_all(site.path("policy/tests")).unwrap();
+    site.write("policy/manifest.json", &manifest);
+    site.write("policy/tests/base.json", "[]");
+    site.write("policy/input-schema.json", REGO_INPUT);
+    site.write("policy/policies/base.rego", REGO);
+    let install = |archive: &str, epoch: u64, engine: &str| {
+        site.bundle(archive, "policy.key", |manifest| {
+            manifest["epoch"] = json!(epoch);
+            manifest["engine"] = json!(engine);
+        });
+        site.ok(&["bundle", "install", archive, "--apply"]);
+        assert_eq!(site.status()["bundle"]["epoch"], epoch);
+    };
+    let says = |path: &str, decision: &str, reason: &str| {
+        assert_eq!(
+            site.may_read(path),
+            (decision.to_owned(), reason.to_owned()),
+            "{path}"
+        );
+    };
+    install("rego-2.tar", 2, "rego");
+    site.decides();
+    says("/srv/secret", "deny", "POLICY_DENY");
+    site.write("ask.json", &common::read_action("/etc/shadow").to_string());
+    site.tidelock(&["decide", "--explain", "ask.json"])
+        .ended(3)
+        .says(&["NO_MATCH"]);
+    site.tidelock(&["policy", "plan", "site-1.tar", "--replay", "0"])
+        .ended(1)
+        .says(&["BUNDLE_EPOCH"]);
+
+    let schema = "entity Agent; entity File { path: String };\n\
+         action \"fs.read\" appliesTo { principal: [Agent], resource: [File] };";
+    site.write("policy/schema.cedarschema", schema);
+    site.write(
+        "policy/policies/base.cedar",
+        "@id(\"all\") permit(principal, action, resource);\n\
+         @id(\"no-keys\") forbid(principal, action, resource) when { resource.path like \"*.key\" };",
+    );
+    // Both lanes are told what the node says of itself, or neither.
+    site.bundle("odd-3.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(3);
+        manifest["engine"] = json!("cedar+rego");
+    });
+    site.tidelock(&["bundle", "install", "odd-3.tar", "--apply"])
+        .ended(1)
+        .says(&["BUNDLE_SCHEMA", "tidelock"]);
+    let context = "context: { tidelock: { posture: String, policy_age_s: Long } } };";
+    site.write(
+        "policy/schema.cedarschema",
+        &schema.replace(
+            "resource: [File] };",
+            &format!("resource: [File], {context}"),
+        ),
+    );
+    install("both-3.tar", 3, "cedar+rego");
+    says("/srv/a.txt", "allow", "POLICY_ALLOW");
+    says("/srv/a.key", "deny", "POLICY_DENY");
+    says("/srv/secret", "deny", "POLICY_DENY");
+    // A permit of one lane is enough where the other is silent.
+    says("/etc/shadow", "allow", "POLICY_ALLOW");
+
+    // What errs in one lane denies, whatever the other permits.
+    let errs = REGO.replace(
+        "contains(input.resource.id, \"secret\")",
+        "to_number(input.resource.id) > 1",
+    );
+    site.write("policy/policies/base.rego", &errs);
+    install("both-4.tar", 4, "cedar+rego");
+    says("/srv/a.txt", "deny", "EVALUATION_ERROR");
+    says("/srv/a.key", "deny", "POLICY_DENY");
+}
+
 #[test]
 fn without_a_trust_file_the_node_runs_and_denies_everything() {
     let site = Site::new();

@@ -34,7 +34,7 @@ impl Engine for Explaining {
 fn nearest(
     engines: &Engines,
     caller: &Arc<str>,
-    action: &Action,
+    request: PolicyRequest,
     policy: &Arc<ActivePolicy>,
 ) -> Vec<PolicyNote> {
     let explaining = Arc::new(Explaining {
@@ -42,10 +42,7 @@ fn nearest(
         notes: Mutex::default(),
     });
     let engine = Arc::clone(&explaining) as Arc<dyn Engine>;
-    match engines
-        .evaluate(engine, PolicyRequest::from(action), caller)
-        .0
-    {
+    match engines.evaluate(engine, request, caller).0 {
         Evaluated::Done(_) => {
             let mut notes = explaining
                 .notes
@@ -62,12 +59,12 @@ fn nearest(
 pub(crate) fn explanation(
     engines: &Engines,
     caller: &Arc<str>,
-    action: Option<&Action>,
+    request: Option<PolicyRequest>,
     policy: Option<&Arc<ActivePolicy>>,
     findings: &Findings,
 ) -> Explanation {
-    let nearest = match (findings.reason, action, policy) {
-        (Reason::NoMatch, Some(action), Some(policy)) => nearest(engines, caller, action, policy),
+    let nearest = match (findings.reason, request, policy) {
+        (Reason::NoMatch, Some(request), Some(policy)) => nearest(engines, caller, request, policy),
         _ => Vec::new(),
     };
     let to_allow = match findings.reason {

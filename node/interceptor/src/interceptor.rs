@@ -480,14 +480,22 @@ impl Inner {
         answer.request_id = rendered.request_id;
         if mode == Mode::Explain {
             answer.errors = rendered.errors;
-            let action = match &judgement.request {
-                Request::Action(action) => Some(action.as_ref()),
-                Request::Invalid { .. } => None,
+            let request = match (&judgement.request, judgement.policy.as_ref()) {
+                (Request::Action(action), Some(policy)) => {
+                    let mut request = PolicyRequest::from(action.as_ref());
+                    let told = policy.describe_node(
+                        &mut request,
+                        judgement.findings.posture,
+                        inner.clock.unix_ms(),
+                    );
+                    told.ok().map(|()| request)
+                }
+                _ => None,
             };
             answer.explanation = Some(Box::new(explain::explanation(
                 &inner.engines,
                 &holder(caller),
-                action,
+                request,
                 judgement.policy.as_ref(),
                 &judgement.findings,
             )));

@@ -19,12 +19,13 @@ use crate::error::{BuildError, BundleError, clip};
 use crate::explain::PolicyNote;
 use crate::json;
 use crate::limits::{
-    COMPILE_STACK_BYTES, FILE_BYTES_MAX, WARNINGS_LISTED_MAX, WORKER_COMPILE_STACK_BYTES,
+    AGE_S_MAX, COMPILE_STACK_BYTES, FILE_BYTES_MAX, WARNINGS_LISTED_MAX, WORKER_COMPILE_STACK_BYTES,
 };
 use crate::manifest::{ClassLimits, Manifest, rfc3339};
 use crate::package::{ContentId, Package, sha256};
+use crate::posture::Posture;
 use crate::rego::{RegoEngine, rego_name};
-use crate::request::{Engine, Evaluation, Lanes, PolicyRequest};
+use crate::request::{Engine, Evaluation, Failure, Lanes, NODE_MEMBER, PolicyRequest, error_text};
 use crate::trust::{Role, Signed, TrustFile};
 
 /// What the node is, as far as a bundle may ask.
@@ -197,10 +198,35 @@ impl VerifiedBundle {
             .unwrap_or_default()
     }
 
-    /// Whether policies may look at this member of an action's context.
-    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
-        let cedar = self.compiled.cedar.as_ref();
-        cedar.is_some_and(|cedar| cedar.declares_context(action, member))
+    /// Puts a posture and an age of the policy, in seconds, into a request's context, as `tidelock`, where
+    /// the schema declares it for the action. For what decides it is the node's own word,
+    /// [`ActivePolicy::describe_node`](crate::ActivePolicy::describe_node).
+    ///
+    /// # Errors
+    /// A text that denies the request, if its context holds `tidelock` already.
+    pub fn describe_node(
+        &self,
+        request: &mut PolicyRequest,
+        posture: Posture,
+        age_s: u64,
+    ) -> Result<(), String> {
+        if request.context.get(NODE_MEMBER).is_some() {
+            let message = format!("context: must not contain `{NODE_MEMBER}`");
+            return Err(error_text(Failure::Request, &message));
+        }
+        if !self.compiled.told_of_node.contains(&request.action) {
+            return Ok(());
+        }
+        // A policy older than any limit is as old as the oldest one.
+        let age_s = age_s.min(AGE_S_MAX);
+        let own = serde_json::json!({"posture": posture.as_str(), "policy_age_s": age_s});
+        match &mut request.context {
+            Value::Object(context) => _ = context.insert(NODE_MEMBER.to_owned(), own),
+            // Anything but an object is refused by the engine.
+            context if context.is_null() => *context = serde_json::json!({NODE_MEMBER: own}),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// What the compiler found odd without refusing it.
@@ -312,6 +338,8 @@ struct Contents {
 
 /// Compiled policies, all lanes as one engine, and how the bundle's own tests went.
 struct Compiled {
+    /// Actions whose context declares what the node says of itself.
+    told_of_node: BTreeSet<String>,
     /// The Cedar lane, where there is one.
     cedar: Option<Arc<CedarEngine>>,
     engine: Arc<dyn Engine>,
@@ -418,7 +446,9 @@ impl Contents {
         let cedar = cedar
             .then(|| CedarEngine::compile(&self.files).map(Arc::new))
             .transpose()?;
-        let rego = rego.then(|| RegoEngine::compile(&self.files)).transpose()?;
+        let rego = rego
+            .then(|| RegoEngine::compile(&self.files).map(Arc::new))
+            .transpose()?;
         let mut policy_ids = Vec::new();
         let mut warnings = Vec::new();
         let mut lanes: Vec<Arc<dyn Engine>> = Vec::new();
@@ -429,10 +459,10 @@ impl Contents {
             known.push(engine.actions());
             lanes.push(Arc::clone(engine) as Arc<dyn Engine>);
         }
-        if let Some(engine) = rego {
+        if let Some(engine) = &rego {
             policy_ids.extend_from_slice(engine.policy_ids());
             known.push(engine.actions());
-            lanes.push(Arc::new(engine));
+            lanes.push(Arc::clone(engine) as Arc<dyn Engine>);
         }
         policy_ids.sort_unstable();
         let mut known = known.into_iter();
@@ -446,6 +476,29 @@ impl Contents {
                 ));
             }
         }
+        let mut told_of_node = BTreeSet::new();
+        for action in &actions {
+            let by_cedar = cedar
+                .as_ref()
+                .map(|lane| lane.declares_context(action, NODE_MEMBER));
+            let by_rego = rego
+                .as_ref()
+                .map(|lane| lane.declares_context(action, NODE_MEMBER));
+            if let (Some(one), Some(other)) = (by_cedar, by_rego)
+                && one != other
+            {
+                return Err(BundleError::schema(
+                    INPUT_SCHEMA,
+                    format!(
+                        "action `{action}`: `{NODE_MEMBER}` in the context is declared here or in {SCHEMA}, \
+                         not in both"
+                    ),
+                ));
+            }
+            if by_cedar.or(by_rego) == Some(true) {
+                told_of_node.insert(action.clone());
+            }
+        }
         self.manifest.check_actions(&actions)?;
         let mut lanes = lanes.into_iter();
         let first = lanes
@@ -454,6 +507,7 @@ impl Contents {
         let engine: Arc<dyn Engine> = Arc::new(Lanes::new(first, lanes.collect()));
         let tests = Cases::read(&self.files)?.run(engine.as_ref(), &policy_ids);
         Ok(Compiled {
+            told_of_node,
             cedar,
             engine,
             policy_ids,

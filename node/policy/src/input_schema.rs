@@ -129,6 +129,18 @@ impl InputSchema {
         self.0.keys().cloned().collect()
     }
 
+    /// Whether requests for an action may have this member in their context.
+    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
+        let context = self
+            .0
+            .get(action)
+            .and_then(|action| action.context.as_ref());
+        match context {
+            Some(Kind::Object(fields)) => fields.known.contains_key(member),
+            _ => false,
+        }
+    }
+
     /// The input document of a request; `None` for an action that is not declared.
     pub(crate) fn input(&self, request: &PolicyRequest) -> Option<Result<regorus::Value, String>> {
         let action = self.0.get(&request.action)?;

@@ -60,6 +60,11 @@ impl RegoEngine {
         &self.policy_ids
     }
 
+    /// Whether the context of requests for an action may have this member.
+    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
+        self.schema.declares_context(action, member)
+    }
+
     /// The actions that the input schema declares.
     #[must_use]
     pub fn actions(&self) -> BTreeSet<String> {

@@ -20,11 +20,10 @@ use crate::bundle::{LoadContext, VerifiedBundle};
 use crate::error::{ActivateError, BundleError, StatementError};
 use crate::freshness::Freshness;
 use crate::json;
-use crate::limits::AGE_S_MAX;
 use crate::manifest::{ClassLimits, WhenRestricted};
 use crate::package::{ContentId, Package, sha256};
 use crate::posture::{Posture, posture};
-use crate::request::{Engine, Failure, PolicyRequest, error_text};
+use crate::request::{Engine, PolicyRequest};
 use crate::signed::SignedDocument;
 use crate::trust::TrustFile;
 
@@ -32,8 +31,6 @@ const ACTIVE: &str = "active";
 const LKG: &str = "lkg";
 const FLOOR: &str = "floor";
 const FRESHNESS: &str = "freshness";
-/// Member of the context that only the node states.
-const NODE_MEMBER: &str = "tidelock";
 
 /// Where the slots live. A write is atomic and durable when it returns; a slot that was never
 /// written reads as `None`.
@@ -188,23 +185,8 @@ impl ActivePolicy {
         posture: Posture,
         trusted_now_unix_ms: u64,
     ) -> Result<(), String> {
-        if request.context.get(NODE_MEMBER).is_some() {
-            let message = format!("context: must not contain `{NODE_MEMBER}`");
-            return Err(error_text(Failure::Request, &message));
-        }
-        if !self.bundle.declares_context(&request.action, NODE_MEMBER) {
-            return Ok(());
-        }
-        // A policy older than any limit is as old as the oldest one.
-        let age_s = self.age_s(trusted_now_unix_ms).min(AGE_S_MAX);
-        let own = serde_json::json!({"posture": posture.as_str(), "policy_age_s": age_s});
-        match &mut request.context {
-            serde_json::Value::Object(context) => _ = context.insert(NODE_MEMBER.to_owned(), own),
-            // Anything but an object is refused by the engine.
-            context if context.is_null() => *context = serde_json::json!({NODE_MEMBER: own}),
-            _ => {}
-        }
-        Ok(())
+        self.bundle
+            .describe_node(request, posture, self.age_s(trusted_now_unix_ms))
     }
 
     fn confirm(&self, freshness: &Freshness) {

@@ -6,7 +6,9 @@ use aws_lc_rs::digest::{SHA256, digest};
 use serde_json::{Map, Value, json};
 use tidelock_gateway::OperatorError;
 use tidelock_interceptor::recorded_request;
-use tidelock_policy::{Engine, PolicyRequest, Verdict, VerifiedBundle, difference};
+use tidelock_policy::{
+    Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle, difference,
+};
 
 use super::{
     admit::{Denied, describe_activation},
@@ -152,6 +154,19 @@ impl Node {
     }
 }
 
+/// What a bundle says to a recorded request, as if it were new and its node well.
+fn asked(bundle: &VerifiedBundle, request: &PolicyRequest) -> Evaluation {
+    let mut request = request.clone();
+    match bundle.describe_node(&mut request, Posture::Normal, 0) {
+        Ok(()) => bundle.evaluate(&request),
+        Err(error) => Evaluation {
+            verdict: Verdict::Error,
+            policies: Vec::new(),
+            errors: vec![error],
+        },
+    }
+}
+
 /// How recorded actions come out.
 #[derive(Default)]
 struct Replay {
@@ -172,8 +187,8 @@ impl Replay {
         before: Option<&VerifiedBundle>,
         after: &VerifiedBundle,
     ) {
-        let now = before.map(|before| before.evaluate(request));
-        let then = after.evaluate(request);
+        let now = before.map(|before| asked(before, request));
+        let then = asked(after, request);
         let allowed = now
             .as_ref()
             .is_some_and(|now| now.verdict == Verdict::Permit);

@@ -18,6 +18,7 @@ use tidelock_segments::{
 };
 
 use super::{admit::Denied, doors::bad, node::Node, policy::RootSlots};
+use crate::worker::For;
 
 /// Whether a policy segment of this origin carries a signed document and no bundle.
 pub(super) fn is_statement(origin: &Origin) -> bool {
@@ -144,7 +145,7 @@ impl Node {
                 let outcome = chain.extend(signed.clone()).map_err(judge)?;
                 let still = self.slots.current().map(|policy| {
                     let package = policy.bundle().package().clone();
-                    tidelock_policy::VerifiedBundle::load(package, chain.current(), &self.context)
+                    self.load_package(package, chain.current(), For::Slots)
                         .is_ok()
                 });
                 json!({
@@ -269,7 +270,9 @@ impl Node {
         let trust = chain.current().clone();
         drop(held);
         self.event("trust_rotated", plan.clone());
-        self.slot_faults(&self.slots.reload(&trust, &self.context));
+        self.slot_faults(&self.slots.reload_by(&trust, &|package| {
+            self.load_package(package, &trust, For::Slots)
+        }));
         if let Some(created_unix_ms) = trust.created_unix_ms() {
             self.clock.raise_by_signed(created_unix_ms);
         }
