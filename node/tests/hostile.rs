@@ -649,6 +649,13 @@ fn worker_of(node: &Node<'_>) -> Option<Pid> {
         // A thread may end meanwhile, and has no children then.
         let children = fs::read_to_string(thread.path().join("children")).ok()?;
         let child: i32 = children.split_whitespace().next()?.parse().ok()?;
+        // Before it has become the worker it is still this node, which waits for that without a deadline.
+        let command = fs::read(format!("/proc/{child}/cmdline")).ok()?;
+        let word = b"policy-worker";
+        command
+            .windows(word.len())
+            .any(|part| part == word)
+            .then_some(())?;
         Pid::from_raw(child)
     })
 }

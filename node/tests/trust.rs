@@ -320,7 +320,8 @@ fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
     )
     .unwrap();
     let version = "99.0.0";
-    let mut lock = json!({"format": 1, "name": "tidelock", "version": version});
+    let mut lock = json!({"format": 1, "name": "tidelock", "version": version,
+        "created_at": "2026-01-31T12:00:00Z"});
     site.write("lock.json", &lock.to_string());
     lock["fingerprint"] =
         site.json(&["release", "fingerprint", "lock.json"])["fingerprint"].clone();

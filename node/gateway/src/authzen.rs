@@ -5,6 +5,8 @@
 //! its decision point fails must not be brought to it by a full disk (decision 0029). Other statuses
 //! say that a request was not judged, with one string of JSON as the body.
 
+use std::sync::Arc;
+
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, StatusCode};
@@ -128,7 +130,8 @@ fn status_of(invalid: &InvalidRequest) -> StatusCode {
 /// Caller, slot and body: what every request of this protocol needs before it is read.
 struct Arrived {
     caller: Caller,
-    slot: Slot,
+    /// Held until the last record of the request is made, also when its caller has hung up.
+    slot: Arc<Slot>,
     body: Bytes,
 }
 
@@ -158,7 +161,7 @@ async fn arrive(
         .await?;
     Ok(Arrived {
         caller: identity.caller(visit.source).clone(),
-        slot,
+        slot: Arc::new(slot),
         body,
     })
 }
@@ -305,7 +308,7 @@ async fn all(visit: &Visit<'_>, arrived: &Arrived, items: &[Evaluation]) -> Vec<
                 Ask::Evaluation(item),
                 &arrived.caller,
                 Mode::Decide,
-                (),
+                Arc::clone(&arrived.slot),
             )),
             false => None,
         });
@@ -336,7 +339,8 @@ async fn until_clear(
         let outcome = match Instant::now() < deadline {
             true => {
                 let ask = Ask::Evaluation(item);
-                asked(visit.app, ask, &arrived.caller, Mode::Decide, ()).await
+                let held = Arc::clone(&arrived.slot);
+                asked(visit.app, ask, &arrived.caller, Mode::Decide, held).await
             }
             false => None,
         };

@@ -22,7 +22,7 @@ use crate::{
     action::{Action, Fields, InvalidCode, InvalidRequest, Parts},
     caller::Caller,
     json,
-    limits::{MAX_EVALUATIONS, MAX_PAGE_TOKEN_BYTES, MAX_SEARCH_RESULTS},
+    limits::{MAX_EVALUATIONS, MAX_INHERITED_BYTES, MAX_PAGE_TOKEN_BYTES, MAX_SEARCH_RESULTS},
 };
 
 /// Where policies find what the caller says of the subject.
@@ -133,6 +133,18 @@ impl Evaluations {
                 InvalidCode::TooLarge,
                 format!(
                     "{} evaluations, at most {MAX_EVALUATIONS} are made in one request",
+                    items.len()
+                ),
+            ));
+        }
+        // Each evaluation has its own copy of what it inherits.
+        let inherited = defaults.bytes().saturating_mul(items.len());
+        if inherited > MAX_INHERITED_BYTES {
+            return Err(InvalidRequest::new(
+                InvalidCode::TooLarge,
+                format!(
+                    "{} evaluations would inherit {inherited} bytes, at most {MAX_INHERITED_BYTES}: make \
+                     smaller batches",
                     items.len()
                 ),
             ));
@@ -266,6 +278,20 @@ impl Tuple {
             resource,
             context,
         })
+    }
+
+    /// Length of what evaluations inherit, as JSON.
+    fn bytes(&self) -> usize {
+        let length = |map: &Map<String, Value>| {
+            // Values that came out of JSON go into it.
+            serde_json::to_string(map).map_or(usize::MAX, |text| text.len())
+        };
+        [&self.subject, &self.action, &self.resource]
+            .into_iter()
+            .flatten()
+            .map(|named| &named.properties)
+            .chain(&self.context)
+            .fold(0, |sum, map| sum.saturating_add(length(map)))
     }
 
     fn over(self, defaults: &Self) -> Self {

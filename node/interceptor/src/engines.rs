@@ -123,13 +123,18 @@ impl State {
         all == ENGINE_WORKERS || own >= ENGINE_WORKERS_PER_CALLER
     }
 
-    /// Reserves an idle worker for the first of those who wait that may have one.
+    /// Reserves an idle worker for the first of those who wait and hold the fewest.
     fn pass_on(&mut self) {
         while let Some(number) = self.idle() {
-            let next = self.waiting.iter().position(|one| {
-                one.given.is_none() && self.held_by(&one.caller) < ENGINE_WORKERS_PER_CALLER
-            });
-            let Some(one) = next.and_then(|next| self.waiting.get_mut(next)) else {
+            let next = self
+                .waiting
+                .iter()
+                .enumerate()
+                .filter(|(_, one)| one.given.is_none())
+                .map(|(at, one)| (self.held_by(&one.caller), at))
+                .filter(|(held, _)| *held < ENGINE_WORKERS_PER_CALLER)
+                .min();
+            let Some(one) = next.and_then(|(_, at)| self.waiting.get_mut(at)) else {
                 return;
             };
             one.given = Some(number);

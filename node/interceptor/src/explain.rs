@@ -2,10 +2,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tidelock_policy::{ActivePolicy, Engine, Evaluation, PolicyNote, PolicyRequest, Verdict};
+use tidelock_policy::{
+    ActivePolicy, Engine, Evaluation, PolicyNote, PolicyRequest, Verdict,
+    limits::COMPILE_STACK_BYTES,
+};
 
 use crate::{
-    action::Action,
     answer::{Explanation, Provenance},
     engines::{Engines, Evaluated},
     reason::Reason,
@@ -21,7 +23,17 @@ struct Explaining {
 
 impl Engine for Explaining {
     fn evaluate(&self, request: &PolicyRequest) -> Evaluation {
-        let notes = self.policy.bundle().explain(request);
+        // Explaining takes policies apart and writes them down, which needs the stack that they were
+        // compiled on. Whoever waits for this thread is abandoned like an engine.
+        let notes = std::thread::scope(|scope| {
+            std::thread::Builder::new()
+                .name("explain".to_owned())
+                .stack_size(COMPILE_STACK_BYTES)
+                .spawn_scoped(scope, || self.policy.bundle().explain(request))
+                .ok()
+                .and_then(|explaining| explaining.join().ok())
+                .unwrap_or_default()
+        });
         *self.notes.lock().unwrap_or_else(PoisonError::into_inner) = notes;
         Evaluation {
             verdict: Verdict::NoMatch,

@@ -605,7 +605,7 @@ impl Inner {
             Err(error) => return done(Err(error.into())),
         };
         if inner.reports().wants_history(report.index) {
-            // Read without the lock: allows are answered meanwhile. Twice at once does no harm.
+            // Read without the lock: allows are answered meanwhile.
             let records = history();
             inner.reports().read_back(&records);
         }

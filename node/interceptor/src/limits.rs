@@ -89,6 +89,10 @@ pub const REPORT_AGE: Duration = Duration::from_secs(24 * 60 * 60);
 /// most this many; their bodies share one of [`MAX_BODY_BYTES`].
 pub const MAX_EVALUATIONS: usize = 64;
 
+/// Bytes of JSON that the evaluations of one batch inherit, each in its own copy. As values they take up to
+/// a hundred times as much: 12 MiB at the worst, twice what a single request of full length can cost.
+pub const MAX_INHERITED_BYTES: usize = 128 * 1024;
+
 /// Candidates that one page of a search judges.
 pub const MAX_SEARCH_CANDIDATES: usize = 256;
 

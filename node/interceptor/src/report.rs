@@ -241,16 +241,18 @@ impl Reports {
         }
     }
 
-    /// Whether an earlier run has to be looked at before this index can be judged.
-    pub(crate) fn wants_history(&self, index: u64) -> bool {
-        !self.was_read_back
+    /// Whether an earlier run has to be looked at before this index can be judged. Says so once: whoever
+    /// asks while the log is read is told what is known by then.
+    pub(crate) fn wants_history(&mut self, index: u64) -> bool {
+        let wants = !self.was_read_back
             && !self.allowed.contains_key(&index)
-            && !self.denied.contains_key(&index)
+            && !self.denied.contains_key(&index);
+        self.was_read_back |= wants;
+        wants
     }
 
     /// Takes what an earlier run left. What is known already stays.
     pub(crate) fn read_back(&mut self, records: &[(u64, Vec<u8>)]) {
-        self.was_read_back = true;
         let first = records.first().map_or(0, |(index, _)| *index);
         self.horizon = self.horizon.max(first);
         for (index, bytes) in records {

@@ -483,10 +483,13 @@ impl Contents {
                 .map(|lane| lane.declares_context(action, NODE_MEMBER));
             let by_rego = rego
                 .as_ref()
-                .map(|lane| lane.declares_context(action, NODE_MEMBER));
-            if let (Some(one), Some(other)) = (by_cedar, by_rego)
-                && one != other
-            {
+                .map(|lane| lane.takes_context(action, NODE_MEMBER));
+            let disagree = match (by_cedar, by_rego) {
+                (Some(true), Some((takes, _))) => !takes,
+                (Some(false), Some((_, names))) => names,
+                _ => false,
+            };
+            if disagree {
                 return Err(BundleError::schema(
                     INPUT_SCHEMA,
                     format!(
@@ -495,7 +498,7 @@ impl Contents {
                     ),
                 ));
             }
-            if by_cedar.or(by_rego) == Some(true) {
+            if by_cedar.or(by_rego.map(|(takes, _)| takes)) == Some(true) {
                 told_of_node.insert(action.clone());
             }
         }

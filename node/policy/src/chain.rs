@@ -238,7 +238,9 @@ impl TrustChain {
         if self.id_of(configured.version()) == Some(&id) {
             return Ok(self);
         }
-        if configured.version() > self.current().version() || self.links.is_empty() {
+        if configured.version() > self.current().version()
+            || (self.links.is_empty() && configured.version() >= self.current().version())
+        {
             return Self::new(configured);
         }
         Err(StatementError::Contradiction {

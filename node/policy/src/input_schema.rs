@@ -129,15 +129,18 @@ impl InputSchema {
         self.0.keys().cloned().collect()
     }
 
-    /// Whether requests for an action may have this member in their context.
-    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
+    /// Whether requests for an action may have this member in their context, and whether it is named.
+    pub(crate) fn takes_context(&self, action: &str, member: &str) -> (bool, bool) {
         let context = self
             .0
             .get(action)
             .and_then(|action| action.context.as_ref());
         match context {
-            Some(Kind::Object(fields)) => fields.known.contains_key(member),
-            _ => false,
+            Some(Kind::Object(fields)) => {
+                let named = fields.known.contains_key(member);
+                (named || fields.open, named)
+            }
+            _ => (false, false),
         }
     }
 

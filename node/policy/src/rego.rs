@@ -60,9 +60,9 @@ impl RegoEngine {
         &self.policy_ids
     }
 
-    /// Whether the context of requests for an action may have this member.
-    pub(crate) fn declares_context(&self, action: &str, member: &str) -> bool {
-        self.schema.declares_context(action, member)
+    /// Whether the context of requests for an action may have this member, and whether it is named.
+    pub(crate) fn takes_context(&self, action: &str, member: &str) -> (bool, bool) {
+        self.schema.takes_context(action, member)
     }
 
     /// The actions that the input schema declares.

@@ -243,7 +243,7 @@ fn run(
         return Err(budget(name, why));
     }
     // Where the engine differs from what Rego says: it panics on an empty text to count, counts texts
-    // that overlap, and takes a version that is no text for an error.
+    // that overlap, counts emoji twice, and takes a version that is no text for an error.
     match (name, values) {
         ("strings.count", [Value::String(text), Value::String(sought)]) => {
             let found = match sought.is_empty() {
@@ -252,6 +252,8 @@ fn run(
             };
             return Ok(Value::from(found));
         }
+        // The engine counts the units of UTF-16.
+        ("count", [Value::String(text)]) => return Ok(Value::from(text.chars().count())),
         ("semver.is_valid", [other]) if !matches!(other, Value::String(_)) => {
             return Ok(Value::Bool(false));
         }

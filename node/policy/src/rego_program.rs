@@ -263,6 +263,13 @@ impl<'p> Hardening<'p> {
                         .instruction_data
                         .get_virtual_data_document_lookup_params(*params_index)
                         .ok_or_else(|| self.fault(at, "a lookup without parameters"))?;
+                    if self.ends_on_a_package(&params.path_components) {
+                        return Err(self.fault(
+                            at,
+                            "a package read as a document: the engine shows rules in it that are undefined; \
+                             name the rule",
+                        ));
+                    }
                     self.reachable(&params.path_components, &mut targets);
                 }
                 _ => {}
@@ -309,6 +316,30 @@ impl<'p> Hardening<'p> {
             *depth = Some(deepest);
         }
         Ok(deepest)
+    }
+
+    /// Whether a reference can come to rest on what holds rules and is none.
+    fn ends_on_a_package(&self, path: &[LiteralOrRegister]) -> bool {
+        let mut nodes = vec![&self.program.rule_tree[&Value::from("data")]];
+        for component in path {
+            nodes = nodes
+                .into_iter()
+                .filter_map(|node| node.as_object().ok())
+                .flat_map(|children| -> Vec<&Value> {
+                    match component {
+                        LiteralOrRegister::Literal(index) => self
+                            .program
+                            .literals
+                            .get(usize::from(*index))
+                            .and_then(|key| children.get(key))
+                            .into_iter()
+                            .collect(),
+                        LiteralOrRegister::Register(_) => children.values().collect(),
+                    }
+                })
+                .collect();
+        }
+        nodes.iter().any(|node| node.as_object().is_ok())
     }
 
     fn reachable(&self, path: &[LiteralOrRegister], targets: &mut Vec<usize>) {

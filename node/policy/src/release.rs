@@ -591,7 +591,8 @@ struct Lock {
     name: String,
     version: Version,
     fingerprint: String,
-    created: Option<(String, u64)>,
+    created_at: String,
+    created_unix_ms: u64,
 }
 
 impl Lock {
@@ -613,16 +614,16 @@ impl Lock {
             return Err("`format` must be 1".to_owned());
         }
         let version = text("version")?;
-        let created = value.get("created_at").is_some().then(|| {
-            let created_at = text("created_at")?;
-            let at = unix_ms(&created_at).ok_or("`created_at` must be an RFC 3339 time")?;
-            Ok::<_, String>((created_at, at))
-        });
+        // Without a time of its own no key's window could be asked.
+        let created_at = text("created_at")?;
+        let created_unix_ms =
+            unix_ms(&created_at).ok_or("`created_at` must be an RFC 3339 time")?;
         Ok(Self {
             name: text("name")?,
             version: Version::parse(&version).map_err(|error| format!("`version`: {error}"))?,
             fingerprint: found,
-            created: created.transpose()?,
+            created_at,
+            created_unix_ms,
         })
     }
 }
@@ -690,20 +691,14 @@ pub fn verify_release(
     };
     let lock = Lock::read(&layout.blob(digest)?)
         .map_err(|why| ReleaseError::Fingerprint(format!("lock file: {why}")))?;
-    let signers = match &lock.created {
-        None => ids,
-        Some((created_at, created_unix_ms)) => {
-            let (in_time, _) = signed_by(Some(*created_unix_ms));
-            if in_time.len() < needed {
-                return Err(ReleaseError::KeyTime {
-                    valid: in_time.len(),
-                    needed,
-                    created_at: created_at.clone(),
-                });
-            }
-            in_time
-        }
-    };
+    let (signers, _) = signed_by(Some(lock.created_unix_ms));
+    if signers.len() < needed {
+        return Err(ReleaseError::KeyTime {
+            valid: signers.len(),
+            needed,
+            created_at: lock.created_at.clone(),
+        });
+    }
 
     // Step 4: the version.
     let version = lock.version.to_string();

@@ -25,7 +25,7 @@ use crate::package::{ContentId, Package, sha256};
 use crate::posture::{Posture, posture};
 use crate::request::{Engine, PolicyRequest};
 use crate::signed::SignedDocument;
-use crate::trust::TrustFile;
+use crate::trust::{Role, TrustFile};
 
 const ACTIVE: &str = "active";
 const LKG: &str = "lkg";
@@ -238,7 +238,11 @@ impl Floor {
         Self {
             epoch: bundle.epoch(),
             content_id: bundle.content_id().clone(),
-            min_fallback_epoch: bundle.manifest().min_fallback_epoch,
+            min_fallback_epoch: match bundle.manifest().role {
+                // An emergency ends; what it forbade for ever would not.
+                Role::BreakGlass => 0,
+                _ => bundle.manifest().min_fallback_epoch,
+            },
         }
     }
 
@@ -506,6 +510,8 @@ impl Slots {
         if let Some(before) = &before
             && before.source == Source::Active
             && before.bundle.content_id() != bundle.content_id()
+            // An emergency that is over does not come back.
+            && before.bundle.manifest().role != Role::BreakGlass
         {
             self.write(LKG, &before.bundle.package().encode()?)?;
         }

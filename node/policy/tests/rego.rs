@@ -478,3 +478,35 @@ proptest! {
         prop_assert_eq!(&other.run(Some(&input)), &said);
     }
 }
+
+/// In the engine's view a package holds its rules that are undefined, too; in OPA's it does not.
+#[test]
+fn a_package_is_not_read_as_a_document() {
+    let asking = |condition: &str| {
+        let policy = format!(
+            "package tidelock\n\ndecision := {{\"allow\": allow}}\n\ndefault allow := false\n\nallow if {condition}\n"
+        );
+        let approvals = "package approvals\n\nalice if input.params.size == 1\n\nbob if input.params.size == 2\n";
+        load(builder(&policy).file("policies/approvals.rego", approvals.into()))
+    };
+    for condition in [
+        "count(data.approvals) >= 2",
+        "count(object.keys(data.approvals)) >= 2",
+        "{ some who, _ in data.approvals; who == \"alice\" }",
+    ] {
+        let refused = asking(condition).err().unwrap();
+        assert_eq!(refused.code(), "BUNDLE_COMPILE", "{condition}");
+        assert!(refused.to_string().contains("package"), "{refused}");
+    }
+    // The controls: a rule of another package, and what counts like a package.
+    let named = asking("data.approvals.alice").unwrap();
+    let says = |bundle: &VerifiedBundle, params: Value| bundle.evaluate(&request(params)).verdict;
+    assert_eq!(says(&named, json!({"size": 0})), Verdict::NoMatch);
+    assert_eq!(says(&named, json!({"size": 1})), Verdict::Permit);
+    let counted = asking("count(input.params.text) >= 4").unwrap();
+    assert_eq!(
+        says(&counted, json!({"text": "\u{1f600}\u{1f600}"})),
+        Verdict::NoMatch
+    );
+    assert_eq!(says(&counted, json!({"text": "abcd"})), Verdict::Permit);
+}

@@ -30,7 +30,10 @@ use super::{
     policy::policy_segment,
     trust::{carries_statement, is_statement},
 };
-use crate::worker::For;
+use crate::{clock::SANITY_BOUND, worker::For};
+
+/// How far above the floor keys of an emergency may go.
+const BREAK_GLASS_EPOCHS_MAX: u64 = 1_000;
 
 /// Origins that are remembered as forked (INV-07); more than the mesh has peers.
 const FORKED_MAX: usize = 1_024;
@@ -277,6 +280,38 @@ impl Node {
                 ),
             ));
         }
+        self.check_emergency(bundle, floor.epoch)
+    }
+
+    /// What keys of an emergency may not do: take the epochs from the policy authority, or sign for a time
+    /// that has not come.
+    fn check_emergency(&self, bundle: &VerifiedBundle, floor: u64) -> Result<(), Denied> {
+        let manifest = bundle.manifest();
+        if manifest.role != Role::BreakGlass {
+            return Ok(());
+        }
+        let ahead_ms = manifest
+            .created_unix_ms
+            .saturating_sub(self.clock.unix_ms());
+        if u128::from(ahead_ms) > SANITY_BOUND.as_millis() {
+            return Err(Denied::local(
+                "BUNDLE_NOT_YET",
+                format!(
+                    "a break-glass bundle made at {}, which has not come; look at both clocks",
+                    manifest.created_at
+                ),
+            ));
+        }
+        if manifest.epoch > floor.saturating_add(BREAK_GLASS_EPOCHS_MAX) {
+            return Err(Denied::local(
+                "BUNDLE_EPOCH",
+                format!(
+                    "epoch {} of a break-glass bundle is more than {BREAK_GLASS_EPOCHS_MAX} above the \
+                     floor of {floor}: no bundle of the policy authority could follow it",
+                    manifest.epoch
+                ),
+            ));
+        }
         Ok(())
     }
 
@@ -328,7 +363,10 @@ impl Node {
             .activate(bundle)
             .map_err(|e| Denied::local(e.code(), &e))?;
         self.keep_passes();
-        self.clock.raise_by_signed(created_unix_ms);
+        // Ruling 25: the policy authority's word alone.
+        if emergency.is_none() {
+            self.clock.raise_by_signed(created_unix_ms);
+        }
         if activation.kind != ActivationKind::Reinstalled || unusable {
             self.event("bundle_activated", describe_activation(&activation));
             if let Some(emergency) = emergency {
@@ -354,7 +392,7 @@ impl Node {
     }
 
     /// Whether a readable segment of this origin and epoch is held.
-    fn holds_policy(&self, wanted: &SegmentRef) -> bool {
+    pub(super) fn holds_policy(&self, wanted: &SegmentRef) -> bool {
         self.store
             .find(&wanted.origin, wanted.sequence)
             .is_some_and(|held| self.store.get(&held.id).is_ok())

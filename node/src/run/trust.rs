@@ -242,6 +242,10 @@ impl Node {
             Statement::Trust(_) => self.take_trust(signed, &plan)?,
             Statement::Freshness(_) => self.take_freshness(&signed)?,
         }
+        // Other signatures under a document that is held make no new one (ruling 5).
+        if self.holds_policy(&segment.reference()) {
+            return Ok(plan);
+        }
         // In force already; a store that is full or shut does not undo it (ruling 10).
         match self.store.put(&segment, Charge::Reserve) {
             Ok(_) => {

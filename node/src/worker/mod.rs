@@ -170,7 +170,10 @@ impl Vetter {
                 } else {
                     state.counts.refused += 1;
                 }
-                state.refuse(content_id, error.clone());
+                // That no child could be had says nothing of the bundle.
+                if error.code() != "BUNDLE_WORKER_UNAVAILABLE" {
+                    state.refuse(content_id, error.clone());
+                }
                 Err(error)
             }
         }
