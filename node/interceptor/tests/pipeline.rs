@@ -17,9 +17,12 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_interceptor::{
-    Action, Caller, Decision, Interceptor, InterceptorConfig, InterceptorConfigError, Mode,
-    NotReplayable, Outcome, Pending, QuotaRates, Reason,
-    limits::{ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_PENDING, MAX_RECORD_BYTES},
+    Action, Caller, Decision, Evaluations, Interceptor, InterceptorConfig, InterceptorConfigError,
+    InvalidCode, Mode, NotReplayable, Outcome, Pending, QuotaRates, Reason,
+    limits::{
+        ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_INHERITED_BYTES, MAX_PENDING,
+        MAX_RECORD_BYTES,
+    },
     recorded_request,
     testing::{MemoryRecorder, TestClock},
 };
@@ -1219,4 +1222,34 @@ fn an_allow_is_of_the_policy_in_force_when_the_engine_has_answered() {
     let outcome = site.ask("fs.read");
     assert_eq!(outcome.answer.reason, Reason::Deadline);
     assert!(outcome.permit.is_none());
+}
+
+/// INV-07: what the evaluations of a batch inherit is copied for each, so it is bounded by their number.
+#[test]
+fn inv_07_what_the_evaluations_of_a_batch_inherit_is_bounded() {
+    let batch = |bytes: usize, count: usize| {
+        let request = json!({
+            "subject": {"type": "Agent", "id": "coder"}, "action": {"name": "fs.read"},
+            "resource": {"type": "File", "id": "/srv/x"}, "context": {"a": "x".repeat(bytes)},
+            "evaluations": vec![json!({}); count],
+        });
+        Evaluations::read(request.to_string().as_bytes(), None)
+    };
+    for (bytes, count) in [
+        (MAX_INHERITED_BYTES / 64, 64),
+        (32 * 1024, 4),
+        (MAX_INHERITED_BYTES / 3, 3),
+    ] {
+        let Evaluations::One(refused) = batch(bytes, count) else {
+            panic!("{bytes} bytes for {count}");
+        };
+        let refusal = refused.refusal(&caller()).unwrap();
+        assert_eq!(refusal.code(), InvalidCode::TooLarge);
+        // The control: a little less.
+        let Evaluations::Batch(_, items) = batch(bytes - 64, count) else {
+            panic!("{bytes} bytes for {count}");
+        };
+        assert_eq!(items.len(), count);
+        assert!(items.iter().all(|item| item.refusal(&caller()).is_none()));
+    }
 }

@@ -292,6 +292,56 @@ fn break_glass_shows_in_the_posture_and_ends_closed() {
     );
 }
 
+/// An emergency that is over does not come back, and forbids nothing for ever.
+#[test]
+fn an_emergency_leaves_nothing_behind() {
+    let site = Site::new();
+    let storage = MemorySlots::new();
+    let open = || {
+        let context = LoadContext::new(DOMAIN, NODE_VERSION).unwrap();
+        Slots::open(
+            Arc::clone(&storage) as Arc<dyn SlotStorage>,
+            &site.trust,
+            &context,
+        )
+        .0
+    };
+    let slots = open();
+    let kept = || {
+        Package::decode(&storage.get("lkg").unwrap())
+            .unwrap()
+            .content_id()
+    };
+    let first = site.built(base(1), &[0, 1]).unwrap();
+    let first_id = first.content_id().clone();
+    slots.activate(first).unwrap();
+    slots
+        .activate(site.built(glass(2).min_fallback_epoch(2), &[2]).unwrap())
+        .unwrap();
+    assert_eq!(kept(), first_id);
+    assert_eq!(slots.floor().unwrap().min_fallback_epoch, 0);
+    let third = site.built(base(3), &[0, 1]).unwrap();
+    let third_id = third.content_id().clone();
+    slots.activate(third).unwrap();
+    assert_eq!(kept(), first_id, "not the emergency");
+    storage.damage("active");
+    let serving = open().current().unwrap();
+    assert_eq!(serving.bundle().content_id(), &first_id);
+    // The control: any other bundle is kept, and may forbid its forerunners.
+    let slots = {
+        let slots = open();
+        slots
+            .activate(site.built(base(3), &[0, 1]).unwrap())
+            .unwrap();
+        slots
+    };
+    slots
+        .activate(site.built(base(4).min_fallback_epoch(3), &[0, 1]).unwrap())
+        .unwrap();
+    assert_eq!(kept(), third_id);
+    assert_eq!(slots.floor().unwrap().min_fallback_epoch, 3);
+}
+
 #[test]
 fn a_bundle_decides_within_its_own_time_only() {
     let site = Site::new();
