@@ -352,10 +352,7 @@ struct Compiled {
 impl Contents {
     fn read(archive: &[u8]) -> Result<Self, BundleError> {
         let files = archive::read(archive)?;
-        let manifest = files
-            .get(MANIFEST)
-            .ok_or_else(|| BundleError::format(format!("the bundle has no {MANIFEST}")))?;
-        let manifest = Manifest::parse(manifest)?;
+        let manifest = Manifest::of(&files)?;
         for (path, bytes) in files.iter().filter(|(path, _)| *path != MANIFEST) {
             let stated = manifest.files.get(path).ok_or_else(|| {
                 BundleError::format(format!("`{path}` is not listed in the manifest's files"))
@@ -530,17 +527,24 @@ impl Contents {
             other => return Err(BundleError::Engine(other.to_owned())),
         };
         self.check_lanes(with_cedar, with_rego)?;
-        std::thread::scope(|scope| {
-            let work = || self.compile_lanes(with_cedar, with_rego);
-            std::thread::Builder::new()
-                .name("bundle-compile".to_owned())
-                .stack_size(stack_bytes)
-                .spawn_scoped(scope, work)
-                .map_err(|error| BundleError::Compiler(format!("no thread: {error}")))?
-                .join()
-                .unwrap_or_else(|_| Err(BundleError::Compiler("it panicked".to_owned())))
-        })
+        on_stack(stack_bytes, || self.compile_lanes(with_cedar, with_rego))
     }
+}
+
+/// Does something with policies on a thread whose stack is the same on every machine.
+pub(crate) fn on_stack<T: Send>(
+    stack_bytes: usize,
+    work: impl FnOnce() -> Result<T, BundleError> + Send,
+) -> Result<T, BundleError> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("bundle-compile".to_owned())
+            .stack_size(stack_bytes)
+            .spawn_scoped(scope, work)
+            .map_err(|error| BundleError::Compiler(format!("no thread: {error}")))?
+            .join()
+            .unwrap_or_else(|_| Err(BundleError::Compiler("it panicked".to_owned())))
+    })
 }
 
 /// What of an archive is for one lane only.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::archive::{self, ENTITIES, Files, LINKS, MANIFEST, SCHEMA};
+use crate::bundle::on_stack;
 use crate::cedar;
 use crate::error::BundleError;
 use crate::limits::{COMPILE_STACK_BYTES, DIFFERENCES_LISTED_MAX};
@@ -90,10 +91,7 @@ struct Side {
 impl Side {
     fn read(archive: &[u8]) -> Result<Self, BundleError> {
         let files = archive::read(archive)?;
-        let manifest = files
-            .get(MANIFEST)
-            .ok_or_else(|| BundleError::format(format!("the bundle has no {MANIFEST}")))?;
-        let manifest = Manifest::parse(manifest)?;
+        let manifest = Manifest::of(&files)?;
         let classes = manifest.classes.clone();
         let policies = cedar::policy_texts(&files)?;
         let members = serde_json::to_value(&manifest)
@@ -117,18 +115,10 @@ impl Side {
 /// What `after` changes against `before`, two archives. Nothing is said about who signed them.
 ///
 /// # Errors
-/// [`BundleError`] where one of them is no bundle: it says which in its text.
+/// [`BundleError`] where one of them is no bundle.
 pub fn difference(before: &[u8], after: &[u8]) -> Result<Difference, BundleError> {
     // Policies are parsed on a stack of the size that they are compiled on.
-    std::thread::scope(|scope| {
-        std::thread::Builder::new()
-            .name("bundle-diff".to_owned())
-            .stack_size(COMPILE_STACK_BYTES)
-            .spawn_scoped(scope, || compare(before, after))
-            .map_err(|error| BundleError::Compiler(format!("no thread: {error}")))?
-            .join()
-            .unwrap_or_else(|_| Err(BundleError::Compiler("it panicked".to_owned())))
-    })
+    on_stack(COMPILE_STACK_BYTES, || compare(before, after))
 }
 
 fn compare(before: &[u8], after: &[u8]) -> Result<Difference, BundleError> {

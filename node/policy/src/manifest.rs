@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use semver::Version;
 use serde::{Deserialize, Serialize};
 
-use crate::archive::{MANIFEST, is_name};
+use crate::archive::{Files, MANIFEST, is_name};
 use crate::error::BundleError;
 use crate::json;
 use crate::limits::{AGE_S_MAX, CLASSES_MAX, EPOCH_MAX, RESERVED_NAMES};
@@ -110,6 +110,14 @@ struct Raw {
 }
 
 impl Manifest {
+    /// The manifest among the files of an archive.
+    pub(crate) fn of(files: &Files) -> Result<Self, BundleError> {
+        let bytes = files
+            .get(MANIFEST)
+            .ok_or_else(|| BundleError::format(format!("the bundle has no {MANIFEST}")))?;
+        Self::parse(bytes)
+    }
+
     /// Reads and checks a manifest; every mistake in it is reported, not only the first.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, BundleError> {
         let raw: Raw = json::parse_as(bytes)

@@ -90,7 +90,8 @@ pub enum TrustCommand {
         trust: PathBuf,
     },
     /// Give a signed document to a running node; its peers get it from there. The plan says whether the
-    /// bundle that decides stays trusted: sign it with the new keys first, and install it again.
+    /// bundle that decides stays trusted. If not, give its policies a new epoch first, signed by enough keys
+    /// of both versions, and wait until every node has it.
     #[command(
         after_help = "Examples:\n  tidelock trust install trust-2.json --sig alice.sig --sig carol.sig\n  \
                       tidelock trust install trust-2.json --sig alice.sig --sig carol.sig --apply"
