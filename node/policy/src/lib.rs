@@ -73,5 +73,5 @@ pub use slots::{
     Source,
 };
 pub use template::{Starter, starter, template};
-pub use trust::{KeyInfo, Quorum, Role, TrustError, TrustFile};
+pub use trust::{ActivationRules, BlockOn, KeyInfo, Quorum, Role, TrustError, TrustFile};
 pub use validity::{Validity, WhenExpired};

@@ -233,3 +233,7 @@ pub const EXPLAINED_MAX: usize = 8;
 
 /// Conditions of each of them that an explanation evaluates.
 pub const EXPLAINED_CONDITIONS_MAX: usize = 8;
+
+/// Recorded actions that a new bundle is asked, at most. They are read while the log is held, so a thousand
+/// of a common size cost decisions a few milliseconds.
+pub const REPLAY_RECORDS_MAX: u64 = 1_000;

@@ -17,7 +17,9 @@ use x509_parser::x509::SubjectPublicKeyInfo;
 
 use crate::archive::is_name;
 use crate::json;
-use crate::limits::{EPOCH_MAX, SIGNATURES_MAX, TRUST_FILE_BYTES_MAX, TRUST_KEYS_MAX};
+use crate::limits::{
+    EPOCH_MAX, REPLAY_RECORDS_MAX, SIGNATURES_MAX, TRUST_FILE_BYTES_MAX, TRUST_KEYS_MAX,
+};
 use crate::manifest::{rfc3339, unix_ms};
 use crate::package::{ContentId, Package};
 
@@ -83,6 +85,96 @@ impl fmt::Display for Role {
     }
 }
 
+/// Which recorded actions that would come out otherwise keep a bundle from being activated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockOn {
+    /// None: they are reported only.
+    #[default]
+    None,
+    /// Any of them.
+    AnyFlip,
+    /// Those that were denied and would be allowed.
+    DenyToAllow,
+}
+
+impl BlockOn {
+    /// Every choice, in the order of the documentation.
+    pub const ALL: [Self; 3] = [Self::None, Self::AnyFlip, Self::DenyToAllow];
+
+    /// The word in files and messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::AnyFlip => "any_flip",
+            Self::DenyToAllow => "deny_to_allow",
+        }
+    }
+}
+
+/// `[activation]` of a trust file: what a well-signed bundle must pass besides before it decides, on
+/// whatever way it came. Without the table nothing further is asked.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActivationRules {
+    /// Which flips of recorded actions block.
+    #[serde(default, skip_serializing_if = "is_report_only")]
+    pub block_on: BlockOn,
+    /// How many of the newest records are asked again for that; [`REPLAY_RECORDS_MAX`] if it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replay_records: Option<u64>,
+    /// How many distinct keys of role `policy` must have signed a bundle that is not proved to permit
+    /// nothing new; absent: no more than any other.
+    #[serde(
+        default,
+        rename = "widening_signatures",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub widening_threshold: Option<usize>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "what serde calls")]
+fn is_report_only(block_on: &BlockOn) -> bool {
+    *block_on == BlockOn::None
+}
+
+impl ActivationRules {
+    /// Whether they ask for nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What makes no sense about them, given how many keys of role `policy` there are.
+    fn problems(&self, policy_keys: usize) -> Vec<String> {
+        let mut problems = Vec::new();
+        if let Some(records) = self.replay_records {
+            if !(1..=REPLAY_RECORDS_MAX).contains(&records) {
+                problems.push(format!(
+                    "activation.replay_records must be 1 to {REPLAY_RECORDS_MAX}"
+                ));
+            }
+            if self.block_on == BlockOn::None {
+                problems.push(
+                    "activation.replay_records says over how many records `block_on` looks, and \
+                     `block_on` is `none`"
+                        .to_owned(),
+                );
+            }
+        }
+        if let Some(needed) = self.widening_threshold
+            && !(1..=policy_keys).contains(&needed)
+        {
+            problems.push(format!(
+                "activation.widening_signatures must be 1 to the number of keys of role `policy`, \
+                 {policy_keys}"
+            ));
+        }
+        problems
+    }
+}
+
 /// The keys that may sign for a domain, what each may sign, and how many of them must.
 ///
 /// It is a file of the operator's or a version of the trust document that follows from one; both say
@@ -94,6 +186,7 @@ pub struct TrustFile {
     previous: Option<ContentId>,
     created_unix_ms: Option<u64>,
     thresholds: BTreeMap<Role, usize>,
+    activation: ActivationRules,
     keys: Vec<TrustedKey>,
 }
 
@@ -188,6 +281,8 @@ struct RawDocument {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     created_at: Option<String>,
     thresholds: BTreeMap<Role, usize>,
+    #[serde(default, skip_serializing_if = "ActivationRules::is_empty")]
+    activation: ActivationRules,
     keys: Vec<RawKey>,
 }
 
@@ -290,6 +385,7 @@ impl TrustFile {
             previous: raw.previous,
             created_unix_ms,
             thresholds: raw.thresholds,
+            activation: raw.activation,
             keys,
         };
         problems.extend(file.problems());
@@ -336,6 +432,7 @@ impl TrustFile {
             previous: self.previous.clone(),
             created_at: text(self.created_unix_ms)?,
             thresholds: self.thresholds.clone(),
+            activation: self.activation,
             keys,
         })
         .map_err(|error| only(error.to_string()))
@@ -364,6 +461,18 @@ impl TrustFile {
         text.push_str("\n[thresholds]\n");
         for (role, threshold) in &self.thresholds {
             let _ = writeln!(text, "{role} = {threshold}");
+        }
+        if !self.activation.is_empty() {
+            text.push_str("\n[activation]\n");
+        }
+        if self.activation.block_on != BlockOn::None {
+            let _ = writeln!(text, "block_on = \"{}\"", self.activation.block_on.as_str());
+        }
+        if let Some(records) = self.activation.replay_records {
+            let _ = writeln!(text, "replay_records = {records}");
+        }
+        if let Some(needed) = self.activation.widening_threshold {
+            let _ = writeln!(text, "widening_signatures = {needed}");
         }
         for key in &self.keys {
             let roles: Vec<String> = key.roles.iter().map(|role| format!("\"{role}\"")).collect();
@@ -411,6 +520,7 @@ impl TrustFile {
             previous: None,
             created_unix_ms: None,
             thresholds: BTreeMap::from([(Role::Policy, 1)]),
+            activation: ActivationRules::default(),
             keys: Vec::new(),
         }
     }
@@ -449,6 +559,12 @@ impl TrustFile {
     #[must_use]
     pub fn threshold_of(&self, role: Role) -> Option<usize> {
         self.thresholds.get(&role).copied()
+    }
+
+    /// What a bundle must pass besides its signatures.
+    #[must_use]
+    pub fn activation(&self) -> &ActivationRules {
+        &self.activation
     }
 
     /// Ids of the keys, in the order of the file.
@@ -551,12 +667,13 @@ impl TrustFile {
         if !self.thresholds.contains_key(&Role::Policy) {
             problems.push("no threshold for role `policy`: no bundle could ever verify".to_owned());
         }
+        let count_of = |role: &Role| {
+            let of_role = |key: &&TrustedKey| key.roles.contains(role);
+            self.keys.iter().filter(of_role).count()
+        };
+        problems.extend(self.activation.problems(count_of(&Role::Policy)));
         for (role, threshold) in &self.thresholds {
-            let count = self
-                .keys
-                .iter()
-                .filter(|key| key.roles.contains(role))
-                .count();
+            let count = count_of(role);
             if !(1..=count).contains(threshold) {
                 problems.push(format!(
                     "threshold of role `{role}` must be 1 to the number of its keys, {count}"
@@ -636,6 +753,7 @@ impl Reader<'_> {
                     "previous",
                     "created_at",
                     "thresholds",
+                    "activation",
                     "keys",
                 ],
             );
@@ -657,6 +775,7 @@ impl Reader<'_> {
                 previous: None,
                 created_unix_ms: None,
                 thresholds,
+                activation: ActivationRules::default(),
                 keys,
             };
         }
@@ -681,6 +800,7 @@ impl Reader<'_> {
             previous,
             created_unix_ms: self.time(table, "created_at"),
             thresholds: self.thresholds(table),
+            activation: self.activation(table),
             keys,
         };
         // What has a line was said with it; what is left concerns the file as a whole.
@@ -731,6 +851,48 @@ impl Reader<'_> {
             }
         }
         found
+    }
+
+    /// `[activation]`, which may be absent. No number of signatures and 0 of them are the same.
+    fn activation(&mut self, table: &Table) -> ActivationRules {
+        let Some(item) = table.get("activation") else {
+            return ActivationRules::default();
+        };
+        let Some(rules) = item.as_table() else {
+            self.problem(
+                item.span(),
+                "activation must be written as an [activation] table",
+            );
+            return ActivationRules::default();
+        };
+        self.known_keys(
+            rules,
+            &["block_on", "replay_records", "widening_signatures"],
+        );
+        let block_on = self.optional(rules, "block_on").and_then(|word| {
+            let choice = BlockOn::ALL
+                .into_iter()
+                .find(|choice| choice.as_str() == word);
+            if choice.is_none() {
+                let words = BlockOn::ALL.map(BlockOn::as_str).join(", ");
+                let span = rules.get("block_on").and_then(Item::span);
+                self.problem(span, format!("block_on must be one of: {words}"));
+            }
+            choice
+        });
+        let mut number = |key: &str| {
+            rules.get(key)?;
+            let number = self.integer(rules, key)?;
+            // What is no count is out of bounds, and said to be.
+            Some(u64::try_from(number).unwrap_or(u64::MAX))
+        };
+        ActivationRules {
+            block_on: block_on.unwrap_or_default(),
+            replay_records: number("replay_records"),
+            widening_threshold: number("widening_signatures")
+                .filter(|needed| *needed > 0)
+                .map(|needed| usize::try_from(needed).unwrap_or(usize::MAX)),
+        }
     }
 
     fn roles(&mut self, table: &Table) -> BTreeSet<Role> {

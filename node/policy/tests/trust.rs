@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    ActivateError, BundleBuilder, BundleError, LoadContext, Package, Posture, Role, SlotStorage,
-    Slots, TrustFile, VerifiedBundle, template,
+    ActivateError, ActivationRules, BlockOn, BundleBuilder, BundleError, LoadContext, Package,
+    Posture, Role, SlotStorage, Slots, TrustFile, VerifiedBundle, template,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -521,4 +521,63 @@ fn a_trust_file_and_its_document_are_one() {
     same["keys"][1]["public_key"] = same["keys"][0]["public_key"].clone();
     let error = TrustFile::from_document(same.to_string().as_bytes()).unwrap_err();
     assert!(error.problems[0].contains("are the same key"), "{error}");
+}
+
+/// A trust file with these rules of activation, and what is wrong with it.
+fn with_rules(trust: &TrustFile, rules: &str) -> Result<TrustFile, String> {
+    let text = trust.to_toml().unwrap();
+    let table = format!("[activation]\n{rules}\n\n[[keys]]");
+    TrustFile::parse(&text.replacen("[[keys]]", &table, 1)).map_err(|error| error.to_string())
+}
+
+#[test]
+fn rules_of_activation_say_what_they_mean_and_nothing_else() {
+    let plain = Site::new().trust;
+    let rules = |block_on, replay_records, widening_threshold| ActivationRules {
+        block_on,
+        replay_records,
+        widening_threshold,
+    };
+    for (text, read) in [
+        ("", rules(BlockOn::None, None, None)),
+        ("block_on = \"none\"", rules(BlockOn::None, None, None)),
+        ("widening_signatures = 0", rules(BlockOn::None, None, None)),
+        (
+            "block_on = \"any_flip\"",
+            rules(BlockOn::AnyFlip, None, None),
+        ),
+        (
+            "block_on = \"deny_to_allow\"\nreplay_records = 200\nwidening_signatures = 2",
+            rules(BlockOn::DenyToAllow, Some(200), Some(2)),
+        ),
+    ] {
+        let file = with_rules(&plain, text).unwrap();
+        assert_eq!(*file.activation(), read, "{text}");
+        let document = file.document().unwrap();
+        let again = TrustFile::from_document(&document).unwrap();
+        assert_eq!(*again.activation(), read, "{text}");
+        let again = TrustFile::parse(&file.to_toml().unwrap()).unwrap();
+        assert_eq!(again.document().unwrap(), document, "{text}");
+        // Rules that ask for nothing make no other document.
+        let is_plain = document == plain.document().unwrap();
+        assert_eq!(is_plain, read.is_empty(), "{text}");
+    }
+    for (text, word) in [
+        ("block_on = \"flips\"", "must be one of: none, any_flip"),
+        ("block_on = true", "must be a text"),
+        ("block_on = \"any_flip\"\nreplay_records = 0", "1 to 1000"),
+        (
+            "block_on = \"any_flip\"\nreplay_records = 1001",
+            "1 to 1000",
+        ),
+        ("block_on = \"any_flip\"\nreplay_records = -1", "1 to 1000"),
+        ("replay_records = 9", "`block_on` is `none`"),
+        // The site has two keys of role `policy`.
+        ("widening_signatures = 3", "keys of role `policy`, 2"),
+        ("widening_signatures = -1", "keys of role `policy`, 2"),
+        ("widening = 1", "unknown key `widening`"),
+    ] {
+        let problem = with_rules(&plain, text).unwrap_err();
+        assert!(problem.contains(word), "{text}: {problem}");
+    }
 }

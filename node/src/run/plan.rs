@@ -8,6 +8,7 @@ use tidelock_gateway::OperatorError;
 use tidelock_interceptor::recorded_request;
 use tidelock_policy::{
     Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle, difference,
+    limits::REPLAY_RECORDS_MAX,
 };
 
 use super::{
@@ -16,10 +17,6 @@ use super::{
     node::Node,
 };
 use crate::worker::For;
-
-/// Recorded actions that a plan asks again, unless it is told otherwise, and at most. They are read
-/// while the log is held, so a thousand of a common size cost decisions a few milliseconds.
-const REPLAYED_MAX: u64 = 1_000;
 
 /// Decisions that come out otherwise and are listed one by one.
 const FLIPS_LISTED_MAX: usize = 50;
@@ -35,11 +32,11 @@ impl Node {
             .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle))
             .map_err(|denied| refused(&denied))?;
         let last = match body.get("replay") {
-            None => REPLAYED_MAX,
+            None => REPLAY_RECORDS_MAX,
             Some(last) => last
                 .as_u64()
-                .filter(|last| *last <= REPLAYED_MAX)
-                .ok_or_else(|| bad(format!("`replay` is a number up to {REPLAYED_MAX}")))?,
+                .filter(|last| *last <= REPLAY_RECORDS_MAX)
+                .ok_or_else(|| bad(format!("`replay` is a number up to {REPLAY_RECORDS_MAX}")))?,
         };
         let current = self.slots.current();
         let changes = current
