@@ -94,6 +94,10 @@ pub const MAX_IN_FLIGHT: u16 = 32;
 /// stands before a CRL (ruling 10).
 pub const URGENT_IN_FLIGHT: u16 = 4;
 
+/// Of those, the ones that only revocation may use: a bundle is in flight until it is compiled, and a
+/// peer with many of them must not stand before a CRL either.
+pub const REVOCATION_IN_FLIGHT: u16 = 2;
+
 /// Segments of a bulk kind that are looked at and stored together, so that they share syncs. As many
 /// more may wait meanwhile; all of them are in flight, and bounded by [`MAX_IN_FLIGHT`] and
 /// [`MAX_BULK_BYTES_IN_FLIGHT`].
@@ -108,7 +112,7 @@ pub const MAX_BULK_BYTES_IN_FLIGHT: u64 = 64 * 1024 * 1024;
 pub const MAX_BULK_BYTES_NODE: u64 = 4 * MAX_BULK_BYTES_IN_FLIGHT;
 
 /// Biggest segment of an urgent kind: a CRL of about 400,000 entries. Worst case over a session:
-/// [`URGENT_IN_FLIGHT`] requested, two of each class in memory, 64 MiB; only from a peer that has
+/// three of each urgent kind in memory (one that is read, one that waits, one that is looked at), 96 MiB; only from a peer that has
 /// authenticated and only for ids that this node asked for.
 pub const MAX_URGENT_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
@@ -327,6 +331,7 @@ const _: () = assert!(MAX_BEACON_CANDIDATES < MAX_BEACON_NONCES);
 const _: () = assert!(DIAL_LIMIT.as_secs() > 60 + HELLO_TIMEOUT.as_secs());
 const _: () = assert!(MAX_REFS_OF_ONE_NUMBER < MAX_REFS_PER_FRAME);
 const _: () = assert!(URGENT_IN_FLIGHT < MAX_IN_FLIGHT);
+const _: () = assert!(REVOCATION_IN_FLIGHT < URGENT_IN_FLIGHT);
 const _: () = assert!(MAX_LISTED_AHEAD >= 2 * MAX_ORIGINS);
 const _: () = assert!(MAX_HANDSHAKES <= MAX_SESSIONS);
 const _: () = assert!(MAX_INCOMING_BUFFER_BYTES / MAX_CALLS_WAITING as u64 >= 3 * 1_200);

@@ -34,7 +34,7 @@ use crate::{
         MAX_LISTS_OUTSTANDING, MAX_NEWEST_REFS, MAX_ORIGINS, MAX_RECEIPTS_PER_FRAME,
         MAX_REFS_OF_ONE_NUMBER, MAX_REFS_OUTSTANDING, MAX_REFS_PER_FRAME, MAX_SET_ASIDE,
         MAX_URGENT_SEGMENT_BYTES, MAX_WHOLE_BYTES, PROTOCOL_VERSION, RANGE_BYTES, RANGE_SLACK,
-        RANGES_AT_FIRST, RANGES_AT_LEAST, STALL_TIMEOUT, URGENT_IN_FLIGHT,
+        RANGES_AT_FIRST, RANGES_AT_LEAST, REVOCATION_IN_FLIGHT, STALL_TIMEOUT, URGENT_IN_FLIGHT,
     },
 };
 
@@ -998,15 +998,16 @@ impl SessionMachine {
             .max_in_flight
             .min(self.peer_limits.max_in_flight)
             .max(1);
-        let free = if is_urgent(*kind) {
-            self.in_flight < limit
-        } else {
-            // Ruling 10: a pipe full of audit never stands before a CRL.
-            self.in_flight < limit.saturating_sub(URGENT_IN_FLIGHT).max(1)
-                && (self.bulk_bytes == 0
-                    || self.bulk_bytes.saturating_add(next_bytes)
-                        <= self.config.bulk_bytes_in_flight)
+        // Ruling 10: neither a pipe full of audit nor bundles that are compiled stand before a CRL.
+        let kept_free = match kind {
+            Kind::Revocation => 0,
+            Kind::Policy => REVOCATION_IN_FLIGHT,
+            Kind::Witness | Kind::Audit => URGENT_IN_FLIGHT,
         };
+        let free = self.in_flight < limit.saturating_sub(kept_free).max(1)
+            && (is_urgent(*kind)
+                || self.bulk_bytes == 0
+                || self.bulk_bytes.saturating_add(next_bytes) <= self.config.bulk_bytes_in_flight);
         let free = free && (!ranged || self.parts.len() < self.window.ranges);
         free.then_some(reference)
     }

@@ -83,6 +83,8 @@ struct Node {
     lies_about: Mutex<Option<SegmentId>>,
     /// Held by a test that wants the node to be slow in taking a segment.
     slow: Mutex<()>,
+    /// The same for policy alone: its bundle is being compiled.
+    compiling: Mutex<()>,
     /// Ranges that were read for peers.
     ranges_out: Mutex<Vec<(SegmentId, Range<u64>)>>,
     /// Ranges that are read for peers before they have to wait for more to be allowed, and those that
@@ -155,6 +157,7 @@ impl Node {
             lies: AtomicBool::new(false),
             lies_about: Mutex::default(),
             slow: Mutex::new(()),
+            compiling: Mutex::new(()),
             ranges_out: Mutex::default(),
             ranges_allowed: AtomicU64::new(u64::MAX),
             ranges_waiting: AtomicU64::new(0),
@@ -377,6 +380,9 @@ impl MeshHooks for Hooks {
             .entry(segment.id())
             .or_default() += 1;
         drop(node.slow.lock().unwrap());
+        if segment.header().kind == Kind::Policy {
+            drop(node.compiling.lock().unwrap());
+        }
         let charge = if segment.header().kind == Kind::Audit {
             Charge::Custody
         } else {
@@ -1053,6 +1059,52 @@ async fn inv_09_what_a_revoked_peer_has_already_sent_is_not_stored() {
     assert!(!a.store.contains(&second.id), "the one that waited is not");
     for node in [&a, &b] {
         node.mesh().shutdown(PATIENCE).await;
+    }
+}
+
+/// A CRL came on the same link as a bundle, and waited in the same queue until that was compiled, up to a
+/// second and a half. A peer could hold its own revocation off with bundles, one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ruling_10_a_crl_does_not_wait_for_the_bundles_that_are_compiled_on_its_link() {
+    let ca = Ca::new();
+    let (a, b) = (Node::new(&ca, "a"), Node::new(&ca, "b"));
+    let (to_a, to_b) = (address(1), address(2));
+    a.start(config(to_a, &[]));
+    b.start(config(to_b, &[("a", to_a)]));
+    until("connected", || a.is_connected("b")).await;
+    let bundles: Vec<SegmentRef> = {
+        let _compiling = a.compiling.lock().unwrap();
+        // More than may be in flight: bundles alone do not fill the pipe.
+        let bundles: Vec<SegmentRef> = (0..u64::from(limits::MAX_IN_FLIGHT) + 8)
+            .map(|epoch| b.import(policy(epoch, b"permit")))
+            .collect();
+        let started = Instant::now();
+        let waits_for = |what: &str, holds: &dyn Fn() -> bool| {
+            while !holds() {
+                assert!(started.elapsed() < PATIENCE, "never came true: {what}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        };
+        let is_policy = |id: &SegmentId| bundles.iter().any(|bundle| bundle.id == *id);
+        waits_for("a bundle is compiled", &|| {
+            a.admissions.lock().unwrap().keys().any(is_policy)
+        });
+        let crl = ca.crl(2, &[4_242]);
+        let crl = VerifiedCrl::verify(&crl, b.tls.credentials().trust()).unwrap();
+        let crl = b.import(crl_segment(&domain(), &crl).unwrap());
+        waits_for("the list is in force", &|| a.store.contains(&crl.id));
+        assert!(
+            bundles.iter().all(|bundle| !a.store.contains(&bundle.id)),
+            "the bundles still wait"
+        );
+        bundles
+    };
+    until("the control: the bundles come", || {
+        bundles.iter().all(|bundle| a.store.contains(&bundle.id))
+    })
+    .await;
+    for node in [&a, &b] {
+        assert!(node.mesh().shutdown(PATIENCE).await);
     }
 }
 

@@ -2871,6 +2871,43 @@ fn ruling_10_a_full_pipe_of_audit_leaves_room_for_a_crl() {
 }
 
 #[test]
+fn ruling_10_a_full_pipe_of_bundles_leaves_room_for_a_crl() {
+    let mut bench = Bench::established();
+    let other = Origin::policy("other").unwrap();
+    bench.give(heads(vec![new_head(0, &other, &[(1, 99)])]));
+    let refs = (1..90).map(reference_entry).collect();
+    bench.give(Frame::Refs(Refs {
+        lists: vec![RefList {
+            origin: 0,
+            refs,
+            done: true,
+        }],
+    }));
+    let mut flying = 0;
+    while let Some(want) = bench.machine.poll_want(MS).cloned() {
+        assert_eq!(want.kind, Kind::Policy);
+        bench.machine.fetch(&want.id, MS);
+        flying += 1;
+    }
+    assert_eq!(
+        flying,
+        local("a").limits.max_in_flight - REVOCATION_IN_FLIGHT
+    );
+    bench.give(heads(vec![new_head(1, &crl_origin(), &[(95, 95)])]));
+    bench.give(Frame::Refs(Refs {
+        lists: vec![RefList {
+            origin: 1,
+            refs: vec![reference_entry(95)],
+            done: true,
+        }],
+    }));
+    assert_eq!(
+        bench.machine.poll_want(MS).map(|want| want.kind),
+        Some(Kind::Revocation)
+    );
+}
+
+#[test]
 fn only_kinds_that_the_peer_keeps_are_offered() {
     let mut bench = Bench::new();
     bench

@@ -271,16 +271,18 @@ pub(super) enum Arrived {
     Slice(SegmentId, Range<u64>, Vec<u8>),
 }
 
-/// Where readers hand over what they read: urgent kinds do not queue behind bulk ones.
+/// Where readers hand over what they read. Urgent kinds do not queue behind bulk ones, and a CRL not
+/// behind a bundle, which takes as long as its compiler (ruling 10).
 #[derive(Clone)]
 struct Admission {
-    urgent: mpsc::Sender<Arrived>,
+    revocation: mpsc::Sender<Arrived>,
+    policy: mpsc::Sender<Arrived>,
     bulk: mpsc::Sender<Arrived>,
 }
 
 impl Admission {
-    /// Starts the two workers. One urgent segment waits while one is looked at; of the others as many as
-    /// are looked at together.
+    /// Starts the workers. One segment of an urgent kind waits while one is looked at; of the others as
+    /// many as are looked at together.
     fn start(link: &Link) -> Self {
         let worker = |link: &Link, together: usize| {
             let (sender, arrived) = mpsc::channel(together);
@@ -288,15 +290,20 @@ impl Admission {
             sender
         };
         Self {
-            urgent: worker(link, 1),
+            revocation: worker(link, 1),
+            policy: worker(link, 1),
             bulk: worker(link, MAX_ADMITTED_TOGETHER),
         }
     }
 
     async fn hand_over(&self, arrived: Arrived) -> Result<(), ()> {
         let queue = match &arrived {
-            Arrived::Whole(reference, _) if is_urgent(reference.kind) => &self.urgent,
-            Arrived::Whole(..) | Arrived::Slice(..) => &self.bulk,
+            Arrived::Whole(reference, _) => match reference.kind {
+                Kind::Revocation => &self.revocation,
+                Kind::Policy => &self.policy,
+                Kind::Witness | Kind::Audit => &self.bulk,
+            },
+            Arrived::Slice(..) => &self.bulk,
         };
         queue.send(arrived).await.map_err(|_| ())
     }
