@@ -84,7 +84,7 @@ pub struct VerifiedBundle {
     content_id: ContentId,
     manifest: Manifest,
     signers: Vec<String>,
-    compiled: Compiled,
+    compiled: Arc<Compiled>,
 }
 
 impl fmt::Debug for VerifiedBundle {
@@ -111,10 +111,7 @@ impl VerifiedBundle {
         trust: &TrustFile,
         context: &LoadContext,
     ) -> Result<Self, BundleError> {
-        let signed = signed_by(&package, trust, context)?;
-        let contents = Contents::read(&package.archive)?;
-        let signers = contents.check_role(&signed)?;
-        contents.check_for(context)?;
+        let (contents, signers) = Contents::signed(&package, trust, context)?;
         let compiled = contents.compile(COMPILE_STACK_BYTES)?;
         compiled.check_tests()?;
         Ok(Self {
@@ -122,7 +119,31 @@ impl VerifiedBundle {
             package,
             manifest: contents.manifest,
             signers,
-            compiled,
+            compiled: Arc::new(compiled),
+        })
+    }
+
+    /// The same content under the signatures of `package` and by this trust: all of
+    /// [`load`](Self::load) but the compiler, which has said all that it can say of these bytes.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); [`BundleError::Format`] for another content.
+    pub fn signed_again(
+        &self,
+        package: Package,
+        trust: &TrustFile,
+        context: &LoadContext,
+    ) -> Result<Self, BundleError> {
+        if package.content_id() != self.content_id {
+            return Err(BundleError::format("the package is of another content"));
+        }
+        let (contents, signers) = Contents::signed(&package, trust, context)?;
+        Ok(Self {
+            package,
+            content_id: self.content_id.clone(),
+            manifest: contents.manifest,
+            signers,
+            compiled: Arc::clone(&self.compiled),
         })
     }
 
@@ -261,6 +282,20 @@ pub fn vouched(
     signed_by(package, trust, context).map(|_| ())
 }
 
+/// All of [`VerifiedBundle::load`] that comes before the compiler: who signed it in which role and when,
+/// digests, domain, node version. What it costs is bounded by the size of the archive, so that a bundle
+/// whose epoch is over is refused before anything is spent on compiling it.
+///
+/// # Errors
+/// The first check that fails, as [`BundleError`].
+pub fn signed_manifest(
+    package: &Package,
+    trust: &TrustFile,
+    context: &LoadContext,
+) -> Result<Manifest, BundleError> {
+    Contents::signed(package, trust, context).map(|(contents, _)| contents.manifest)
+}
+
 fn signed_by<'t>(
     package: &Package,
     trust: &'t TrustFile,
@@ -350,6 +385,19 @@ struct Compiled {
 }
 
 impl Contents {
+    /// An archive that enough keys of its role signed for this node, and their ids.
+    fn signed(
+        package: &Package,
+        trust: &TrustFile,
+        context: &LoadContext,
+    ) -> Result<(Self, Vec<String>), BundleError> {
+        let signed = signed_by(package, trust, context)?;
+        let contents = Self::read(&package.archive)?;
+        let signers = contents.check_role(&signed)?;
+        contents.check_for(context)?;
+        Ok((contents, signers))
+    }
+
     fn read(archive: &[u8]) -> Result<Self, BundleError> {
         let files = archive::read(archive)?;
         let manifest = Manifest::of(&files)?;

@@ -49,7 +49,7 @@ mod values;
 pub use archive::{DATA, ENTITIES, INPUT_SCHEMA, LINKS, MANIFEST, SCHEMA};
 pub use bundle::{
     BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
-    run_tests, vouched,
+    run_tests, signed_manifest, vouched,
 };
 pub use cases::{CaseFailure, Outcome, TestReport};
 pub use cedar::CedarEngine;

@@ -6,13 +6,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    sync::{PoisonError, atomic::Ordering},
+    sync::{Arc, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, BundleError, Package, Role, TrustFile, VerifiedBundle,
+    Activation, ActivationKind, BundleError, ContentId, Manifest, Package, Role, TrustFile,
+    VerifiedBundle, signed_manifest,
 };
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Kind, LogError, NamedHead, NodeId, Origin, OwnSegment,
@@ -34,6 +35,10 @@ use crate::{clock::SANITY_BOUND, worker::For};
 
 /// How far above the floor keys of an emergency may go.
 const BREAK_GLASS_EPOCHS_MAX: u64 = 1_000;
+
+/// Segments of one epoch of one bundle that are looked at when it comes again: one, and those that
+/// earlier keys signed.
+const MAX_POLICY_OF_ONE_EPOCH: usize = 64;
 
 /// Origins that are remembered as forked (INV-07); more than the mesh has peers.
 const FORKED_MAX: usize = 1_024;
@@ -84,6 +89,15 @@ enum PartialDenied {
 impl From<PartialError> for PartialDenied {
     fn from(error: PartialError) -> Self {
         Self::Partial(error)
+    }
+}
+
+/// Who is to blame for a bundle. A peer that passes on what another authority signed, or what needs a newer
+/// node, has done nothing wrong; one that passes on what is no bundle has.
+fn judge(error: BundleError) -> Denied {
+    match error.code() {
+        code @ ("BUNDLE_FORMAT" | "BUNDLE_DIGEST") => Denied::bringer(code, error),
+        code => Denied::local(code, error),
     }
 }
 
@@ -214,30 +228,46 @@ impl Node {
         package: &[u8],
         asker: For,
     ) -> Result<VerifiedBundle, Denied> {
-        let trust = self.policy_trust.load_full().ok_or_else(|| {
-            Denied::local(
-                "NO_TRUST",
-                "no usable trust file; see policy.trust in the config",
-            )
-        })?;
-        // A peer that passes on what another authority signed, or what needs a newer node, has done
-        // nothing wrong; one that passes on what is no bundle has.
-        let judge = |error: BundleError| match error.code() {
-            code @ ("BUNDLE_FORMAT" | "BUNDLE_DIGEST") => Denied::bringer(code, error),
-            code => Denied::local(code, error),
-        };
+        let trust = self.bundle_trust()?;
         Package::decode(package)
             .and_then(|package| self.load_package(package, &trust, asker))
             .map_err(judge)
     }
 
-    /// The one way from a package to a bundle in this process.
+    /// What can be said of a package before anything is compiled: who signed it, what it is, and whether
+    /// the floor would let it in. A bundle whose epoch is over costs no worker.
+    pub(super) fn check_offer(&self, package: &[u8]) -> Result<(Package, Manifest), Denied> {
+        let trust = self.bundle_trust()?;
+        let package = Package::decode(package).map_err(judge)?;
+        let manifest = signed_manifest(&package, &trust, &self.context).map_err(judge)?;
+        self.check_floor(&manifest, &package.content_id())?;
+        Ok((package, manifest))
+    }
+
+    fn bundle_trust(&self) -> Result<Arc<TrustFile>, Denied> {
+        self.policy_trust.load_full().ok_or_else(|| {
+            Denied::local(
+                "NO_TRUST",
+                "no usable trust file; see policy.trust in the config",
+            )
+        })
+    }
+
+    /// The one way from a package to a bundle in this process. The content that decides has been through
+    /// it: it is asked for its signatures only, so that no worker that fails can take it out of use.
     pub(super) fn load_package(
         &self,
         package: Package,
         trust: &TrustFile,
         asker: For,
     ) -> Result<VerifiedBundle, BundleError> {
+        if let Some(deciding) = self.slots.current()
+            && *deciding.bundle().content_id() == package.content_id()
+        {
+            return deciding
+                .bundle()
+                .signed_again(package, trust, &self.context);
+        }
         let terms = worker_terms(&self.config.load());
         self.vetter
             .vet(package, trust, &self.context, asker, terms)?
@@ -245,15 +275,14 @@ impl Node {
     }
 
     /// Whether the floor would let this bundle activate (INV-16, ruling 13).
-    pub(super) fn check_floor(&self, bundle: &VerifiedBundle) -> Result<(), Denied> {
+    fn check_floor(&self, manifest: &Manifest, content_id: &ContentId) -> Result<(), Denied> {
         let floor = self.slots.floor();
         let is_again = floor
             .as_ref()
-            .is_some_and(|floor| floor.content_id == *bundle.content_id());
+            .is_some_and(|floor| floor.content_id == *content_id);
         // What was active may always be installed again (ruling 13); its time gates each request.
         if !is_again {
-            bundle
-                .manifest()
+            manifest
                 .validity
                 .check_now(self.clock.unix_ms())
                 .map_err(|error| Denied::local(error.code(), error))?;
@@ -261,7 +290,7 @@ impl Node {
         let Some(floor) = floor else {
             return Ok(());
         };
-        let epoch = bundle.manifest().epoch;
+        let epoch = manifest.epoch;
         if epoch < floor.epoch {
             return Err(Denied::local(
                 "BUNDLE_EPOCH",
@@ -271,7 +300,7 @@ impl Node {
                 ),
             ));
         }
-        if epoch == floor.epoch && *bundle.content_id() != floor.content_id {
+        if epoch == floor.epoch && *content_id != floor.content_id {
             return Err(Denied::local(
                 "BUNDLE_CONFLICT",
                 format!(
@@ -280,13 +309,12 @@ impl Node {
                 ),
             ));
         }
-        self.check_emergency(bundle, floor.epoch)
+        self.check_emergency(manifest, floor.epoch)
     }
 
     /// What keys of an emergency may not do: take the epochs from the policy authority, or sign for a time
     /// that has not come.
-    fn check_emergency(&self, bundle: &VerifiedBundle, floor: u64) -> Result<(), Denied> {
-        let manifest = bundle.manifest();
+    fn check_emergency(&self, manifest: &Manifest, floor: u64) -> Result<(), Denied> {
         if manifest.role != Role::BreakGlass {
             return Ok(());
         }
@@ -333,8 +361,8 @@ impl Node {
             .activating
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        self.check_offer(package)?;
         let bundle = self.verify_package(package, asker)?;
-        self.check_floor(&bundle)?;
         agreed(&bundle)?;
         let created_unix_ms = bundle.manifest().created_unix_ms;
         let emergency = (bundle.manifest().role == Role::BreakGlass).then(|| {
@@ -345,13 +373,11 @@ impl Node {
                 "signers": bundle.signers(),
             })
         });
-        let segment = self.own_policy_segment(&bundle)?;
-        // The same content under further signatures is no new policy (ruling 5), and no new segment.
-        let held = self
-            .slots
-            .floor()
-            .is_some_and(|f| f.content_id == *bundle.content_id())
-            && self.holds_policy(&segment.reference());
+        let segment = self.own_policy_segment(bundle.package(), bundle.manifest())?;
+        // The same content under further signatures is no new policy (ruling 5), and no new segment as
+        // long as those that are held are enough.
+        let outdated = self.outdated_policy(&segment.reference(), bundle.content_id());
+        let held = outdated.is_none();
         if !held {
             self.store
                 .put(&segment, Charge::Reserve)
@@ -374,6 +400,13 @@ impl Node {
             }
         }
         self.drop_superseded_policy(&activation);
+        for old in outdated.unwrap_or_default() {
+            if old.id != segment.id()
+                && let Err(error) = self.store.remove(&old.id)
+            {
+                tracing::warn!(%error, id = %old.id, "policy segment without enough signatures stays");
+            }
+        }
         self.confirm_from_store();
         if !held {
             self.offered(segment.reference());
@@ -381,14 +414,49 @@ impl Node {
         Ok(activation)
     }
 
-    fn own_policy_segment(&self, bundle: &VerifiedBundle) -> Result<VerifiedSegment, Denied> {
+    fn own_policy_segment(
+        &self,
+        package: &Package,
+        manifest: &Manifest,
+    ) -> Result<VerifiedSegment, Denied> {
         let domain = self.config.load().node.domain.clone();
-        policy_segment(&domain, bundle)
+        policy_segment(&domain, package, manifest)
             .map_err(|e| Denied::bringer("BUNDLE_FORMAT", e))
             .and_then(|bytes| {
                 verify_segment(bytes, None, &domain)
                     .map_err(|e| Denied::bringer("BUNDLE_FORMAT", e))
             })
+    }
+
+    /// The segments of this content that a newly signed one takes the place of: none of them carries the
+    /// signatures that are demanded now, because keys were replaced since. None where one still does:
+    /// further signatures, be they junk, make no segment of it.
+    fn outdated_policy(
+        &self,
+        wanted: &SegmentRef,
+        content_id: &ContentId,
+    ) -> Option<Vec<SegmentRef>> {
+        let trust = self.policy_trust.load_full()?;
+        let top = wanted.sequence;
+        let mut outdated = Vec::new();
+        for held in self
+            .store
+            .refs(&wanted.origin, top, top, MAX_POLICY_OF_ONE_EPOCH)
+        {
+            let package = self
+                .store
+                .get(&held.id)
+                .ok()
+                .and_then(|segment| Package::decode(segment.body()).ok());
+            let Some(package) = package.filter(|p| p.content_id() == *content_id) else {
+                continue;
+            };
+            if signed_manifest(&package, &trust, &self.context).is_ok() {
+                return None;
+            }
+            outdated.push(held);
+        }
+        Some(outdated)
     }
 
     /// Whether a readable segment of this origin and epoch is held.
@@ -442,22 +510,28 @@ impl Node {
         }
     }
 
-    /// What `admit_policy` judges before anything is installed.
-    fn check_policy(&self, segment: &VerifiedSegment) -> Result<VerifiedBundle, Denied> {
-        let bundle = self.verify_package(segment.body(), For::Peer)?;
-        if self.own_policy_segment(&bundle)?.id() != segment.id() {
+    /// What `admit_policy` judges before anything is installed: a worker compiles the bundle, and this
+    /// process does not yet. Nobody else waits for it meanwhile.
+    fn check_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+        let (package, manifest) = self.check_offer(segment.body())?;
+        if self.own_policy_segment(&package, &manifest)?.id() != segment.id() {
             return Err(Denied::bringer(
                 "BUNDLE_FORMAT",
                 "the segment does not fit its bundle",
             ));
         }
-        Ok(bundle)
+        let terms = worker_terms(&self.config.load());
+        let trust = self.bundle_trust()?;
+        self.vetter
+            .vet(package, &trust, &self.context, For::Peer, terms)
+            .map(drop)
+            .map_err(judge)
     }
 
     fn admit_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         let admitted = self
             .check_policy(segment)
-            .and_then(|_| self.install_bundle(segment.body(), For::Peer));
+            .and_then(|()| self.install_bundle(segment.body(), For::Peer));
         match admitted {
             Ok(_) => Ok(()),
             Err(denied) => {
@@ -989,9 +1063,7 @@ impl Node {
         match reference.kind {
             Kind::Revocation => self.check_crl(segment).map(|_| ()),
             Kind::Policy if carries_statement(segment) => self.check_statement(segment),
-            Kind::Policy => self
-                .check_policy(segment)
-                .and_then(|bundle| self.check_floor(&bundle)),
+            Kind::Policy => self.check_policy(segment),
             Kind::Audit => self.check_audit(segment).and_then(|()| {
                 self.lineage(segment).map_err(|(denied, _)| denied)?;
                 self.store

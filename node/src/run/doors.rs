@@ -199,36 +199,31 @@ impl Node {
 
     fn operate_bundle(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
         let package = field_bytes(body, "package")?;
-        let checked = self
-            .verify_package(&package, For::Operator)
-            .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle));
-        let bundle = match checked {
-            Ok(bundle) => bundle,
-            Err(denied) => {
-                if apply {
+        if apply {
+            return self
+                .install_bundle(&package, For::Operator)
+                .map(|activation| describe_activation(&activation))
+                .map_err(|denied| {
                     self.event(
                         "bundle_rejected",
                         json!({"code": denied.code, "message": denied.message, "by": "operator"}),
                     );
-                }
-                return Err(refused(&denied));
-            }
-        };
+                    refused(&denied)
+                });
+        }
+        let bundle = self
+            .check_offer(&package)
+            .and_then(|_| self.verify_package(&package, For::Operator))
+            .map_err(|denied| refused(&denied))?;
         let manifest = bundle.manifest();
-        let plan = json!({
+        Ok(json!({
             "activate": format!("{} epoch {}", manifest.name, manifest.epoch),
             "hash": bundle.content_id(),
             "signers": bundle.signers(),
             "role": manifest.role,
             "expires_at": manifest.expires_at,
             "replaces_epoch": self.slots.current().map(|p| p.bundle().manifest().epoch),
-        });
-        if !apply {
-            return Ok(plan);
-        }
-        self.install_bundle(&package, For::Operator)
-            .map(|activation| describe_activation(&activation))
-            .map_err(|denied| refused(&denied))
+        }))
     }
 
     fn operate_crl(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {

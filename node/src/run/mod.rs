@@ -122,6 +122,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let mut count = 0_u64;
     let mut slow = None;
     let mut papers = None;
+    let mut slots = None;
     loop {
         tokio::select! {
             _ = ticks.tick() => {
@@ -132,6 +133,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
                 }
                 if count.is_multiple_of(PAPER_TICKS) {
                     papers = watch_papers(&node, papers);
+                    slots = read_slots_again(&node, slots);
                 }
             }
             _ = hangup.recv() => {
@@ -190,6 +192,23 @@ fn watch_papers(
         {
             node.event("mesh_not_started", json!({"why": failure.message}));
         }
+    }))
+}
+
+/// Reads the policy slots again beside the loop where that is due; a worker may take its time over them.
+fn read_slots_again(
+    node: &Arc<Node>,
+    running: Option<tokio::task::JoinHandle<()>>,
+) -> Option<tokio::task::JoinHandle<()>> {
+    if running
+        .as_ref()
+        .is_some_and(|running| !running.is_finished())
+    {
+        return running;
+    }
+    let reading = node.clone();
+    Some(tokio::task::spawn_blocking(move || {
+        reading.read_slots_again()
     }))
 }
 

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tidelock_gateway::AuthConfig;
 use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig, QuotaRates, ThreadCpu};
-use tidelock_policy::{LoadContext, Posture, SlotFault, Slots, TrustChain, TrustFile};
+use tidelock_policy::{LoadContext, Posture, Slots, TrustChain, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
@@ -39,7 +39,7 @@ use super::{
     journal::Journal,
     media::Parts,
     papers::{PaperLooks, Papers},
-    policy::RootSlots,
+    policy::{RootSlots, SlotsAgain},
     quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
     seen::Seen,
     trust::{keep_chain, open_chain},
@@ -158,6 +158,8 @@ pub(super) struct Node {
     scrub_pace: Mutex<ScrubPace>,
     /// Policy comes from the operator, from peers and from the store; one at a time.
     pub(super) activating: Mutex<()>,
+    /// Where a worker failed over the slots: when they are read again.
+    pub(super) slots_again: Mutex<SlotsAgain>,
     pub(super) papers: Mutex<Papers>,
     /// Held by whoever takes config or papers into use.
     pub(super) reloading: Mutex<()>,
@@ -400,6 +402,7 @@ impl Node {
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
+            slots_again: Mutex::default(),
             papers: Mutex::default(),
             reloading: Mutex::default(),
             parts: Mutex::default(),
@@ -568,15 +571,6 @@ impl Node {
             }
             Ok(Err(error)) => Err(error.to_string()),
             Err(_) => Err("the audit log did not answer in time".to_owned()),
-        }
-    }
-
-    pub(super) fn slot_faults(&self, faults: &[SlotFault]) {
-        for fault in faults {
-            self.event(
-                "policy_slot_fault",
-                json!({"slot": fault.slot, "code": fault.code, "message": fault.message}),
-            );
         }
     }
 
@@ -773,6 +767,7 @@ impl Node {
         self.take_identity(Ok(credentials));
         self.load_crls();
         self.restore_policy();
+        self.look_for_policy();
         if let Some(mesh) = self.mesh.get() {
             mesh.credentials_changed();
         }

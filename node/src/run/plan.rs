@@ -28,8 +28,8 @@ impl Node {
     pub(super) fn operate_policy_plan(&self, body: &Value) -> Result<Value, OperatorError> {
         let package = field_bytes(body, "package")?;
         let bundle = self
-            .verify_package(&package, For::Operator)
-            .and_then(|bundle| self.check_floor(&bundle).map(|()| bundle))
+            .check_offer(&package)
+            .and_then(|_| self.verify_package(&package, For::Operator))
             .map_err(|denied| refused(&denied))?;
         let last = match body.get("replay") {
             None => REPLAY_RECORDS_MAX,

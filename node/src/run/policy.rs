@@ -1,11 +1,24 @@
 //! Where policy lives on disk, and how a bundle comes to decide.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
-use tidelock_policy::{BundleError, Package, SlotStorage, VerifiedBundle};
+use serde_json::json;
+use tidelock_policy::{BundleError, Manifest, Package, SlotFault, SlotStorage};
 use tidelock_segments::{
     Charge, DomainId, FormatError, Origin, Root, SegmentHeader, seal_unsigned,
 };
+
+use super::node::Node;
+use crate::worker::{For, is_failure};
+
+/// How soon the slots are read again after a worker failed to judge what lies in them.
+const SLOTS_AGAIN_FIRST: Duration = Duration::from_secs(1);
+/// Each wait is twice the one before, up to this: a worker every five minutes in the worst case.
+const SLOTS_AGAIN_MOST: Duration = Duration::from_secs(300);
 
 /// The policy slots inside the root, charged to the reserve: a full disk never keeps policy out.
 #[derive(Debug)]
@@ -30,9 +43,9 @@ impl SlotStorage for RootSlots {
 /// The policy segment of a bundle: the same bytes on every node (ruling 5).
 pub(super) fn policy_segment(
     domain: &DomainId,
-    bundle: &VerifiedBundle,
+    package: &Package,
+    manifest: &Manifest,
 ) -> Result<Vec<u8>, PolicySegmentError> {
-    let manifest = bundle.manifest();
     let header = SegmentHeader {
         kind: tidelock_segments::Kind::Policy,
         domain: domain.clone(),
@@ -41,7 +54,6 @@ pub(super) fn policy_segment(
         prev: None,
         created_unix_ms: 0,
     };
-    let package: &Package = bundle.package();
     Ok(seal_unsigned(&header, &package.encode()?)?)
 }
 
@@ -54,4 +66,117 @@ pub(super) enum PolicySegmentError {
     Package(#[from] BundleError),
     #[error(transparent)]
     Format(#[from] FormatError),
+}
+
+/// When the slots are read again. What a worker said of a bundle stands; where it failed, it said nothing.
+#[derive(Debug, Default)]
+pub(super) struct SlotsAgain {
+    due: Option<Duration>,
+    wait: Duration,
+    tries: u64,
+}
+
+impl SlotsAgain {
+    /// The slots were read; whether the next look at them is planned.
+    fn read(&mut self, faults: &[SlotFault], now: Duration) -> bool {
+        let failed = faults.iter().any(|fault| is_failure(fault.code));
+        if failed {
+            self.wait = (self.wait * 2).clamp(SLOTS_AGAIN_FIRST, SLOTS_AGAIN_MOST);
+            self.due = Some(now.saturating_add(self.wait));
+            self.tries = self.tries.saturating_add(1);
+        } else {
+            *self = Self::default();
+        }
+        failed
+    }
+
+    fn is_due(&self, now: Duration) -> bool {
+        self.due.is_some_and(|due| now >= due)
+    }
+}
+
+impl Node {
+    /// Records what is wrong with the slots, and plans to read them again where it was a worker.
+    pub(super) fn slot_faults(&self, faults: &[SlotFault]) {
+        for fault in faults {
+            self.event(
+                "policy_slot_fault",
+                json!({"slot": fault.slot, "code": fault.code, "message": fault.message}),
+            );
+        }
+        let now = self.clock.monotonic();
+        self.slots_again
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read(faults, now);
+    }
+
+    /// Reads the slots again if a worker failed over them. Told when it comes to an end, and not each time.
+    pub(super) fn read_slots_again(&self) {
+        let again = || {
+            self.slots_again
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        };
+        let now = self.clock.monotonic();
+        if !again().is_due(now) {
+            return;
+        }
+        let turn = self
+            .activating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(trust) = self.policy_trust.load_full() else {
+            return;
+        };
+        let faults = self.slots.reload_by(&trust, &|package| {
+            self.load_package(package, &trust, For::Slots)
+        });
+        drop(turn);
+        let tries = again().tries;
+        if again().read(&faults, self.clock.monotonic()) {
+            tracing::warn!(tries, "a worker failed over the policy slots again");
+            return;
+        }
+        let epoch = self.slots.current().map(|policy| policy.bundle().epoch());
+        self.event("policy_slots_read", json!({"tries": tries, "epoch": epoch}));
+        self.slot_faults(&faults);
+        self.restore_policy();
+        self.keep_passes();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(code: &'static str) -> SlotFault {
+        SlotFault {
+            slot: "active",
+            code,
+            message: String::new(),
+        }
+    }
+
+    #[test]
+    fn slots_are_read_again_after_a_failed_worker_ever_more_seldom_and_after_nothing_else() {
+        let mut again = SlotsAgain::default();
+        let day = Duration::from_secs(86_400);
+        for code in ["BUNDLE_SIGNATURE", "BUNDLE_COMPILE", "SLOT_UNREADABLE"] {
+            assert!(!again.read(&[fault(code)], Duration::ZERO), "{code}");
+            assert!(!again.is_due(day), "{code}: it was judged");
+        }
+        let failed = [fault("SLOT_MISSING"), fault("BUNDLE_WORKER_UNAVAILABLE")];
+        let mut now = Duration::ZERO;
+        for wait_s in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
+            assert!(again.read(&failed, now));
+            let wait = Duration::from_secs(wait_s);
+            assert!(!again.is_due(now + wait - Duration::from_millis(1)));
+            assert!(again.is_due(now + wait));
+            now += wait;
+        }
+        assert!(!again.read(&[], now));
+        assert!(!again.is_due(now + day));
+        assert!(again.read(&failed, now) && again.is_due(now + SLOTS_AGAIN_FIRST));
+    }
 }

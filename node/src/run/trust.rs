@@ -281,7 +281,18 @@ impl Node {
             self.clock.raise_by_signed(created_unix_ms);
         }
         self.policy_trust.store(Some(std::sync::Arc::new(trust)));
+        self.look_for_policy();
         Ok(())
+    }
+
+    /// Asks the peers for the bundle that ought to decide where it does not: its signatures may be those of
+    /// keys that were replaced, and a peer may have it under others by now.
+    pub(super) fn look_for_policy(&self) {
+        if self.slots.wanted().is_some()
+            && let Some(mesh) = self.mesh.get()
+        {
+            mesh.refresh();
+        }
     }
 
     fn take_freshness(&self, signed: &SignedDocument) -> Result<(), Denied> {

@@ -39,9 +39,13 @@ pub(super) const WAITING_MAX: usize = 4;
 /// (INV-07): about 1 KiB each.
 pub(super) const REFUSED_MAX: usize = 64;
 
-/// How long a refused content is remembered against peers. It may have been the machine's fault: a
-/// good bundle that met a busy hour must not be refused for ever.
+/// How long a refused content is remembered against peers.
 pub(super) const REFUSED_FOR: Duration = Duration::from_secs(600);
+
+/// The same where a worker failed and said nothing of the bundle, the first time; doubled with each
+/// further one, up to [`REFUSED_FOR`]. A good bundle that met a busy minute is compiled soon after it; one
+/// that ends its workers costs seven of them in the first half hour, and six an hour then.
+pub(super) const FAILED_FOR: Duration = Duration::from_secs(15);
 
 /// Contents that passed, and are not examined again by this binary: the active one, the last known
 /// good one, and plans before they are acted upon.
@@ -49,4 +53,5 @@ pub(super) const PASSED_MAX: usize = 8;
 
 const _: () = assert!(*DEADLINE_MS_RANGE.start() <= DEADLINE_MS);
 const _: () = assert!(DEADLINE_MS <= *DEADLINE_MS_RANGE.end());
+const _: () = assert!(FAILED_FOR.as_secs() <= REFUSED_FOR.as_secs());
 const _: () = assert!(tidelock_policy::limits::PACKAGE_BYTES_MAX < ANSWER_BYTES_MAX);

@@ -32,7 +32,7 @@ use tidelock_policy::{
 pub(crate) use self::parent::Terms;
 pub(crate) use self::wire::Confinement;
 use self::{
-    limits::{PASSED_MAX, REFUSED_FOR, REFUSED_MAX, START_DEADLINE, WAITING_MAX},
+    limits::{FAILED_FOR, PASSED_MAX, REFUSED_FOR, REFUSED_MAX, START_DEADLINE, WAITING_MAX},
     parent::{WorkerError, ask},
     wire::{Answer, Ask, Verdict},
 };
@@ -97,6 +97,8 @@ struct Refused {
     content_id: ContentId,
     error: BundleError,
     at: Instant,
+    /// How long it stays refused to peers.
+    during: Duration,
 }
 
 #[derive(Debug, Default, Clone, Copy, Serialize)]
@@ -165,7 +167,7 @@ impl Vetter {
                 Ok(Vetted(package))
             }
             Err(error) => {
-                if is_failure(&error) {
+                if is_failure(error.code()) {
                     state.counts.failed += 1;
                 } else {
                     state.counts.refused += 1;
@@ -257,7 +259,7 @@ impl State {
             return None;
         }
         let refused = self.refused.iter().find(|refused| {
-            refused.content_id == *content_id && refused.at.elapsed() < REFUSED_FOR
+            refused.content_id == *content_id && refused.at.elapsed() < refused.during
         })?;
         self.counts.remembered += 1;
         Some(Err(refused.error.clone()))
@@ -274,8 +276,18 @@ impl State {
     }
 
     fn refuse(&mut self, content_id: ContentId, error: BundleError) {
-        self.refused
-            .retain(|refused| refused.content_id != content_id);
+        let before = self
+            .refused
+            .iter()
+            .position(|refused| refused.content_id == content_id)
+            .and_then(|at| self.refused.remove(at));
+        // A worker that failed may have been the machine's fault, and soon gets another one; should it be
+        // the bundle that ends its workers, they come ever more seldom.
+        let during = match before {
+            _ if !is_failure(error.code()) => REFUSED_FOR,
+            Some(before) => before.during.saturating_mul(2).min(REFUSED_FOR),
+            None => FAILED_FOR,
+        };
         while self.refused.len() >= REFUSED_MAX {
             self.refused.pop_front();
         }
@@ -283,6 +295,7 @@ impl State {
             content_id,
             error,
             at: Instant::now(),
+            during,
         });
     }
 
@@ -295,9 +308,9 @@ impl State {
     }
 }
 
-/// Whether a worker failed, rather than the bundle before it.
-fn is_failure(error: &BundleError) -> bool {
-    error.code().starts_with("BUNDLE_WORKER_")
+/// Whether the code says that a worker failed, rather than the bundle before it.
+pub(crate) fn is_failure(code: &str) -> bool {
+    code.starts_with("BUNDLE_WORKER_")
 }
 
 fn examination(context: &LoadContext) -> Ask {
@@ -412,6 +425,28 @@ mod tests {
         // What passed in the end is refused to nobody.
         vetter.lock().pass(id(1));
         assert!(vetter.turn(&id(1), For::Peer, terms).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_worker_that_failed_is_held_against_a_bundle_shortly_and_what_it_said_for_long() {
+        let vetter = Vetter::new(KeptPasses::default());
+        let during = |number| {
+            let state = vetter.lock();
+            let mut refused = state.refused.iter();
+            refused.find(|r| r.content_id == id(number)).unwrap().during
+        };
+        vetter.lock().refuse(id(1), error());
+        assert_eq!(during(1), FAILED_FOR);
+        // A bundle that ends each of its workers costs ever fewer of them.
+        vetter.lock().refuse(id(1), error());
+        assert_eq!(during(1), 2 * FAILED_FOR);
+        for _ in 0..40 {
+            vetter.lock().refuse(id(1), error());
+        }
+        assert_eq!(during(1), REFUSED_FOR);
+        let said = BundleError::told("BUNDLE_COMPILE", "no").unwrap();
+        vetter.lock().refuse(id(2), said);
+        assert_eq!(during(2), REFUSED_FOR);
     }
 
     #[test]
