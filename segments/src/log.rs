@@ -183,6 +183,8 @@ pub enum RecordClass {
 /// Where a durable record stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Appended {
+    /// Which incarnation of the log it stands in; each begins at index 0.
+    pub incarnation: u64,
     /// Its index in the log.
     pub index: u64,
     /// Its RFC 6962 leaf hash.
@@ -1219,12 +1221,14 @@ impl AuditLog {
         core::license(&self.inner.store, &self.inner.config, id, now_unix_ms).is_some()
     }
 
-    /// The last `count` records with their indexes, oldest first.
+    /// The last `count` records with their indexes, oldest first. What is sealed is read beside the log,
+    /// and no append waits for the disk meanwhile.
     ///
     /// # Errors
     /// [`LogError`] if a sealed segment cannot be read.
     pub fn tail(&self, count: usize) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
-        lock(&self.inner.core).tail(count)
+        let recent = lock(&self.inner.core).recent(count);
+        recent.with_sealed(&self.inner.store, &self.inner.config, count)
     }
 
     /// Takes a latched log into use again.

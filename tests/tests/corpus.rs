@@ -135,7 +135,11 @@ impl Recorder for Kept {
         let index = u64::try_from(records.len()).unwrap();
         records.push(record);
         drop(records);
-        done(Ok(Appended { index, leaf }));
+        done(Ok(Appended {
+            incarnation: 1,
+            index,
+            leaf,
+        }));
     }
 }
 

@@ -32,7 +32,7 @@ use crate::{
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
     recorder::{AppendDone, Recorder},
-    report::{For, History, Report, ReportDone, ReportRefused, Reported, Reports},
+    report::{Earlier, For, History, Report, ReportDone, ReportRefused, Reported, Reports},
     search::{self, Found, Judged, SearchDone, SearchRefused},
     stats::{Counters, Seldom, Stats, add},
     summary::{Summary, Window},
@@ -265,7 +265,7 @@ impl Interceptor {
     }
 
     /// Takes a caller's word on what became of an action that was allowed to it, once. `history` gives
-    /// the last records of earlier runs, and is asked at most once a run.
+    /// the last records of earlier runs; it is asked until it once answers, a bounded number of times.
     ///
     /// `done` is called exactly once, on this thread or on the recorder's.
     pub fn report(&self, bytes: &[u8], caller: &Caller, history: History<'_>, done: ReportDone) {
@@ -548,15 +548,17 @@ impl Inner {
             rendered.bytes,
             Box::new(move |result| {
                 let (inner, slot) = shared;
+                let at = result.as_ref().ok().copied();
                 let completed = slot.complete(result);
                 if let Completed::Answered(_, outcome) = &completed
-                    && let Some(position) = outcome.answer.record
+                    && outcome.answer.record.is_some()
+                    && let Some(at) = at
                 {
                     match (&outcome.permit, made_for) {
                         (Some(_), Some(made_for)) => {
-                            inner.reports().allowed(position, made_for, unix_ms);
+                            inner.reports().allowed(at, made_for, unix_ms);
                         }
-                        _ => inner.reports().denied(position),
+                        _ => inner.reports().denied(at),
                     }
                 }
                 Self::finish(&inner, completed);
@@ -604,10 +606,25 @@ impl Inner {
             Ok(report) => report,
             Err(error) => return done(Err(error.into())),
         };
-        if inner.reports().wants_history(report.index) {
+        let earlier = inner.reports().earlier(report.index, inner.clock.now());
+        let is_known = match earlier {
+            Earlier::Known => true,
+            Earlier::Unreadable => false,
             // Read without the lock: allows are answered meanwhile.
-            let records = history();
-            inner.reports().read_back(&records);
+            Earlier::Read => match history() {
+                Ok(earlier) => {
+                    inner.reports().read_back(&earlier);
+                    true
+                }
+                Err(_) => {
+                    inner.reports().not_read_back(inner.clock.now());
+                    false
+                }
+            },
+        };
+        if !is_known {
+            let reason = Reason::AuditUnavailable;
+            return done(Err(ReportRefused::Unrecorded(reason)));
         }
         let unix_ms = inner.clock.unix_ms();
         let claimed = inner.reports().claim(&report, caller, unix_ms);
@@ -628,7 +645,7 @@ impl Inner {
             RecordClass::Denial,
             &record,
             Box::new(move |result| {
-                shared.reports().settle(decision.index, result.is_ok());
+                shared.reports().settle(decision, result.is_ok());
                 done(match result {
                     Ok(appended) => {
                         add(&shared.counters.reports, 1);

@@ -54,7 +54,7 @@ pub use reason::{Decision, Reason};
 pub use recorder::{AppendDone, Recorder};
 pub use redact::{redact, redact_text};
 pub use replay::{NotReplayable, recorded_request};
-pub use report::{ActionOutcome, History, ReportDone, ReportRefused, Reported};
+pub use report::{ActionOutcome, EarlierRecords, History, ReportDone, ReportRefused, Reported};
 pub use search::{Found, FoundOne, SearchDone, SearchRefused};
 pub use stats::Stats;
 pub use tidelock_policy::Posture;

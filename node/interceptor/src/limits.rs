@@ -73,7 +73,8 @@ pub const MAX_PENDING: usize = 16_384;
 /// A summary line is at most about 700 bytes, so a window's record stays below the record limit.
 pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
 
-/// Allows whose outcome can be reported; about 200 bytes each, 3 MiB in all. The oldest goes.
+/// Allows whose outcome can be reported; about 300 bytes each, 5 MiB in all. The oldest of whoever has
+/// the most goes.
 pub const MAX_OPEN_REPORTS: usize = 16_384;
 
 /// Decisions that were no allow and are known as such to who reports an outcome of them.
@@ -81,6 +82,13 @@ pub const MAX_DENIED_KNOWN: usize = 4_096;
 
 /// Records of earlier runs that are read back for reports, once a run.
 pub const MAX_READ_BACK: usize = 4_096;
+
+/// How often reading them is tried where the disk refuses, and how long it rests between two tries: eight
+/// minutes, and 32 readings of up to so many records in the worst case.
+pub const READ_BACK_TRIES: u32 = 32;
+
+/// See [`READ_BACK_TRIES`].
+pub const READ_BACK_PAUSE: Duration = Duration::from_secs(15);
 
 /// Age of a decision beyond which no outcome of it is taken.
 pub const REPORT_AGE: Duration = Duration::from_secs(24 * 60 * 60);

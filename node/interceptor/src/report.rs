@@ -4,19 +4,30 @@
 //! knows the allow: it keeps a bounded window of them in memory, and after a restart reads one back
 //! from the log, outcomes included, so that what was reported stays reported. Beyond the window a
 //! report is refused, never taken on trust.
+//!
+//! Indexes count from 0 in each incarnation of the log (decision 0022): with the first record of a new one
+//! all that was known of the one before is forgotten, so that no report is linked to a decision of another
+//! log. When the window is full, the oldest decision of whoever has the most in it goes: one busy caller
+//! does not take the others' part.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use serde::Serialize;
 use serde_json::Value;
-use tidelock_segments::Sha256Hash;
+use tidelock_segments::{Appended, Sha256Hash};
 
 use crate::{
     action::{Fields, InvalidCode, InvalidRequest, canonical_bytes},
     answer::RecordPosition,
     caller::Caller,
     json,
-    limits::{MAX_DENIED_KNOWN, MAX_INLINE_BYTES, MAX_OPEN_REPORTS, REPORT_AGE},
+    limits::{
+        MAX_DENIED_KNOWN, MAX_INLINE_BYTES, MAX_OPEN_REPORTS, READ_BACK_PAUSE, READ_BACK_TRIES,
+        REPORT_AGE,
+    },
     reason::Reason,
     record,
 };
@@ -101,8 +112,17 @@ impl ReportRefused {
 /// Takes the outcome of one report, once.
 pub type ReportDone = Box<dyn FnOnce(Result<Reported, ReportRefused>) + Send>;
 
-/// Records of earlier runs with their indexes, oldest first, as they are read back.
-pub type History<'a> = &'a dyn Fn() -> Vec<(u64, Vec<u8>)>;
+/// Reads earlier runs back, or says why that cannot be done just now.
+pub type History<'a> = &'a dyn Fn() -> Result<EarlierRecords, String>;
+
+/// What earlier runs recorded in the log that they left.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EarlierRecords {
+    /// Which incarnation of the log it is.
+    pub incarnation: u64,
+    /// Its last records with their indexes, oldest first.
+    pub records: Vec<(u64, Vec<u8>)>,
+}
 
 /// A report as it was read.
 pub(crate) struct Report {
@@ -167,6 +187,13 @@ impl For {
         principal_hash(&record::caller_of(caller)).map(Self::Principal)
     }
 
+    /// Whose part of the window it counts to.
+    fn holder(self) -> Sha256Hash {
+        match self {
+            Self::Principal(hash) | Self::AtDoor(hash) => hash,
+        }
+    }
+
     fn is(self, caller: &Caller) -> bool {
         let named = record::caller_of(caller);
         match self {
@@ -203,56 +230,172 @@ struct Allowed {
 /// The decisions that outcomes can be reported of.
 #[derive(Debug, Default)]
 pub(crate) struct Reports {
+    /// Which incarnation of the log all of this is of, once a record of it is known.
+    incarnation: Option<u64>,
     allowed: BTreeMap<u64, Allowed>,
+    /// The indexes of `allowed` by holder, and how many each has.
+    held: BTreeMap<Sha256Hash, BTreeSet<u64>>,
+    by_count: BTreeSet<(usize, Sha256Hash)>,
     denied: BTreeMap<u64, Sha256Hash>,
-    /// Below this index nothing is known.
+    /// Of a decision below this index that is not known, nothing can be said any more.
     horizon: u64,
-    was_read_back: bool,
+    history: ReadBack,
+}
+
+/// How far reading earlier runs back has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum ReadBack {
+    /// It was not asked for yet.
+    #[default]
+    Untried,
+    /// Somebody reads.
+    Underway { tries: u32 },
+    /// The disk refused; not before this time again.
+    Failed { tries: u32, again_at: Duration },
+    /// It is known, or there is none.
+    Done,
+}
+
+/// What to do about earlier runs before a report is judged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Earlier {
+    /// All that can be known is known.
+    Known,
+    /// Read them, and give them to [`Reports::read_back`].
+    Read,
+    /// They cannot be read just now: nothing can be said of a decision that is not known.
+    Unreadable,
 }
 
 impl Reports {
     /// An allow was answered.
-    pub(crate) fn allowed(&mut self, at: RecordPosition, made_for: For, at_unix_ms: u64) {
+    pub(crate) fn allowed(&mut self, at: Appended, made_for: For, at_unix_ms: u64) {
+        if !self.is_of(at.incarnation) {
+            return;
+        }
         let allowed = Allowed {
             leaf: at.leaf,
             made_for,
             at_unix_ms,
             told: Told::No,
         };
-        self.allowed.insert(at.index, allowed);
+        self.insert(at.index, allowed);
         self.bound();
     }
 
     /// Something else than an allow was answered.
-    pub(crate) fn denied(&mut self, at: RecordPosition) {
+    pub(crate) fn denied(&mut self, at: Appended) {
+        if !self.is_of(at.incarnation) {
+            return;
+        }
         self.denied.insert(at.index, at.leaf);
         self.bound();
     }
 
-    // INV-07: the oldest go.
+    /// Whether a record of this incarnation is of the log that is kept account of. A later one begins with
+    /// nothing known; what comes late of an earlier one is nobody's to report any more.
+    fn is_of(&mut self, incarnation: u64) -> bool {
+        match self.incarnation {
+            Some(known) if known == incarnation => true,
+            Some(known) if known > incarnation => false,
+            Some(_) => {
+                *self = Self {
+                    incarnation: Some(incarnation),
+                    // Nothing of it was before this run.
+                    history: ReadBack::Done,
+                    ..Self::default()
+                };
+                true
+            }
+            None => {
+                self.incarnation = Some(incarnation);
+                true
+            }
+        }
+    }
+
+    fn insert(&mut self, index: u64, allowed: Allowed) {
+        let holder = allowed.made_for.holder();
+        self.remove(index);
+        self.allowed.insert(index, allowed);
+        let held = self.held.entry(holder).or_default();
+        self.by_count.remove(&(held.len(), holder));
+        held.insert(index);
+        self.by_count.insert((held.len(), holder));
+    }
+
+    fn remove(&mut self, index: u64) {
+        let Some(holder) = self.allowed.remove(&index).map(|a| a.made_for.holder()) else {
+            return;
+        };
+        let Some(held) = self.held.get_mut(&holder) else {
+            return;
+        };
+        self.by_count.remove(&(held.len(), holder));
+        held.remove(&index);
+        match held.len() {
+            0 => _ = self.held.remove(&holder),
+            left => _ = self.by_count.insert((left, holder)),
+        }
+    }
+
+    // INV-07: the oldest of whoever holds the most goes.
     fn bound(&mut self) {
         while self.allowed.len() > MAX_OPEN_REPORTS {
-            if let Some((index, _)) = self.allowed.pop_first() {
-                self.horizon = self.horizon.max(index + 1);
-            }
+            let most = self.by_count.last().map(|(_, holder)| *holder);
+            let oldest = most.and_then(|holder| self.held.get(&holder)?.first().copied());
+            let Some(index) = oldest.or_else(|| self.allowed.keys().next().copied()) else {
+                break;
+            };
+            self.remove(index);
+            self.horizon = self.horizon.max(index.saturating_add(1));
         }
         while self.denied.len() > MAX_DENIED_KNOWN {
             self.denied.pop_first();
         }
     }
 
-    /// Whether an earlier run has to be looked at before this index can be judged. Says so once: whoever
-    /// asks while the log is read is told what is known by then.
-    pub(crate) fn wants_history(&mut self, index: u64) -> bool {
-        let wants = !self.was_read_back
-            && !self.allowed.contains_key(&index)
-            && !self.denied.contains_key(&index);
-        self.was_read_back |= wants;
-        wants
+    /// Whether an earlier run has to be looked at before this index can be judged. One reads at a time,
+    /// and again only after a pause where the disk refused; until then nobody is told that a decision
+    /// does not exist.
+    pub(crate) fn earlier(&mut self, index: u64, now: Duration) -> Earlier {
+        if self.allowed.contains_key(&index) || self.denied.contains_key(&index) {
+            return Earlier::Known;
+        }
+        let tries = match self.history {
+            ReadBack::Done => return Earlier::Known,
+            ReadBack::Underway { .. } => return Earlier::Unreadable,
+            ReadBack::Failed { tries, again_at } if tries >= READ_BACK_TRIES || now < again_at => {
+                return Earlier::Unreadable;
+            }
+            ReadBack::Failed { tries, .. } => tries,
+            ReadBack::Untried => 0,
+        };
+        self.history = ReadBack::Underway { tries };
+        Earlier::Read
     }
 
-    /// Takes what an earlier run left. What is known already stays.
-    pub(crate) fn read_back(&mut self, records: &[(u64, Vec<u8>)]) {
+    /// Earlier runs could not be read.
+    pub(crate) fn not_read_back(&mut self, now: Duration) {
+        if let ReadBack::Underway { tries } = self.history {
+            self.history = ReadBack::Failed {
+                tries: tries.saturating_add(1),
+                again_at: now.saturating_add(READ_BACK_PAUSE),
+            };
+        }
+    }
+
+    /// Takes what an earlier run left. What is known already stays. Of a log that ended meanwhile nothing
+    /// is taken.
+    pub(crate) fn read_back(&mut self, earlier: &EarlierRecords) {
+        if !matches!(self.history, ReadBack::Underway { .. }) {
+            return;
+        }
+        self.history = ReadBack::Done;
+        if !self.is_of(earlier.incarnation) {
+            return;
+        }
+        let records = &earlier.records;
         let first = records.first().map_or(0, |(index, _)| *index);
         self.horizon = self.horizon.max(first);
         for (index, bytes) in records {
@@ -268,20 +411,28 @@ impl Reports {
                         None => word("caller_hash").parse().ok().map(For::AtDoor),
                     };
                     let at = record.get("at").and_then(Value::as_u64);
-                    if let (Some(made_for), Some(at_unix_ms)) = (made_for, at) {
-                        self.allowed.entry(*index).or_insert(Allowed {
+                    if let (Some(made_for), Some(at_unix_ms)) = (made_for, at)
+                        && !self.allowed.contains_key(index)
+                    {
+                        let told = Told::No;
+                        let allowed = Allowed {
                             leaf,
                             made_for,
                             at_unix_ms,
-                            told: Told::No,
-                        });
+                            told,
+                        };
+                        self.insert(*index, allowed);
                     }
                 }
                 "decision" | "explain" => _ = self.denied.insert(*index, leaf),
                 // Whatever it says, it is the one outcome of its decision.
                 "outcome" => {
                     let of = record.get("decision_index").and_then(Value::as_u64);
-                    if let Some(allowed) = of.and_then(|of| self.allowed.get_mut(&of)) {
+                    let of = of.and_then(|of| self.allowed.get_mut(&of));
+                    // By its leaf too: an index alone is that of another record in another log.
+                    if let Some(allowed) =
+                        of.filter(|of| of.leaf.to_string() == word("decision_leaf"))
+                    {
                         allowed.told = Told::Yes;
                     }
                 }
@@ -328,8 +479,10 @@ impl Reports {
     }
 
     /// The outcome of a claimed decision is durable, or it is not and may be reported again.
-    pub(crate) fn settle(&mut self, index: u64, is_recorded: bool) {
-        if let Some(allowed) = self.allowed.get_mut(&index) {
+    pub(crate) fn settle(&mut self, decision: RecordPosition, is_recorded: bool) {
+        if let Some(allowed) = self.allowed.get_mut(&decision.index)
+            && allowed.leaf == decision.leaf
+        {
             allowed.told = match is_recorded {
                 true => Told::Yes,
                 false => Told::No,
@@ -351,14 +504,16 @@ mod tests {
         }
     }
 
-    fn at(index: u64) -> RecordPosition {
-        RecordPosition {
+    fn at(index: u64) -> Appended {
+        Appended {
+            incarnation: 1,
             index,
             leaf: Sha256Hash::of(&index.to_le_bytes()),
         }
     }
 
-    fn report(position: RecordPosition) -> Report {
+    fn report(position: impl Into<RecordPosition>) -> Report {
+        let position = position.into();
         Report {
             index: position.index,
             leaf: position.leaf.to_string(),
@@ -373,8 +528,9 @@ mod tests {
         let (mine, other) = (caller("a", "tcp"), caller("b", "tcp"));
         reports.allowed(at(7), For::caller(&mine).unwrap(), 1_000);
         reports.denied(at(8));
-        let mut claim =
-            |position, caller: &Caller, now| reports.claim(&report(position), caller, now);
+        let mut claim = |position: Appended, caller: &Caller, now| {
+            reports.claim(&report(position), caller, now)
+        };
         assert_eq!(claim(at(7), &other, 1_000), Err(ReportRefused::NotYours));
         assert_eq!(claim(at(8), &mine, 1_000), Err(ReportRefused::NotAllowed));
         assert_eq!(claim(at(9), &mine, 1_000), Err(ReportRefused::Unknown));
@@ -386,15 +542,15 @@ mod tests {
         // The same principal through another door is the same.
         assert_eq!(
             claim(at(7), &caller("a", "unix"), 1_000 + day_ms),
-            Ok(at(7))
+            Ok(at(7).into())
         );
         assert_eq!(
             claim(at(7), &mine, 1_000),
             Err(ReportRefused::AlreadyReported)
         );
-        reports.settle(7, false);
+        reports.settle(at(7).into(), false);
         assert!(reports.claim(&report(at(7)), &mine, 1_000).is_ok());
-        reports.settle(7, true);
+        reports.settle(at(7).into(), true);
         assert_eq!(
             reports.claim(&report(at(7)), &mine, 1_000),
             Err(ReportRefused::AlreadyReported)
@@ -424,13 +580,21 @@ mod tests {
         let mine = caller("a", "tcp");
         let named = record::caller_of(&mine);
         let short = Sha256Hash::of(&canonical_bytes(&named).unwrap());
+        let third =
+            serde_json::json!({"type": "decision", "decision": "allow", "at": 6, "caller": named});
+        let third_leaf =
+            tidelock_segments::merkle::leaf_hash(&serde_json::to_vec(&third).unwrap()).to_string();
         let records: Vec<(u64, Vec<u8>)> = [
             serde_json::json!({"type": "decision", "decision": "allow", "at": 5, "caller": named}),
             serde_json::json!({"type": "decision", "decision": "allow", "at": 5, "form": "short",
                                "caller_hash": short.to_string()}),
-            serde_json::json!({"type": "decision", "decision": "allow", "at": 5, "caller": named}),
-            serde_json::json!({"type": "outcome", "outcome": "not_released", "decision_index": 42}),
+            third,
+            serde_json::json!({"type": "outcome", "outcome": "not_released", "decision_index": 42,
+                               "decision_leaf": third_leaf}),
             serde_json::json!({"type": "decision", "decision": "deny", "at": 5, "caller": named}),
+            // Of a decision of another log at the same index.
+            serde_json::json!({"type": "outcome", "outcome": "executed", "decision_index": 40,
+                               "decision_leaf": Sha256Hash::of(b"another").to_string()}),
         ]
         .iter()
         .zip(40..)
@@ -441,9 +605,12 @@ mod tests {
             leaf: tidelock_segments::merkle::leaf_hash(&records[index].1),
         };
         let mut reports = Reports::default();
-        assert!(reports.wants_history(40));
-        reports.read_back(&records);
-        assert!(!reports.wants_history(40), "once a run");
+        assert_eq!(reports.earlier(40, Duration::ZERO), Earlier::Read);
+        reports.read_back(&EarlierRecords {
+            incarnation: 1,
+            records: records.clone(),
+        });
+        assert_eq!(reports.earlier(39, Duration::ZERO), Earlier::Known);
         let mut claim = |index, caller: &Caller| reports.claim(&report(position(index)), caller, 6);
         assert!(claim(0, &mine).is_ok());
         assert_eq!(claim(1, &caller("b", "tcp")), Err(ReportRefused::NotYours));
@@ -454,5 +621,102 @@ mod tests {
             reports.claim(&report(at(39)), &mine, 6),
             Err(ReportRefused::TooLate)
         );
+    }
+
+    /// After a restart a disk that refused once made the node say of every earlier decision that there is
+    /// no such one, until its next start.
+    #[test]
+    fn what_cannot_be_read_back_is_tried_again_a_bounded_number_of_times() {
+        let mut reports = Reports::default();
+        let mut now = Duration::ZERO;
+        for _ in 0..READ_BACK_TRIES {
+            assert_eq!(reports.earlier(5, now), Earlier::Read);
+            assert_eq!(reports.earlier(5, now), Earlier::Unreadable, "one reads");
+            reports.not_read_back(now);
+            assert_eq!(reports.earlier(5, now), Earlier::Unreadable, "a pause");
+            now += READ_BACK_PAUSE;
+        }
+        let day = Duration::from_secs(86_400);
+        assert_eq!(reports.earlier(5, now + day), Earlier::Unreadable);
+        // The control: one that ends well.
+        let mut reports = Reports::default();
+        assert_eq!(reports.earlier(5, now), Earlier::Read);
+        reports.not_read_back(now);
+        assert_eq!(reports.earlier(5, now + READ_BACK_PAUSE), Earlier::Read);
+        reports.read_back(&EarlierRecords::default());
+        assert_eq!(reports.earlier(5, now), Earlier::Known);
+    }
+
+    /// A node whose log was superseded goes on in its next incarnation, whose indexes begin at 0: a caller
+    /// who kept index and leaf of an old allow could have had its outcome written beside a decision of
+    /// another log.
+    #[test]
+    fn with_a_new_incarnation_nothing_of_the_one_before_can_be_reported() {
+        let mine = caller("a", "tcp");
+        let made_for = For::caller(&mine).unwrap();
+        let of = |incarnation, index| Appended {
+            incarnation,
+            leaf: Sha256Hash::of(&[incarnation as u8, index as u8]),
+            index,
+        };
+        // Neither what was read back before the log changed, though nothing was recorded in this run.
+        let mut reports = Reports::default();
+        assert_eq!(reports.earlier(3, Duration::ZERO), Earlier::Read);
+        let named = record::caller_of(&mine);
+        let allow =
+            serde_json::json!({"type": "decision", "decision": "allow", "at": 5, "caller": named});
+        let allow = serde_json::to_vec(&allow).unwrap();
+        let leaf = tidelock_segments::merkle::leaf_hash(&allow);
+        reports.read_back(&EarlierRecords {
+            incarnation: 1,
+            records: vec![(3, allow)],
+        });
+        assert_eq!(reports.allowed.len(), 1, "the control");
+        reports.denied(of(2, 0));
+        let old = report(RecordPosition { index: 3, leaf });
+        assert_eq!(reports.claim(&old, &mine, 6), Err(ReportRefused::Unknown));
+
+        let mut reports = Reports::default();
+        for index in [3, 40] {
+            reports.allowed(of(1, index), made_for, 0);
+        }
+        let claimed = reports.claim(&report(of(1, 3)), &mine, 0).unwrap();
+        reports.allowed(of(2, 3), made_for, 0);
+        // What was on its way when the log changed.
+        reports.allowed(of(1, 41), made_for, 0);
+        reports.denied(of(1, 5));
+        for old in [of(1, 3), of(1, 40), of(1, 41), of(1, 5)] {
+            assert_eq!(
+                reports.claim(&report(old), &mine, 0),
+                Err(ReportRefused::Unknown),
+                "{old:?}"
+            );
+        }
+        // Nor does the end of an old report close the new decision at its index.
+        reports.settle(claimed, true);
+        assert_eq!(reports.earlier(7, Duration::ZERO), Earlier::Known);
+        assert_eq!(
+            reports.claim(&report(of(2, 3)), &mine, 0),
+            Ok(of(2, 3).into())
+        );
+    }
+
+    #[test]
+    fn inv_13_a_busy_caller_does_not_take_the_others_part_of_the_window() {
+        let mut reports = Reports::default();
+        let (busy, quiet) = (caller("busy", "tcp"), caller("quiet", "tcp"));
+        reports.allowed(at(0), For::caller(&quiet).unwrap(), 0);
+        let all = u64::try_from(MAX_OPEN_REPORTS).unwrap() + 10;
+        for index in 1..all {
+            reports.allowed(at(index), For::caller(&busy).unwrap(), 0);
+        }
+        assert_eq!(reports.allowed.len(), MAX_OPEN_REPORTS);
+        assert_eq!(reports.held.len(), 2);
+        assert_eq!(
+            reports.claim(&report(at(1)), &busy, 0),
+            Err(ReportRefused::TooLate)
+        );
+        assert!(reports.claim(&report(at(0)), &quiet, 0).is_ok());
+        assert!(reports.claim(&report(at(all - 1)), &busy, 0).is_ok());
     }
 }

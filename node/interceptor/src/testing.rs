@@ -62,6 +62,8 @@ struct State {
     held: Vec<(RecordClass, Vec<u8>, AppendDone)>,
     holds: bool,
     failure: Option<AppendError>,
+    incarnation: u64,
+    began_at: u64,
 }
 
 impl MemoryRecorder {
@@ -74,6 +76,13 @@ impl MemoryRecorder {
     /// From now on every append fails so, or succeeds again.
     pub fn fail(&self, failure: Option<AppendError>) {
         self.state().failure = failure;
+    }
+
+    /// The next incarnation of the log: its records count from 0 again.
+    pub fn begin_incarnation(&self) {
+        let mut state = self.state();
+        state.incarnation += 1;
+        state.began_at = u64::try_from(state.records.len()).unwrap_or(u64::MAX);
     }
 
     /// From now on appends wait for [`MemoryRecorder::release`].
@@ -124,7 +133,11 @@ impl Recorder for MemoryRecorder {
                     let index = u64::try_from(state.records.len()).unwrap_or(u64::MAX);
                     let leaf = Sha256Hash::of_parts(&[&[0], &record]);
                     state.records.push((class, record));
-                    Ok(Appended { index, leaf })
+                    Ok(Appended {
+                        incarnation: state.incarnation,
+                        index: index - state.began_at,
+                        leaf,
+                    })
                 }
             }
         };

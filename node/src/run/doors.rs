@@ -9,7 +9,7 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
 use tidelock_interceptor::{
-    Ask, Caller, Done, Mode, ReportDone, Search, SearchDone, limits::MAX_READ_BACK,
+    Ask, Caller, Done, EarlierRecords, Mode, ReportDone, Search, SearchDone, limits::MAX_READ_BACK,
 };
 use tidelock_policy::{Posture, Role, WhenRestricted};
 use tidelock_segments::{Ladder, NodeId, Origin, merkle};
@@ -41,11 +41,21 @@ impl Decider for Doors {
         let node = &self.0;
         // An earlier run's records only: of this one the interceptor knows more than the log.
         let history = || {
-            let tail = node.log.tail(MAX_READ_BACK).unwrap_or_default();
-            let earlier = tail.into_iter();
-            earlier
-                .filter(|(index, _)| *index < node.began_at_index)
-                .collect()
+            let (incarnation, index) = node.began_at;
+            let tail = node.log.tail(MAX_READ_BACK).map_err(|e| {
+                tracing::warn!(error = %e, "earlier decisions cannot be read back for a report");
+                e.to_string()
+            })?;
+            // Of an incarnation that began in this run nothing is earlier. Asked after it was read: if it
+            // has changed meanwhile, what was read may be of either.
+            let earlier = tail.into_iter().filter(|(at, _)| *at < index);
+            Ok(EarlierRecords {
+                incarnation,
+                records: match node.log.incarnation() == incarnation {
+                    true => earlier.collect(),
+                    false => Vec::new(),
+                },
+            })
         };
         node.interceptor.report(body, caller, &history, done);
     }

@@ -113,8 +113,8 @@ pub(super) struct Node {
     pub(super) store: Arc<Store>,
     pub(super) log: Arc<AuditLog>,
     pub(super) interceptor: Interceptor,
-    /// How many records the own log had when this run began.
-    pub(super) began_at_index: u64,
+    /// Incarnation of the own log when this run began, and how many records it had.
+    pub(super) began_at: (u64, u64),
     pub(super) slots: Arc<Slots>,
     pub(super) policy_trust: ArcSwapOption<TrustFile>,
     /// The documents that lead from the configured trust file to `policy_trust`.
@@ -357,7 +357,7 @@ impl Node {
                     .load(&trust, &context)
             });
         let slots = Arc::new(slots);
-        let began_at_index = log.size();
+        let began_at = (log.incarnation(), log.size());
         let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
         let node = Arc::new(Self {
             config_path: config_path.to_owned(),
@@ -366,7 +366,7 @@ impl Node {
             store,
             log,
             interceptor,
-            began_at_index,
+            began_at,
             slots,
             policy_trust: ArcSwapOption::from_pointee(
                 policy_trust

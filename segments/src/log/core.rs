@@ -1042,8 +1042,13 @@ impl Core {
             .collect();
         match self.write_batch(&records) {
             Ok(first) => {
+                let incarnation = self.state.incarnation;
                 for (index, Pending { to, leaf, .. }) in (first..).zip(batch) {
-                    let result = Ok(Appended { index, leaf });
+                    let result = Ok(Appended {
+                        incarnation,
+                        index,
+                        leaf,
+                    });
                     settled.push(Settled { to, result });
                 }
             }
@@ -1792,8 +1797,8 @@ impl Core {
         }
     }
 
-    /// The last `count` records, oldest first: from memory, then from sealed segments.
-    pub(super) fn tail(&self, count: usize) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
+    /// The last `count` records that are not sealed, oldest first.
+    pub(super) fn recent(&self, count: usize) -> Recent {
         let mut out: VecDeque<(u64, Vec<u8>)> = VecDeque::new();
         let mut prepend = |first: u64, held: u32, records: &[u8]| {
             let held = usize::try_from(held).unwrap_or(usize::MAX);
@@ -1809,25 +1814,52 @@ impl Core {
         for Waiting { full, .. } in self.full.iter().rev() {
             prepend(full.header.first_index, full.count, &full.records);
         }
-        let mut sequence = self.state.sealed.next_sequence;
-        while out.len() < count && sequence > 0 {
+        Recent {
+            records: out,
+            origin: self.state.origin.clone(),
+            next_sequence: self.state.sealed.next_sequence,
+        }
+    }
+}
+
+/// The newest records, those that are not sealed, and where what is before them lies.
+pub(super) struct Recent {
+    records: VecDeque<(u64, Vec<u8>)>,
+    origin: Origin,
+    next_sequence: u64,
+}
+
+impl Recent {
+    /// These, and what was sealed before them, up to `count` in all.
+    pub(super) fn with_sealed(
+        self,
+        store: &Store,
+        config: &LogConfig,
+        count: usize,
+    ) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
+        let Self {
+            mut records,
+            origin,
+            next_sequence: mut sequence,
+        } = self;
+        while records.len() < count && sequence > 0 {
             sequence -= 1;
-            let Some(reference) = self.store.find(&self.state.origin, sequence) else {
+            let Some(reference) = store.find(&origin, sequence) else {
                 break;
             };
-            let segment = self.store.get(&reference.id)?;
-            let keys = self.config.seal.decryption.as_deref();
-            let records = match body::read_records_with(&segment, keys) {
-                Ok(records) => records,
+            let segment = store.get(&reference.id)?;
+            let keys = config.seal.decryption.as_deref();
+            let sealed = match body::read_records_with(&segment, keys) {
+                Ok(sealed) => sealed,
                 // Sealed to others: what is before it is not this node's to read.
                 Err(BodyError::Encrypted | BodyError::Crypt(_)) => break,
                 Err(error) => return Err(error.into()),
             };
-            for record in records.into_iter().rev().take(count - out.len()) {
-                out.push_front(record);
+            for record in sealed.into_iter().rev().take(count - records.len()) {
+                records.push_front(record);
             }
         }
-        Ok(out.into())
+        Ok(records.into())
     }
 }
 

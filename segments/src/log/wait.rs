@@ -135,6 +135,7 @@ mod tests {
 
     fn done(index: u64) -> Fate {
         Ok(Appended {
+            incarnation: 1,
             index,
             leaf: Sha256Hash::of(&[]),
         })
