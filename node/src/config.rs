@@ -4,6 +4,7 @@
 //! absolute (relative ones are taken from the directory of the file). Unknown keys are refused with
 //! the nearest known one, because a misspelt safety setting must not become its default.
 
+mod callers;
 mod host;
 mod reader;
 
@@ -23,6 +24,7 @@ use tidelock_segments::{
 };
 use tidelock_transport::{congestion::Congestion, limits::MIN_SEND_BYTES_PER_SECOND};
 
+pub use self::callers::OidcSection;
 use self::reader::Section;
 pub(crate) use self::reader::parse_bytes;
 use crate::worker::limits::{DEADLINE_MS, DEADLINE_MS_RANGE};
@@ -219,6 +221,8 @@ pub struct GatewaySection {
     pub concurrent_max: u32,
     /// The URL under which callers reach the TCP door, where something before it speaks TLS.
     pub public_url: Option<String>,
+    /// Issuers of workload tokens.
+    pub oidc: Vec<OidcSection>,
 }
 
 /// One Unix user id and the principal it stands for.
@@ -377,7 +381,7 @@ impl Config {
     #[must_use]
     pub fn schema() -> Value {
         // One empty table of each list, so that its keys are asked for. The mistakes do not matter.
-        let text = "[[mesh.peers]]\n[[gateway.users]]\n";
+        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n";
         let cx = reader::Cx::new(text, Path::new(""));
         let _ = Self::read(text, &cx);
         let mut schema = cx.schema("");
@@ -596,10 +600,11 @@ impl Config {
             }
             user.finish();
         }
-        if tcp.is_some() && tokens.is_none() && !allow_anonymous_loopback {
+        let oidc = callers::oidc(&mut s);
+        if tcp.is_some() && tokens.is_none() && oidc.is_empty() && !allow_anonymous_loopback {
             s.mistake(
                 "tcp",
-                "would serve callers without authentication; name gateway.tokens, or set \
+                "would serve callers without authentication; name gateway.tokens or gateway.oidc, or set \
                  gateway.allow_anonymous_loopback = true and accept that every local process may ask",
             );
         }
@@ -721,6 +726,7 @@ impl Config {
                     allow_anonymous_loopback,
                     concurrent_max,
                     public_url,
+                    oidc,
                 },
                 node: NodeSection {
                     id,

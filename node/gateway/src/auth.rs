@@ -8,15 +8,17 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use hyper::HeaderMap;
 use hyper::header::AUTHORIZATION;
 use tidelock_interceptor::{Caller, Principal};
 
-use crate::limits::{TOKEN_BYTES_MAX, UNIX_PEERS_MAX};
-use crate::refusals::{RefusalKind, Source};
+use crate::credentials::{CallerTime, CredentialFault};
+use crate::limits::{DYNAMIC_CALLERS_MAX, JWT_BYTES_MAX, TOKEN_BYTES_MAX, UNIX_PEERS_MAX};
+use crate::oidc::{self, OidcIssuer};
+use crate::refusals::Source;
 use crate::slots::Counter;
 use crate::tokens::{TokenDigest, TokenSet};
 
@@ -131,6 +133,8 @@ pub struct AuthConfig {
     tokens: TokenSet,
     unix_peers: BTreeMap<u32, Grant>,
     anonymous: Option<Grant>,
+    issuers: Vec<OidcIssuer>,
+    time: CallerTime,
 }
 
 /// A user id that was mapped twice, or one too many.
@@ -179,10 +183,39 @@ impl AuthConfig {
         self
     }
 
+    /// The clock by which credentials are judged that have a beginning and an end. Without one they
+    /// are all refused.
+    #[must_use]
+    pub fn time(mut self, time: CallerTime) -> Self {
+        self.time = time;
+        self
+    }
+
+    /// Callers that bring a workload token of this issuer are known, at the doors that take tokens.
+    #[must_use]
+    pub fn issuer(mut self, issuer: OidcIssuer) -> Self {
+        self.issuers.push(issuer);
+        self
+    }
+
     /// Whether anybody at all can get in through TCP.
     #[must_use]
     pub fn admits_anyone_over_tcp(&self) -> bool {
-        self.anonymous.is_some() || !self.tokens.is_empty()
+        self.anonymous.is_some() || !self.tokens.is_empty() || !self.issuers.is_empty()
+    }
+
+    /// As whom a bearer token would be taken, and with which scopes. Nothing is counted.
+    ///
+    /// # Errors
+    /// [`CredentialFault`], as a door would refuse it.
+    pub fn inspect_token(&self, token: &[u8]) -> Result<Grant, CredentialFault> {
+        let digest = TokenDigest::of(token);
+        let known = self.tokens.iter().find(|(known, _)| *known == digest);
+        match known {
+            Some((_, grant)) => Ok(grant.clone()),
+            None if oidc::is_jwt(token) => oidc::verify(token, &self.issuers, &self.time),
+            None => Err(CredentialFault::TokenUnknown),
+        }
     }
 }
 
@@ -204,11 +237,71 @@ impl Identity {
     }
 }
 
+impl Identity {
+    fn new(grant: &Grant, in_flight: Arc<Counter>) -> Self {
+        let caller = |door| Caller {
+            principal_type: grant.principal_type.clone(),
+            principal_id: grant.principal_id.clone(),
+            may_act_as: grant.scopes.act_as,
+            door,
+        };
+        Self {
+            scopes: grant.scopes,
+            in_flight,
+            tcp: caller(DOOR_TCP),
+            unix: caller(DOOR_UNIX),
+        }
+    }
+}
+
+/// A principal, by type and id.
+type Who = (String, String);
+
+/// One counter of decisions in flight a principal, however many credentials it has.
+#[derive(Debug, Default)]
+struct Counters {
+    /// Of those whom the config names.
+    named: BTreeMap<Who, Arc<Counter>>,
+    /// Of those who were named by an issuer. They are forgotten when nothing of theirs is left.
+    live: Mutex<BTreeMap<Who, Weak<Counter>>>,
+}
+
+impl Counters {
+    fn of_named(&mut self, grant: &Grant) -> Arc<Counter> {
+        let who = (grant.principal_type.clone(), grant.principal_id.clone());
+        Arc::clone(self.named.entry(who).or_default())
+    }
+
+    // INV-07: as many as are active, up to the limit.
+    fn of_any(&self, grant: &Grant) -> Result<Arc<Counter>, CredentialFault> {
+        let who = (grant.principal_type.clone(), grant.principal_id.clone());
+        if let Some(counter) = self.named.get(&who) {
+            return Ok(Arc::clone(counter));
+        }
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(counter) = live.get(&who).and_then(Weak::upgrade) {
+            return Ok(counter);
+        }
+        if live.len() >= DYNAMIC_CALLERS_MAX {
+            live.retain(|_, counter| counter.strong_count() > 0);
+            if live.len() >= DYNAMIC_CALLERS_MAX {
+                return Err(CredentialFault::CallersFull);
+            }
+        }
+        let counter = Arc::new(Counter::default());
+        live.insert(who, Arc::downgrade(&counter));
+        Ok(counter)
+    }
+}
+
 /// The configuration, ready to be asked.
 pub(crate) struct Authenticator {
     tokens: Vec<(TokenDigest, Arc<Identity>)>,
     unix_peers: BTreeMap<u32, Arc<Identity>>,
     anonymous: Option<Arc<Identity>>,
+    issuers: Vec<OidcIssuer>,
+    time: CallerTime,
+    counters: Counters,
 }
 
 impl fmt::Debug for Authenticator {
@@ -217,30 +310,15 @@ impl fmt::Debug for Authenticator {
             .field("tokens", &self.tokens.len())
             .field("unix_peers", &self.unix_peers.len())
             .field("anonymous", &self.anonymous.is_some())
-            .finish()
+            .field("issuers", &self.issuers.len())
+            .finish_non_exhaustive()
     }
 }
 
 impl Authenticator {
     pub(crate) fn new(config: AuthConfig, own_uid: u32) -> Self {
-        // One counter a principal, however many credentials it has.
-        let mut counters: BTreeMap<(String, String), Arc<Counter>> = BTreeMap::new();
-        let mut identity = |grant: &Grant| {
-            let principal = (grant.principal_type.clone(), grant.principal_id.clone());
-            let in_flight = Arc::clone(counters.entry(principal).or_default());
-            let caller = |door| Caller {
-                principal_type: grant.principal_type.clone(),
-                principal_id: grant.principal_id.clone(),
-                may_act_as: grant.scopes.act_as,
-                door,
-            };
-            Arc::new(Identity {
-                scopes: grant.scopes,
-                in_flight,
-                tcp: caller(DOOR_TCP),
-                unix: caller(DOOR_UNIX),
-            })
-        };
+        let mut counters = Counters::default();
+        let mut identity = |grant: &Grant| Arc::new(Identity::new(grant, counters.of_named(grant)));
 
         let mut unix_peers: BTreeMap<u32, Arc<Identity>> = config
             .unix_peers
@@ -256,14 +334,19 @@ impl Authenticator {
                 })
             });
         }
+        let tokens = config
+            .tokens
+            .iter()
+            .map(|(digest, grant)| (*digest, identity(grant)))
+            .collect();
+        let anonymous = config.anonymous.as_ref().map(&mut identity);
         Self {
-            tokens: config
-                .tokens
-                .iter()
-                .map(|(digest, grant)| (*digest, identity(grant)))
-                .collect(),
+            tokens,
             unix_peers,
-            anonymous: config.anonymous.as_ref().map(&mut identity),
+            anonymous,
+            issuers: config.issuers,
+            time: config.time,
+            counters,
         }
     }
 
@@ -272,20 +355,20 @@ impl Authenticator {
         &self,
         source: Source,
         headers: &HeaderMap,
-    ) -> Result<Arc<Identity>, RefusalKind> {
+    ) -> Result<Arc<Identity>, CredentialFault> {
         let mut presented = headers.get_all(AUTHORIZATION).iter();
         let Some(first) = presented.next() else {
             let known = match source {
                 Source::Tcp(_) => self.anonymous.as_ref(),
                 Source::Unix(uid) => self.unix_peers.get(&uid),
             };
-            return known.map(Arc::clone).ok_or(RefusalKind::NoCredentials);
+            return known.map(Arc::clone).ok_or(CredentialFault::None);
         };
         // Two headers are two claims: which one is meant is not ours to guess.
         if presented.next().is_some() {
-            return Err(RefusalKind::BadCredentials);
+            return Err(CredentialFault::Malformed);
         }
-        let token = bearer(first.as_bytes()).ok_or(RefusalKind::BadCredentials)?;
+        let token = bearer(first.as_bytes()).ok_or(CredentialFault::Malformed)?;
         let digest = TokenDigest::of(token);
         // Every entry is compared, each in constant time: the time says how many tokens there
         // are, not which one was nearly right.
@@ -295,7 +378,19 @@ impl Authenticator {
                 found = Some(identity);
             }
         }
-        found.map(Arc::clone).ok_or(RefusalKind::BadCredentials)
+        match found {
+            Some(identity) => Ok(Arc::clone(identity)),
+            None if !self.issuers.is_empty() && oidc::is_jwt(token) => {
+                self.identity_of(&oidc::verify(token, &self.issuers, &self.time)?)
+            }
+            None => Err(CredentialFault::TokenUnknown),
+        }
+    }
+
+    /// The identity of a principal that somebody else's word has named.
+    fn identity_of(&self, grant: &Grant) -> Result<Arc<Identity>, CredentialFault> {
+        let in_flight = self.counters.of_any(grant)?;
+        Ok(Arc::new(Identity::new(grant, in_flight)))
     }
 }
 
@@ -308,7 +403,13 @@ pub(crate) fn is_operator(source: Source, own_uid: u32) -> bool {
 fn bearer(header: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = header.split_at_checked(7)?;
     let well_formed = scheme.eq_ignore_ascii_case(b"bearer ")
-        && (1..=TOKEN_BYTES_MAX).contains(&token.len())
+        && token.len()
+            <= if oidc::is_jwt(token) {
+                JWT_BYTES_MAX
+            } else {
+                TOKEN_BYTES_MAX
+            }
+        && !token.is_empty()
         && token.iter().all(u8::is_ascii_graphic);
     well_formed.then_some(token)
 }
@@ -316,6 +417,7 @@ fn bearer(header: &[u8]) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::refusals::RefusalKind;
     use hyper::header::HeaderValue;
     use std::net::{IpAddr, Ipv4Addr};
 
@@ -347,7 +449,8 @@ mod tests {
         source: Source,
         values: &[&str],
     ) -> Result<(String, String, &'static str), RefusalKind> {
-        auth.authenticate(source, &with(values)).map(|identity| {
+        let known = auth.authenticate(source, &with(values));
+        known.map_err(CredentialFault::kind).map(|identity| {
             let caller = identity.caller(source);
             (
                 caller.principal_type.clone(),

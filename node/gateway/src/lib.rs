@@ -2,7 +2,7 @@
 //!
 //! The gateway authenticates, limits and forwards. It does not parse a request's body (the
 //! interceptor does, once, INV-15), it cannot make a permit, and it reads no configuration but the
-//! token file it is pointed at. Its doors are for callers on the same machine: a TCP address that
+//! files of tokens and keys it is pointed at. Its doors are for callers on the same machine: a TCP address that
 //! other machines could reach is refused.
 //!
 //! What a request passes, in this order, each step before the next costs anything: the place it
@@ -18,10 +18,13 @@ pub mod auth;
 mod authzen;
 pub mod client;
 mod connection;
+mod credentials;
 pub mod doors;
+mod files;
 mod guard;
 pub mod limits;
 mod listen;
+mod oidc;
 mod openapi;
 pub mod refusals;
 mod routes;
@@ -29,12 +32,16 @@ mod server;
 mod slots;
 mod stats;
 pub mod tokens;
+mod verifying;
 pub mod wire;
 
 pub use auth::{AuthConfig, Grant, Scopes};
 pub use client::{Client, ClientError};
+pub use credentials::{CallerTime, CredentialFault, Moment, NoPattern, Pattern};
 pub use doors::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
+pub use files::FileError;
 pub use listen::{ListenError, UnixDoor};
+pub use oidc::{Jwks, JwksError, OidcIssuer, OidcRule};
 pub use openapi::document as openapi_document;
 pub use refusals::{RefusalWindow, Source};
 pub use server::{

@@ -100,6 +100,10 @@ pub const REFUSAL_SOURCES_MAX: usize = 96;
 /// Upper bound of one source's JSON in a window: an IPv6 address and eight 20-digit counters.
 pub(crate) const REFUSAL_SOURCE_JSON_BYTES_MAX: usize = 440;
 
+/// Upper bound of the JSON of all codes of refused credentials in a window: some seventy of them with
+/// a 20-digit number each.
+pub(crate) const REFUSAL_CODES_JSON_BYTES_MAX: usize = 4096;
+
 /// Tokens in one token file. Every one is compared in constant time on every request that brings
 /// a token: about 10 microseconds at the limit.
 pub const TOKENS_MAX: usize = 1024;
@@ -109,6 +113,37 @@ pub const TOKEN_FILE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Longest bearer token that is looked at.
 pub const TOKEN_BYTES_MAX: usize = 512;
+
+/// Longest workload token (JWT) that is looked at. One a request, decoded once: 24 KiB.
+pub const JWT_BYTES_MAX: usize = 8 * 1024;
+
+/// How deep the claims of a workload token may nest.
+pub const CLAIM_DEPTH_MAX: usize = 8;
+
+/// Texts of one claim that are looked at, audiences say.
+pub const CLAIM_VALUES_MAX: usize = 32;
+
+/// Issuers of workload tokens.
+pub const ISSUERS_MAX: usize = 16;
+
+/// Rules of one issuer, or of one trust domain.
+pub const RULES_MAX: usize = 256;
+
+/// Longest pattern of a name: a SPIFFE id has at most 2048 bytes.
+pub const PATTERN_BYTES_MAX: usize = 2048;
+
+/// Longest file of an issuer's keys: what the strict JSON reader takes.
+pub const JWKS_BYTES_MAX: usize = BODY_BYTES_MAX;
+
+/// Keys of one issuer: about 1 KiB each.
+pub const JWKS_KEYS_MAX: usize = 32;
+
+/// Longest name of a key.
+pub const KEY_ID_BYTES_MAX: usize = 128;
+
+/// Callers by workload token or certificate that are told apart at once: 300 bytes each. Those who
+/// have nothing in progress make room.
+pub const DYNAMIC_CALLERS_MAX: usize = 4096;
 
 /// Unix user ids mapped to principals.
 pub const UNIX_PEERS_MAX: usize = 1024;
@@ -150,6 +185,11 @@ const _: () = assert!(
 );
 const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);
+const _: () = assert!(JWT_BYTES_MAX < HEAD_BYTES_MAX);
+const _: () = assert!(CLAIM_DEPTH_MAX < tidelock_interceptor::limits::MAX_DEPTH);
 const _: () = assert!(HEAD_BYTES_MAX >= 8192, "hyper's smallest read buffer");
-const _: () = assert!(REFUSAL_SOURCES_MAX * REFUSAL_SOURCE_JSON_BYTES_MAX < 48 * 1024 - 1024);
+const _: () = assert!(
+    REFUSAL_SOURCES_MAX * REFUSAL_SOURCE_JSON_BYTES_MAX + REFUSAL_CODES_JSON_BYTES_MAX
+        < 48 * 1024 - 1024
+);
 const _: () = assert!(BODY_BYTES_MAX <= H2_STREAM_WINDOW_BYTES as usize);

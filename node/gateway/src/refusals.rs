@@ -134,6 +134,8 @@ pub struct RefusalWindow {
     pub sources: Vec<SourceRefusals>,
     /// What further sources were refused, together.
     pub others: RefusalCounts,
+    /// How often credentials were refused with each code; those that did not occur are left out.
+    pub codes: BTreeMap<&'static str, u64>,
 }
 
 /// The counters of the window that is open now.
@@ -146,9 +148,17 @@ pub(crate) struct RefusalLedger {
 struct Open {
     sources: BTreeMap<Source, RefusalCounts>,
     others: RefusalCounts,
+    codes: BTreeMap<&'static str, u64>,
 }
 
 impl RefusalLedger {
+    /// Counts why credentials were refused. Codes are texts of this program, so they are few.
+    pub(crate) fn count_code(&self, code: &'static str) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = open.codes.entry(code).or_default();
+        *count = count.saturating_add(1);
+    }
+
     // INV-07: the map stops growing at its limit; the numbers stay exact.
     pub(crate) fn count(&self, source: Source, kind: RefusalKind) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -180,6 +190,7 @@ impl RefusalLedger {
             total,
             sources,
             others: closed.others,
+            codes: closed.codes,
         })
     }
 }

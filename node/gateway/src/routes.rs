@@ -24,6 +24,7 @@ use tokio::time::timeout;
 use crate::auth::{Identity, Scopes, is_operator};
 use crate::authzen;
 use crate::connection::{Connection, Registry};
+use crate::credentials::CredentialFault;
 use crate::doors::GiveUp;
 use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_TIMEOUT, BODY_BYTES_MAX};
 use crate::openapi;
@@ -600,16 +601,7 @@ impl Visit<'_> {
             .auth
             .load()
             .authenticate(self.source, headers)
-            .map_err(|kind| {
-                self.refuse(kind);
-                let mut refused = problem(
-                    StatusCode::UNAUTHORIZED,
-                    "unauthenticated",
-                    "a known bearer token is needed, or the Unix socket as a known user",
-                );
-                set(&mut refused, WWW_AUTHENTICATE, BEARER);
-                Box::new(refused)
-            })?;
+            .map_err(|fault| Box::new(self.unauthenticated(fault)))?;
         if !self.registry.make_known(self.connection) {
             return Err(Box::new(closing(self.busy())));
         }
@@ -622,6 +614,34 @@ impl Visit<'_> {
             Ok(()) => Ok(identity),
             Err(wait) => Err(Box::new(self.too_often(wait))),
         }
+    }
+
+    /// Nothing of what was presented is repeated: the code says enough.
+    pub(crate) fn unauthenticated(&self, fault: CredentialFault) -> Reply {
+        self.refuse(fault.kind());
+        if fault == CredentialFault::None {
+            let mut refused = problem(
+                StatusCode::UNAUTHORIZED,
+                "unauthenticated",
+                &fault.to_string(),
+            );
+            set(&mut refused, WWW_AUTHENTICATE, BEARER);
+            return refused;
+        }
+        self.app.refusals.count_code(fault.code());
+        self.app.counters.credentials_refused(fault.code());
+        let message = format!("{}: {fault}", fault.code());
+        if matches!(fault.kind(), RefusalKind::Busy | RefusalKind::RateLimited) {
+            return rate_limited(&message, BUSY_RETRY);
+        }
+        let mut refused = problem(StatusCode::UNAUTHORIZED, "unauthenticated", &message);
+        let challenge = format!(
+            "Bearer realm=\"tidelock\", error=\"invalid_token\", error_description=\"{}\"",
+            fault.code()
+        );
+        let challenge = HeaderValue::from_str(&challenge).unwrap_or(BEARER);
+        set(&mut refused, WWW_AUTHENTICATE, challenge);
+        refused
     }
 
     fn refuse(&self, kind: RefusalKind) {

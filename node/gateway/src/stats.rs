@@ -1,7 +1,9 @@
 //! What the doors count, and how it is shown to Prometheus.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::connection::CloseCause;
 use crate::refusals::RefusalKind;
@@ -28,6 +30,8 @@ pub(crate) struct Stats {
     pub(crate) unanswered: Count,
     closed: [Count; 5],
     refused: [Count; 8],
+    // By code. Codes are texts of this program, so they are few (INV-07).
+    credentials: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 impl Stats {
@@ -40,6 +44,23 @@ impl Stats {
             CloseCause::SlowReader => write,
             CloseCause::Evicted => evicted,
         }
+    }
+
+    pub(crate) fn credentials_refused(&self, code: &'static str) {
+        let mut counts = self
+            .credentials
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(code).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    fn credentials(&self) -> Vec<(&'static str, u64)> {
+        let counts = self
+            .credentials
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        counts.iter().map(|(code, count)| (*code, *count)).collect()
     }
 
     pub(crate) fn refused(&self, kind: RefusalKind) -> &Count {
@@ -76,6 +97,8 @@ pub struct GatewayStats {
     pub closed: Vec<(&'static str, u64)>,
     /// Requests refused before they were judged, by kind.
     pub refused: Vec<(&'static str, u64)>,
+    /// Credentials refused, by code; those that did not occur are left out.
+    pub credentials: Vec<(&'static str, u64)>,
 }
 
 impl GatewayStats {
@@ -110,6 +133,7 @@ impl GatewayStats {
             refused: refused
                 .map(|(name, kind)| (name, stats.refused(kind).get()))
                 .to_vec(),
+            credentials: stats.credentials(),
         }
     }
 
@@ -176,6 +200,12 @@ impl GatewayStats {
             "counter",
             "Requests refused before they were judged.",
             &by("kind", &self.refused),
+        );
+        family(
+            "tidelock_gateway_credentials_refused_total",
+            "counter",
+            "Credentials that were not taken.",
+            &by("code", &self.credentials),
         );
     }
 }

@@ -16,10 +16,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::fs::File;
-use std::io::Read as _;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -29,6 +26,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use toml_edit::{Document, Item, TableLike};
 
 use crate::auth::{Grant, Scopes};
+use crate::files::{self, Access, FileError};
 use crate::limits::{TOKEN_FILE_BYTES_MAX, TOKENS_MAX};
 
 /// The SHA-256 of a token, written `sha256:` and 64 lower-case hex digits.
@@ -128,48 +126,9 @@ fn list(mistakes: &[TokenMistake]) -> String {
 /// Why a token file was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenFileError {
-    /// Not there, or not readable.
-    #[error("token file {} cannot be read: {reason}", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        reason: String,
-    },
-    /// A directory, device or pipe.
-    #[error("token file {} is not a regular file", path.display())]
-    NotAFile {
-        /// What was found.
-        path: PathBuf,
-    },
-    /// Others than the owner have access.
-    #[error(
-        "token file {} has mode {mode:04o}, open to others than its owner: run `chmod 600` on it",
-        path.display()
-    )]
-    LooseMode {
-        /// The file.
-        path: PathBuf,
-        /// Its permission bits.
-        mode: u32,
-    },
-    /// The owner is neither root nor the node's user.
-    #[error(
-        "token file {} belongs to user id {owner}, not to root or to the node's own user",
-        path.display()
-    )]
-    ForeignOwner {
-        /// The file.
-        path: PathBuf,
-        /// Its owner.
-        owner: u32,
-    },
-    /// More than a token file can be.
-    #[error("token file {} is longer than {TOKEN_FILE_BYTES_MAX} bytes", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-    },
+    /// The file itself.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Not what a token file holds. All mistakes at once.
     #[error("token file {} is wrong: {}", path.display(), list(mistakes))]
     Wrong {
@@ -193,41 +152,7 @@ impl TokenSet {
     ///
     /// [`TokenFileError`], which names the file and the way out.
     pub fn load(path: &Path) -> Result<Self, TokenFileError> {
-        let unreadable = |error: std::io::Error| TokenFileError::Unreadable {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        };
-        // What is judged is the open file, not a name that may have come to mean another one.
-        let file = File::open(path).map_err(unreadable)?;
-        let found = file.metadata().map_err(unreadable)?;
-        if !found.is_file() {
-            return Err(TokenFileError::NotAFile {
-                path: path.to_owned(),
-            });
-        }
-        let mode = found.mode() & 0o7777;
-        if mode & 0o077 != 0 {
-            return Err(TokenFileError::LooseMode {
-                path: path.to_owned(),
-                mode,
-            });
-        }
-        if found.uid() != 0 && found.uid() != rustix::process::geteuid().as_raw() {
-            return Err(TokenFileError::ForeignOwner {
-                path: path.to_owned(),
-                owner: found.uid(),
-            });
-        }
-        let mut text = String::new();
-        let limit = u64::try_from(TOKEN_FILE_BYTES_MAX).unwrap_or(u64::MAX);
-        file.take(limit.saturating_add(1))
-            .read_to_string(&mut text)
-            .map_err(unreadable)?;
-        if text.len() > TOKEN_FILE_BYTES_MAX {
-            return Err(TokenFileError::TooLong {
-                path: path.to_owned(),
-            });
-        }
+        let text = files::read(path, "token file", Access::OwnerOnly, TOKEN_FILE_BYTES_MAX)?;
         Self::parse(&text).map_err(|mistakes| TokenFileError::Wrong {
             path: path.to_owned(),
             mistakes,
@@ -511,10 +436,12 @@ mod tests {
             fs::set_permissions(&path, Permissions::from_mode(loose)).unwrap();
             assert_eq!(
                 TokenSet::load(&path),
-                Err(TokenFileError::LooseMode {
+                Err(TokenFileError::File(FileError::LooseMode {
+                    what: "token file",
                     path: path.clone(),
-                    mode: loose
-                })
+                    mode: loose,
+                    way_out: "chmod 600",
+                }))
             );
         }
         // Positive control: the same file, closed.
@@ -524,11 +451,13 @@ mod tests {
         }
         assert!(matches!(
             TokenSet::load(dir.path()),
-            Err(TokenFileError::NotAFile { .. } | TokenFileError::LooseMode { .. })
+            Err(TokenFileError::File(
+                FileError::NotAFile { .. } | FileError::LooseMode { .. }
+            ))
         ));
         assert!(matches!(
             TokenSet::load(&dir.path().join("absent")),
-            Err(TokenFileError::Unreadable { .. })
+            Err(TokenFileError::File(FileError::Unreadable { .. }))
         ));
     }
 }

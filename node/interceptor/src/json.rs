@@ -22,7 +22,10 @@ use crate::{
 };
 
 /// Reads one JSON value, strictly.
-pub(crate) fn parse(bytes: &[u8]) -> Result<Value, InvalidRequest> {
+///
+/// # Errors
+/// Longer or deeper than `limits.rs` allows, or a text that two readers could understand differently.
+pub fn parse(bytes: &[u8]) -> Result<Value, InvalidRequest> {
     if bytes.len() > MAX_BODY_BYTES {
         return Err(InvalidRequest::new(
             InvalidCode::TooLarge,

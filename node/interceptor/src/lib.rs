@@ -47,6 +47,7 @@ pub use clock::{Clock, ThreadCpu};
 pub use interceptor::{
     Ask, Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
 };
+pub use json::parse as strict_json;
 pub use normalise::ResourceError;
 pub use permit::Permit;
 pub use quotas::{Bucket, BucketStats, QuotaRates};

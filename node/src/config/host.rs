@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use tidelock_gateway::TokenSet;
+use tidelock_gateway::{Jwks, TokenSet};
 
 use super::{Config, Mistake};
 
@@ -50,6 +50,11 @@ impl Config {
             && let Err(error) = TokenSet::load(path)
         {
             add("gateway.tokens", error.to_string());
+        }
+        for issuer in &self.gateway.oidc {
+            if let Err(error) = Jwks::load(&issuer.jwks) {
+                add("gateway.oidc.jwks", error.to_string());
+            }
         }
         found
     }

@@ -4,6 +4,7 @@
 //! can keep a node from starting has been opened, so that there is no partial start.
 
 mod admit;
+mod callers;
 mod disk;
 mod doors;
 mod hooks;
@@ -32,6 +33,7 @@ use tracing_subscriber::EnvFilter;
 use self::{doors::Doors, node::Node};
 use crate::{
     cli::{Exit, Failure},
+    clock::NodeClock,
     config::{Config, GatewaySection, LogSection},
 };
 
@@ -92,7 +94,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let doors = Arc::new(Doors(node.clone()));
     let refused_node = node.clone();
     let gateway = Gateway::bind(
-        gateway_config(&gateway_section, requests)?,
+        gateway_config(&gateway_section, requests, &node.clock)?,
         GatewayParts {
             decider: doors.clone(),
             operator: Some(doors),
@@ -237,8 +239,8 @@ async fn slow_work(
 }
 
 /// Who may call; the token file is read at start and on reload.
-fn auth_config(section: &GatewaySection) -> Result<AuthConfig, Failure> {
-    let mut auth = AuthConfig::default();
+fn auth_config(section: &GatewaySection, clock: &Arc<NodeClock>) -> Result<AuthConfig, Failure> {
+    let mut auth = AuthConfig::default().time(callers::time(clock));
     if let Some(path) = &section.tokens {
         auth = auth.tokens(TokenSet::load(path)?);
     }
@@ -257,10 +259,14 @@ fn auth_config(section: &GatewaySection) -> Result<AuthConfig, Failure> {
     if section.allow_anonymous_loopback {
         auth = auth.allow_anonymous_loopback(Grant::new("Service", "anonymous", Scopes::ALL)?);
     }
-    Ok(auth)
+    callers::with_issuers(auth, section)
 }
 
-fn gateway_config(section: &GatewaySection, requests: Rate) -> Result<GatewayConfig, Failure> {
+fn gateway_config(
+    section: &GatewaySection,
+    requests: Rate,
+    clock: &Arc<NodeClock>,
+) -> Result<GatewayConfig, Failure> {
     Ok(GatewayConfig {
         public_url: section.public_url.clone(),
         tcp: section.tcp,
@@ -270,6 +276,6 @@ fn gateway_config(section: &GatewaySection, requests: Rate) -> Result<GatewayCon
             requests,
             ..GatewayLimits::default()
         },
-        auth: auth_config(section)?,
+        auth: auth_config(section, clock)?,
     })
 }

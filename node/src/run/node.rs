@@ -724,7 +724,7 @@ impl Node {
         }
         let looks = PaperLooks::of(&new);
         let credentials = load_credentials(&new)?;
-        let auth = super::auth_config(&new.gateway)?;
+        let auth = super::auth_config(&new.gateway, &self.clock)?;
         // No bundle is judged by the old trust file meanwhile, and no key is replaced.
         let turn = self
             .activating
