@@ -275,6 +275,8 @@ pub struct QuotaSection {
     pub actions_per_second: u32,
     /// Actions at once for each principal.
     pub actions_burst: u32,
+    /// Of each caller, for whatever principals; 0 is no bound.
+    pub caller: (u32, u32),
     /// Of each principal and action type; 0 is no bound.
     pub principal_action: (u32, u32),
     /// Of each principal and resource; 0 is no bound.
@@ -686,6 +688,7 @@ impl Config {
             1,
             0,
         );
+        let caller = pair("caller_per_second", "caller_burst", 2, 0);
         let action = pair("action_per_second", "action_burst", 2, 0);
         let total = pair("total_per_second", "total_burst", 4, 0);
         let requests = pair("requests_per_second", "requests_burst", 2, 1);
@@ -789,6 +792,7 @@ impl Config {
                 quota: QuotaSection {
                     actions_per_second,
                     actions_burst,
+                    caller,
                     principal_action,
                     principal_resource,
                     action,

@@ -715,11 +715,22 @@ fn a_worker_that_is_killed_or_stopped_is_a_refusal_and_the_operator_may_try_agai
     decides(&site);
 }
 
+/// A copy of the program, made by another process: a test beside this one that starts a process just while
+/// the copy is written would keep it open for writing, and it could not be run.
+fn copied(site: &Site, name: &str) -> PathBuf {
+    let copy = site.path(name);
+    let made = std::process::Command::new("cp")
+        .arg(env!("CARGO_BIN_EXE_tidelock"))
+        .arg(&copy)
+        .status();
+    assert!(made.unwrap().success());
+    copy
+}
+
 #[test]
 fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
     let site = Site::new();
-    let program: PathBuf = site.path("program");
-    fs::copy(env!("CARGO_BIN_EXE_tidelock"), &program).unwrap();
+    let program = copied(&site, "program");
     let node = site.start_as(&program, &[]);
     site.ok(&["bundle", "install", "site-1.tar", "--apply"]);
     chmod(&program, 0o644);
@@ -742,8 +753,7 @@ fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
     assert!(node.stop().success());
 
     // Another program under the same version examines for itself.
-    fs::copy(env!("CARGO_BIN_EXE_tidelock"), site.path("other")).unwrap();
-    let _node = site.start_as(&site.path("other"), &[]);
+    let _node = site.start_as(&copied(&site, "other"), &[]);
     decides(&site);
     let worker = site.status()["policy_worker"].clone();
     assert!(worker["counts"]["passed"].as_u64().unwrap() > 0, "{worker}");
@@ -753,4 +763,113 @@ fn without_a_worker_nothing_new_is_loaded_and_what_decides_goes_on() {
     }
     site.tidelock(&["doctor"])
         .says(&["bundles are compiled in a child with a filter of system calls"]);
+}
+
+/// A reload asked a worker about the bundle that decided, unless it was among the last eight that had passed.
+/// Whoever had made eight other bundles be planned meanwhile, on a machine that could start no worker just then,
+/// took the policy out of use with any reload.
+#[test]
+fn a_bundle_that_decides_outlives_a_reload_beside_a_worker_that_cannot_be_started() {
+    let site = Site::new();
+    let program = copied(&site, "program");
+    let node = site.start_as(&program, &[]);
+    site.ok(&["bundle", "install", "site-1.tar", "--apply"]);
+    for epoch in 2..10 {
+        offer(&site, &archive(&good(&site, epoch)));
+        site.ok(&["bundle", "install", "hostile.tar"]);
+    }
+    chmod(&program, 0o644);
+    node.reload("reloaded");
+    decides(&site);
+    assert_eq!(site.status()["bundle"]["epoch"], 1);
+    // What trust says holds without a worker: those who signed it are not believed any more.
+    site.signing_key("other.key");
+    site.write("trust.toml", &site.trust("other.key"));
+    node.reload("reloaded");
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    assert!(node.stop().success());
+}
+
+/// A node that is started while no worker can be has vetted nothing in its life: it denies, and decides as
+/// soon as there is a worker, without a hand.
+#[test]
+fn a_node_that_starts_without_a_worker_denies_and_decides_when_there_is_one() {
+    let site = Site::new();
+    let program = copied(&site, "program");
+    let node = site.start_as(&program, &[]);
+    site.ok(&["bundle", "install", "site-1.tar", "--apply"]);
+    assert!(node.stop().success());
+    // What has passed under this program would be taken at its word.
+    fs::remove_file(site.path("root/policy/passed")).unwrap();
+
+    // The node reads the trust file before the slots: held up there, its program can be taken from it.
+    let trust = site.read("trust.toml");
+    let pipe = site.path("trust.toml");
+    fs::remove_file(&pipe).unwrap();
+    assert!(
+        std::process::Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let node = std::thread::scope(|scope| {
+        let gate = scope.spawn(|| {
+            let mut writer = fs::OpenOptions::new().write(true).open(&pipe).unwrap();
+            chmod(&program, 0o644);
+            std::io::Write::write_all(&mut writer, trust.as_bytes()).unwrap();
+            drop(writer);
+            site.write("trust.kept", &trust);
+            fs::rename(site.path("trust.kept"), &pipe).unwrap();
+        });
+        let node = site.start_as(&program, &[]);
+        gate.join().unwrap();
+        node
+    });
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(site.may_read("/srv/a.txt"), denied);
+    let faults = site.events("policy_slot_fault");
+    let told = |fault: &&Value| fault["code"] == "BUNDLE_WORKER_UNAVAILABLE";
+    assert_eq!(faults.iter().filter(told).count(), 1, "{faults:?}");
+
+    chmod(&program, 0o755);
+    until("the bundle to decide again", || {
+        (site.status()["bundle"]["epoch"] == 1).then_some(())
+    });
+    decides(&site);
+    let read = site.events("policy_slots_read");
+    assert_eq!(read.len(), 1, "{read:?}");
+    assert_eq!(read[0]["epoch"], 1);
+    assert!(node.stop().success());
+}
+
+/// A bundle of an epoch that is over cost a worker and a compilation before it was refused: whoever had old
+/// ones, each signed in its time, could keep the one worker of a node busy for ever.
+#[test]
+fn inv_16_a_bundle_below_the_floor_is_refused_before_a_worker_is_spent_on_it() {
+    let site = Site::new();
+    let _node = site.start_deciding();
+    offer(&site, &archive(&good(&site, 3)));
+    install(&site).ended(0);
+    let spent = || site.status()["policy_worker"]["counts"].clone();
+    let before = spent();
+    // Neither of them could be compiled; that is not found out.
+    for (epoch, code) in [(2, "BUNDLE_EPOCH"), (3, "BUNDLE_CONFLICT")] {
+        let mut files = good(&site, epoch);
+        policy_nested(&mut files, 100);
+        offer(&site, &archive(&files));
+        for apply in [&["--apply"][..], &[]] {
+            let words = [&["bundle", "install", "hostile.tar"][..], apply].concat();
+            site.tidelock(&words).ended(1).says(&[code]);
+        }
+    }
+    assert_eq!(spent(), before);
+    // The control: above the floor a worker is asked.
+    let mut files = good(&site, 4);
+    policy_nested(&mut files, 100);
+    offer(&site, &archive(&files));
+    install(&site).ended(1).says(&["BUNDLE_COMPILE"]);
+    assert_ne!(spent(), before);
+    decides(&site);
 }

@@ -15,7 +15,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use common::{Site, not_run, openssl, until};
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use common::{Site, not_run, openssl, over_unix, request, until};
 use serde_json::{Value, json};
 
 /// A site whose trust file gives the policy key the role of replacing it, and two more keys.
@@ -514,4 +515,117 @@ fn documents_and_statements_travel_on_media_to_a_node_that_was_dark() {
     assert_eq!(site.status()["trust"]["version"], 3);
     assert_eq!(site.status()["bundle"]["confirmed_unix_ms"], confirmed);
     node.stop();
+}
+
+/// The policy segments of bundles that the running node holds.
+fn bundle_segments(site: &Site) -> Vec<String> {
+    let listed = site.json(&["segment", "ls", "--origin", "policy/site"]);
+    let segments = listed["segments"].as_array().unwrap();
+    let mut ids: Vec<String> = segments
+        .iter()
+        .map(|s| s["id"].as_str().unwrap().to_owned())
+        .collect();
+    ids.sort();
+    ids
+}
+
+/// After a key was replaced, a bundle that the new key had signed stayed where it was installed: nodes held a
+/// segment of this content already, with signatures that no longer counted, and took no other. While the
+/// signatures of a segment are enough, others make no segment of it, be they junk of a peer that fills disks.
+#[test]
+fn a_bundle_that_was_signed_again_takes_the_place_of_one_that_lost_its_signers_and_junk_does_not() {
+    let site = site();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    fs::create_dir(site.path("m")).unwrap();
+    fs::create_dir(site.path("m2")).unwrap();
+    let a = site.read("tidelock.toml");
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    // b has the bundle under the first key.
+    site.write("tidelock.toml", &b);
+    let node = site.start_deciding();
+    assert!(node.stop().success());
+
+    site.write("tidelock.toml", &a);
+    let node = site.start_deciding();
+    let first = bundle_segments(&site);
+    assert_eq!(first.len(), 1, "{first:?}");
+    // Junk beside the one signature that counts: activated again, and no segment of its own.
+    site.signing_key("nobody.key");
+    let sign = |key: &str, out: &str| {
+        site.ok(&["bundle", "sign", "site-1.tar", "--key", key, "--out", out]);
+    };
+    for junk in ["j1.sig", "j2.sig", "j3.sig"] {
+        sign("nobody.key", junk);
+        let archive = fs::read(site.path("site-1.tar")).unwrap();
+        let signatures = ["site-1.tar.sig", junk]
+            .map(|sig| fs::read(site.path(sig)).unwrap())
+            .map(|sig| tidelock_policy::decode_signature(&sig).unwrap());
+        give(&site, archive, signatures.to_vec());
+        assert_eq!(bundle_segments(&site), first, "{junk} made a segment");
+    }
+
+    init(&site, "next.toml", "next");
+    let next = ["--to", "next.toml", "--out", "trust-2.json"];
+    site.ok(&[&["trust", "rotate", "--from", "trust.toml"][..], &next].concat());
+    openssl_sign(&site, "policy.key", "trust-2.json", "old.sig");
+    openssl_sign(&site, "next.key", "trust-2.json", "new.sig");
+    let both = ["--sig", "old.sig", "--sig", "new.sig", "--apply"];
+    site.ok(&[&["trust", "install", "trust-2.json"][..], &both].concat());
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(may_read(&site, "/srv/a.txt"), denied);
+    sign("next.key", "again.sig");
+    let again = ["--sig", "again.sig", "--apply"];
+    site.ok(&[&["bundle", "install", "site-1.tar"][..], &again].concat());
+    decides(&site);
+    let second = bundle_segments(&site);
+    assert_eq!(second.len(), 1, "{second:?}");
+    assert_ne!(second, first);
+    // Once more, with what signed it before beside it: what is held is enough.
+    let archive = fs::read(site.path("site-1.tar")).unwrap();
+    let signatures = ["site-1.tar.sig", "again.sig", "j1.sig"]
+        .map(|sig| fs::read(site.path(sig)).unwrap())
+        .map(|sig| tidelock_policy::decode_signature(&sig).unwrap());
+    give(&site, archive, signatures.to_vec());
+    assert_eq!(bundle_segments(&site), second);
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+    assert!(node.stop().success());
+
+    // The other node follows: first it loses its signers, then it takes the package that has them.
+    site.write("tidelock.toml", &b);
+    let node = site.start();
+    decides(&site);
+    assert_eq!(bundle_segments(&site), first);
+    site.ok(&["segment", "import", "m", "--apply"]);
+    if may_read(&site, "/srv/a.txt") == denied {
+        // In the order of their numbers the bundle came before the document.
+        site.ok(&["segment", "import", "m", "--apply"]);
+    }
+    assert_eq!(site.status()["trust"]["version"], 2);
+    assert_eq!(bundle_segments(&site), second);
+    decides(&site);
+    assert!(node.stop().success());
+    let node = site.start();
+    decides(&site);
+    assert!(node.stop().success());
+}
+
+/// Installs a package as a peer could have made it: with these signatures, whatever they are worth.
+fn give(site: &Site, archive: Vec<u8>, signatures: Vec<Vec<u8>>) {
+    let package = tidelock_policy::Package {
+        archive,
+        signatures,
+    };
+    let body = json!({"package": BASE64_STANDARD.encode(package.encode().unwrap())}).to_string();
+    let ask = request(
+        "POST",
+        "/v1/admin/bundle.install?apply=true",
+        &[],
+        body.as_bytes(),
+    );
+    let (status, answer) = over_unix(&site.path("s"), &ask).unwrap();
+    assert_eq!(status, 200, "{answer}");
 }

@@ -8,7 +8,9 @@
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock::demo::{network::Loopback, site::NODES};
-use tidelock_policy::{Freshness, HintedSignature, Package, SignedDocument, TrustFile, sign};
+use tidelock_policy::{
+    Freshness, HintedSignature, Package, SignedDocument, TrustFile, sign, testing::template_builder,
+};
 use tidelock_tests::site::{LIMIT, await_epoch, directory, install, prepared};
 
 /// Signs a document and gives it to a node.
@@ -103,4 +105,75 @@ async fn statements_travel_as_policy_segments_and_a_late_node_walks_the_chain() 
         let status = site.node(id).unwrap().status().await.unwrap();
         assert_eq!(status.pointer("/trust/version"), Some(&json!(3)));
     }
+}
+
+/// A bundle that a node cannot compile in its time was compiled again for each peer that brought it, at each
+/// contact.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bundle_of_a_peer_that_was_refused_is_remembered_over_contacts() {
+    let dir = directory();
+    let network = Loopback::new(&NODES).await.unwrap();
+    let mut site = prepared(dir.path(), &network, &NODES);
+    let [first, second, _] = NODES;
+    for (id, deadline_ms) in [(first, 60_000), (second, 500)] {
+        let path = site.node(id).unwrap().config_path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let policy = "trust = \"../trust.toml\"\n";
+        assert!(text.contains(policy));
+        let more = format!("{policy}worker_deadline_ms = {deadline_ms}\n");
+        std::fs::write(&path, text.replace(policy, &more)).unwrap();
+        site.start(id).await.unwrap();
+    }
+    install(&site, first, 1).await;
+    await_epoch(&site, second, 1).await;
+
+    // Far more than can be compiled in half a second, and little for a minute.
+    let key = std::fs::read_to_string(dir.path().join("policy.key")).unwrap();
+    let many: String = (0..8_000)
+        .map(|n| format!("forbid (principal == Agent::\"a{n}\", action, resource is File) when {{ resource.path like \"/x{n}/*\" }};\n"))
+        .collect();
+    let status = site.node(first).unwrap().status().await.unwrap();
+    let domain = status.get("domain").and_then(Value::as_str).unwrap();
+    let archive = template_builder("long", domain, tidelock::clock::wall_unix_ms())
+        .unwrap()
+        .file("policies/many.cedar", many.into_bytes())
+        .epoch(2)
+        .build()
+        .unwrap();
+    let package = Package {
+        signatures: vec![sign(&archive, &key).unwrap()],
+        archive,
+    };
+    let body = json!({"package": BASE64_STANDARD.encode(package.encode().unwrap())});
+    let node = site.node(first).unwrap();
+    node.operate("bundle.install", &body).await.unwrap();
+    await_epoch(&site, first, 2).await;
+
+    let count = |status: &Value, what: &str| {
+        let path = format!("/policy_worker/counts/{what}");
+        status.pointer(&path).and_then(Value::as_u64).unwrap()
+    };
+    let refused = |s: &Value| count(s, "failed") > 0;
+    let node = site.node(second).unwrap();
+    let told = node.await_status("a refusal", LIMIT, refused).await;
+    let mut told = told.unwrap();
+    // A new contact, by a new process: soon enough it comes while the refusal is remembered, which lasts twice
+    // as long each time.
+    for _ in 0..6 {
+        if count(&told, "remembered") > 0 {
+            break;
+        }
+        let seen = |s: &Value| count(s, "failed") + count(s, "remembered");
+        let before = seen(&told);
+        site.kill(first).unwrap();
+        site.start(first).await.unwrap();
+        let node = site.node(second).unwrap();
+        let again = |s: &Value| seen(s) > before;
+        told = node.await_status("it again", LIMIT, again).await.unwrap();
+    }
+    assert!(count(&told, "remembered") > 0, "{told}");
+    assert_eq!(told.pointer("/bundle/epoch"), Some(&json!(1)));
+    // The control: another content is judged on its own.
+    install(&site, first, 3).await;
+    await_epoch(&site, second, 3).await;
 }

@@ -521,17 +521,11 @@ async fn search(
         Err(refused) => return *refused,
     };
     let Arrived { caller, slot, body } = arrived;
-    let search = match Search::read(wanted, &body, request_id) {
-        Ok(search) => search,
-        Err(error) if body.len() > BODY_BYTES_MAX => {
-            return closing(invalid(StatusCode::BAD_REQUEST, &error));
-        }
-        Err(error) => return invalid(StatusCode::BAD_REQUEST, &error),
-    };
+    let search = Search::read(wanted, &body, request_id);
     let (done, outcome) = oneshot::channel();
     blocking(|| {
         visit.app.decider.search(
-            &search,
+            search.as_ref().map_err(Clone::clone),
             &caller,
             Box::new(move |found| {
                 drop(slot);
@@ -560,7 +554,15 @@ async fn search(
             };
             json_reply(StatusCode::OK, &answer)
         }
+        Ok(Ok(Err(SearchRefused::Invalid(error)))) if body.len() > BODY_BYTES_MAX => {
+            closing(invalid(status_of(&error), &error))
+        }
         Ok(Ok(Err(SearchRefused::Invalid(error)))) => invalid(status_of(&error), &error),
+        Ok(Ok(Err(refused @ SearchRefused::PolicyChanged))) => problem(
+            StatusCode::SERVICE_UNAVAILABLE,
+            refused.code(),
+            &refused.to_string(),
+        ),
         Ok(Ok(Err(SearchRefused::RateLimited { retry_after_ms }))) => {
             let reason = Reason::RateLimitExceeded;
             let mut refused = problem(

@@ -7,7 +7,9 @@ use std::future::Future;
 use std::pin::Pin;
 
 use serde_json::Value;
-use tidelock_interceptor::{Ask, Caller, Done, Mode, ReportDone, Search, SearchDone};
+use tidelock_interceptor::{
+    Ask, Caller, Done, InvalidRequest, Mode, ReportDone, Search, SearchDone,
+};
 
 /// A future that the gateway can hold without knowing its type.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
@@ -25,8 +27,9 @@ pub trait Decider: Send + Sync + 'static {
     /// called when nobody waits any more.
     fn decide(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> GiveUp;
 
-    /// Judges one page of a search, and calls `done` exactly once. Nothing is permitted by it.
-    fn search(&self, search: &Search, caller: &Caller, done: SearchDone);
+    /// Judges one page of a search, or records that it could not be read, and calls `done` exactly once.
+    /// Nothing is permitted by it.
+    fn search(&self, search: Result<&Search, InvalidRequest>, caller: &Caller, done: SearchDone);
 
     /// Takes a caller's word on what became of an action that was allowed to it, and calls `done`
     /// exactly once.

@@ -207,6 +207,50 @@ async fn inv_07_idle_strangers_make_room_and_callers_stay() {
     );
 }
 
+/// A caller that hung up in the middle of a batch gave its slot back while the node went on with the batch:
+/// with many such callers more was under way than there are slots.
+#[tokio::test]
+async fn inv_07_a_batch_holds_its_slot_until_it_ends_though_its_caller_is_gone() {
+    let node = start(GatewayLimits {
+        slots: 1,
+        slots_per_principal: 1,
+        ..patient()
+    })
+    .await;
+    let entity = |kind: &str| json!({"type": kind, "id": "x"});
+    let batch = json!({
+        "subject": entity("Agent"), "resource": entity("File"),
+        "evaluations": [{"action": {"name": "stuck"}}, {"action": {"name": "stuck"}}],
+    })
+    .to_string();
+    let mut stream = node.connect().await;
+    let head = format!(
+        "POST /access/v1/evaluations HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {FULL}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\n\r\n{batch}",
+        batch.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    until(|| node.script.waiting() == 1).await;
+    drop(stream);
+    let handle = &node.handle;
+    until(|| handle.stats().connections_known == 0).await;
+    let client = node.client(Some(OTHER));
+    let ask = async || {
+        let body = "\"POLICY_ALLOW\"";
+        client.post_json("/v1/decide", body).await.unwrap().0
+    };
+    assert_eq!(ask().await, 429, "the batch is under way");
+    // The control: what it waited for ends, and it with it.
+    let mut left = 1_000;
+    while ask().await == 429 {
+        node.script.release();
+        left -= 1;
+        assert!(left > 0, "the slot never came back");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(ask().await, 200);
+}
+
 #[tokio::test]
 async fn known_connections_have_a_limit_too() {
     let node = start(GatewayLimits {

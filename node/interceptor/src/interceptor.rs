@@ -256,11 +256,16 @@ impl Interceptor {
         })
     }
 
-    /// Judges one page of a search. Each candidate is judged like an action, quotas included; no
+    /// Judges one page of a search, or records why it could not be read. Each candidate is judged like an action, quotas included; no
     /// permit comes of any, and nothing is answered before the search is recorded or counted.
     ///
     /// `done` is called exactly once, on this thread or on the recorder's.
-    pub fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
+    pub fn search(
+        &self,
+        search: Result<&Search, InvalidRequest>,
+        caller: &Caller,
+        done: SearchDone,
+    ) {
         Inner::search(&self.inner, search, caller, done);
     }
 
@@ -299,7 +304,7 @@ impl Interceptor {
 
     /// What each kind of quota has done since the start, and holds.
     #[must_use]
-    pub fn quota_stats(&self) -> [BucketStats; 5] {
+    pub fn quota_stats(&self) -> [BucketStats; 6] {
         self.inner.quotas.stats()
     }
 
@@ -604,7 +609,7 @@ impl Inner {
     ) {
         let report = match Report::read(bytes) {
             Ok(report) => report,
-            Err(error) => return done(Err(error.into())),
+            Err(error) => return Self::refuse_report(inner, caller, None, error.into(), done),
         };
         let earlier = inner.reports().earlier(report.index, inner.clock.now());
         let is_known = match earlier {
@@ -630,7 +635,9 @@ impl Inner {
         let claimed = inner.reports().claim(&report, caller, unix_ms);
         let decision = match claimed {
             Ok(decision) => decision,
-            Err(refused) => return done(Err(refused)),
+            Err(refused) => {
+                return Self::refuse_report(inner, caller, Some(report.index), refused, done);
+            }
         };
         let outcome = report.outcome;
         let record = record::reported(
@@ -664,8 +671,87 @@ impl Inner {
         );
     }
 
-    fn search(inner: &Arc<Self>, search: &Search, caller: &Caller, done: SearchDone) {
+    /// Records that something of a caller was refused, like any denial: by itself up to the caller's
+    /// budget, then counted. Whatever comes of the record, the refusal stands.
+    fn refuse(
+        inner: &Arc<Self>,
+        caller: &Caller,
+        refused: &record::Refused<'_>,
+        done: Box<dyn FnOnce() + Send>,
+    ) {
+        let summed = match refused.request {
+            record::SEARCH => "SEARCH_REFUSED",
+            _ => "REPORT_REFUSED",
+        };
+        let code = refused.code;
+        let at = (inner.node(), inner.clock.unix_ms());
+        let record = record::refused(at, caller, refused).ok();
+        let record = record.filter(|record| inner.may_record_denial(caller, record.len()));
+        let Some(record) = record else {
+            inner.summarise_as(caller, summed);
+            return done();
+        };
+        let shared = Arc::clone(inner);
+        inner.recorder.submit(
+            RecordClass::Denial,
+            record,
+            Box::new(move |result| {
+                if result.is_err() {
+                    let (now, unix_ms) = (shared.clock.now(), shared.clock.unix_ms());
+                    shared.summary().count_unrecorded(code, now, unix_ms);
+                }
+                done();
+            }),
+        );
+    }
+
+    fn refuse_report(
+        inner: &Arc<Self>,
+        caller: &Caller,
+        named_index: Option<u64>,
+        refused: ReportRefused,
+        done: ReportDone,
+    ) {
+        let message = refused.to_string();
+        let what = record::Refused {
+            request: record::REPORT,
+            code: refused.code(),
+            message: &message,
+            named_index,
+            request_id: None,
+        };
+        Self::refuse(inner, caller, &what, Box::new(move || done(Err(refused))));
+    }
+
+    fn refuse_search(
+        inner: &Arc<Self>,
+        caller: &Caller,
+        request_id: Option<&str>,
+        refused: SearchRefused,
+        done: SearchDone,
+    ) {
+        let message = refused.to_string();
+        let what = record::Refused {
+            request: record::SEARCH,
+            code: refused.code(),
+            message: &message,
+            named_index: None,
+            request_id,
+        };
+        Self::refuse(inner, caller, &what, Box::new(move || done(Err(refused))));
+    }
+
+    fn search(
+        inner: &Arc<Self>,
+        search: Result<&Search, InvalidRequest>,
+        caller: &Caller,
+        done: SearchDone,
+    ) {
         add(&inner.counters.searches, 1);
+        let search = match search {
+            Ok(search) => search,
+            Err(error) => return Self::refuse_search(inner, caller, None, error.into(), done),
+        };
         let mut policy = (inner.policy)();
         let bundle = policy.as_deref().map(bundle_info);
         let posture = inner.overall_posture(policy.as_deref());
@@ -682,9 +768,23 @@ impl Inner {
         let page = search::check(search, caller)
             .map_err(SearchRefused::from)
             .and_then(|()| search::page(search, caller, searched.as_deref(), &now, &mut judge));
+        // A page is of one policy from its first candidate to its last, or it is none.
+        let in_force = (inner.policy)();
+        let is_same = match (searched.as_ref(), in_force.as_ref()) {
+            (Some(searched), Some(now)) => Arc::ptr_eq(searched, now),
+            (None, None) => true,
+            _ => false,
+        };
+        let page = page.and_then(|page| match is_same {
+            true => Ok(page),
+            false => Err(SearchRefused::PolicyChanged),
+        });
         let page = match page {
             Ok(page) => page,
-            Err(refused) => return done(Err(refused)),
+            Err(refused) => {
+                let id = search.request_id.as_deref();
+                return Self::refuse_search(inner, caller, id, refused, done);
+            }
         };
         let described = search::described(search, &page);
         let at = (inner.node(), inner.clock.unix_ms());

@@ -62,7 +62,7 @@ pub const MAX_INLINE_BYTES: usize = 8 * 1024;
 pub const MAX_EVENT_BYTES: usize = 48 * 1024;
 
 /// Buckets of each kind of quota, and principals whose denials are budgeted: at most 500 bytes each,
-/// six kinds, 24 MiB in all.
+/// seven kinds, 28 MiB in all.
 pub const MAX_PRINCIPALS: usize = 8_192;
 
 /// Decisions whose record is not durable yet; beyond it a request is answered `AUDIT_UNAVAILABLE`.
@@ -147,6 +147,12 @@ pub const SUMMARY_WINDOW: Duration = Duration::from_secs(10);
 pub const DEFAULT_ACTIONS: Rate = Rate {
     per_second: 2_000,
     burst: 4_000,
+};
+
+/// Actions a second of one caller for all principals together, unless the configuration says otherwise.
+pub const DEFAULT_CALLER_ACTIONS: Rate = Rate {
+    per_second: 2 * DEFAULT_ACTIONS.per_second,
+    burst: 2 * DEFAULT_ACTIONS.burst,
 };
 
 /// How long the bucket of a quota that is full again is kept, unless the configuration says otherwise.

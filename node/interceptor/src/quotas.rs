@@ -1,4 +1,4 @@
-//! The quotas of actions: five buckets that a request must pass together, the narrowest first.
+//! The quotas of actions: six buckets that a request must pass together, the narrowest first.
 //!
 //! They stand after normalising and before policy, so that one spelling of a resource is one bucket
 //! and a flood costs no evaluation. All that match are charged, or none is ([`Ladder`]). They count
@@ -16,7 +16,7 @@ use tidelock_segments::Sha256Hash;
 use crate::{
     action::Action,
     caller::Caller,
-    limits::{DEFAULT_ACTIONS, MAX_PRINCIPALS, QUOTA_IDLE},
+    limits::{DEFAULT_ACTIONS, DEFAULT_CALLER_ACTIONS, MAX_PRINCIPALS, QUOTA_IDLE},
 };
 
 /// A kind of bucket.
@@ -29,6 +29,8 @@ pub enum Bucket {
     PrincipalResource,
     /// One principal's actions.
     Principal,
+    /// One caller's actions, for whatever principals.
+    Caller,
     /// Actions of one type.
     Action,
     /// All actions.
@@ -37,10 +39,11 @@ pub enum Bucket {
 
 impl Bucket {
     /// Every kind, in the order in which they are asked.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::PrincipalAction,
         Self::PrincipalResource,
         Self::Principal,
+        Self::Caller,
         Self::Action,
         Self::Total,
     ];
@@ -52,6 +55,7 @@ impl Bucket {
             Self::PrincipalAction => "principal_action",
             Self::PrincipalResource => "principal_resource",
             Self::Principal => "principal",
+            Self::Caller => "caller",
             Self::Action => "action",
             Self::Total => "total",
         }
@@ -67,6 +71,9 @@ pub struct QuotaRates {
     pub principal_resource: Option<Rate>,
     /// One principal's actions.
     pub principal: Rate,
+    /// One caller's actions, for whatever principals: who may act for others gets no more by naming
+    /// many of them.
+    pub caller: Option<Rate>,
     /// Actions of one type.
     pub action: Option<Rate>,
     /// All actions.
@@ -81,6 +88,7 @@ impl Default for QuotaRates {
             principal_action: None,
             principal_resource: None,
             principal: DEFAULT_ACTIONS,
+            caller: Some(DEFAULT_CALLER_ACTIONS),
             action: None,
             total: None,
             evict_after: QUOTA_IDLE,
@@ -89,11 +97,12 @@ impl Default for QuotaRates {
 }
 
 impl QuotaRates {
-    fn rungs(&self) -> [Option<Rate>; 5] {
+    fn rungs(&self) -> [Option<Rate>; 6] {
         [
             self.principal_action,
             self.principal_resource,
             Some(self.principal),
+            self.caller,
             self.action,
             self.total,
         ]
@@ -110,7 +119,7 @@ pub struct BucketStats {
 }
 
 struct State {
-    ladder: Ladder<Sha256Hash, 5>,
+    ladder: Ladder<Sha256Hash, 6>,
     evict_after: Duration,
 }
 
@@ -164,6 +173,7 @@ impl Quotas {
             with(&["action", action.name()]),
             with(&["resource", action.resource_type(), action.resource_id()]),
             with(&[]),
+            name(&[&caller.principal_type, &caller.principal_id, "caller"]),
             name(&[action.name()]),
             name(&[]),
         ];
@@ -180,7 +190,7 @@ impl Quotas {
         state.ladder.evict_idle(now, evict_after);
     }
 
-    pub(crate) fn stats(&self) -> [BucketStats; 5] {
+    pub(crate) fn stats(&self) -> [BucketStats; 6] {
         let stats = self.state().ladder.stats();
         let mut all = Bucket::ALL.map(|bucket| BucketStats {
             bucket,

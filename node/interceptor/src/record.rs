@@ -384,6 +384,43 @@ fn bundle_of(bundle: &BundleInfo, source: Source) -> Value {
     })
 }
 
+/// Words for what was refused.
+pub(crate) const SEARCH: &str = "search";
+/// See [`SEARCH`].
+pub(crate) const REPORT: &str = "report";
+
+/// A search or a report that was not taken.
+pub(crate) struct Refused<'a> {
+    pub(crate) request: &'static str,
+    pub(crate) code: &'static str,
+    pub(crate) message: &'a str,
+    /// The index that a report named, be it of a decision or not.
+    pub(crate) named_index: Option<u64>,
+    pub(crate) request_id: Option<&'a str>,
+}
+
+/// Why something that an authenticated caller asked for was refused before anything was judged.
+pub(crate) fn refused(
+    head_of: (&str, u64),
+    caller: &Caller,
+    refused: &Refused<'_>,
+) -> Result<Vec<u8>, InvalidRequest> {
+    let mut record = head("refused", head_of.0, head_of.1);
+    record.insert("request".to_owned(), refused.request.into());
+    record.insert("reason".to_owned(), refused.code.into());
+    let message = redact::message(refused.message, MAX_MESSAGE_BYTES);
+    record.insert("message".to_owned(), message.into());
+    record.insert("caller".to_owned(), caller_of(caller));
+    if let Some(index) = refused.named_index {
+        record.insert("named_index".to_owned(), index.into());
+    }
+    if let Some(id) = refused.request_id {
+        let id = redact::message(id, MAX_REQUEST_ID_BYTES);
+        record.insert("request_id".to_owned(), id.into());
+    }
+    canonical_bytes(&record)
+}
+
 /// A window of summarised denials.
 pub(crate) fn summary(node: &str, unix_ms: u64, fields: Map<String, Value>) -> Map<String, Value> {
     let mut record = head("denials", node, unix_ms);

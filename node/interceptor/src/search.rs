@@ -71,9 +71,25 @@ pub enum SearchRefused {
         /// When to try again.
         retry_after_ms: Option<u64>,
     },
+    /// Another policy came into force before the page was full: some of it would be of either.
+    #[error("the policy changed while it was searched, begin again")]
+    PolicyChanged,
     /// It could not be recorded.
     #[error("the search could not be recorded")]
     Unrecorded(Reason),
+}
+
+impl SearchRefused {
+    /// The stable code.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => Reason::InvalidRequest.as_str(),
+            Self::RateLimited { .. } => Reason::RateLimitExceeded.as_str(),
+            Self::PolicyChanged => "POLICY_CHANGED",
+            Self::Unrecorded(reason) => reason.as_str(),
+        }
+    }
 }
 
 /// Takes the outcome of one search, once.
@@ -173,9 +189,11 @@ pub(crate) fn page(
         candidates: candidates.len(),
     };
     for (at, candidate) in candidates.iter().enumerate().skip(from) {
+        // What cannot be named takes its time too, and each page comes further by one at least.
+        let seen = at - from;
         let is_full = page.results.len() >= search.limit
-            || page.judged >= MAX_SEARCH_CANDIDATES
-            || (page.judged > 0 && now().saturating_sub(begun) > SEARCH_BUDGET);
+            || seen >= MAX_SEARCH_CANDIDATES
+            || (seen > 0 && now().saturating_sub(begun) > SEARCH_BUDGET);
         if is_full {
             page.next_token = token(&question, at);
             break;

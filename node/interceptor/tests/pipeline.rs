@@ -623,6 +623,7 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
             ("principal_action", 20),
             ("principal_resource", 20),
             ("principal", 20),
+            ("caller", 0),
             ("action", 0),
             ("total", 20)
         ]

@@ -21,6 +21,62 @@ pub const TRUST_ORIGIN: &str = "0.tidelock.trust";
 /// Name of the slot that holds the chain.
 pub const TRUST_SLOT: &str = "trust";
 
+/// Name of the slot that says which document was the newest, beside the chain: what is left of it when the
+/// chain is damaged, and must be made again from what the segment store holds.
+pub const TRUST_NEWEST_SLOT: &str = "trust-newest";
+
+/// The newest document that ever held on a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewestTrust {
+    /// Its version.
+    pub version: u64,
+    /// Its identity.
+    pub id: ContentId,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NewestFile {
+    format: u64,
+    newest: NewestTrust,
+    check: String,
+}
+
+impl NewestTrust {
+    fn check(&self) -> String {
+        sha256(format!("{} {}", self.version, self.id).as_bytes())
+    }
+
+    /// What the slot holds.
+    ///
+    /// # Errors
+    /// [`StatementError::Format`]; cannot happen to what this crate made.
+    pub fn encode(&self) -> Result<Vec<u8>, StatementError> {
+        json::to_sorted_bytes(&NewestFile {
+            format: 1,
+            newest: self.clone(),
+            check: self.check(),
+        })
+        .map_err(|error| StatementError::Format(error.to_string()))
+    }
+
+    /// Reads a slot.
+    ///
+    /// # Errors
+    /// [`StatementError::Damaged`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, StatementError> {
+        let file: NewestFile =
+            json::parse_as(bytes).map_err(|error| StatementError::Damaged(error.to_string()))?;
+        if file.format != 1 || file.check != file.newest.check() {
+            return Err(StatementError::Damaged(
+                "its format or its check value does not match".to_owned(),
+            ));
+        }
+        Ok(file.newest)
+    }
+}
+
 /// What a document did to a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Extended {
@@ -95,6 +151,37 @@ impl TrustChain {
             .map(|link| (link.trust.version(), &link.signed))
     }
 
+    /// What this chain has come to.
+    #[must_use]
+    pub fn newest(&self) -> NewestTrust {
+        NewestTrust {
+            version: self.current().version(),
+            id: self.current_id().clone(),
+        }
+    }
+
+    /// Whether this chain has not come as far as one did that held here: INV-16, keys that were replaced
+    /// must not be trusted again. A chain that begins above it has left it behind.
+    ///
+    /// # Errors
+    /// [`StatementError::Conflict`] if it has another document of that version.
+    pub fn lacks(&self, newest: &NewestTrust) -> Result<bool, StatementError> {
+        match self.id_of(newest.version) {
+            Some(id) if *id != newest.id => Err(StatementError::Conflict {
+                version: newest.version,
+                known: newest.id.clone(),
+                offered: id.clone(),
+            }),
+            _ => Ok(self.current().version() < newest.version),
+        }
+    }
+
+    /// The trust of this version, if the chain has it.
+    fn trust_of(&self, version: u64) -> Option<&TrustFile> {
+        let all = std::iter::once(&self.root).chain(self.links.iter().map(|link| &link.trust));
+        all.into_iter().find(|trust| trust.version() == version)
+    }
+
     /// Identity of the document of this version, if the chain has it.
     fn id_of(&self, version: u64) -> Option<&ContentId> {
         if self.root.version() == version {
@@ -127,11 +214,22 @@ impl TrustChain {
         }
         if trust.version() <= before.version() {
             return Err(match self.id_of(trust.version()) {
-                Some(known) => StatementError::Conflict {
-                    version: trust.version(),
-                    known: known.clone(),
-                    offered: id,
-                },
+                Some(known) => {
+                    // A second document of one version is evidence only if those who may make one signed it:
+                    // whoever passes on what he made up himself must not raise that alarm.
+                    if let Some(before) = self.trust_of(trust.version().saturating_sub(1)) {
+                        let by = signed.signed_by(before);
+                        let quorum = by.quorum(Role::Trust, trust.created_unix_ms());
+                        if !quorum.is_reached() {
+                            return Err(StatementError::signature(Role::Trust, &quorum));
+                        }
+                    }
+                    StatementError::Conflict {
+                        version: trust.version(),
+                        known: known.clone(),
+                        offered: id,
+                    }
+                }
                 None => StatementError::Older {
                     current: before.version(),
                     offered: trust.version(),

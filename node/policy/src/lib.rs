@@ -53,7 +53,7 @@ pub use bundle::{
 };
 pub use cases::{CaseFailure, Outcome, TestReport};
 pub use cedar::CedarEngine;
-pub use chain::{Extended, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
+pub use chain::{Extended, NewestTrust, TRUST_NEWEST_SLOT, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
 pub use diff::{Changes, Difference, difference};
 pub use error::{ActivateError, BuildError, BundleError, KeyError, StatementError};
 pub use explain::{PolicyNote, Unmet};

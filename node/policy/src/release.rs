@@ -135,6 +135,14 @@ pub enum ReleaseError {
     /// The version is too old, or stated differently in two places.
     #[error("{0}")]
     Version(String),
+    /// It is the release of something else than was asked for.
+    #[error("the signed lock file is of `{found}`, not of `{expected}`: this is another release")]
+    Name {
+        /// What was asked for.
+        expected: String,
+        /// What the lock file states.
+        found: String,
+    },
 }
 
 impl ReleaseError {
@@ -146,7 +154,7 @@ impl ReleaseError {
             Self::Signature { .. } | Self::NoRole | Self::KeyTime { .. } => ReleaseStep::Signatures,
             Self::Digest { .. } => ReleaseStep::Digests,
             Self::Fingerprint(_) => ReleaseStep::Fingerprint,
-            Self::Version(_) => ReleaseStep::Version,
+            Self::Version(_) | Self::Name { .. } => ReleaseStep::Version,
         }
     }
 
@@ -159,6 +167,7 @@ impl ReleaseError {
             Self::Digest { .. } => "RELEASE_DIGEST",
             Self::Fingerprint(_) => "RELEASE_FINGERPRINT",
             Self::Version(_) => "RELEASE_VERSION",
+            Self::Name { .. } => "RELEASE_NAME",
         }
     }
 }
@@ -625,6 +634,23 @@ impl Lock {
             created_at,
             created_unix_ms,
         })
+    }
+}
+
+impl VerifiedRelease {
+    /// This, if it is the release of what was asked for: signatures say who made a release, not that it is
+    /// the one that is to be installed here.
+    ///
+    /// # Errors
+    /// [`ReleaseError::Name`].
+    pub fn of(self, name: Option<&str>) -> Result<Self, ReleaseError> {
+        match name.filter(|name| *name != self.name) {
+            None => Ok(self),
+            Some(expected) => Err(ReleaseError::Name {
+                expected: crate::error::clip(expected),
+                found: crate::error::clip(&self.name),
+            }),
+        }
     }
 }
 

@@ -38,7 +38,7 @@ const FRESHNESS: &str = "freshness";
 /// Two implementations: the node's root directory, and
 /// [`MemorySlots`](crate::testing::MemorySlots).
 pub trait SlotStorage: Send + Sync {
-    /// Reads a slot: `active`, `lkg`, `floor`, `freshness` or `trust`.
+    /// Reads a slot: `active`, `lkg`, `floor`, `freshness`, `trust` or `trust-newest`.
     ///
     /// # Errors
     /// What the storage says.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    Extended, Freshness, HintedSignature, LoadContext, PolicyRequest, Posture, Role,
+    Extended, Freshness, HintedSignature, LoadContext, NewestTrust, PolicyRequest, Posture, Role,
     SignedDocument, SlotStorage, Slots, StatementError, TrustChain, TrustFile, Verdict,
     VerifiedBundle,
 };
@@ -175,6 +175,9 @@ fn a_document_that_does_not_follow_is_refused() {
     let rival = keys.next(&ours, &[1, 3], &[0, 1, 3]);
     ours.extend(keys.next(&ours, &[1, 2], &[0, 1, 2])).unwrap();
     assert_eq!(ours.extend(rival).unwrap_err().code(), "TRUST_CONFLICT");
+    // A peer that makes one up raises no such alarm.
+    let junk = keys.next(&chain(keys.file(&[0, 1], 2)), &[1, 3], &[2, 3]);
+    assert_eq!(ours.extend(junk).unwrap_err().code(), "STATEMENT_SIGNATURE");
     // A file of the first format has no role that could replace it.
     let first = TrustFile::parse(&keys.0.trust_toml(1)).unwrap();
     let mut first = chain(first);
@@ -451,4 +454,46 @@ fn a_statement_that_is_damaged_on_disk_makes_the_policy_older_again() {
     assert_eq!(faults.len(), 1);
     assert_eq!(faults[0].slot, "freshness");
     assert_eq!(slots.current().unwrap().confirmed_unix_ms(), CREATED);
+}
+
+/// A chain whose file was damaged was made again from the segment store. Where that had lost the newest
+/// document, the node went back to the keys that it had replaced, and nobody was told.
+#[test]
+fn inv_16_a_chain_that_is_made_again_without_its_newest_document_is_known_to_lack_it() {
+    let keys = Keys::new();
+    let first = chain(keys.file(&[0, 1], 2));
+    let mut whole = first.clone();
+    let second = keys.next(&whole, &[1, 2], &[0, 1, 2]);
+    whole.extend(second.clone()).unwrap();
+    let third = keys.next(&whole, &[2, 3], &[1, 2, 3]);
+    whole.extend(third.clone()).unwrap();
+    let newest = whole.newest();
+    assert_eq!(newest.version, 3);
+    assert_eq!(
+        NewestTrust::decode(&newest.encode().unwrap()).as_ref(),
+        Ok(&newest)
+    );
+    let mut flipped = newest.encode().unwrap();
+    let digit = flipped.iter().rposition(|byte| *byte == b'3').unwrap();
+    flipped[digit] = b'2';
+    assert!(NewestTrust::decode(&flipped).is_err());
+
+    let mut again = first;
+    assert_eq!(again.lacks(&newest), Ok(true));
+    again.extend(second).unwrap();
+    assert_eq!(again.lacks(&newest), Ok(true));
+    // A document of the same version that is another one does not make up for it.
+    let mut forked = again.clone();
+    let rival = keys.next(&forked, &[0, 2], &[0, 1, 2]);
+    forked.extend(rival).unwrap();
+    assert_eq!(forked.lacks(&newest).unwrap_err().code(), "TRUST_CONFLICT");
+    // The controls: the very document, and an operator's beginning beyond it.
+    again.extend(third).unwrap();
+    assert_eq!(again.lacks(&newest), Ok(false));
+    let beyond = keys.file(&[0, 1], 2);
+    let beyond = (1..5).fold(beyond, |file, _| {
+        let id = file.id().unwrap();
+        keys.file(&[0, 1], 2).following(&file, id, CREATED)
+    });
+    assert_eq!(chain(beyond).lacks(&newest), Ok(false));
 }

@@ -370,6 +370,25 @@ fn step_3_a_tampered_lock_file_is_rejected() {
     );
 }
 
+/// One team's keys may sign more than one product: whoever chooses what lies on the medium could have had
+/// another one of theirs installed.
+#[test]
+fn step_4_a_release_of_another_name_is_rejected() {
+    let (authority, release) = (authority(), Release::new());
+    let trust = trust(&authority, 1);
+    release.signed(&authority, &[0]);
+    let verified = release.verify(&trust).unwrap();
+    let name = verified.name.clone();
+    assert_eq!(verified.clone().of(Some(&name)), Ok(verified.clone()));
+    assert_eq!(verified.clone().of(None), Ok(verified.clone()));
+    rejected(
+        verified.of(Some("another")),
+        ReleaseStep::Version,
+        "RELEASE_NAME",
+        "not of `another`",
+    );
+}
+
 #[test]
 fn step_4_an_older_version_is_rejected() {
     let (authority, mut release) = (authority(), Release::new());

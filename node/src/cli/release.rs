@@ -16,7 +16,7 @@ pub enum ReleaseCommand {
     /// the rejection.
     #[command(
         after_help = "Examples:\n  tidelock release verify --layout /media/usb/tidelock --trust trust.toml\n  \
-                      tidelock release verify --layout /media/usb/tidelock -c tidelock.toml --at-least 1.4.0"
+                      tidelock release verify --layout /media/usb/tidelock -c tidelock.toml --at-least 1.4.0 --name tidelock"
     )]
     Verify {
         /// The OCI image layout.
@@ -31,6 +31,9 @@ pub enum ReleaseCommand {
         /// The oldest version that will do; the version that runs is a bound in any case.
         #[arg(long)]
         at_least: Option<Version>,
+        /// What must have been released; without it any name will do that the release keys signed.
+        #[arg(long)]
+        name: Option<String>,
         #[command(flatten)]
         config: ConfigArg,
     },
@@ -56,6 +59,7 @@ pub(super) fn run(command: ReleaseCommand, output: &Output) -> Result<Exit, Fail
             trust: Some(trust),
             signatures,
             at_least,
+            name,
             ..
         } => {
             let text = fs::read_to_string(&trust).map_err(|e| Failure::at(&trust, &e))?;
@@ -69,7 +73,9 @@ pub(super) fn run(command: ReleaseCommand, output: &Output) -> Result<Exit, Fail
                 .collect::<Result<Vec<_>, Failure>>()?;
             let installed = Version::parse(env!("CARGO_PKG_VERSION"))?;
             let at_least = at_least.map_or(installed.clone(), |asked| asked.max(installed));
-            match verify_release(&layout, &trust, &signatures, &at_least) {
+            let verified = verify_release(&layout, &trust, &signatures, &at_least)
+                .and_then(|verified| verified.of(name.as_deref()));
+            match verified {
                 Ok(verified) => {
                     show(&serde_json::to_value(&verified)?, output);
                     Ok(Exit::Done)
@@ -97,12 +103,14 @@ pub(super) fn run(command: ReleaseCommand, output: &Output) -> Result<Exit, Fail
         ReleaseCommand::Verify {
             layout,
             at_least,
+            name,
             config,
             ..
         } => {
             let layout = fs::canonicalize(&layout).map_err(|e| Failure::at(&layout, &e))?;
             let body = json!({
                 "layout": layout, "at_least": at_least.map(|version| version.to_string()),
+                "name": name,
             });
             let answer = node::operate(&config, "release.verify", &body, true)?;
             show(&answer, output);

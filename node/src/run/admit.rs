@@ -528,20 +528,18 @@ impl Node {
             .map_err(judge)
     }
 
-    fn admit_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
-        let admitted = self
-            .check_policy(segment)
-            .and_then(|()| self.install_bundle(segment.body(), For::Peer));
-        match admitted {
-            Ok(_) => Ok(()),
-            Err(denied) => {
-                self.event(
+    fn admit_policy(&self, peer: &NodeId, segment: &VerifiedSegment) -> Result<(), Denied> {
+        self.check_policy(segment)
+            .and_then(|()| self.install_bundle(segment.body(), For::Peer))
+            .map(drop)
+            .inspect_err(|denied| {
+                self.rejected(
                     "bundle_rejected",
+                    peer,
+                    denied,
                     json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
                 );
-                Err(denied)
-            }
-        }
+            })
     }
 
     // ---- revocation
@@ -1089,10 +1087,12 @@ impl Node {
         let admitted = match reference.kind {
             _ if self.store.contains(&reference.id) => Ok(PutOutcome::AlreadyHeld),
             Kind::Revocation => self.admit_crl(segment).map(|()| PutOutcome::Stored),
-            Kind::Policy if carries_statement(segment) => {
-                self.admit_statement(segment).map(|()| PutOutcome::Stored)
-            }
-            Kind::Policy => self.admit_policy(segment).map(|()| PutOutcome::Stored),
+            Kind::Policy if carries_statement(segment) => self
+                .admit_statement(peer, segment)
+                .map(|()| PutOutcome::Stored),
+            Kind::Policy => self
+                .admit_policy(peer, segment)
+                .map(|()| PutOutcome::Stored),
             Kind::Audit => self.admit_audit(peer, segment),
             Kind::Witness => Err(Self::no_witness()),
         };

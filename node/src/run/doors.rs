@@ -9,7 +9,8 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock_gateway::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
 use tidelock_interceptor::{
-    Ask, Caller, Done, EarlierRecords, Mode, ReportDone, Search, SearchDone, limits::MAX_READ_BACK,
+    Ask, Caller, Done, EarlierRecords, InvalidRequest, Mode, ReportDone, Search, SearchDone,
+    limits::MAX_READ_BACK,
 };
 use tidelock_policy::{Posture, Role, WhenRestricted};
 use tidelock_segments::{Ladder, NodeId, Origin, merkle};
@@ -33,7 +34,7 @@ impl Decider for Doors {
         Box::new(move || pending.give_up())
     }
 
-    fn search(&self, search: &Search, caller: &Caller, done: SearchDone) {
+    fn search(&self, search: Result<&Search, InvalidRequest>, caller: &Caller, done: SearchDone) {
         self.0.interceptor.search(search, caller, done);
     }
 

@@ -16,6 +16,7 @@ mod papers;
 mod plan;
 mod policy;
 mod quotas;
+mod rejections;
 mod seen;
 mod trust;
 

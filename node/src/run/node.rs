@@ -1,7 +1,7 @@
 //! The opened rooms of one node, joined.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -21,7 +21,7 @@ use tidelock_policy::{LoadContext, Posture, Slots, TrustChain, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
     AuditLog, Charge, Endorsement, Ladder, LogConfig, LogPublicKey, NodeId, Origin, RealDisk,
-    Recovery, Root, RootOptions, ScrubPace, SegmentRef, Sha256Hash, Store,
+    Recovery, Root, RootOptions, ScrubPace, SegmentId, SegmentRef, Sha256Hash, Store,
     offline::{REPAIRS_PATH, RepairNote},
 };
 use tidelock_transport::{
@@ -34,15 +34,16 @@ use tidelock_transport::{
 };
 
 use super::{
-    admit::OwnAhead,
+    admit::{Denied, OwnAhead},
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
     media::Parts,
     papers::{PaperLooks, Papers},
     policy::{RootSlots, SlotsAgain},
     quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
+    rejections::Rejections,
     seen::Seen,
-    trust::{keep_chain, open_chain},
+    trust::{keep_chain, missing_trust, open_chain},
 };
 use crate::{
     cli::Failure,
@@ -119,6 +120,8 @@ pub(super) struct Node {
     pub(super) policy_trust: ArcSwapOption<TrustFile>,
     /// The documents that lead from the configured trust file to `policy_trust`.
     pub(super) trust_chain: Mutex<Option<TrustChain>>,
+    /// Segments of the newest of them that were looked at.
+    pub(super) trust_seen: Mutex<VecDeque<SegmentId>>,
     pub(super) context: LoadContext,
     /// Every bundle is compiled in a worker before it is compiled here.
     pub(super) vetter: Vetter,
@@ -137,6 +140,7 @@ pub(super) struct Node {
     /// Audit origins that an operator has accepted all the same.
     pub(super) accepted: Mutex<BTreeSet<Origin>>,
     refusals: Arc<Refusals>,
+    rejections: Rejections,
     pub(super) seen: Arc<Seen>,
     unsettled: Arc<Unsettled>,
     kept_keys: Mutex<BTreeSet<SpkiHash>>,
@@ -343,11 +347,18 @@ impl Node {
         let context = LoadContext::new(config.node.domain.as_str(), env!("CARGO_PKG_VERSION"))?;
         let policy_trust = load_policy_trust(&config)
             .and_then(|configured| open_chain(&RootSlots(root.clone()), &store, configured));
-        // Without a trust file nothing verifies: an empty one says the same with one code path less.
-        let trust = match &policy_trust {
-            Ok(chain) => chain.current().clone(),
-            Err(_) => TrustFile::nobody(config.node.domain.as_str()),
+        let missing = policy_trust
+            .as_ref()
+            .ok()
+            .and_then(|chain| missing_trust(&RootSlots(root.clone()), chain));
+        let trusted = match (&policy_trust, &missing) {
+            (Ok(chain), None) => Some(chain.current().clone()),
+            _ => None,
         };
+        // Without a trust file nothing verifies: an empty one says the same with one code path less.
+        let trust = trusted
+            .clone()
+            .unwrap_or_else(|| TrustFile::nobody(config.node.domain.as_str()));
         let vetter = Vetter::new(kept_passes.value_or_default());
         let terms = worker_terms(&config);
         let (slots, faults) =
@@ -368,13 +379,9 @@ impl Node {
             interceptor,
             began_at,
             slots,
-            policy_trust: ArcSwapOption::from_pointee(
-                policy_trust
-                    .as_ref()
-                    .ok()
-                    .map(|chain| chain.current().clone()),
-            ),
+            policy_trust: ArcSwapOption::from_pointee(trusted),
             trust_chain: Mutex::new(policy_trust.as_ref().ok().cloned()),
+            trust_seen: Mutex::default(),
             context,
             vetter,
             authorities: ArcSwapOption::empty(),
@@ -388,6 +395,7 @@ impl Node {
             forked: Mutex::default(),
             accepted: Mutex::new(accepted.value_or_default()),
             refusals: Arc::default(),
+            rejections: Rejections::default(),
             seen: Arc::default(),
             unsettled: Arc::default(),
             kept_keys: Mutex::default(),
@@ -424,7 +432,7 @@ impl Node {
             // A lost floor is made up for by what the authority has signed.
             node.clock.raise_by_signed(policy.confirmed_unix_ms());
         }
-        if let Err(why) = policy_trust {
+        if let Some(why) = policy_trust.err().or(missing) {
             node.event("policy_trust_unusable", json!({"why": why}));
         }
         node.taking_papers(looks);
@@ -732,6 +740,12 @@ impl Node {
             .unwrap_or_else(PoisonError::into_inner);
         let chain = load_policy_trust(&new)
             .and_then(|configured| self.chain_with(configured))
+            .and_then(
+                |chain| match missing_trust(&RootSlots(self.root.clone()), &chain) {
+                    None => Ok(chain),
+                    Some(why) => Err(why),
+                },
+            )
             .map_err(Failure::cannot_run)?;
         // A config whose quotas make no sense has been refused above; nothing else can fail in it.
         self.interceptor
@@ -903,12 +917,28 @@ impl Node {
             self.interceptor
                 .record_event("peers_refused", &json!({"refused": list}));
         }
+        self.rejections.begin_window();
     }
 
     /// Counts a refused peer; the counts become one bounded record a window.
     pub(super) fn count_refusal(&self, peer: &str, reason: &str) {
         self.seen.peer_refused(reason);
         count(&self.refusals, peer, reason);
+    }
+
+    /// Records that something of a peer was rejected: one by one up to a number a window, then counted.
+    pub(super) fn rejected(
+        &self,
+        kind: &'static str,
+        peer: &NodeId,
+        denied: &Denied,
+        detail: Value,
+    ) {
+        if self.rejections.may_record() {
+            self.event(kind, detail);
+        } else {
+            count(&self.refusals, peer.as_str(), denied.code);
+        }
     }
 
     pub(super) fn write_state<T: Serialize>(&self, path: &str, value: &T) -> bool {
@@ -1037,6 +1067,7 @@ fn action_quotas(section: &QuotaSection) -> QuotaRates {
         principal_action: bound(section.principal_action),
         principal_resource: bound(section.principal_resource),
         principal: rate((section.actions_per_second, section.actions_burst)),
+        caller: bound(section.caller),
         action: bound(section.action),
         total: bound(section.total),
         evict_after: Duration::from_secs(section.evict_after_s),

@@ -96,7 +96,7 @@ impl FileWatch {
 /// A paper that ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ending {
-    /// `certificate`, `ca` or `crl`.
+    /// `certificate`, `ca`, `crl` or `signing key`.
     paper: &'static str,
     /// Whose.
     name: String,
@@ -222,6 +222,16 @@ impl Node {
                 paper: "crl",
                 name: issuer.name,
                 ends_unix_ms: issuer.next_update_unix_ms?,
+            })
+        }));
+        // A key whose time is over signs no new bundle, statement or release.
+        let trust = self.policy_trust.load_full();
+        let keys = trust.map(|trust| trust.keys()).unwrap_or_default();
+        endings.extend(keys.into_iter().filter_map(|key| {
+            Some(Ending {
+                paper: "signing key",
+                name: key.id,
+                ends_unix_ms: key.not_after_unix_ms?,
             })
         }));
         endings

@@ -2,23 +2,29 @@
 //! an operator asks the node to verify.
 
 use std::{
+    collections::VecDeque,
     path::{Path, PathBuf},
-    sync::PoisonError,
+    sync::{MutexGuard, PoisonError},
 };
 
 use serde_json::{Value, json};
 use tidelock_gateway::OperatorError;
 use tidelock_policy::{
-    Extended, FRESHNESS_ORIGIN, Freshness, SignedDocument, SlotStorage, StatementError,
-    TRUST_ORIGIN, TRUST_SLOT, TrustChain, TrustFile, Version, is_signed_document, verify_release,
+    Extended, FRESHNESS_ORIGIN, Freshness, NewestTrust, SignedDocument, SlotStorage,
+    StatementError, TRUST_NEWEST_SLOT, TRUST_ORIGIN, TRUST_SLOT, TrustChain, TrustFile, Version,
+    is_signed_document, verify_release,
 };
 use tidelock_segments::{
-    Charge, DomainId, Kind, Origin, SegmentHeader, SegmentRef, Store, VerifiedSegment,
-    seal_unsigned, verify_segment,
+    Charge, DomainId, Kind, NodeId, Origin, SegmentHeader, SegmentId, SegmentRef, Store,
+    VerifiedSegment, seal_unsigned, verify_segment,
 };
 
 use super::{admit::Denied, doors::bad, node::Node, policy::RootSlots};
 use crate::worker::For;
+
+/// Segments of one version of the trust document that are remembered as looked at (INV-07): one for each
+/// set of signatures under it, 2 KiB.
+const TRUST_SEEN_MAX: usize = 64;
 
 /// Whether a policy segment of this origin carries a signed document and no bundle.
 pub(super) fn is_statement(origin: &Origin) -> bool {
@@ -82,12 +88,48 @@ pub(super) fn keep_chain(storage: &dyn SlotStorage, chain: &TrustChain) -> Resul
         return Ok(());
     }
     let bytes = chain.encode().map_err(text)?;
-    if held.as_ref() == Some(&bytes) {
-        return Ok(());
+    let write = |slot: &str, bytes: &[u8]| {
+        if storage
+            .read(slot)
+            .is_ok_and(|held| held.as_deref() == Some(bytes))
+        {
+            return Ok(());
+        }
+        storage
+            .write(slot, bytes)
+            .map_err(|error| format!("cannot write slot `{slot}`: {error}"))
+    };
+    write(TRUST_SLOT, &bytes)?;
+    // After the chain: one that is behind it costs nothing, one that is ahead would shut the node.
+    if missing_trust(storage, chain).is_none() {
+        write(TRUST_NEWEST_SLOT, &chain.newest().encode().map_err(text)?)?;
     }
-    storage
-        .write(TRUST_SLOT, &bytes)
-        .map_err(|error| format!("cannot write slot `{TRUST_SLOT}`: {error}"))
+    Ok(())
+}
+
+/// INV-16: why a chain must not be trusted, because another has come further on this node. It may be
+/// extended all the same, and is trusted when it has caught up.
+pub(super) fn missing_trust(storage: &dyn SlotStorage, chain: &TrustChain) -> Option<String> {
+    let bytes = storage.read(TRUST_NEWEST_SLOT).ok().flatten()?;
+    let newest = match NewestTrust::decode(&bytes) {
+        Ok(newest) => newest,
+        Err(error) => {
+            // What the chain itself says is left; the next one that is written mends it.
+            tracing::error!(%error, "which trust document was the newest cannot be read");
+            return None;
+        }
+    };
+    match chain.lacks(&newest) {
+        Ok(false) => None,
+        Ok(true) => Some(format!(
+            "trust document {} of version {} held here and is lost, what is left ends at version {}: meet \
+             a peer or install it again (tidelock trust install)",
+            newest.id,
+            newest.version,
+            chain.current().version()
+        )),
+        Err(error) => Some(error.to_string()),
+    }
 }
 
 /// What a signed document is about; its own type says it.
@@ -194,6 +236,13 @@ impl Node {
             .ok_or_else(no_trust)
     }
 
+    /// Segments of the trust document that holds which were looked at, whatever came of it.
+    fn seen_trust(&self) -> MutexGuard<'_, VecDeque<SegmentId>> {
+        self.trust_seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Checks that a segment is the one envelope of its document.
     pub(super) fn check_statement(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
         let (_, statement, _) = self.plan_statement(segment.body())?;
@@ -216,17 +265,29 @@ impl Node {
     }
 
     /// Lets a signed document of a peer or a medium in.
-    pub(super) fn admit_statement(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
-        let admitted = self
-            .check_statement(segment)
-            .and_then(|()| self.install_statement(segment.body()).map(drop));
-        if let Err(denied) = &admitted {
-            self.event(
-                "statement_rejected",
-                json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
-            );
+    pub(super) fn admit_statement(
+        &self,
+        peer: &NodeId,
+        segment: &VerifiedSegment,
+    ) -> Result<(), Denied> {
+        if segment.header().origin.policy_name() == Some(TRUST_ORIGIN) {
+            let mut seen = self.seen_trust();
+            // INV-07: who makes ever new envelopes of one document has them looked at again.
+            if seen.len() >= TRUST_SEEN_MAX {
+                seen.pop_front();
+            }
+            seen.push_back(segment.id());
         }
-        admitted
+        self.check_statement(segment)
+            .and_then(|()| self.install_statement(segment.body()).map(drop))
+            .inspect_err(|denied| {
+                self.rejected(
+                    "statement_rejected",
+                    peer,
+                    denied,
+                    json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
+                );
+            })
     }
 
     /// Verifies a signed document, keeps it and acts on it; by local trust, clock and disk only.
@@ -272,8 +333,14 @@ impl Node {
             .map_err(|why| Denied::local("STATEMENT_STORAGE", why))?;
         *chain = next;
         let trust = chain.current().clone();
+        let missing = missing_trust(&RootSlots(self.root.clone()), chain);
         drop(held);
         self.event("trust_rotated", plan.clone());
+        if let Some(why) = missing {
+            // On its way to where it was: nothing is trusted before it is there.
+            self.event("policy_trust_unusable", json!({"why": why}));
+            return Ok(());
+        }
         self.slot_faults(&self.slots.reload_by(&trust, &|package| {
             self.load_package(package, &trust, For::Slots)
         }));
@@ -353,10 +420,13 @@ impl Node {
     /// Whether a signed document of this origin and number is of use here.
     pub(super) fn wants_statement(&self, reference: &SegmentRef) -> bool {
         if reference.origin.policy_name() == Some(TRUST_ORIGIN) {
-            let trust = self.policy_trust.load();
-            return trust
-                .as_ref()
-                .is_some_and(|trust| reference.sequence > trust.version());
+            let Ok(chain) = self.trust_chain() else {
+                return false;
+            };
+            let version = chain.current().version();
+            // Of the version that holds too: only who looks at what others hold of it notices a fork of it.
+            return reference.sequence > version
+                || (reference.sequence == version && !self.seen_trust().contains(&reference.id));
         }
         self.slots
             .current()
@@ -450,7 +520,9 @@ impl Node {
         let trust = self
             .statement_trust()
             .map_err(|denied| super::doors::refused(&denied))?;
-        match verify_release(Path::new(&layout), &trust, &[], &at_least) {
+        let verified = verify_release(Path::new(&layout), &trust, &[], &at_least)
+            .and_then(|verified| verified.of(word("name")));
+        match verified {
             Ok(verified) => {
                 let facts = serde_json::to_value(&verified).unwrap_or_default();
                 self.event(

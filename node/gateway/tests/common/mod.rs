@@ -19,8 +19,8 @@ use tidelock_gateway::{
     UnixDoor,
 };
 use tidelock_interceptor::{
-    Answer, Ask, Caller, Decision, Done, Mode, Outcome, Reason, ReportDone, ReportRefused, Search,
-    SearchDone, SearchRefused,
+    Answer, Ask, Caller, Decision, Done, InvalidRequest, Mode, Outcome, Reason, ReportDone,
+    ReportRefused, Search, SearchDone, SearchRefused,
 };
 use tidelock_policy::Posture;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -121,7 +121,10 @@ fn outcome(decision: Decision, reason: Reason) -> Outcome {
 }
 
 impl Decider for Script {
-    fn search(&self, _: &Search, _: &Caller, done: SearchDone) {
+    fn search(&self, search: Result<&Search, InvalidRequest>, _: &Caller, done: SearchDone) {
+        if let Err(error) = search {
+            return done(Err(error.into()));
+        }
         done(Err(SearchRefused::RateLimited {
             retry_after_ms: Some(2_500),
         }));
