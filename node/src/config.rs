@@ -17,7 +17,7 @@ use std::{
 };
 
 use serde_json::Value;
-use tidelock_interceptor::Principal;
+use tidelock_interceptor::{Principal, ProxyTerms, ProxyTermsError, Subject};
 use tidelock_segments::{
     AgeRecipients, Compression, DomainId, NodeId,
     limits::{MAX_LOG_FILE_BYTES, MIN_LOG_FILE_BYTES},
@@ -215,6 +215,8 @@ pub struct GatewaySection {
     pub tokens: Option<PathBuf>,
     /// Unix user ids that may call, with the principal each stands for.
     pub users: Vec<UserSection>,
+    /// Proxies that ask for the requests that they hold back.
+    pub proxies: Vec<ProxySection>,
     /// Serve TCP callers without authentication (loud, off by default).
     pub allow_anonymous_loopback: bool,
     /// Requests decided at once.
@@ -234,6 +236,15 @@ pub struct UserSection {
     pub principal: String,
     /// Whether it may name other principals.
     pub act_as: bool,
+}
+
+/// A proxy that asks for the requests that it holds back, and how those are read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProxySection {
+    /// `Type::id` of the principal that it authenticates as.
+    pub principal: String,
+    /// How its requests are read.
+    pub terms: ProxyTerms,
 }
 
 /// The audit log.
@@ -383,7 +394,7 @@ impl Config {
     #[must_use]
     pub fn schema() -> Value {
         // One empty table of each list, so that its keys are asked for. The mistakes do not matter.
-        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n";
+        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.proxies]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n";
         let cx = reader::Cx::new(text, Path::new(""));
         let _ = Self::read(text, &cx);
         let mut schema = cx.schema("");
@@ -579,28 +590,29 @@ impl Config {
         let mut users = Vec::new();
         for mut user in s.tables("users") {
             let uid = user.required_number32("uid", 0..=u32::MAX - 1);
-            let principal = user.required_string("principal");
+            let principal = principal(&mut user);
             let act_as = user.boolean("act_as", false);
-            if let Some(principal) = principal {
-                let (kind, id) = principal.split_once("::").unwrap_or_default();
-                if let Err(error) = Principal::new(kind, id) {
-                    user.mistake(
-                        "principal",
-                        format!("must have the form Type::id, as in Agent::ops-1: {error}"),
-                    );
+            if let (Some(principal), Some(uid)) = (principal, uid) {
+                if users.iter().any(|u: &UserSection| u.uid == uid) {
+                    user.mistake("uid", "is listed twice; keep one entry per user");
                 }
-                if let Some(uid) = uid {
-                    if users.iter().any(|u: &UserSection| u.uid == uid) {
-                        user.mistake("uid", "is listed twice; keep one entry per user");
-                    }
-                    users.push(UserSection {
-                        uid,
-                        principal,
-                        act_as,
-                    });
-                }
+                users.push(UserSection {
+                    uid,
+                    principal,
+                    act_as,
+                });
             }
             user.finish();
+        }
+        let mut proxies: Vec<ProxySection> = Vec::new();
+        for mut proxy in s.tables("proxies") {
+            if let Some(found) = proxy_section(&mut proxy) {
+                if proxies.iter().any(|p| p.principal == found.principal) {
+                    proxy.mistake("principal", "is listed twice; keep one entry per proxy");
+                }
+                proxies.push(found);
+            }
+            proxy.finish();
         }
         let oidc = callers::oidc(&mut s);
         if tcp.is_some() && tokens.is_none() && oidc.is_empty() && !allow_anonymous_loopback {
@@ -726,6 +738,7 @@ impl Config {
                     unix: unix.unwrap_or_else(|| root.join(SOCKET_NAME)),
                     tokens,
                     users,
+                    proxies,
                     allow_anonymous_loopback,
                     concurrent_max,
                     public_url,
@@ -862,6 +875,55 @@ fn is_base_url(url: &str) -> bool {
         && url
             .bytes()
             .all(|b| b.is_ascii_alphanumeric() || b"-._~:/[]%".contains(&b))
+}
+
+/// The principal that a section names, as `Type::id`.
+fn principal(s: &mut Section<'_>) -> Option<String> {
+    let principal = s.required_string("principal")?;
+    let (kind, id) = principal.split_once("::").unwrap_or_default();
+    match Principal::new(kind, id) {
+        Ok(_) => Some(principal),
+        Err(error) => {
+            let message = format!("must have the form Type::id, as in Agent::ops-1: {error}");
+            s.mistake("principal", message);
+            None
+        }
+    }
+}
+
+/// A proxy and how its requests are read.
+fn proxy_section(s: &mut Section<'_>) -> Option<ProxySection> {
+    let principal = principal(s);
+    let is_https = s.one_of("scheme", "http", &["http", "https"]) == "https";
+    let subject = match s.optional_string("subject_from") {
+        None => Subject::Proxy,
+        Some(text) => Subject::parse(&text).unwrap_or_else(|| {
+            let message = format!("`{text}` is neither `source` nor `header:` and a header's name");
+            s.mistake("subject_from", message);
+            Subject::Proxy
+        }),
+    };
+    let subject_type = s.optional_string("subject_type");
+    let subject_type = subject_type.as_deref().unwrap_or("Service");
+    let context_headers = s.strings("context_headers").unwrap_or_default();
+    let key = match context_headers.is_empty() {
+        true => "subject_from",
+        false => "context_headers",
+    };
+    match ProxyTerms::new(is_https, subject, subject_type, context_headers) {
+        Ok(terms) => Some(ProxySection {
+            principal: principal?,
+            terms,
+        }),
+        Err(error) => {
+            let key = match error {
+                ProxyTermsError::SubjectType(_) => "subject_type",
+                _ => key,
+            };
+            s.mistake(key, error.to_string());
+            None
+        }
+    }
 }
 
 /// The congestion control that a section names.
@@ -1115,6 +1177,31 @@ custody = 1
             let found = keys(&users(&text));
             assert_eq!(found.len(), 1, "{found:?}");
             assert_eq!(found[0].1, key);
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_named_once_and_its_headers_can_be_judged() {
+        let proxies = |text: &str| format!("{GOOD}\n{text}");
+        let one = "[[gateway.proxies]]\nprincipal = \"Proxy::edge\"\nscheme = \"https\"\n\
+                   subject_from = \"header:x-user\"\nsubject_type = \"User\"\n\
+                   context_headers = [\"x-tenant\"]\n";
+        let config = Config::parse(&proxies(one), Path::new("/")).unwrap();
+        let terms = &config.gateway.proxies[0].terms;
+        assert_eq!(terms.subject_header(), Some("x-user"));
+        for (text, key) in [
+            (format!("{one}{one}"), "principal"),
+            (one.replace("Proxy::", "Proxy:"), "principal"),
+            (one.replace("\"https\"", "\"ftp\""), "scheme"),
+            (one.replace("header:x-user", "x-user"), "subject_from"),
+            (one.replace("\"User\"", "\"9\""), "subject_type"),
+            (one.replace("x-tenant", "X-Tenant"), "context_headers"),
+            (one.replace("x-tenant", "x-user"), "context_headers"),
+            (one.replace("x-tenant", "cookie"), "context_headers"),
+        ] {
+            let found = keys(&proxies(&text));
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert_eq!(found[0].1, format!("gateway.proxies.{key}"));
         }
     }
 

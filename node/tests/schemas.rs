@@ -13,6 +13,27 @@ use common::{Site, read_action};
 use serde_json::{Map, Value, json};
 use toml_edit::{DocumentMut, Item};
 
+/// Whether a text has the form that a pattern of ours asks for: a name of these characters, or a text
+/// without those.
+fn has_form(pattern: &str, text: &str) -> bool {
+    let of = |more: &str| {
+        text.starts_with(|c: char| c.is_ascii_alphabetic())
+            && text
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+    };
+    if pattern.starts_with("^[A-Za-z][A-Za-z0-9_]") {
+        return of("_");
+    }
+    if pattern.starts_with("^[A-Za-z][A-Za-z0-9._:/-]") {
+        return of("._:/-");
+    }
+    assert!(pattern.starts_with("^[^\\u0000-"), "{pattern}");
+    !text
+        .chars()
+        .any(|c| c.is_control() && !"\n\r\t".contains(c))
+}
+
 /// What a schema says against a value: a small reader of JSON Schema, which knows the keywords that
 /// ours use and takes no others.
 fn mistakes(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<String> {
@@ -47,6 +68,13 @@ fn mistakes(root: &Value, schema: &Value, value: &Value, at: &str) -> Vec<String
             "enum" => says.as_array().unwrap().contains(value),
             "minimum" => value.as_i64().is_none_or(|v| v >= number(says)),
             "maximum" => value.as_i64().is_none_or(|v| v <= number(says)),
+            "pattern" => value
+                .as_str()
+                .is_none_or(|text| has_form(says.as_str().unwrap(), text)),
+            "propertyNames" => value.as_object().is_none_or(|v| {
+                v.keys()
+                    .all(|key| mistakes(root, says, &json!(key), at).is_empty())
+            }),
             "minLength" => value
                 .as_str()
                 .is_none_or(|v| v.chars().count() as i64 >= number(says)),

@@ -29,7 +29,7 @@ use crate::routes::{
 use crate::slots::Slot;
 use crate::wire::{
     AuthzenConfiguration, AuthzenEvaluation, AuthzenEvaluations, AuthzenRequest, AuthzenSearch,
-    AuthzenSearchRequest, Problem,
+    Problem,
 };
 
 const CONFIGURATION: &str = "/.well-known/authzen-configuration";
@@ -197,7 +197,7 @@ fn configuration(visit: &Visit<'_>, request: &Request<Incoming>) -> Reply {
 #[utoipa::path(
     post, path = "/access/v1/evaluation", tag = "authzen",
     request_body = AuthzenRequest,
-    params(("X-Request-ID" = Option<String>, Header, description = "1 to 128 visible ASCII characters, given back")),
+    params(("X-Request-ID" = Option<String>, Header, min_length = 1, max_length = 128, pattern = "^[!-~]+$", description = "1 to 128 visible ASCII characters, given back")),
     responses(
         (status = 200, description = "The decision", body = AuthzenEvaluation),
         (status = 400, description = "Malformed, ambiguous or incomplete", body = String),
@@ -260,7 +260,7 @@ async fn evaluate_one(visit: &Visit<'_>, arrived: Arrived, evaluation: &Evaluati
 #[utoipa::path(
     post, path = "/access/v1/evaluations", tag = "authzen",
     request_body = AuthzenRequest,
-    params(("X-Request-ID" = Option<String>, Header, description = "1 to 128 visible ASCII characters, given back")),
+    params(("X-Request-ID" = Option<String>, Header, min_length = 1, max_length = 128, pattern = "^[!-~]+$", description = "1 to 128 visible ASCII characters, given back")),
     responses(
         (status = 200, description = "The decisions, in the order of the request; a faulty evaluation is `false`", body = AuthzenEvaluations),
         (status = 400, description = "The request as a whole is malformed, ambiguous or too long", body = String),
@@ -423,8 +423,8 @@ fn decision(answer: &Answer) -> AuthzenEvaluation {
 /// Subjects are the entities of the bundle. Needs the scopes `explain` and `act_as`.
 #[utoipa::path(
     post, path = "/access/v1/search/subject", tag = "authzen",
-    request_body = AuthzenSearchRequest,
-    params(("X-Request-ID" = Option<String>, Header, description = "1 to 128 visible ASCII characters, given back")),
+    request_body = AuthzenRequest,
+    params(("X-Request-ID" = Option<String>, Header, min_length = 1, max_length = 128, pattern = "^[!-~]+$", description = "1 to 128 visible ASCII characters, given back")),
     responses(
         (status = 200, description = "One page of subjects; the last has an empty `next_token`", body = AuthzenSearch),
         (status = 400, description = "Malformed, ambiguous or incomplete, or a page token of something else", body = String),
@@ -454,8 +454,8 @@ async fn search_subject(
 /// subject than the caller.
 #[utoipa::path(
     post, path = "/access/v1/search/resource", tag = "authzen",
-    request_body = AuthzenSearchRequest,
-    params(("X-Request-ID" = Option<String>, Header, description = "1 to 128 visible ASCII characters, given back")),
+    request_body = AuthzenRequest,
+    params(("X-Request-ID" = Option<String>, Header, min_length = 1, max_length = 128, pattern = "^[!-~]+$", description = "1 to 128 visible ASCII characters, given back")),
     responses(
         (status = 200, description = "One page of resources; the last has an empty `next_token`", body = AuthzenSearch),
         (status = 400, description = "Malformed, ambiguous or incomplete, or a page token of something else", body = String),
@@ -485,8 +485,8 @@ async fn search_resource(
 /// subject than the caller.
 #[utoipa::path(
     post, path = "/access/v1/search/action", tag = "authzen",
-    request_body = AuthzenSearchRequest,
-    params(("X-Request-ID" = Option<String>, Header, description = "1 to 128 visible ASCII characters, given back")),
+    request_body = AuthzenRequest,
+    params(("X-Request-ID" = Option<String>, Header, min_length = 1, max_length = 128, pattern = "^[!-~]+$", description = "1 to 128 visible ASCII characters, given back")),
     responses(
         (status = 200, description = "One page of actions; the last has an empty `next_token`", body = AuthzenSearch),
         (status = 400, description = "Malformed, ambiguous or incomplete, or a page token of something else", body = String),

@@ -4,6 +4,7 @@
 use std::sync::LazyLock;
 
 use hyper::body::Bytes;
+use serde_json::{Map, Value};
 use utoipa::openapi::OpenApi as Document;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
@@ -12,9 +13,9 @@ use crate::authzen;
 use crate::routes;
 use crate::wire::{
     AnswerOrProblem, AuthzenAction, AuthzenConfiguration, AuthzenEntity, AuthzenEvaluation,
-    AuthzenEvaluations, AuthzenRequest, AuthzenSearch, AuthzenSearchRequest, BundleRef,
-    DecideRequest, DecisionAnswer, DecisionWord, EntityRef, OutcomeWord, Problem, Readiness,
-    RecordRef, ReportAnswer, ReportRequest,
+    AuthzenEvaluations, AuthzenRequest, AuthzenSearch, BundleRef, DecideRequest, DecisionAnswer,
+    DecisionWord, EntityRef, OutcomeWord, Problem, Readiness, RecordRef, ReportAnswer,
+    ReportRequest,
 };
 
 #[derive(OpenApi)]
@@ -72,7 +73,6 @@ use crate::wire::{
         AuthzenEvaluations,
         AuthzenRequest,
         AuthzenSearch,
-        AuthzenSearchRequest,
     )),
     modifiers(&SecuritySchemes),
 )]
@@ -89,12 +89,57 @@ impl Modify for SecuritySchemes {
     }
 }
 
+/// What the types do not say: the bounds of texts and numbers, as the interceptor's reader has them, and
+/// requests of one type that differ by path. A merge patch (RFC 7396) over the generated document.
+const BOUNDS: &str = include_str!("openapi_bounds.json");
+
 /// The document, indented, ending in a line feed: the text of `docs/openapi.json`.
 #[must_use]
 pub fn document() -> String {
-    let mut text = serde_json::to_string_pretty(&Api::openapi()).unwrap_or_default();
+    let mut document = serde_json::to_value(Api::openapi()).unwrap_or_default();
+    merge(
+        &mut document,
+        serde_json::from_str(BOUNDS).unwrap_or_default(),
+    );
+    never_null(&mut document);
+    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
     text.push('\n');
     text
+}
+
+fn merge(into: &mut Value, patch: Value) {
+    let Value::Object(patch) = patch else {
+        *into = patch;
+        return;
+    };
+    if !into.is_object() {
+        *into = Value::Object(Map::new());
+    }
+    let Value::Object(into) = into else { return };
+    for (key, value) in patch {
+        match value {
+            Value::Null => drop(into.remove(&key)),
+            value => merge(into.entry(key).or_insert(Value::Null), value),
+        }
+    }
+}
+
+/// A parameter that need not be there is absent, not null.
+fn never_null(document: &mut Value) {
+    let paths = document.get_mut("paths").and_then(Value::as_object_mut);
+    let methods = paths
+        .into_iter()
+        .flat_map(|paths| paths.values_mut())
+        .filter_map(Value::as_object_mut)
+        .flat_map(|methods| methods.values_mut());
+    let parameters = methods
+        .filter_map(|method| method.get_mut("parameters")?.as_array_mut())
+        .flatten();
+    for kind in parameters.filter_map(|parameter| parameter.pointer_mut("/schema/type")) {
+        if let Some(only) = kind.get(0).cloned() {
+            *kind = only;
+        }
+    }
 }
 
 /// The document as it is served.

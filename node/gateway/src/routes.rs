@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http_body_util::{BodyExt as _, Full};
+use http_body_util::{BodyExt as _, Either, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN,
@@ -26,6 +26,7 @@ use crate::authzen;
 use crate::connection::{Connection, Registry};
 use crate::credentials::CredentialFault;
 use crate::doors::GiveUp;
+use crate::envoy::{self, AnyReply};
 use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_TIMEOUT, BODY_BYTES_MAX};
 use crate::openapi;
 use crate::refusals::{RefusalKind, Source};
@@ -67,7 +68,7 @@ pub(crate) async fn answer(
     registry: &Registry,
     connection: &Arc<Connection>,
     request: Request<Incoming>,
-) -> Reply {
+) -> AnyReply {
     let _busy = connection.begin_request(request.version() == Version::HTTP_2);
     let visit = Visit {
         app,
@@ -75,22 +76,33 @@ pub(crate) async fn answer(
         connection,
         source: connection.source(),
     };
-    if let Err(refused) = visit.right_place(&request) {
-        return *refused;
+    let is_of_proxy = envoy::is_ours(request.uri().path());
+    if is_of_proxy && envoy::has_credentials(visit.source, request.headers()) {
+        return envoy::answer(&visit, request).await;
     }
+    let reply = match visit.right_place(&request) {
+        Err(refused) => *refused,
+        Ok(()) if is_of_proxy => return envoy::answer(&visit, request).await,
+        Ok(()) => answer_of(&visit, request).await,
+    };
+    reply.map(Either::Left)
+}
+
+/// What each resource answers a request that is meant for it.
+async fn answer_of(visit: &Visit<'_>, request: Request<Incoming>) -> Reply {
     let is_get = request.method() == Method::GET;
     let is_post = request.method() == Method::POST;
     match request.uri().path() {
-        "/v1/decide" if is_post => decide(&visit, request).await,
-        "/v1/report" if is_post => report(&visit, request).await,
-        "/v1/explain" if is_post => explain(&visit, request).await,
-        "/v1/status" if is_get => status(&visit, &request),
+        "/v1/decide" if is_post => decide(visit, request).await,
+        "/v1/report" if is_post => report(visit, request).await,
+        "/v1/explain" if is_post => explain(visit, request).await,
+        "/v1/status" if is_get => status(visit, &request),
         "/healthz" if is_get => healthz(),
-        "/readyz" if is_get => readyz(&visit),
-        "/metrics" if is_get => metrics(&visit, &request),
+        "/readyz" if is_get => readyz(visit),
+        "/metrics" if is_get => metrics(visit, &request),
         "/openapi.json" if is_get => openapi_json(),
-        path if path.starts_with(ADMIN) && is_post => admin(&visit, request).await,
-        path if authzen::is_ours(path) => authzen::answer(&visit, request).await,
+        path if path.starts_with(ADMIN) && is_post => admin(visit, request).await,
+        path if authzen::is_ours(path) => authzen::answer(visit, request).await,
         "/v1/decide" | "/v1/explain" | "/v1/report" => wrong_method(POST_ONLY),
         "/v1/status" | "/healthz" | "/readyz" | "/metrics" | "/openapi.json" => {
             wrong_method(GET_ONLY)
@@ -644,7 +656,7 @@ impl Visit<'_> {
         refused
     }
 
-    fn refuse(&self, kind: RefusalKind) {
+    pub(crate) fn refuse(&self, kind: RefusalKind) {
         self.app.refusals.count(self.source, kind);
         self.app.counters.refused(kind).up();
     }

@@ -27,6 +27,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use crate::auth::{AuthConfig, Authenticator};
 use crate::connection::{CloseCause, Connection, Patience, Registry, Watched};
 use crate::doors::{Decider, Operator};
+use crate::envoy::Proxies;
 use crate::guard::Guard;
 use crate::limits::{
     ADMIN_SLOTS, BODY_TIMEOUT_DEFAULT, CONNECTIONS_DEFAULT, CONNECTIONS_MAX,
@@ -159,6 +160,8 @@ pub struct GatewayConfig {
     /// Under which URL callers reach the doors where something in front of them speaks TLS, without
     /// a slash at its end; what the AuthZEN metadata say.
     pub public_url: Option<String>,
+    /// The proxies that may ask for the requests that they hold back, and how those are read.
+    pub proxies: Proxies,
     /// How much the doors let in, and how long they wait.
     pub limits: GatewayLimits,
 }
@@ -235,6 +238,7 @@ pub(crate) struct App {
     pub(crate) counters: Stats,
     pub(crate) own_uid: u32,
     pub(crate) public_url: Option<String>,
+    pub(crate) proxies: Proxies,
     pub(crate) body_timeout: Duration,
     pub(crate) decision_timeout: Duration,
     tcp_connections: Registry,
@@ -330,6 +334,7 @@ impl Gateway {
             unix,
             auth,
             public_url,
+            proxies,
             limits,
         } = config;
         limits.check()?;
@@ -357,6 +362,7 @@ impl Gateway {
             counters: Stats::default(),
             own_uid,
             public_url,
+            proxies,
             body_timeout: limits.body_timeout,
             decision_timeout: limits.decision_timeout,
             tcp_connections: registry(),

@@ -171,14 +171,6 @@ pub struct AuthzenRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub context: Option<Value>,
-    /// Only for `/access/v1/evaluations`: at most 64, each with what differs from the above.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(max_items = 64, value_type = Option<Vec<Object>>)]
-    pub evaluations: Option<Vec<Value>>,
-    /// Only for `/access/v1/evaluations`: `evaluations_semantic`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    pub options: Option<Value>,
 }
 
 /// A subject or resource of AuthZEN.
@@ -209,26 +201,6 @@ pub struct AuthzenAction {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub properties: Option<Value>,
-}
-
-/// A search request of AuthZEN. What is looked for has no id; an action search has no action.
-#[derive(Debug, Serialize, ToSchema)]
-pub struct AuthzenSearchRequest {
-    /// Who acts.
-    pub subject: AuthzenEntity,
-    /// What is to be done.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub action: Option<AuthzenAction>,
-    /// To what.
-    pub resource: AuthzenEntity,
-    /// The circumstances; any JSON object.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    pub context: Option<Value>,
-    /// `token` of the page before, `limit` of results.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
-    pub page: Option<Value>,
 }
 
 /// A decision of AuthZEN.

@@ -266,6 +266,7 @@ async fn bind(
 ) -> Result<Gateway, GatewayError> {
     let config = GatewayConfig {
         public_url: None,
+        proxies: Default::default(),
         tcp: tcp.map(|a| a.parse().unwrap()),
         unix,
         auth,

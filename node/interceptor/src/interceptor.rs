@@ -22,7 +22,7 @@ use crate::{
     caller::Caller,
     clock::{BucketClock, Clock},
     engines::{Engines, Evaluated},
-    explain,
+    envoy, explain,
     limits::{
         APPEND_TIMEOUT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT, ENGINE_WORKERS,
         MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
@@ -51,6 +51,8 @@ pub enum Ask<'a> {
     Native(&'a [u8]),
     /// An evaluation of AuthZEN.
     Evaluation(&'a authzen::Evaluation),
+    /// A request that a proxy holds back.
+    Check(&'a envoy::Check),
 }
 
 impl Ask<'_> {
@@ -58,6 +60,7 @@ impl Ask<'_> {
         match self {
             Self::Native(bytes) => Action::parse(bytes, caller),
             Self::Evaluation(evaluation) => Action::from_parts(evaluation.parts.clone()?, caller),
+            Self::Check(check) => Action::from_parts(check.parts.clone()?, caller),
         }
     }
 
@@ -65,6 +68,7 @@ impl Ask<'_> {
         match self {
             Self::Native(bytes) => bytes.len(),
             Self::Evaluation(evaluation) => evaluation.body_bytes,
+            Self::Check(check) => check.body_bytes,
         }
     }
 }

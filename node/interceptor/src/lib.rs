@@ -18,6 +18,7 @@ mod authzen;
 mod caller;
 mod clock;
 mod engines;
+mod envoy;
 mod explain;
 mod interceptor;
 mod json;
@@ -44,6 +45,7 @@ pub use answer::{
 pub use authzen::{Evaluation, Evaluations, Search, SearchFor, Semantic};
 pub use caller::{Caller, Principal};
 pub use clock::{Clock, ThreadCpu};
+pub use envoy::{Check, Proxied, ProxyTerms, ProxyTermsError, Subject};
 pub use interceptor::{
     Ask, Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,
 };

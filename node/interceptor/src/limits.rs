@@ -38,6 +38,16 @@ pub const MAX_HOST_BYTES: usize = 253;
 /// Bytes of the caller's own request id.
 pub const MAX_REQUEST_ID_BYTES: usize = 128;
 
+/// Bytes of the method of a proxied request.
+pub const MAX_METHOD_BYTES: usize = 32;
+
+/// Headers of a proxied request that one proxy's terms put into the context; with
+/// [`MAX_HEADER_BYTES`] each, 16 KiB a request.
+pub const MAX_CONTEXT_HEADERS: usize = 16;
+
+/// Bytes of the value of a header of a proxied request that is read at all.
+pub const MAX_HEADER_BYTES: usize = 1024;
+
 /// Bytes of one message that quotes input (a key, an engine's error).
 pub const MAX_MESSAGE_BYTES: usize = 256;
 

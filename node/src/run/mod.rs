@@ -270,6 +270,14 @@ fn gateway_config(
 ) -> Result<GatewayConfig, Failure> {
     Ok(GatewayConfig {
         public_url: section.public_url.clone(),
+        proxies: section
+            .proxies
+            .iter()
+            .filter_map(|proxy| {
+                let (kind, id) = proxy.principal.split_once("::")?;
+                Some(((kind.to_owned(), id.to_owned()), proxy.terms.clone()))
+            })
+            .collect(),
         tcp: section.tcp,
         unix: Some(UnixDoor::new(section.unix.clone())),
         limits: GatewayLimits {

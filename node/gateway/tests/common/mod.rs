@@ -142,6 +142,7 @@ impl Decider for Script {
                 named = format!("\"{}\"", evaluation.action_name().unwrap_or_default());
                 named.as_bytes()
             }
+            Ask::Check(_) => b"check",
         };
         self.asked.lock().unwrap().push(Asked {
             bytes: body.len(),
@@ -261,6 +262,7 @@ pub(crate) async fn start_with(
         unix: Some(shape(UnixDoor::new(&unix))),
         auth,
         public_url: None,
+        proxies: Default::default(),
         limits,
     };
     let parts = GatewayParts {
