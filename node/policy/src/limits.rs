@@ -136,6 +136,20 @@ pub const REGO_WIDTH_DIGITS_MAX: usize = 3;
 /// evaluating thread (tested on 1 MiB, unoptimised).
 pub const REGO_RULE_DEPTH_MAX: usize = 32;
 
+/// Statements with `with` in one bundle. Each is an entry point and two names of the compiler.
+pub const REGO_WITH_MAX: usize = 256;
+
+/// How often one evaluation may evaluate statements with `with`. Each costs a machine, and a walk over the
+/// names of the bundle's rules.
+pub const REGO_WITH_RUNS_MAX: usize = 64;
+
+/// Instructions of one evaluation of a statement with `with`: with [`REGO_WITH_RUNS_MAX`] of them, at most
+/// 640,000 beside [`REGO_FUEL`].
+pub const REGO_WITH_FUEL: usize = 10_000;
+
+/// What a `with` counts among the rules that refer to rules: a machine calls another one.
+pub const REGO_WITH_DEPTH: usize = 4;
+
 /// Texts in `deny` and ids in `policies` of one decision.
 pub const REGO_GROUNDS_MAX: usize = 64;
 

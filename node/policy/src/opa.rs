@@ -35,6 +35,7 @@ use crate::limits::{
     OPA_UNPACKED_BYTES_MAX, TRUST_KEYS_MAX,
 };
 use crate::rego_program::{Module, parse};
+use crate::rego_rewrite::author_words;
 use crate::template::template;
 
 const OPA_MANIFEST: &str = ".manifest";
@@ -720,12 +721,13 @@ impl Import {
             let module = Module { path, text };
             match parse(&[module]) {
                 Err(fault) => self.problem(path, fault.line, fault.message),
-                Ok((engine, found)) => {
+                Ok((engine, _, found)) => {
                     for (_, finding) in found {
                         let message = format!("`{}`: {}", finding.name, finding.reason);
                         self.problem(path, finding.line, message);
                     }
                     for package in engine.get_packages().unwrap_or_default() {
+                        let package = author_words(&package);
                         let place = package
                             .strip_prefix("data.")
                             .unwrap_or(&package)

@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 
+use regorus::rvm::vm::VmError;
 use regorus::unstable::{ArithOp, BUILTINS, BuiltinFcn, Expr, Ref, Span, numbers, sets};
 use regorus::{LimitError, Value};
 
@@ -16,6 +17,7 @@ use crate::limits::{
     REGO_PATTERN_BYTES_MAX, REGO_RANGE_MAX, REGO_SHIFT_BITS_MAX, REGO_TEXT_BYTES_MAX,
     REGO_WIDTH_DIGITS_MAX,
 };
+use crate::rego_host::{self, HOST};
 
 /// Why an evaluation stopped.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +26,21 @@ pub(crate) enum Stop {
     Error(String),
     /// A bound of the evaluation was reached.
     Budget(String),
+}
+
+impl Stop {
+    /// What the machine's own error means.
+    pub(crate) fn of(error: &VmError) -> Self {
+        match error {
+            VmError::InstructionLimitExceeded { limit, .. } => {
+                Self::Budget(format!("more than {limit} instructions"))
+            }
+            VmError::RegexSizeLimitExceeded { limit, .. } => {
+                Self::Budget(format!("a pattern takes more than {limit} bytes"))
+            }
+            error => Self::Error(clip(&error.to_string())),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -41,6 +58,7 @@ thread_local! {
 /// Forgets what the last evaluation on this thread left.
 pub(crate) fn begin() {
     RUN.with_borrow_mut(|run| *run = Run::default());
+    rego_host::begin();
 }
 
 /// Why the evaluation on this thread was stopped by a guard, if it was.
@@ -201,7 +219,7 @@ allowed! {
 
 /// Functions that take the place of instructions of the machine, with their number of arguments.
 /// Their names cannot be written in Rego.
-pub(crate) const OPERATORS: [(&str, BuiltinFcn); 11] = [
+pub(crate) const OPERATORS: [(&str, BuiltinFcn); 15] = [
     ("+", (|s, p, v, _| arithmetic(&ArithOp::Add, s, p, v), 2)),
     ("-", (|s, p, v, _| minus(s, p, v), 2)),
     ("*", (|s, p, v, _| arithmetic(&ArithOp::Mul, s, p, v), 2)),
@@ -213,6 +231,10 @@ pub(crate) const OPERATORS: [(&str, BuiltinFcn); 11] = [
     (">=", (|_, _, v, _| compare(">=", v, |a, b| a >= b), 2)),
     ("#one", (|_, _, v, _| one(v), 2)),
     ("#same", (|_, _, v, _| same(v), 2)),
+    ("#value", (|_, _, v, _| single(v), 2)),
+    ("#given", (|_, _, v, _| given(v), 2)),
+    (HOST, (|_, _, v, _| host(v), 2)),
+    ("#defined", (|_, _, v, _| shown(v), 2)),
 ];
 
 /// Stops the evaluation. The machine lets only a breach of its own limits through, so every stop is
@@ -590,11 +612,43 @@ fn one(values: &[Value]) -> anyhow::Result<Value> {
     }
 }
 
+/// What a rule says already beside what it says again.
+fn single(values: &[Value]) -> anyhow::Result<Value> {
+    match values {
+        [a, b] if a == b => Ok(Value::Bool(true)),
+        _ => Err(error("rule", "two definitions give different values")),
+    }
+}
+
 /// What an object holds already beside what it is to hold under the same key.
 fn same(values: &[Value]) -> anyhow::Result<Value> {
     match values {
         [a, b] if a == b => Ok(Value::Bool(true)),
         _ => Err(error("object", "one key gets two different values")),
+    }
+}
+
+/// What a function says of arguments that are all there.
+fn given(values: &[Value]) -> anyhow::Result<Value> {
+    match values {
+        [said, _] => Ok(said.clone()),
+        _ => Err(error("function", "a call of nothing")),
+    }
+}
+
+/// What a rewritten rule asks of the node.
+fn host(values: &[Value]) -> anyhow::Result<Value> {
+    match rego_host::answer(values) {
+        Ok(value) => made("with", value),
+        Err(why) => Err(stop(why)),
+    }
+}
+
+/// A package as a document holds the rules that have a value.
+fn shown(values: &[Value]) -> anyhow::Result<Value> {
+    match values {
+        [value, shape] => made("data", rego_host::defined(value, shape)),
+        _ => Err(error("data", "a call of nothing")),
     }
 }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use regorus::Value;
-use regorus::unstable::{Expr, Literal, Module, Query, Ref, Rule, RuleAssign, RuleHead};
+use regorus::unstable::{AssignOp, Expr, Literal, Module, Query, Ref, Rule, RuleAssign, RuleHead};
 
 use crate::limits::{REGO_NESTING_MAX, REGO_PARSE_WORK_MAX};
 use crate::rego_builtins::refusal;
@@ -116,14 +116,7 @@ impl Walk<'_> {
                         self.expr(refr);
                         self.assign(assign.as_ref());
                     }
-                    RuleHead::Set { span, refr, key } => {
-                        if path(refr).is_none() {
-                            self.refuse(
-                                span.line,
-                                "contains",
-                                "a set below a key that is no name is not run: name it in an object",
-                            );
-                        }
+                    RuleHead::Set { refr, key, .. } => {
                         self.expr(refr);
                         self.exprs(key.as_ref());
                     }
@@ -147,10 +140,8 @@ impl Walk<'_> {
                 value,
                 ..
             } => {
-                // The compiler would take the first for no default and the second for an empty value.
-                if !args.is_empty() {
-                    self.refuse(span.line, "default", "the default of a function is not run");
-                } else if !constant(value) {
+                // The compiler would take it for an empty value.
+                if !constant(value) {
                     self.refuse(span.line, "default", "a default must be a constant");
                 }
                 self.expr(refr);
@@ -169,11 +160,6 @@ impl Walk<'_> {
     fn query(&mut self, query: &Query) {
         for statement in &query.stmts {
             for modifier in &statement.with_mods {
-                self.refuse(
-                    modifier.span.line,
-                    "with",
-                    "a decision is about the request as it came, never about another one",
-                );
                 self.expr(&modifier.refr);
                 self.expr(&modifier.r#as);
             }
@@ -242,6 +228,17 @@ impl Walk<'_> {
                 self.expr(refr);
                 self.expr(index);
             }
+            // The compiler would not look whether there is a value.
+            Expr::AssignExpr {
+                op: AssignOp::ColEq,
+                lhs,
+                rhs,
+                span,
+                ..
+            } if path(lhs).is_some_and(|name| name == "_") => {
+                self.refuse(span.line, "_ :=", "write what stands behind it alone");
+                self.expr(rhs);
+            }
             Expr::BinExpr { lhs, rhs, .. }
             | Expr::BoolExpr { lhs, rhs, .. }
             | Expr::ArithExpr { lhs, rhs, .. }
@@ -282,7 +279,7 @@ impl Walk<'_> {
 }
 
 /// Whether a value is what it says, whatever the data are.
-fn constant(value: &Expr) -> bool {
+pub(crate) fn constant(value: &Expr) -> bool {
     match value {
         Expr::String { .. }
         | Expr::RawString { .. }
@@ -301,7 +298,7 @@ fn constant(value: &Expr) -> bool {
 }
 
 /// A reference of names and dots, as text.
-fn path(expr: &Expr) -> Option<String> {
+pub(crate) fn path(expr: &Expr) -> Option<String> {
     match expr {
         Expr::Var {
             value: Value::String(name),

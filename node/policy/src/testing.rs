@@ -247,7 +247,29 @@ impl RegoRules {
     /// # Errors
     /// What stopped the evaluation.
     pub fn run(&self, input: Option<&Value>) -> Result<Option<Value>, String> {
-        let input = input.map_or(regorus::Value::Undefined, convert);
+        self.ask(input.map_or(regorus::Value::Undefined, convert))
+    }
+
+    /// The value of the rule for an input that is written in Rego, and may hold sets.
+    ///
+    /// # Errors
+    /// What stopped the evaluation, or keeps the input from being read.
+    pub fn run_term(&self, input: &str) -> Result<Option<Value>, String> {
+        let text = format!("package input_term\n\nvalue := {input}\n");
+        let module = Module {
+            path: "input",
+            text: &text,
+        };
+        let none = regorus::Value::new_object();
+        let term = Rules::compile(&[module], none, "data.input_term.value")
+            .map_err(|fault| fault.message)?;
+        let term = term
+            .run(regorus::Value::Undefined)
+            .map_err(|stop| format!("{stop:?}"))?;
+        self.ask(term)
+    }
+
+    fn ask(&self, input: regorus::Value) -> Result<Option<Value>, String> {
         let said = self.0.run(input).map_err(|stop| format!("{stop:?}"))?;
         if said == regorus::Value::Undefined {
             return Ok(None);
