@@ -10,7 +10,8 @@ mod common;
 
 use std::fs;
 
-use common::Site;
+use common::{Site, free_udp, until};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 #[test]
@@ -423,4 +424,386 @@ fn a_plan_changes_nothing_and_the_act_does() {
     // A CRL that is born expired closes meshes: it is not made.
     let born_dead = site.tidelock(&["ca", "crl", "--dir", "ca", "--days", "0"]);
     born_dead.ended(2).says(&["--days"]);
+}
+
+/// Bundles of this site that allow `/etc` instead of `/srv`, by epoch: `site-2.tar`, ….
+fn turned(site: &Site, epochs: &[u64]) {
+    let policy = site.read("policy/policies/base.cedar");
+    let tests = site.read("policy/tests/base.json");
+    site.write("policy/tests/base.json", "[]");
+    site.write(
+        "policy/policies/base.cedar",
+        &policy.replace("\"/srv/*\"", "\"/etc/*\""),
+    );
+    for epoch in epochs {
+        site.bundle(&format!("site-{epoch}.tar"), "policy.key", |manifest| {
+            manifest["epoch"] = json!(epoch);
+        });
+    }
+    site.write("policy/policies/base.cedar", &policy);
+    site.write("policy/tests/base.json", &tests);
+}
+
+fn source(site: &Site) -> (Value, Value) {
+    let bundle = site.status()["bundle"].clone();
+    (bundle["epoch"].clone(), bundle["source"].clone())
+}
+
+#[test]
+fn inv_16_going_back_holds_over_a_kill_a_reload_and_the_same_bundle_again() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    site.decides();
+    let alone = site.tidelock(&["policy", "rollback"]).ended(1);
+    alone.says(&["POLICY_NO_FALLBACK", "new epoch"]);
+    turned(&site, &[2, 3]);
+    let plan = site.json(&["policy", "plan", "site-2.tar"]);
+    assert_eq!(plan["blocked"], Value::Null, "flips are reported only");
+    let plan = plan["plan"].as_str().unwrap().to_owned();
+    let activated = site.ok(&[
+        "policy",
+        "activate",
+        "site-2.tar",
+        "--plan",
+        &plan,
+        "--apply",
+    ]);
+    let undo = activated
+        .out
+        .lines()
+        .find_map(|line| line.strip_prefix("to undo it: "))
+        .unwrap()
+        .to_owned();
+    let activations = site.events("bundle_activated");
+    assert_eq!(activations[0]["undo"], Value::Null);
+    assert_eq!(activations[1]["undo"], undo.as_str());
+    assert_eq!(site.may_read("/etc/shadow").0, "allow");
+
+    // Looking changes nothing, and another plan does nothing.
+    let look = site.json(&["policy", "rollback"]);
+    assert_eq!(
+        (&look["sets_aside"]["epoch"], &look["serves"]["epoch"]),
+        (&json!(2), &json!(1))
+    );
+    assert_eq!(look["posture"], "restricted");
+    assert!(undo.contains(look["plan"].as_str().unwrap()), "{undo}");
+    site.ok(&["policy", "rollback"])
+        .says(&["--plan", "read-srv"]);
+    site.tidelock(&["policy", "rollback", "--plan", &plan, "--apply"])
+        .ended(1)
+        .says(&["PLAN_STALE"]);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+
+    // The printed command, as it stands.
+    let mut words: Vec<&str> = undo.split(' ').skip(1).collect();
+    words.extend(["--reason", "orders fail"]);
+    site.ok(&words).says(&["restricted"]);
+    let rolled_back = |what: &str| {
+        assert_eq!(
+            source(&site),
+            (json!(1), json!("last_known_good")),
+            "{what}"
+        );
+        let status = site.status();
+        assert_eq!(status["posture"], "restricted", "{what}");
+        let aside = &status["activation"]["set_aside"];
+        assert_eq!(
+            (&aside["epoch"], &aside["cause"], &aside["reason"]),
+            (&json!(2), &json!("operator"), &json!("orders fail")),
+            "{what}"
+        );
+        site.decides();
+    };
+    rolled_back("by plan");
+    let recorded = site.events("policy_rolled_back");
+    assert_eq!(recorded[0]["reason"], "orders fail");
+    site.ok(&["policy", "status"])
+        .says(&["set aside", "orders fail"]);
+    site.tidelock(&["doctor"])
+        .says(&["was set aside by operator"]);
+    site.tidelock(&["policy", "rollback"])
+        .ended(1)
+        .says(&["POLICY_NOT_ACTIVE"]);
+    // A restart that nobody prepared, a reload, and the same bundle again.
+    node.end(Signal::KILL);
+    let node = site.start();
+    rolled_back("after a kill");
+    node.reload("reloaded");
+    rolled_back("after a reload");
+    site.tidelock(&["bundle", "install", "site-2.tar", "--apply"])
+        .ended(1)
+        .says(&["POLICY_SET_ASIDE"]);
+    site.tidelock(&[
+        "policy",
+        "activate",
+        "site-2.tar",
+        "--plan",
+        &plan,
+        "--apply",
+    ])
+    .ended(1)
+    .says(&["PLAN_STALE"]);
+    rolled_back("after it was offered again");
+
+    // The controls: an operator's plan brings it back, and after another rollback a higher epoch ends it.
+    let again = site.json(&["policy", "plan", "site-2.tar"]);
+    let again = again["plan"].as_str().unwrap();
+    site.ok(&[
+        "policy",
+        "activate",
+        "site-2.tar",
+        "--plan",
+        again,
+        "--apply",
+    ]);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    let back = site.json(&["policy", "rollback"]);
+    let back = back["plan"].as_str().unwrap();
+    site.ok(&["policy", "rollback", "--plan", back, "--apply"]);
+    site.ok(&["bundle", "install", "site-3.tar", "--apply"]);
+    assert_eq!(source(&site), (json!(3), json!("active")));
+    assert_eq!(site.status()["activation"]["set_aside"], Value::Null);
+    // What was set aside never stands behind what came after it.
+    assert_eq!(site.status()["activation"]["standby"]["epoch"], 1);
+}
+
+/// A policy that is right and takes far longer than a caller has: some hundred times it searches a long text.
+const SLOW: &str = r#"package tidelock
+
+decision := {"allow": allow, "deny": set(), "policies": {"slow"}}
+
+default allow := false
+
+allow if {
+	found := [i | some i in numbers.range(1, 400); not contains(data.text, sprintf("aaaaaaa%d", [i]))]
+	count(found) == 400
+}
+"#;
+
+#[test]
+fn a_bundle_that_fails_its_self_check_is_set_aside_by_itself() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let manifest = site.read("policy/manifest.json");
+    fs::remove_dir_all(site.path("policy")).unwrap();
+    for dir in ["policy/policies", "policy/tests"] {
+        fs::create_dir_all(site.path(dir)).unwrap();
+    }
+    site.write("policy/manifest.json", &manifest);
+    site.write("policy/input-schema.json", REGO_INPUT);
+    site.write("policy/policies/base.rego", SLOW);
+    let text = "a".repeat(400_000);
+    site.write("policy/data.json", &json!({"text": text}).to_string());
+    let case = json!([{
+        "name": "it allows, in its own time",
+        "request": {
+            "principal": {"type": "Agent", "id": "ops-1"}, "action": "fs.read",
+            "resource": {"type": "File", "id": "/srv/a", "attributes": {"path": "/srv/a"}},
+        },
+        "expect": "allow",
+    }]);
+    site.write("policy/tests/base.json", &case.to_string());
+    let build = |archive: &str, epoch: u64| {
+        site.bundle(archive, "policy.key", |manifest| {
+            manifest["epoch"] = json!(epoch);
+            manifest["engine"] = json!("rego");
+        });
+    };
+    build("slow.tar", 2);
+    site.tidelock(&["bundle", "install", "slow.tar", "--apply"])
+        .ended(1)
+        .says(&["POLICY_SELF_CHECK", "epoch 1 serves"]);
+    let reverted = site.events("policy_activation_reverted");
+    assert_eq!(reverted.len(), 1);
+    assert_eq!(reverted[0]["serves"]["epoch"], 1);
+    let set_aside = || {
+        assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+        let aside = site.status()["activation"]["set_aside"].clone();
+        assert_eq!(
+            (&aside["epoch"], &aside["cause"]),
+            (&json!(2), &json!("self_check"))
+        );
+    };
+    set_aside();
+    until("an engine that is free again", || {
+        (site.may_read("/srv/a.txt").0 == "allow").then_some(())
+    });
+    node.end(Signal::KILL);
+    let node = site.start();
+    set_aside();
+    site.decides();
+
+    // The control: the same bundle with less to search answers in time.
+    site.write("policy/data.json", &json!({"text": "a"}).to_string());
+    build("quick.tar", 3);
+    site.ok(&["bundle", "install", "quick.tar", "--apply"]);
+    assert_eq!(source(&site), (json!(3), json!("active")));
+    assert_eq!(site.events("policy_activation_reverted").len(), 1);
+    drop(node);
+
+    // Where nothing stands behind it, nothing decides.
+    fs::remove_dir_all(site.path("root")).unwrap();
+    let _node = site.start();
+    site.tidelock(&["bundle", "install", "slow.tar", "--apply"])
+        .ended(1)
+        .says(&["POLICY_SELF_CHECK", "every action is denied"]);
+    assert_eq!(site.status()["bundle"], Value::Null);
+    assert_eq!(site.may_read("/srv/a.txt").1, "NO_POLICY");
+}
+
+/// The trust file of this site in its second format, with these rules of activation.
+fn rules(site: &Site, rules: &str) {
+    let text = site.trust("policy.key");
+    let text = text
+        .replace("format = 1", "format = 2")
+        .replace(
+            "threshold = 1\n",
+            &format!("[thresholds]\npolicy = 1\n\n[activation]\n{rules}\n"),
+        )
+        .replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
+    site.write("trust.toml", &text);
+}
+
+#[test]
+fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
+    let site = Site::new();
+    rules(&site, "block_on = \"deny_to_allow\"");
+    let _node = site.start_deciding();
+    turned(&site, &[3]);
+    site.bundle("site-2.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(2);
+    });
+    // The control: what comes out the same is not blocked. Nor was the first, before which nothing was allowed.
+    site.decides();
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    for args in [
+        ["bundle", "install", "site-3.tar"].as_slice(),
+        &["bundle", "install", "site-3.tar", "--apply"],
+    ] {
+        site.tidelock(args)
+            .ended(1)
+            .says(&["POLICY_FLIPS", "--accept-flips"]);
+    }
+    let plan = site.json(&["policy", "plan", "site-3.tar"]);
+    assert_eq!(plan["blocked"]["code"], "POLICY_FLIPS");
+    assert_eq!(plan["replay"]["deny_to_allow"], 1);
+    site.ok(&["policy", "plan", "site-3.tar"])
+        .says(&["blocked", "POLICY_FLIPS"]);
+    let activate = |plan: &Value, more: &[&str]| {
+        let plan = plan["plan"].as_str().unwrap();
+        let args = [
+            "policy",
+            "activate",
+            "site-3.tar",
+            "--plan",
+            plan,
+            "--apply",
+        ];
+        site.tidelock(&[&args[..], more].concat())
+    };
+    activate(&plan, &[]).ended(1).says(&["POLICY_FLIPS"]);
+    // That flips are accepted is part of what was looked at.
+    activate(&plan, &["--accept-flips"])
+        .ended(1)
+        .says(&["PLAN_STALE"]);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    let plan = site.json(&["policy", "plan", "site-3.tar", "--accept-flips"]);
+    assert_eq!(plan["blocked"], Value::Null);
+    activate(&plan, &["--accept-flips"]).ended(0);
+    assert_eq!(source(&site), (json!(3), json!("active")));
+    let activated = site.events("bundle_activated");
+    let last = activated.last().unwrap();
+    assert_eq!(
+        last["accepted_flips"],
+        json!({"deny_to_allow": 1, "allow_to_deny": 1})
+    );
+    assert_eq!(activated[0]["accepted_flips"], Value::Null);
+}
+
+#[test]
+fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
+    let site = Site::new();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    let a = site.config();
+    let peer = |id: &str| {
+        let address = free_udp();
+        format!("\n[[mesh.peers]]\nid = \"{id}\"\naddress = \"{address}\"\n")
+    };
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    let (a, b) = (a + &peer("b"), b + &peer("a"));
+    turned(&site, &[2]);
+    fs::create_dir(site.path("m")).unwrap();
+    site.write("tidelock.toml", &a);
+    let node = site.start_deciding();
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    assert!(node.stop().success());
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+
+    // `b` asks for more than `a` does.
+    rules(&site, "block_on = \"any_flip\"\nreplay_records = 200");
+    site.write("tidelock.toml", &b);
+    let node = site.start_deciding();
+    site.decides();
+    let import = || {
+        site.tidelock(&["segment", "import", "m", "--apply", "--json"])
+            .json()
+    };
+    for _ in 0..2 {
+        let codes = import()["entries"].to_string();
+        assert!(codes.contains("POLICY_FLIPS"), "{codes}");
+        assert_eq!(source(&site), (json!(1), json!("active")));
+        let status = site.status();
+        let waiting = &status["activation"]["waiting"];
+        assert_eq!(waiting.as_array().unwrap().len(), 1, "{waiting}");
+        assert_eq!(
+            (&waiting[0]["epoch"], &waiting[0]["code"]),
+            (&json!(2), &json!("POLICY_FLIPS"))
+        );
+    }
+    let rejected = site.events("bundle_rejected");
+    assert_eq!(rejected.len(), 1, "told once: {rejected:?}");
+    site.ok(&["policy", "status"])
+        .says(&["waits", "POLICY_FLIPS"]);
+    // The control: where flips do not block, the same medium brings it in.
+    rules(&site, "block_on = \"none\"");
+    node.reload("reloaded");
+    import();
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    assert_eq!(site.status()["activation"]["waiting"], json!([]));
+}
+
+#[test]
+fn a_bundle_that_is_not_proved_narrow_needs_the_signatures_that_the_trust_file_names() {
+    let site = Site::new();
+    site.signing_key("second.key");
+    rules(&site, "widening_signatures = 2");
+    let second = site.trust("second.key").replace("harbour-master", "pilot");
+    let (_, second) = second.split_once("[[keys]]").unwrap();
+    let second = second.replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
+    site.write(
+        "trust.toml",
+        &format!("{}\n[[keys]]{second}", site.read("trust.toml")),
+    );
+    let _node = site.start();
+    for args in [
+        ["bundle", "install", "site-1.tar"].as_slice(),
+        &["bundle", "install", "site-1.tar", "--apply"],
+    ] {
+        site.tidelock(args)
+            .ended(1)
+            .says(&["POLICY_WIDENING", "widening_signatures"]);
+    }
+    assert_eq!(site.status()["bundle"], Value::Null);
+    // The control: the signature that was missing.
+    let second = ["--key", "second.key", "--out", "second.sig"];
+    site.ok(&[&["bundle", "sign", "site-1.tar"], &second[..]].concat());
+    let both = ["--sig", "site-1.tar.sig", "--sig", "second.sig", "--apply"];
+    site.ok(&[&["bundle", "install", "site-1.tar"], &both[..]].concat());
+    site.decides();
+    site.ok(&["policy", "status"])
+        .says(&["widening_signatures"]);
 }

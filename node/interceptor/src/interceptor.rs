@@ -28,6 +28,7 @@ use crate::{
         MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
     },
     pending::{Completed, Draft, Queue, Slot},
+    probe::{self, ProbeFault},
     quotas::{BucketStats, QuotaRates, Quotas},
     reason::{Decision, Reason},
     record::{self, Findings, Form, Judgement, Request},
@@ -335,6 +336,19 @@ impl Interceptor {
     #[must_use]
     pub fn posture(&self) -> Posture {
         self.inner.overall_posture((self.inner.policy)().as_deref())
+    }
+
+    /// Asks the engine of a policy on the threads and under the deadline of callers. Nothing comes of it: no
+    /// quota is spent, nothing is recorded, and no permit is made.
+    ///
+    /// # Errors
+    /// [`ProbeFault`]: a caller would have been denied.
+    pub fn probe(
+        &self,
+        policy: &ActivePolicy,
+        request: PolicyRequest,
+    ) -> Result<Evaluation, ProbeFault> {
+        probe::ask(&self.inner.engines, policy, request)
     }
 
     /// Records something that happened to the node. `kind` is the record's type, in snake case.

@@ -26,6 +26,7 @@ pub mod limits;
 mod normalise;
 mod pending;
 mod permit;
+mod probe;
 mod quotas;
 mod reason;
 mod record;
@@ -52,6 +53,7 @@ pub use interceptor::{
 pub use json::parse as strict_json;
 pub use normalise::ResourceError;
 pub use permit::Permit;
+pub use probe::ProbeFault;
 pub use quotas::{Bucket, BucketStats, QuotaRates};
 pub use reason::{Decision, Reason};
 pub use recorder::{AppendDone, Recorder};

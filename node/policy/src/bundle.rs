@@ -13,7 +13,7 @@ use crate::archive::{
     self, DATA, DATA_DIR, ENTITIES, Files, INPUT_SCHEMA, LINKS, MANIFEST, POLICIES_DIR, SCHEMA,
     is_name,
 };
-use crate::cases::{Cases, TestReport};
+use crate::cases::{Cases, OwnCase, TestReport};
 use crate::cedar::CedarEngine;
 use crate::error::{BuildError, BundleError, clip};
 use crate::explain::PolicyNote;
@@ -260,6 +260,15 @@ impl VerifiedBundle {
     #[must_use]
     pub fn tests_passed(&self) -> usize {
         self.compiled.tests.passed
+    }
+
+    /// Tests of its own, at most so many and from all over, for asking the engine that serves.
+    ///
+    /// # Errors
+    /// [`BundleError`]; cannot happen to what was loaded.
+    pub fn own_cases(&self, most: usize) -> Result<Vec<OwnCase>, BundleError> {
+        let files = archive::read(&self.package.archive)?;
+        Ok(Cases::read(&files)?.some(most))
     }
 }
 

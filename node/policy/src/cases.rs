@@ -153,7 +153,56 @@ impl Expect {
     }
 }
 
+impl Case {
+    fn is_met_by(&self, evaluation: &Evaluation) -> bool {
+        self.expect.fits(evaluation.verdict)
+            && self.policies.as_ref().is_none_or(|expected| {
+                let mut expected = expected.clone();
+                expected.sort_unstable();
+                expected == evaluation.policies
+            })
+    }
+}
+
+/// One of a bundle's own tests, to be put to the engine that serves.
+pub struct OwnCase {
+    file: String,
+    case: Case,
+}
+
+impl fmt::Debug for OwnCase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.file, self.case.name)
+    }
+}
+
+impl OwnCase {
+    /// What is asked.
+    #[must_use]
+    pub fn request(&self) -> PolicyRequest {
+        self.case.request.to_policy()
+    }
+
+    /// Whether this is the answer that its author expects.
+    ///
+    /// # Errors
+    /// [`CaseFailure`]: it is not.
+    pub fn judge(&self, evaluation: Evaluation) -> Result<(), Box<CaseFailure>> {
+        match self.case.is_met_by(&evaluation) {
+            true => Ok(()),
+            false => Err(Box::new(failure(&self.file, &self.case, evaluation))),
+        }
+    }
+}
+
 impl Cases {
+    /// At most so many of them, from all over.
+    pub(crate) fn some(self, most: usize) -> Vec<OwnCase> {
+        let step = self.0.len().div_ceil(most.max(1)).max(1);
+        let some = self.0.into_iter().step_by(step);
+        some.map(|(file, case)| OwnCase { file, case }).collect()
+    }
+
     pub(crate) fn read(files: &Files) -> Result<Self, BundleError> {
         let mut cases = Vec::new();
         for (path, bytes) in files.iter().filter(|(path, _)| path.starts_with("tests/")) {
@@ -178,13 +227,7 @@ impl Cases {
         let mut covered = BTreeSet::new();
         for (path, case) in &self.0 {
             let evaluation = engine.evaluate(&case.request.to_policy());
-            let good = case.expect.fits(evaluation.verdict)
-                && case.policies.as_ref().is_none_or(|expected| {
-                    let mut expected = expected.clone();
-                    expected.sort_unstable();
-                    expected == evaluation.policies
-                });
-            if good {
+            if case.is_met_by(&evaluation) {
                 report.passed += 1;
                 covered.extend(evaluation.policies);
                 continue;

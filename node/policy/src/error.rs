@@ -436,6 +436,27 @@ pub enum ActivateError {
         /// What the storage says.
         message: String,
     },
+    /// It was set aside on this node.
+    #[error(
+        "epoch {epoch} was set aside on this node; where that was wrong, an operator activates it by plan \
+         (tidelock policy activate), else a bundle of a higher epoch takes its place"
+    )]
+    SetAside {
+        /// Its epoch.
+        epoch: u64,
+    },
+    /// No bundle from the active slot decides, so there is none to set aside.
+    #[error("no bundle of the active slot decides, so there is nothing to go back from")]
+    NotActive,
+    /// Nothing may serve in place of the active bundle.
+    #[error(
+        "the last known good bundle cannot serve: {why}; the way out is forward: sign the older content \
+         with a new epoch and activate that"
+    )]
+    NoFallback {
+        /// Why not.
+        why: String,
+    },
 }
 
 impl ActivateError {
@@ -445,6 +466,9 @@ impl ActivateError {
         match self {
             Self::Refused(error) => error.code(),
             Self::Storage { .. } => "BUNDLE_STORAGE",
+            Self::SetAside { .. } => "POLICY_SET_ASIDE",
+            Self::NotActive => "POLICY_NOT_ACTIVE",
+            Self::NoFallback { .. } => "POLICY_NO_FALLBACK",
         }
     }
 }

@@ -14,6 +14,7 @@
 //! for authors is described in the book, in `policy.md`.
 
 mod archive;
+mod aside;
 mod bundle;
 mod cases;
 mod cedar;
@@ -49,11 +50,12 @@ mod validity;
 mod values;
 
 pub use archive::{DATA, ENTITIES, INPUT_SCHEMA, LINKS, MANIFEST, SCHEMA};
+pub use aside::{AsideCause, SetAside};
 pub use bundle::{
     BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
     run_tests, signed_manifest, vouched,
 };
-pub use cases::{CaseFailure, Outcome, TestReport};
+pub use cases::{CaseFailure, Outcome, OwnCase, TestReport};
 pub use cedar::CedarEngine;
 pub use chain::{Extended, NewestTrust, TRUST_NEWEST_SLOT, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
 pub use diff::{Changes, Difference, difference};
@@ -71,8 +73,8 @@ pub use scope::{Joined, ScopeIndex};
 pub use semver::Version;
 pub use signed::{HintedSignature, SignedDocument, is_signed_document};
 pub use slots::{
-    Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, SlotFault, SlotStorage, Slots,
-    Source,
+    Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, Reverted, SlotFault, SlotStorage,
+    Slots, Source, Standby,
 };
 pub use template::{Starter, starter, template};
 pub use trust::{ActivationRules, BlockOn, KeyInfo, Quorum, Role, TrustError, TrustFile};

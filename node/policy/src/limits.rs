@@ -248,6 +248,10 @@ pub const EXPLAINED_MAX: usize = 8;
 /// Conditions of each of them that an explanation evaluates.
 pub const EXPLAINED_CONDITIONS_MAX: usize = 8;
 
+/// Tests of its own that a bundle is asked on the serving engines after the switch: at 200 ms, what one may
+/// wait for an engine, they end within 13 s at the worst, and within a millisecond each on an idle machine.
+pub const SELF_CHECK_CASES_MAX: usize = 64;
+
 /// Recorded actions that a new bundle is asked, at most. They are read while the log is held, so a thousand
 /// of a common size cost decisions a few milliseconds.
 pub const REPLAY_RECORDS_MAX: u64 = 1_000;

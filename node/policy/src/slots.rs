@@ -2,12 +2,13 @@
 //!
 //! Small files behind [`SlotStorage`]. `active` and `lkg` hold an encoded package, `floor` the highest
 //! epoch that was ever active, its content and the oldest epoch that may stand in for it; `freshness`
-//! the newest statement of the authority about the bundle. Activation writes `lkg`, `active`, `floor`,
+//! the newest statement of the authority about the bundle; `aside` what does not decide although it is
+//! the newest, and what is on trial. Activation writes `aside` (the trial), `lkg`, `active`, `floor`,
 //! in this order, and only then lets the new bundle
 //! decide; a crash between two writes leaves a state that [`Slots::open`] completes.
 //!
 //! Fallback is not rollback: the floor never moves back, and a last known good bundle that has to
-//! serve does so in posture `restricted` at best.
+//! serve does so in posture `restricted` at best. To go back is to set the active bundle aside.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,8 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use arc_swap::ArcSwapOption;
 use serde::{Deserialize, Serialize};
 
+use crate::aside::{AsideCause, Marks, SetAside};
 use crate::bundle::{LoadContext, VerifiedBundle};
-use crate::error::{ActivateError, BundleError, StatementError};
+use crate::error::{ActivateError, BundleError, StatementError, clip};
 use crate::freshness::Freshness;
 use crate::json;
 use crate::manifest::{ClassLimits, WhenRestricted};
@@ -31,6 +33,7 @@ const ACTIVE: &str = "active";
 const LKG: &str = "lkg";
 const FLOOR: &str = "floor";
 const FRESHNESS: &str = "freshness";
+const ASIDE: &str = "aside";
 
 /// Where the slots live. A write is atomic and durable when it returns; a slot that was never
 /// written reads as `None`.
@@ -38,7 +41,7 @@ const FRESHNESS: &str = "freshness";
 /// Two implementations: the node's root directory, and
 /// [`MemorySlots`](crate::testing::MemorySlots).
 pub trait SlotStorage: Send + Sync {
-    /// Reads a slot: `active`, `lkg`, `floor`, `freshness`, `trust` or `trust-newest`.
+    /// Reads a slot: `active`, `lkg`, `floor`, `aside`, `freshness`, `trust` or `trust-newest`.
     ///
     /// # Errors
     /// What the storage says.
@@ -61,7 +64,7 @@ pub type LoadPackage<'a> = dyn Fn(Package) -> Result<VerifiedBundle, BundleError
 pub enum Source {
     /// The active slot.
     Active,
-    /// The last known good bundle, because the active one is damaged.
+    /// The last known good bundle, because the active one is damaged or was set aside.
     LastKnownGood,
 }
 
@@ -281,10 +284,10 @@ impl Floor {
 /// One thing that is wrong with the slots. The node records it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SlotFault {
-    /// `active`, `lkg`, `floor` or `freshness`.
+    /// `active`, `lkg`, `floor`, `aside` or `freshness`.
     pub slot: &'static str,
     /// Stable code: one of [`BundleError::code`], or `SLOT_UNREADABLE`, `SLOT_MISSING`,
-    /// `SLOT_WRITE`, `FLOOR_DAMAGED`, `LKG_BELOW_FALLBACK`.
+    /// `SLOT_WRITE`, `FLOOR_DAMAGED`, `ASIDE_DAMAGED`, `LKG_BELOW_FALLBACK`, `LKG_BREAK_GLASS`.
     pub code: &'static str,
     /// What happened and the way out, for people.
     pub message: String,
@@ -317,11 +320,65 @@ pub struct Activation {
     pub replaced: Option<(u64, ContentId)>,
 }
 
+/// The bundle that would serve if the active one were set aside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Standby {
+    /// Its name.
+    pub name: String,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Its content.
+    pub content_id: ContentId,
+}
+
+impl Standby {
+    fn of(bundle: &VerifiedBundle) -> Self {
+        Self {
+            name: bundle.manifest().name.clone(),
+            epoch: bundle.epoch(),
+            content_id: bundle.content_id().clone(),
+        }
+    }
+}
+
+/// A bundle that was set aside, and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reverted {
+    /// What does not decide any more.
+    pub aside: SetAside,
+    /// What serves in its stead, in posture `restricted` at best; none: every action is denied.
+    pub serves: Option<Standby>,
+    /// Why a restart would not know of it, where the slot could not be written.
+    pub not_kept: Option<String>,
+}
+
+/// What is known beside the bundle that decides.
+#[derive(Clone, Default)]
+struct Held {
+    floor: Option<Floor>,
+    marks: Marks,
+    /// What the last known good slot holds, if it verified when it was read or written last.
+    lkg: Option<Standby>,
+}
+
+impl Held {
+    fn aside(&self) -> Option<&SetAside> {
+        self.marks.aside_of(self.floor.as_ref())
+    }
+
+    fn standby(&self) -> Option<&Standby> {
+        let floor = self.floor.as_ref()?;
+        self.lkg.as_ref().filter(|lkg| {
+            lkg.epoch >= floor.min_fallback_epoch && lkg.content_id != floor.content_id
+        })
+    }
+}
+
 /// The slots of one node.
 pub struct Slots {
     storage: Arc<dyn SlotStorage>,
     current: ArcSwapOption<ActivePolicy>,
-    floor: Mutex<Option<Floor>>,
+    held: Mutex<Held>,
     freshness: Mutex<Option<Freshness>>,
 }
 
@@ -336,7 +393,7 @@ impl std::fmt::Debug for Slots {
 /// What reading the slots came to.
 struct Found {
     current: Option<ActivePolicy>,
-    floor: Option<Floor>,
+    held: Held,
     freshness: Option<Freshness>,
     faults: Vec<SlotFault>,
 }
@@ -366,7 +423,7 @@ impl Slots {
         let slots = Self {
             storage,
             current: ArcSwapOption::from(found.current.map(Arc::new)),
-            floor: Mutex::new(found.floor),
+            held: Mutex::new(found.held),
             freshness: Mutex::new(found.freshness),
         };
         (slots, found.faults)
@@ -382,9 +439,9 @@ impl Slots {
 
     /// [`reload`](Self::reload) where more stands before a bundle than [`VerifiedBundle::load`].
     pub fn reload_by(&self, trust: &TrustFile, load: &LoadPackage<'_>) -> Vec<SlotFault> {
-        let mut floor = self.lock();
-        let found = read(self.storage.as_ref(), floor.clone(), trust, load);
-        *floor = found.floor;
+        let mut held = self.lock();
+        let found = read(self.storage.as_ref(), Some(held.clone()), trust, load);
+        *held = found.held;
         *self.held_freshness() = found.freshness;
         self.current.store(found.current.map(Arc::new));
         found.faults
@@ -399,7 +456,31 @@ impl Slots {
     /// The highest epoch that was ever active, with its content.
     #[must_use]
     pub fn floor(&self) -> Option<Floor> {
-        self.lock().clone()
+        self.lock().floor.clone()
+    }
+
+    /// The newest bundle, if it was set aside.
+    #[must_use]
+    pub fn aside(&self) -> Option<SetAside> {
+        self.lock().aside().cloned()
+    }
+
+    /// What would serve if the active bundle were set aside, as far as is known without reading it.
+    #[must_use]
+    pub fn standby(&self) -> Option<Standby> {
+        self.lock().standby().cloned()
+    }
+
+    /// Whether the bundle that decides has not passed its self-check: the process was stopped before.
+    #[must_use]
+    pub fn is_on_trial(&self) -> bool {
+        let held = self.lock();
+        let floor = held.floor.as_ref().map(|floor| &floor.content_id);
+        held.marks.trial.is_some()
+            && held.marks.trial.as_ref() == floor
+            && self.current().is_some_and(|current| {
+                current.source == Source::Active && Some(current.bundle.content_id()) == floor
+            })
     }
 
     /// The newest statement of the authority about the bundle that decides.
@@ -469,17 +550,18 @@ impl Slots {
     }
 
     /// The content to look for in the segment store and hand to [`activate`](Self::activate): set
-    /// while the active slot is not usable and the floor says what was there.
+    /// while the active slot is not usable and the floor says what was there. What was set aside is not.
     #[must_use]
     pub fn wanted(&self) -> Option<Floor> {
-        let floor = self.lock().clone()?;
+        let held = self.lock();
+        let floor = held.floor.clone().filter(|_| held.aside().is_none())?;
         let healthy = self.current().is_some_and(|current| {
             current.source == Source::Active && *current.bundle.content_id() == floor.content_id
         });
         (!healthy).then_some(floor)
     }
 
-    /// Makes a verified bundle the one that decides.
+    /// Makes a verified bundle the one that decides, on trial until [`settle`](Self::settle).
     ///
     /// INV-16: the epoch must be above the floor, or the floor's own content again. The floor moves
     /// before the slots are written, so that two contents of one epoch cannot both get in, even if
@@ -488,40 +570,78 @@ impl Slots {
     /// # Errors
     /// [`ActivateError`]; the bundle that decided before still does.
     pub fn activate(&self, bundle: VerifiedBundle) -> Result<Activation, ActivateError> {
-        let mut floor = self.lock();
+        self.put(bundle, false)
+    }
+
+    /// [`activate`](Self::activate) on the word of an operator, who may take into use again what was set
+    /// aside.
+    ///
+    /// # Errors
+    /// [`ActivateError`]; the bundle that decided before still does.
+    pub fn reinstate(&self, bundle: VerifiedBundle) -> Result<Activation, ActivateError> {
+        self.put(bundle, true)
+    }
+
+    fn put(&self, bundle: VerifiedBundle, lifts: bool) -> Result<Activation, ActivateError> {
+        let mut held = self.lock();
         let mut raised = Floor::of(&bundle);
-        if let Some(known) = floor.as_ref() {
+        if let Some(known) = held.floor.as_ref() {
             check_forward(known, &raised)?;
             // The authority may forbid more old epochs, never fewer.
             raised.min_fallback_epoch = raised.min_fallback_epoch.max(known.min_fallback_epoch);
+        }
+        let is_aside = held
+            .aside()
+            .is_some_and(|aside| aside.content_id == raised.content_id);
+        if is_aside && !lifts {
+            return Err(ActivateError::SetAside {
+                epoch: raised.epoch,
+            });
         }
         let package = bundle.package().encode()?;
         let before = self.current();
         let replaced = before
             .as_ref()
             .map(|before| (before.bundle.epoch(), before.bundle.content_id().clone()));
-        let kind = match floor.as_ref() {
+        let kind = match held.floor.as_ref() {
             None => ActivationKind::First,
             Some(known) if known.content_id == raised.content_id => ActivationKind::Reinstalled,
             Some(_) => ActivationKind::Forward,
         };
+        let decides_already = before.as_ref().is_some_and(|before| {
+            before.source == Source::Active && before.bundle.content_id() == bundle.content_id()
+        });
+        if !decides_already {
+            // Before anything else: whatever a crash leaves, it is known that nobody has checked it.
+            let trial = Some(raised.content_id.clone());
+            let marks = Marks {
+                aside: held.marks.aside.clone(),
+                trial,
+            };
+            self.write_marks(&mut held, marks)?;
+        }
         // What decided without fault until now becomes the last known good. A bundle that itself
         // only stands in is there already.
         if let Some(before) = &before
             && before.source == Source::Active
-            && before.bundle.content_id() != bundle.content_id()
+            && !decides_already
             // An emergency that is over does not come back.
             && before.bundle.manifest().role != Role::BreakGlass
         {
             self.write(LKG, &before.bundle.package().encode()?)?;
+            held.lkg = Some(Standby::of(&before.bundle));
         }
-        *floor = Some(raised.clone());
+        held.floor = Some(raised.clone());
         self.write(ACTIVE, &package)?;
         let encoded = raised.encode().map_err(|error| ActivateError::Storage {
             slot: FLOOR,
             message: error.to_string(),
         })?;
         self.write(FLOOR, &encoded)?;
+        if is_aside {
+            let trial = held.marks.trial.clone();
+            self.write_marks(&mut held, Marks { aside: None, trial })?;
+        }
         let activation = Activation {
             kind,
             name: bundle.manifest().name.clone(),
@@ -535,6 +655,159 @@ impl Slots {
         }
         self.current.store(Some(Arc::new(policy)));
         Ok(activation)
+    }
+
+    /// The bundle that decides has passed its self-check.
+    ///
+    /// # Errors
+    /// [`ActivateError::Storage`]: it decides, and is checked again at the next start.
+    pub fn settle(&self) -> Result<(), ActivateError> {
+        let mut held = self.lock();
+        let aside = held.aside().cloned();
+        self.write_marks(&mut held, Marks { aside, trial: None })
+    }
+
+    /// Whether what lies in the slots is what decides: the active bundle, the floor and what is marked.
+    ///
+    /// # Errors
+    /// The first slot that says something else, for people.
+    pub fn check_reads_back(&self) -> Result<(), String> {
+        let held = self.lock();
+        let read = |slot: &str| {
+            let read = self.storage.read(slot);
+            read.map_err(|error| format!("slot `{slot}` cannot be read: {error}"))
+        };
+        let other = |slot: &str| format!("slot `{slot}` does not hold what was written");
+        let current = self.current().ok_or("no bundle decides")?;
+        let package = current.bundle.package().encode();
+        let package = package.map_err(|error| error.to_string())?;
+        if read(ACTIVE)?.as_ref() != Some(&package) {
+            return Err(other(ACTIVE));
+        }
+        let floor = read(FLOOR)?.and_then(|bytes| Floor::decode(&bytes).ok());
+        if floor != held.floor {
+            return Err(other(FLOOR));
+        }
+        let marks = match read(ASIDE)? {
+            None => Marks::default(),
+            Some(bytes) => Marks::decode(&bytes).map_err(|_| other(ASIDE))?,
+        };
+        match marks == held.marks {
+            true => Ok(()),
+            false => Err(other(ASIDE)),
+        }
+    }
+
+    /// The bundle that would serve if the active one were set aside, read from its slot and verified.
+    ///
+    /// # Errors
+    /// [`ActivateError::NoFallback`] with the reason.
+    pub fn read_standby_by(&self, load: &LoadPackage<'_>) -> Result<VerifiedBundle, ActivateError> {
+        self.load_standby(&self.lock(), load)
+    }
+
+    fn load_standby(
+        &self,
+        held: &Held,
+        load: &LoadPackage<'_>,
+    ) -> Result<VerifiedBundle, ActivateError> {
+        let none = |why: String| ActivateError::NoFallback { why };
+        let bytes = match self.storage.read(LKG) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Err(none("no bundle decided before this one".to_owned())),
+            Err(error) => return Err(none(format!("it cannot be read: {error}"))),
+        };
+        let bundle = Package::decode(&bytes)
+            .and_then(load)
+            .map_err(|error| none(format!("{}: {error}", error.code())))?;
+        if bundle.manifest().role == Role::BreakGlass {
+            return Err(none("it is an emergency bundle".to_owned()));
+        }
+        if let Some(floor) = &held.floor {
+            if bundle.epoch() < floor.min_fallback_epoch {
+                return Err(none(format!(
+                    "epoch {} may not stand in: the active bundle allows none below {}",
+                    bundle.epoch(),
+                    floor.min_fallback_epoch
+                )));
+            }
+            if *bundle.content_id() == floor.content_id {
+                return Err(none("no other bundle is kept beside this one".to_owned()));
+            }
+        }
+        Ok(bundle)
+    }
+
+    /// Sets the active bundle aside: the last known good one serves, in posture `restricted` at best, until
+    /// a bundle of a higher epoch comes or an operator [reinstates](Self::reinstate) this one. The floor
+    /// stays (INV-16).
+    ///
+    /// The slot is durable before the switch. Only where the node itself sets it aside does it stop
+    /// deciding even if the slot cannot be written, or if nothing can serve in its stead.
+    ///
+    /// # Errors
+    /// [`ActivateError`]: no active bundle decides, or, for an operator, none may stand in or the slot
+    /// cannot be written. Then nothing has changed.
+    pub fn set_aside_by(
+        &self,
+        cause: AsideCause,
+        reason: &str,
+        at_unix_ms: u64,
+        load: &LoadPackage<'_>,
+    ) -> Result<Reverted, ActivateError> {
+        let mut held = self.lock();
+        let current = self
+            .current()
+            .filter(|current| current.source == Source::Active)
+            .ok_or(ActivateError::NotActive)?;
+        let by_operator = cause == AsideCause::Operator;
+        // From its slot: what does not verify there would not serve after a restart either.
+        let standby = match self.load_standby(&held, load) {
+            Err(error) if by_operator => return Err(error),
+            read => read.ok(),
+        };
+        let aside = SetAside {
+            epoch: current.bundle.epoch(),
+            content_id: current.bundle.content_id().clone(),
+            cause,
+            reason: clip(reason),
+            at_unix_ms,
+        };
+        let marks = Marks {
+            aside: Some(aside.clone()),
+            trial: None,
+        };
+        let not_kept = match self.write_marks(&mut held, marks.clone()) {
+            Err(error) if by_operator => return Err(error),
+            Err(error) => Some(error.to_string()),
+            Ok(()) => None,
+        };
+        held.marks = marks;
+        let serves = standby.as_ref().map(Standby::of);
+        let policy = standby.map(|bundle| {
+            let policy = ActivePolicy::new(bundle, Source::LastKnownGood);
+            if let Some(freshness) = self.held_freshness().as_ref() {
+                policy.confirm(freshness);
+            }
+            Arc::new(policy)
+        });
+        self.current.store(policy);
+        Ok(Reverted {
+            aside,
+            serves,
+            not_kept,
+        })
+    }
+
+    /// Writes the slot `aside`, then takes what it says for true.
+    fn write_marks(&self, held: &mut Held, marks: Marks) -> Result<(), ActivateError> {
+        let bytes = marks.encode().map_err(|error| ActivateError::Storage {
+            slot: ASIDE,
+            message: error.to_string(),
+        })?;
+        self.write(ASIDE, &bytes)?;
+        held.marks = marks;
+        Ok(())
     }
 
     /// Writes a slot unless it already holds these bytes.
@@ -554,9 +827,9 @@ impl Slots {
             })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Floor>> {
+    fn lock(&self) -> MutexGuard<'_, Held> {
         // Nothing panics while holding it; if something did, the floor in it is still the highest.
-        self.floor.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -586,7 +859,7 @@ enum SlotContent {
 
 fn read(
     storage: &dyn SlotStorage,
-    known: Option<Floor>,
+    known: Option<Held>,
     trust: &TrustFile,
     load_package: &LoadPackage<'_>,
 ) -> Found {
@@ -617,8 +890,17 @@ fn read(
             None
         }
     };
+    let is_reload = known.is_some();
+    let known = known.unwrap_or_default();
+    let (mut marks, unreadable) = read_marks(storage, &mut faults);
+    if known.aside().is_some() || (unreadable && is_reload) {
+        // Nor does the disk put back what this process has set aside.
+        marks = known.marks;
+    }
+    // A slot that cannot be read may have said that the newest bundle is not to decide.
+    let doubt = unreadable && !is_reload;
     // INV-16: what this process knows already is never lowered by what the disk says.
-    let mut floor = match (stored.clone(), known) {
+    let mut floor = match (stored.clone(), known.floor) {
         (Some(stored), Some(known)) if stored.epoch < known.epoch => Some(known),
         (stored, known) => stored.or(known),
     };
@@ -640,7 +922,32 @@ fn read(
             message: "the active bundle is gone: meet a peer or install it again".to_owned(),
         });
     }
-    let current = choose(active, lkg, &mut floor, floor_damaged, &mut faults);
+    let standby = match &lkg {
+        SlotContent::Good(bundle) if bundle.manifest().role != Role::BreakGlass => {
+            Some(Standby::of(bundle))
+        }
+        _ => None,
+    };
+    let is_kept_out = |floor: &Floor| doubt || marks.aside_of(Some(floor)).is_some();
+    let current = choose(
+        active,
+        lkg,
+        &is_kept_out,
+        &mut floor,
+        floor_damaged,
+        &mut faults,
+    );
+    if let Some(floor) = floor.as_ref().filter(|_| doubt) {
+        marks.aside = Some(SetAside {
+            epoch: floor.epoch,
+            content_id: floor.content_id.clone(),
+            cause: AsideCause::Unreadable,
+            reason:
+                "the slot `aside` cannot be read, so it is not known whether this bundle may decide"
+                    .to_owned(),
+            at_unix_ms: 0,
+        });
+    }
     if let Some(floor) = &floor
         && stored.as_ref() != Some(floor)
     {
@@ -667,10 +974,35 @@ fn read(
     }
     Found {
         current,
-        floor,
+        held: Held {
+            floor,
+            marks,
+            lkg: standby,
+        },
         freshness,
         faults,
     }
+}
+
+/// What is marked, and whether that could not be read.
+fn read_marks(storage: &dyn SlotStorage, faults: &mut Vec<SlotFault>) -> (Marks, bool) {
+    let (code, message) = match storage.read(ASIDE) {
+        Ok(None) => return (Marks::default(), false),
+        Ok(Some(bytes)) => match Marks::decode(&bytes) {
+            Ok(marks) => return (marks, false),
+            Err(message) => ("ASIDE_DAMAGED", message),
+        },
+        Err(error) => ("SLOT_UNREADABLE", error.to_string()),
+    };
+    faults.push(SlotFault {
+        slot: ASIDE,
+        code,
+        message: format!(
+            "{message}; the newest bundle does not decide until an operator activates it again, or one \
+             of a higher epoch comes"
+        ),
+    });
+    (Marks::default(), true)
 }
 
 /// A statement that is lost or damaged makes the bundle older, never younger.
@@ -737,6 +1069,7 @@ fn load(
 fn choose(
     active: SlotContent,
     lkg: SlotContent,
+    is_kept_out: &dyn Fn(&Floor) -> bool,
     floor: &mut Option<Floor>,
     floor_damaged: bool,
     faults: &mut Vec<SlotFault>,
@@ -753,8 +1086,11 @@ fn choose(
         };
         match allowed {
             Ok(()) => {
+                let kept_out = is_kept_out(&offered);
                 *floor = Some(offered);
-                return Some(ActivePolicy::new(*bundle, Source::Active));
+                if !kept_out {
+                    return Some(ActivePolicy::new(*bundle, Source::Active));
+                }
             }
             // An older bundle lies in the slot than was active: a rollback, not a fallback.
             Err(error) => faults.push(SlotFault {
@@ -767,6 +1103,14 @@ fn choose(
     let SlotContent::Good(bundle) = lkg else {
         return None;
     };
+    if bundle.manifest().role == Role::BreakGlass {
+        faults.push(SlotFault {
+            slot: LKG,
+            code: "LKG_BREAK_GLASS",
+            message: "an emergency bundle may not stand in".to_owned(),
+        });
+        return None;
+    }
     let offered = Floor::of(&bundle);
     let known = match floor.as_ref() {
         Some(known) if known.epoch >= offered.epoch => known.clone(),

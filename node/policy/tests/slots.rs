@@ -1,12 +1,15 @@
 //! Slots: what is active, what stands in, what never comes back.
 #![cfg(test)]
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use proptest::prelude::*;
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    ActivateError, ActivationKind, BundleBuilder, BundleError, LoadContext, Posture, SlotFault,
-    SlotStorage, Slots, Source, TrustFile, VerifiedBundle, WhenRestricted,
+    ActivateError, ActivationKind, AsideCause, BundleBuilder, BundleError, LoadContext, Posture,
+    Reverted, SlotFault, SlotStorage, Slots, Source, TrustFile, VerifiedBundle, WhenRestricted,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -468,4 +471,365 @@ fn a_newer_node_is_needed_again_after_a_downgrade() {
     assert_eq!(codes(&faults), [("active", "BUNDLE_NODE_VERSION")]);
     assert_eq!(serving(&slots), None);
     assert_eq!(serving(&node.healthy()), Some((1, Source::Active)));
+}
+
+const AT: u64 = CREATED + DAY;
+
+impl Node {
+    /// Goes back, as an operator or as the node itself does.
+    fn back(&self, slots: &Slots, cause: AsideCause) -> Result<Reverted, ActivateError> {
+        slots.set_aside_by(cause, "orders fail", AT, &|package| {
+            VerifiedBundle::load(package, &self.trust, &self.context)
+        })
+    }
+}
+
+#[test]
+fn inv_16_what_is_set_aside_stays_aside_and_the_floor_stays() {
+    let node = Node::with(&[1, 2, 3]);
+    let slots = node.healthy();
+    assert_eq!(slots.standby().unwrap().epoch, 2);
+    let reverted = node.back(&slots, AsideCause::Operator).unwrap();
+    assert_eq!(reverted.aside.epoch, 3);
+    assert_eq!(reverted.serves.unwrap().epoch, 2);
+    let rolled_back = |slots: &Slots| {
+        assert_eq!(serving(slots), Some((2, Source::LastKnownGood)));
+        assert_eq!(slots.floor().unwrap().epoch, 3);
+        let aside = slots.aside().unwrap();
+        assert_eq!((aside.cause, aside.epoch), (AsideCause::Operator, 3));
+        assert_eq!(
+            (aside.reason.as_str(), aside.at_unix_ms),
+            ("orders fail", AT)
+        );
+        // Ruling 14: restricted at best.
+        let policy = slots.current().unwrap();
+        assert_eq!(policy.posture("fs.read", CREATED), Posture::Restricted);
+        // Nothing is looked for in the store, and what is found there is not taken.
+        assert_eq!(slots.wanted(), None);
+        assert_eq!(refusal(slots, node.bundle(3)), "POLICY_SET_ASIDE");
+        assert_eq!(refusal(slots, node.bundle(2)), "BUNDLE_EPOCH");
+        assert_eq!(refusal(slots, node.built(other(3))), "BUNDLE_CONFLICT");
+        assert_eq!(serving(slots), Some((2, Source::LastKnownGood)));
+        let again = node.back(slots, AsideCause::Operator).unwrap_err();
+        assert_eq!(again.code(), "POLICY_NOT_ACTIVE");
+    };
+    rolled_back(&slots);
+    assert_eq!(slots.reload(&node.trust, &node.context), []);
+    rolled_back(&slots);
+    rolled_back(&node.healthy());
+
+    // The controls: an operator's word, and a higher epoch.
+    let slots = node.healthy();
+    slots.reinstate(node.bundle(3)).unwrap();
+    for slots in [slots, node.healthy()] {
+        assert_eq!(serving(&slots), Some((3, Source::Active)));
+        assert_eq!(slots.aside(), None);
+    }
+    let slots = node.healthy();
+    node.back(&slots, AsideCause::SelfCheck).unwrap();
+    slots.activate(node.bundle(4)).unwrap();
+    for slots in [slots, node.healthy()] {
+        assert_eq!(serving(&slots), Some((4, Source::Active)));
+        assert_eq!(slots.aside(), None);
+        assert_eq!(slots.standby().unwrap().epoch, 2, "3 was no good");
+    }
+}
+
+#[test]
+fn without_a_fallback_an_operator_is_refused_and_a_failed_check_denies_all() {
+    for node in [
+        Node::with(&[1]),
+        {
+            let node = Node::with(&[1, 2]);
+            let slots = node.healthy();
+            let bundle = node.built(base(3).min_fallback_epoch(3));
+            slots.activate(bundle).unwrap();
+            node
+        },
+        {
+            let node = Node::with(&[1, 2]);
+            node.storage.damage("lkg");
+            node
+        },
+    ] {
+        let (slots, _) = node.open();
+        let active = serving(&slots);
+        assert_eq!(active.unwrap().1, Source::Active);
+        let error = node.back(&slots, AsideCause::Operator).unwrap_err();
+        assert_eq!(error.code(), "POLICY_NO_FALLBACK");
+        assert!(error.to_string().contains("new epoch"), "{error}");
+        assert_eq!(serving(&slots), active, "nothing has changed");
+        assert_eq!(serving(&node.open().0), active);
+
+        let reverted = node.back(&slots, AsideCause::SelfCheck).unwrap();
+        assert_eq!((reverted.serves, reverted.not_kept), (None, None));
+        for slots in [slots, node.open().0] {
+            assert_eq!(serving(&slots), None);
+            assert_eq!(slots.floor().unwrap().epoch, active.unwrap().0);
+        }
+        let (slots, _) = node.open();
+        slots.activate(node.bundle(4)).unwrap();
+        assert_eq!(serving(&slots), Some((4, Source::Active)));
+    }
+}
+
+#[test]
+fn a_failed_check_ends_a_bundle_even_if_that_cannot_be_kept() {
+    let node = Node::with(&[1, 2]);
+    let slots = node.healthy();
+    node.storage.fail("aside", true);
+    // An operator can try again, so nothing changes for him.
+    let error = node.back(&slots, AsideCause::Operator).unwrap_err();
+    assert_eq!(error.code(), "BUNDLE_STORAGE");
+    assert_eq!(serving(&slots), Some((2, Source::Active)));
+    let reverted = node.back(&slots, AsideCause::SelfCheck).unwrap();
+    assert!(reverted.not_kept.is_some());
+    assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+    // This process does not forget it, whatever the disk says.
+    node.storage.fail("aside", false);
+    slots.reload(&node.trust, &node.context);
+    assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+}
+
+#[test]
+fn a_bundle_is_on_trial_until_its_check_is_over() {
+    let node = Node::new();
+    let slots = node.healthy();
+    slots.activate(node.bundle(1)).unwrap();
+    assert!(slots.is_on_trial());
+    assert_eq!(slots.check_reads_back(), Ok(()));
+    assert!(node.healthy().is_on_trial(), "known after a restart");
+    slots.settle().unwrap();
+    assert!(!slots.is_on_trial() && !node.healthy().is_on_trial());
+    // The same again, while it decides: nothing is tried.
+    slots.activate(node.bundle(1)).unwrap();
+    assert!(!slots.is_on_trial());
+    for slot in ["active", "floor", "aside"] {
+        let kept = node.storage.get(slot);
+        node.storage.damage(slot);
+        let why = slots.check_reads_back().unwrap_err();
+        assert!(why.contains(slot), "{why}");
+        node.storage.set(slot, kept);
+    }
+    assert_eq!(slots.check_reads_back(), Ok(()));
+}
+
+#[test]
+fn a_damaged_mark_lets_the_newest_bundle_decide_nothing() {
+    let node = Node::with(&[1, 2]);
+    node.healthy().settle().unwrap();
+    node.storage.damage("aside");
+    for _ in 0..2 {
+        let (slots, faults) = node.open();
+        assert_eq!(codes(&faults), [("aside", "ASIDE_DAMAGED")]);
+        assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
+        assert_eq!(slots.aside().unwrap().cause, AsideCause::Unreadable);
+        assert_eq!(refusal(&slots, node.bundle(2)), "POLICY_SET_ASIDE");
+    }
+    let (slots, _) = node.open();
+    slots.reinstate(node.bundle(2)).unwrap();
+    assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
+}
+
+/// Storage of a process that stops at a write: that one and all after it do not happen.
+struct Stops {
+    inner: Arc<MemorySlots>,
+    left: AtomicUsize,
+}
+
+impl SlotStorage for Stops {
+    fn read(&self, slot: &str) -> io::Result<Option<Vec<u8>>> {
+        self.inner.read(slot)
+    }
+
+    fn write(&self, slot: &str, bytes: &[u8]) -> io::Result<()> {
+        let left = self
+            .left
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| {
+                left.checked_sub(1)
+            });
+        match left {
+            Ok(_) => self.inner.write(slot, bytes),
+            Err(_) => Err(io::Error::other("stopped")),
+        }
+    }
+}
+
+/// What an act on the slots leaves if the process stops at each of its writes.
+fn at_every_step(node: &Node, act: impl Fn(&Slots), check: impl Fn(usize, &Slots)) {
+    let slots = ["aside", "lkg", "active", "floor"];
+    let before = slots.map(|slot| (slot, node.storage.get(slot)));
+    for step in 0..=8 {
+        for (slot, bytes) in &before {
+            node.storage.set(slot, bytes.clone());
+        }
+        let storage = Arc::new(Stops {
+            inner: Arc::clone(&node.storage),
+            left: AtomicUsize::new(step),
+        });
+        let (slots, faults) = Slots::open(storage, &node.trust, &node.context);
+        assert_eq!(faults, []);
+        act(&slots);
+        check(step, &node.healthy());
+    }
+}
+
+#[test]
+fn inv_16_stopped_at_any_write_a_node_has_the_old_bundle_or_the_new() {
+    // An activation.
+    let node = Node::with(&[1, 2]);
+    node.healthy().settle().unwrap();
+    at_every_step(
+        &node,
+        |slots| {
+            if slots.activate(node.bundle(3)).is_ok() {
+                // It may be stopped here too.
+                drop(slots.settle());
+            }
+        },
+        |step, slots| {
+            let (epoch, source) = serving(slots).unwrap();
+            assert!(
+                [2, 3].contains(&epoch) && source == Source::Active,
+                "{step}"
+            );
+            assert_eq!(slots.floor().unwrap().epoch, epoch);
+            assert_eq!(
+                epoch == 2,
+                step < 3,
+                "trial, target, then the bundle: {step}"
+            );
+            // Nobody has checked what was stopped before the end.
+            assert_eq!(slots.is_on_trial(), epoch == 3 && step < 5, "{step}");
+            if epoch == 3 {
+                assert_eq!(slots.standby().unwrap().epoch, 2, "{step}");
+            }
+        },
+    );
+    // Going back.
+    let node = Node::with(&[1, 2]);
+    at_every_step(
+        &node,
+        |slots| drop(node.back(slots, AsideCause::Operator)),
+        |step, slots| {
+            let expected = match step {
+                0 => (2, Source::Active),
+                _ => (1, Source::LastKnownGood),
+            };
+            assert_eq!(serving(slots), Some(expected), "{step}");
+            assert_eq!(slots.floor().unwrap().epoch, 2);
+        },
+    );
+    // The next bundle after that, and the same one by an operator.
+    for epoch in [2, 3] {
+        let node = Node::with(&[1, 2]);
+        node.back(&node.healthy(), AsideCause::Operator).unwrap();
+        at_every_step(
+            &node,
+            |slots| drop(slots.reinstate(node.bundle(epoch))),
+            |step, slots| {
+                let (now, source) = serving(slots).unwrap();
+                let expected = match now {
+                    1 => Source::LastKnownGood,
+                    _ => Source::Active,
+                };
+                assert!([1, epoch].contains(&now) && source == expected, "{step}");
+                assert!(slots.floor().unwrap().epoch >= 2);
+                assert_eq!(slots.aside().is_some(), now == 1, "{step}");
+            },
+        );
+    }
+}
+
+/// Something that happens to the slots.
+#[derive(Debug, Clone)]
+enum Happens {
+    /// A bundle of this epoch is activated, which allows no fallback below that one.
+    Activate(u64, u64),
+    Reinstate(u64),
+    Back(AsideCause),
+    Restart,
+    Reload,
+    /// This slot refuses from now on, or works again.
+    Fault(&'static str, bool),
+}
+
+fn happens() -> impl Strategy<Value = Happens> {
+    let cause = prop_oneof![Just(AsideCause::Operator), Just(AsideCause::SelfCheck)];
+    let slot = prop::sample::select(&["active", "lkg", "floor", "aside"][..]);
+    prop_oneof![
+        3 => (1..8_u64, 0..8_u64).prop_map(|(epoch, least)| Happens::Activate(epoch, least.min(epoch))),
+        1 => (1..8_u64).prop_map(Happens::Reinstate),
+        3 => cause.prop_map(Happens::Back),
+        2 => Just(Happens::Restart),
+        1 => Just(Happens::Reload),
+        2 => (slot, prop::bool::ANY).prop_map(|(slot, fails)| Happens::Fault(slot, fails)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn inv_16_no_sequence_lowers_the_floor_or_brings_back_what_may_not_serve(
+        sequence in prop::collection::vec(happens(), 1..14)
+    ) {
+        let node = Node::new();
+        let mut slots = node.open().0;
+        let mut floor = 0;
+        // The strictest word on fallback of all that was active.
+        let mut least = 0;
+        // What this process has set aside and nobody has taken back.
+        let mut aside: Option<u64> = None;
+        for step in sequence {
+            match step {
+                Happens::Activate(epoch, min_fallback) => {
+                    let bundle = node.built(base(epoch).min_fallback_epoch(min_fallback));
+                    if let Ok(activation) = slots.activate(bundle) {
+                        prop_assert!(aside.is_none_or(|aside| activation.epoch > aside));
+                        aside = None;
+                        least = least.max(min_fallback);
+                    }
+                }
+                Happens::Reinstate(epoch) => {
+                    if slots.reinstate(node.bundle(epoch)).is_ok() {
+                        aside = None;
+                    }
+                }
+                Happens::Back(cause) => {
+                    if let Ok(reverted) = node.back(&slots, cause) {
+                        aside = Some(reverted.aside.epoch);
+                        if let Some(serves) = reverted.serves {
+                            prop_assert!(serves.epoch < reverted.aside.epoch);
+                        }
+                        if reverted.not_kept.is_some() {
+                            // A restart would not know: this sequence is of one that does not restart.
+                            break;
+                        }
+                    }
+                }
+                Happens::Restart => {
+                    for slot in ["active", "lkg", "floor", "aside"] {
+                        node.storage.fail(slot, false);
+                    }
+                    slots = node.open().0;
+                }
+                Happens::Reload => drop(slots.reload(&node.trust, &node.context)),
+                Happens::Fault(slot, fails) => node.storage.fail(slot, fails),
+            }
+            let now = slots.floor().map_or(0, |known| known.epoch);
+            prop_assert!(now >= floor || now == 0 && floor == 0, "{now} after {floor}");
+            floor = now;
+            if let Some((epoch, source)) = serving(&slots) {
+                prop_assert!(epoch <= floor);
+                match source {
+                    Source::Active => {
+                        prop_assert_eq!(epoch, slots.current().unwrap().bundle().epoch());
+                        prop_assert!(aside.is_none_or(|aside| epoch > aside));
+                    }
+                    Source::LastKnownGood => prop_assert!(epoch >= least, "{} below {}", epoch, least),
+                }
+            }
+        }
+    }
 }

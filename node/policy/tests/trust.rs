@@ -6,8 +6,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    ActivateError, ActivationRules, BlockOn, BundleBuilder, BundleError, LoadContext, Package,
-    Posture, Role, SlotStorage, Slots, TrustFile, VerifiedBundle, template,
+    ActivateError, ActivationRules, AsideCause, BlockOn, BundleBuilder, BundleError, LoadContext,
+    Package, Posture, Role, SlotStorage, Slots, TrustFile, VerifiedBundle, template,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -580,4 +580,43 @@ fn rules_of_activation_say_what_they_mean_and_nothing_else() {
         let problem = with_rules(&plain, text).unwrap_err();
         assert!(problem.contains(word), "{text}: {problem}");
     }
+}
+
+#[test]
+fn an_emergency_ends_by_going_back_and_never_comes_back_as_last_known_good() {
+    let site = Site::new();
+    let storage = MemorySlots::new();
+    let context = LoadContext::new(DOMAIN, NODE_VERSION).unwrap();
+    let open = || {
+        Slots::open(
+            storage.clone() as Arc<dyn SlotStorage>,
+            &site.trust,
+            &context,
+        )
+    };
+    let back = |slots: &Slots| {
+        let load = |package| VerifiedBundle::load(package, &site.trust, &context);
+        slots.set_aside_by(AsideCause::Operator, "", CREATED, &load)
+    };
+    let (slots, _) = open();
+    slots
+        .activate(site.built(base(1), &[0, 1]).unwrap())
+        .unwrap();
+    slots.activate(site.built(glass(2), &[2]).unwrap()).unwrap();
+    assert_eq!(back(&slots).unwrap().serves.unwrap().epoch, 1);
+    slots
+        .reinstate(site.built(glass(2), &[2]).unwrap())
+        .unwrap();
+    slots
+        .activate(site.built(base(3), &[0, 1]).unwrap())
+        .unwrap();
+    // The emergency is over: behind it stands what was there before.
+    assert_eq!(back(&slots).unwrap().serves.unwrap().epoch, 1);
+    // Nor by a hand that puts it into the slot.
+    let glass = site.built(glass(2), &[2]).unwrap();
+    storage.set("lkg", Some(glass.package().encode().unwrap()));
+    let (slots, faults) = open();
+    assert!(faults.iter().any(|fault| fault.code == "LKG_BREAK_GLASS"));
+    assert!(slots.current().is_none());
+    assert_eq!(slots.standby(), None);
 }

@@ -19,6 +19,7 @@ use tidelock_policy::{
 use super::{
     ConfigArg, Exit, Failure, Output, node,
     output::table,
+    policy::describe_activated,
     trust::{self, SignedArgs},
 };
 use crate::{
@@ -387,7 +388,10 @@ pub(super) fn run(command: BundleCommand, output: &Output) -> Result<Exit, Failu
         } => {
             let body = json!({"package": BASE64_STANDARD.encode(package.load()?.encode()?)});
             let answer = node::operate(&config, "bundle.install", &body, apply)?;
-            output.say(&answer, || node::describe(&answer, apply));
+            output.say(&answer, || match apply {
+                true => describe_activated(&answer),
+                false => node::describe(&answer, false),
+            });
             Ok(Exit::Done)
         }
     }

@@ -366,6 +366,44 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
             format!("an emergency (break-glass) bundle decides until {end}: install a regular one of a higher epoch"),
         );
     }
+    if let Some(aside) = status
+        .pointer("/activation/set_aside")
+        .filter(|aside| aside.is_object())
+    {
+        let part = |key: &str| match aside.get(key) {
+            Some(Value::String(text)) => text.clone(),
+            other => other.map(Value::to_string).unwrap_or_default(),
+        };
+        findings.add(
+            "policy",
+            Grade::Bad,
+            format!(
+                "epoch {} was set aside by {} ({}) and does not decide: sign a new epoch, or \
+                 tidelock policy activate it again",
+                part("epoch"),
+                part("cause"),
+                part("reason")
+            ),
+        );
+    }
+    let waiting = status
+        .pointer("/activation/waiting")
+        .and_then(Value::as_array);
+    if let Some(waiting) = waiting.filter(|waiting| !waiting.is_empty()) {
+        let text = format!(
+            "{} bundles of peers wait for an operator: tidelock policy status",
+            waiting.len()
+        );
+        findings.add("policy", Grade::Note, text);
+    }
+    if status
+        .pointer("/activation/widening_signatures")
+        .is_none_or(Value::is_null)
+    {
+        let text = "the trust file asks for no further signature under a bundle that permits more \
+                    (activation.widening_signatures)";
+        findings.add("policy", Grade::Note, text);
+    }
     if let Some(age_s) = status.pointer("/policy_age_s").and_then(Value::as_u64) {
         let hours = age_s / 3_600;
         findings.add(

@@ -41,6 +41,26 @@ pub enum PolicyCommand {
         #[arg(long)]
         apply: bool,
     },
+    /// Go back: set the active bundle aside, so that the last known good one serves, restricted at best,
+    /// until a bundle of a higher epoch comes. What is set aside comes back by `policy activate` alone.
+    #[command(
+        after_help = "Examples:\n  tidelock policy rollback                                     the plan\n  \
+                      tidelock policy rollback --plan 5f3c2a9be01d7744 --apply \\\n    \
+                      --reason \"orders fail since epoch 7\"                      the act"
+    )]
+    Rollback {
+        /// The plan, as `tidelock policy rollback` printed it, or the activation.
+        #[arg(long, required_if_eq("apply", "true"))]
+        plan: Option<String>,
+        /// Why; kept on record.
+        #[arg(long, default_value = "")]
+        reason: String,
+        /// Act on that plan.
+        #[arg(long)]
+        apply: bool,
+        #[command(flatten)]
+        config: ConfigArg,
+    },
     /// How the actions that a node recorded lately would come out with a bundle. Ends with 1 if any
     /// would come out otherwise.
     #[command(after_help = "Example:\n  tidelock policy replay site-2.tar --replay 200")]
@@ -66,6 +86,10 @@ pub struct PlanArgs {
     /// How many of the newest records are asked again, at most 1,000.
     #[arg(long, value_name = "RECORDS", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(0..=1_000))]
     replay: u64,
+    /// Flips of recorded actions do not block, though the trust file says that they do. It is part of the
+    /// plan, and kept on record.
+    #[arg(long)]
+    accept_flips: bool,
     #[command(flatten)]
     config: ConfigArg,
 }
@@ -73,7 +97,9 @@ pub struct PlanArgs {
 impl PlanArgs {
     fn body(&self) -> Result<Value, Failure> {
         let package = BASE64_STANDARD.encode(self.package.load()?.encode()?);
-        Ok(json!({"package": package, "replay": self.replay}))
+        Ok(json!({
+            "package": package, "replay": self.replay, "accept_flips": self.accept_flips,
+        }))
     }
 }
 
@@ -102,8 +128,22 @@ pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failu
             }
             let answer = node::operate(&args.config, "policy.activate", &body, apply)?;
             output.say(&answer, || match apply {
-                true => node::describe(&answer, true),
+                true => describe_activated(&answer),
                 false => describe_plan(&answer),
+            });
+            Ok(Exit::Done)
+        }
+        PolicyCommand::Rollback {
+            plan,
+            reason,
+            apply,
+            config,
+        } => {
+            let body = json!({"plan": plan, "reason": reason});
+            let answer = node::operate(&config, "policy.rollback", &body, apply)?;
+            output.say(&answer, || match apply {
+                true => node::describe(&answer, true),
+                false => describe_rollback(&answer),
             });
             Ok(Exit::Done)
         }
@@ -121,7 +161,9 @@ pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failu
 fn status(config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
     let status = node::Door::of(config)?.get("/v1/status")?;
     let part = |key: &str| status.get(key).cloned().unwrap_or_default();
-    let told = json!({"bundle": part("bundle"), "posture": part("posture")});
+    let told = json!({
+        "bundle": part("bundle"), "posture": part("posture"), "activation": part("activation"),
+    });
     output.say(&told, || {
         let mut rows = vec![vec!["posture".to_owned(), word(&told, "posture")]];
         match told.get("bundle").and_then(Value::as_object) {
@@ -135,9 +177,96 @@ fn status(config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
                 "none: every action is denied".to_owned(),
             ]),
         }
+        rows.extend(activation_rows(&told));
         table(&["policy", ""], &rows)
     });
     Ok(Exit::Done)
+}
+
+/// What was set aside, what waits, and the way back.
+fn activation_rows(told: &Value) -> Vec<Vec<String>> {
+    let part = |key: &str| {
+        let pointer = format!("/activation/{key}");
+        told.pointer(&pointer).cloned().unwrap_or_default()
+    };
+    let mut rows = Vec::new();
+    let aside = part("set_aside");
+    if aside.is_object() {
+        let (epoch, cause, reason) = (
+            word(&aside, "epoch"),
+            word(&aside, "cause"),
+            word(&aside, "reason"),
+        );
+        rows.push(vec![
+            "set aside".to_owned(),
+            format!("epoch {epoch} by {cause}: {reason}"),
+        ]);
+    }
+    for waiting in part("waiting").as_array().into_iter().flatten() {
+        let (name, epoch) = (word(waiting, "name"), word(waiting, "epoch"));
+        let (code, message) = (word(waiting, "code"), word(waiting, "message"));
+        rows.push(vec![
+            "waits".to_owned(),
+            format!("{name} epoch {epoch}: {code}: {message}"),
+        ]);
+    }
+    for key in ["block_on", "widening_signatures"] {
+        let rule = part(key);
+        if !rule.is_null() {
+            rows.push(vec![key.to_owned(), text(&rule)]);
+        }
+    }
+    if let Some(undo) = part("undo").as_str() {
+        rows.push(vec!["way back".to_owned(), undo.to_owned()]);
+    }
+    rows
+}
+
+/// What was just activated, and how to undo it.
+pub(super) fn describe_activated(answer: &Value) -> String {
+    let mut rows = answer.clone();
+    let undo = rows.as_object_mut().and_then(|rows| rows.remove("undo"));
+    let undo = match undo.as_ref().and_then(Value::as_str) {
+        Some(undo) => format!("to undo it: {undo}"),
+        None => {
+            "nothing stands behind it: the way back is older content under a new epoch".to_owned()
+        }
+    };
+    format!("{}\n{undo}", node::describe(&rows, true))
+}
+
+fn describe_rollback(plan: &Value) -> String {
+    let bundle = |key: &str| {
+        let bundle = plan.get(key).cloned().unwrap_or_default();
+        let (name, epoch, hash) = (
+            word(&bundle, "name"),
+            word(&bundle, "epoch"),
+            word(&bundle, "hash"),
+        );
+        format!("{name} epoch {epoch} {hash}")
+    };
+    let mut lines = vec![
+        format!("sets aside  {}", bundle("sets_aside")),
+        format!(
+            "serves      {}, {} at best",
+            bundle("serves"),
+            word(plan, "posture")
+        ),
+    ];
+    if let Some(changes) = plan.get("changes") {
+        let changes: Result<Difference, _> = serde_json::from_value(changes.clone());
+        lines.extend(changes.iter().flat_map(describe_difference));
+    }
+    match plan.get("replay").filter(|replay| replay.is_object()) {
+        Some(replay) => lines.extend(describe_replay(replay)),
+        None => lines.push("the recorded actions could not be asked again".to_owned()),
+    }
+    lines.push("the floor stays: only a bundle of a higher epoch, or this one by an operator's plan, ends it".to_owned());
+    lines.push(format!(
+        "to act: tidelock policy rollback --plan {} --apply",
+        word(plan, "plan")
+    ));
+    lines.join("\n")
 }
 
 fn text(value: &Value) -> String {
@@ -185,8 +314,17 @@ fn describe_plan(plan: &Value) -> String {
     lines.extend(describe_replay(
         &plan.get("replay").cloned().unwrap_or_default(),
     ));
+    if let Some(blocked) = plan.get("blocked").filter(|blocked| blocked.is_object()) {
+        let (code, message) = (word(blocked, "code"), word(blocked, "message"));
+        lines.push(format!("blocked   {code}: {message}"));
+        return lines.join("\n");
+    }
+    let accepts = match plan.get("accept_flips") {
+        Some(Value::Bool(true)) => "--accept-flips ",
+        _ => "",
+    };
     lines.push(format!(
-        "act with: tidelock policy activate … --plan {} --apply",
+        "act with: tidelock policy activate … {accepts}--plan {} --apply",
         word(plan, "plan")
     ));
     lines.join("\n")

@@ -12,8 +12,8 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, BundleError, ContentId, Manifest, Package, Role, TrustFile,
-    VerifiedBundle, signed_manifest,
+    Activation, BundleError, ContentId, Manifest, Package, Role, TrustFile, VerifiedBundle,
+    signed_manifest,
 };
 use tidelock_segments::{
     Charge, CustodyReceipt, Endorsement, Kind, LogError, NamedHead, NodeId, Origin, OwnSegment,
@@ -29,7 +29,7 @@ use tidelock_transport::{
 use super::{
     node::{ACCEPTED_LOGS_FILE, Node, identity_rules, worker_terms},
     policy::policy_segment,
-    trust::{carries_statement, is_statement},
+    trust::{carries_statement, is_statement, no_trust},
 };
 use crate::{clock::SANITY_BOUND, worker::For};
 
@@ -99,17 +99,6 @@ fn judge(error: BundleError) -> Denied {
         code @ ("BUNDLE_FORMAT" | "BUNDLE_DIGEST") => Denied::bringer(code, error),
         code => Denied::local(code, error),
     }
-}
-
-/// What installing a bundle would do, or did.
-pub(super) fn describe_activation(activation: &Activation) -> Value {
-    json!({
-        "name": activation.name,
-        "epoch": activation.epoch,
-        "hash": activation.content_id,
-        "kind": activation.kind,
-        "replaced_epoch": activation.replaced.as_ref().map(|(epoch, _)| *epoch),
-    })
 }
 
 /// What a taken CRL was, in the word that events and answers use.
@@ -244,13 +233,8 @@ impl Node {
         Ok((package, manifest))
     }
 
-    fn bundle_trust(&self) -> Result<Arc<TrustFile>, Denied> {
-        self.policy_trust.load_full().ok_or_else(|| {
-            Denied::local(
-                "NO_TRUST",
-                "no usable trust file; see policy.trust in the config",
-            )
-        })
+    pub(super) fn bundle_trust(&self) -> Result<Arc<TrustFile>, Denied> {
+        self.policy_trust.load_full().ok_or_else(no_trust)
     }
 
     /// The one way from a package to a bundle in this process. The content that decides has been through
@@ -275,7 +259,11 @@ impl Node {
     }
 
     /// Whether the floor would let this bundle activate (INV-16, ruling 13).
-    fn check_floor(&self, manifest: &Manifest, content_id: &ContentId) -> Result<(), Denied> {
+    pub(super) fn check_floor(
+        &self,
+        manifest: &Manifest,
+        content_id: &ContentId,
+    ) -> Result<(), Denied> {
         let floor = self.slots.floor();
         let is_again = floor
             .as_ref()
@@ -343,78 +331,7 @@ impl Node {
         Ok(())
     }
 
-    /// Verifies, stores and activates a bundle; INV-06: by local trust, clock and disk only. The
-    /// turn is taken before the trust is read, so that no bundle is judged by a trust file that a
-    /// reload replaces meanwhile.
-    pub(super) fn install_bundle(&self, package: &[u8], asker: For) -> Result<Activation, Denied> {
-        self.install_if(package, asker, |_| Ok(()))
-    }
-
-    /// The same if nothing speaks against it once it is its turn.
-    pub(super) fn install_if(
-        &self,
-        package: &[u8],
-        asker: For,
-        agreed: impl FnOnce(&VerifiedBundle) -> Result<(), Denied>,
-    ) -> Result<Activation, Denied> {
-        let _turn = self
-            .activating
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        self.check_offer(package)?;
-        let bundle = self.verify_package(package, asker)?;
-        agreed(&bundle)?;
-        let created_unix_ms = bundle.manifest().created_unix_ms;
-        let emergency = (bundle.manifest().role == Role::BreakGlass).then(|| {
-            json!({
-                "name": bundle.manifest().name,
-                "epoch": bundle.epoch(),
-                "expires_at": bundle.manifest().expires_at,
-                "signers": bundle.signers(),
-            })
-        });
-        let segment = self.own_policy_segment(bundle.package(), bundle.manifest())?;
-        // The same content under further signatures is no new policy (ruling 5), and no new segment as
-        // long as those that are held are enough.
-        let outdated = self.outdated_policy(&segment.reference(), bundle.content_id());
-        let held = outdated.is_none();
-        if !held {
-            self.store
-                .put(&segment, Charge::Reserve)
-                .map_err(|e| Denied::local("STORE", e))?;
-        }
-        let unusable = self.slots.wanted().is_some();
-        let activation = self
-            .slots
-            .activate(bundle)
-            .map_err(|e| Denied::local(e.code(), &e))?;
-        self.keep_passes();
-        // Ruling 25: the policy authority's word alone.
-        if emergency.is_none() {
-            self.clock.raise_by_signed(created_unix_ms);
-        }
-        if activation.kind != ActivationKind::Reinstalled || unusable {
-            self.event("bundle_activated", describe_activation(&activation));
-            if let Some(emergency) = emergency {
-                self.event("break_glass_activated", emergency);
-            }
-        }
-        self.drop_superseded_policy(&activation);
-        for old in outdated.unwrap_or_default() {
-            if old.id != segment.id()
-                && let Err(error) = self.store.remove(&old.id)
-            {
-                tracing::warn!(%error, id = %old.id, "policy segment without enough signatures stays");
-            }
-        }
-        self.confirm_from_store();
-        if !held {
-            self.offered(segment.reference());
-        }
-        Ok(activation)
-    }
-
-    fn own_policy_segment(
+    pub(super) fn own_policy_segment(
         &self,
         package: &Package,
         manifest: &Manifest,
@@ -431,7 +348,7 @@ impl Node {
     /// The segments of this content that a newly signed one takes the place of: none of them carries the
     /// signatures that are demanded now, because keys were replaced since. None where one still does:
     /// further signatures, be they junk, make no segment of it.
-    fn outdated_policy(
+    pub(super) fn outdated_policy(
         &self,
         wanted: &SegmentRef,
         content_id: &ContentId,
@@ -467,7 +384,7 @@ impl Node {
     }
 
     /// Policy segments below both slots serve nobody any more.
-    fn drop_superseded_policy(&self, activation: &Activation) {
+    pub(super) fn drop_superseded_policy(&self, activation: &Activation) {
         let lkg_epoch = activation.replaced.as_ref().map(|(epoch, _)| *epoch);
         let keep_from = lkg_epoch.map_or(activation.epoch, |lkg| lkg.min(activation.epoch));
         for old in self.store.list(Some(Kind::Policy)) {
@@ -498,8 +415,8 @@ impl Node {
                 .map_err(|e| Denied::local("STORE", e))
                 .and_then(|segment| self.install_bundle(segment.body(), For::Slots));
             match restored {
-                Ok(activation) => {
-                    self.event("bundle_restored", describe_activation(&activation));
+                Ok(activated) => {
+                    self.event("bundle_restored", activated.told());
                     return;
                 }
                 Err(denied) => self.event(
@@ -533,12 +450,7 @@ impl Node {
             .and_then(|()| self.install_bundle(segment.body(), For::Peer))
             .map(drop)
             .inspect_err(|denied| {
-                self.rejected(
-                    "bundle_rejected",
-                    peer,
-                    denied,
-                    json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
-                );
+                self.note_bundle_refused(peer, segment, denied);
             })
     }
 

@@ -18,7 +18,8 @@ use tidelock_segments::{Ladder, NodeId, Origin, merkle};
 use tidelock_transport::shell::{MeshHandle, PeerStatus};
 
 use super::{
-    admit::{Denied, describe_activation, outcome_word},
+    activate::Order,
+    admit::{Denied, outcome_word},
     hooks::peer_json,
     node::{Node, worker_terms},
     trust::is_statement,
@@ -67,7 +68,13 @@ impl Decider for Doors {
 
     fn ready(&self) -> Result<(), String> {
         if self.0.slots.current().is_none() {
-            return Err("NO_POLICY: no bundle verifies; tidelock bundle install one".to_owned());
+            return Err(match self.0.slots.aside() {
+                Some(aside) => format!(
+                    "NO_POLICY: epoch {} was set aside ({}), and no other bundle can serve; sign a new epoch",
+                    aside.epoch, aside.reason
+                ),
+                None => "NO_POLICY: no bundle verifies; tidelock bundle install one".to_owned(),
+            });
         }
         if let Some(why) = self.0.log.latched() {
             // A superseded log is completed by a start only (decision 0022).
@@ -177,6 +184,7 @@ impl Node {
             "bundle.install" => self.operate_bundle(body, apply),
             "policy.plan" => self.operate_policy_plan(body),
             "policy.activate" => self.operate_policy_activate(body, apply),
+            "policy.rollback" => self.operate_policy_rollback(body, apply),
             "statement.install" => self.operate_statement(&field_bytes(body, "statement")?, apply),
             "trust.show" => self.operate_trust_show(),
             "release.verify" => self.operate_release(body),
@@ -202,7 +210,7 @@ impl Node {
                 status: 404,
                 code: "UNKNOWN_OPERATION".to_owned(),
                 message: format!(
-                    "no operation `{op}`; there are bundle.install, policy.plan, policy.activate, statement.install, trust.show, release.verify, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
+                    "no operation `{op}`; there are bundle.install, policy.plan, policy.activate, policy.rollback, statement.install, trust.show, release.verify, crl.import, clock.accept, audit.seal, audit.reopen, audit.tail, audit.accept, peers.quota, peers.why, media.import, media.part, media.receipts, journal"
                 ),
             }),
         }
@@ -213,18 +221,17 @@ impl Node {
         if apply {
             return self
                 .install_bundle(&package, For::Operator)
-                .map(|activation| describe_activation(&activation))
+                .map(|activated| activated.told())
                 .map_err(|denied| {
-                    self.event(
-                        "bundle_rejected",
-                        json!({"code": denied.code, "message": denied.message, "by": "operator"}),
-                    );
+                    self.reject_bundle(&denied);
                     refused(&denied)
                 });
         }
+        let order = Order::unlooked(For::Operator);
         let bundle = self
             .check_offer(&package)
             .and_then(|_| self.verify_package(&package, For::Operator))
+            .and_then(|bundle| self.check_gates(&bundle, &order).map(|_| bundle))
             .map_err(|denied| refused(&denied))?;
         let manifest = bundle.manifest();
         Ok(json!({
@@ -235,6 +242,14 @@ impl Node {
             "expires_at": manifest.expires_at,
             "replaces_epoch": self.slots.current().map(|p| p.bundle().manifest().epoch),
         }))
+    }
+
+    /// Records that a bundle of an operator's was not activated.
+    pub(super) fn reject_bundle(&self, denied: &Denied) {
+        self.event(
+            "bundle_rejected",
+            json!({"code": denied.code, "message": denied.message, "by": "operator"}),
+        );
     }
 
     fn operate_crl(&self, body: &Value, apply: bool) -> Result<Value, OperatorError> {
@@ -450,6 +465,7 @@ impl Node {
             "posture": self.interceptor.posture(),
             "quotas": self.quotas_json(),
             "bundle": bundle,
+            "activation": self.activation_json(),
             "policy_worker": self.vetter.status(worker_terms(&config)),
             "policy_age_s": self.slots.current().map(|policy| policy.age_s(now.unix_ms)),
             "trust": self.trust_json(),
@@ -569,6 +585,11 @@ impl Node {
                         .current()
                         .is_some_and(|p| p.bundle().manifest().role == Role::BreakGlass),
                 ),
+            ),
+            (
+                "tidelock_policy_set_aside",
+                "1 while the newest bundle is set aside and does not decide.",
+                u64::from(self.slots.aside().is_some()),
             ),
             (
                 "tidelock_trust_version",

@@ -92,7 +92,8 @@ impl MeshHooks for Hooks {
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
-        self.0.wants(reference)
+        let now = self.0.clock.monotonic();
+        !self.0.waiting.holds(&reference.id, now) && self.0.wants(reference)
     }
 
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {
@@ -227,7 +228,7 @@ impl Node {
                 .filter(|crl| crl.origin() == reference.origin)
                 .all(|crl| reference.sequence >= crl.number()),
             Kind::Policy if is_statement(&reference.origin) => self.wants_statement(reference),
-            // The floor's own epoch is of use only while it is not held whole.
+            // The floor's own epoch is of use only while it is not held whole, and was not set aside.
             Kind::Policy => self.slots.floor().is_none_or(|floor| {
                 let held = || {
                     self.store
@@ -236,6 +237,7 @@ impl Node {
                 };
                 reference.sequence > floor.epoch
                     || (reference.sequence == floor.epoch
+                        && self.slots.aside().is_none()
                         && (self.slots.wanted().is_some() || !held()))
             }),
             Kind::Audit if self.is_own_log(&reference.origin) => self.wants_own(reference),

@@ -3,6 +3,7 @@
 //! The order is fixed, and so is its reverse at the end. Nothing is accepted before everything that
 //! can keep a node from starting has been opened, so that there is no partial start.
 
+mod activate;
 mod admit;
 mod callers;
 mod disk;
@@ -17,7 +18,9 @@ mod plan;
 mod policy;
 mod quotas;
 mod rejections;
+mod rollback;
 mod seen;
+mod self_check;
 mod trust;
 
 use std::{path::Path, sync::Arc, time::Duration};

@@ -34,6 +34,7 @@ use tidelock_transport::{
 };
 
 use super::{
+    activate::Waiting,
     admit::{Denied, OwnAhead},
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
@@ -164,6 +165,8 @@ pub(super) struct Node {
     pub(super) activating: Mutex<()>,
     /// Where a worker failed over the slots: when they are read again.
     pub(super) slots_again: Mutex<SlotsAgain>,
+    /// Bundles of peers that this site's own rules keep out.
+    pub(super) waiting: Waiting,
     pub(super) papers: Mutex<Papers>,
     /// Held by whoever takes config or papers into use.
     pub(super) reloading: Mutex<()>,
@@ -411,6 +414,7 @@ impl Node {
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
             slots_again: Mutex::default(),
+            waiting: Waiting::default(),
             papers: Mutex::default(),
             reloading: Mutex::default(),
             parts: Mutex::default(),
@@ -440,6 +444,12 @@ impl Node {
         node.load_crls();
         node.warn_of_endings();
         node.slot_faults(&faults);
+        // The process was stopped between the switch and the end of the check.
+        if node.slots.is_on_trial()
+            && let Err(denied) = node.finish_trial()
+        {
+            tracing::error!(%denied, "the bundle that was on trial");
+        }
         node.restore_policy();
         node.keep_passes();
         Ok(node)
@@ -777,6 +787,7 @@ impl Node {
             self.load_package(package, &trust, For::Slots)
         }));
         self.policy_trust.store(Some(Arc::new(trust)));
+        self.waiting.clear();
         drop(turn);
         self.take_identity(Ok(credentials));
         self.load_crls();

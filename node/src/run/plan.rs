@@ -12,7 +12,8 @@ use tidelock_policy::{
 };
 
 use super::{
-    admit::{Denied, describe_activation},
+    activate::Order,
+    admit::Denied,
     doors::{bad, field_bytes, refused},
     node::Node,
 };
@@ -38,6 +39,13 @@ impl Node {
                 .filter(|last| *last <= REPLAY_RECORDS_MAX)
                 .ok_or_else(|| bad(format!("`replay` is a number up to {REPLAY_RECORDS_MAX}")))?,
         };
+        let accepts_flips = accepts_flips(body)?;
+        let plan = self.plan_of(&bundle, accepts_flips);
+        // What the act would be refused for.
+        let gates = self.check_gates(&bundle, &Order::planned(&plan, accepts_flips));
+        let blocked = gates
+            .err()
+            .map(|denied| json!({"code": denied.code, "message": denied.message}));
         let current = self.slots.current();
         let changes = current
             .as_ref()
@@ -49,10 +57,18 @@ impl Node {
             })
             .transpose()
             .map_err(|error| refused(&Denied::local(error.code(), error)))?;
-        let replay = self.replay(current.as_ref().map(|c| c.bundle()), &bundle, last)?;
+        let replay = self
+            .replay(current.as_ref().map(|c| c.bundle()), &bundle, last)
+            .map_err(|message| OperatorError {
+                status: 503,
+                code: "AUDIT_UNAVAILABLE".to_owned(),
+                message,
+            })?;
         let manifest = bundle.manifest();
         Ok(json!({
-            "plan": self.plan_of(&bundle),
+            "plan": plan,
+            "accept_flips": accepts_flips,
+            "blocked": blocked,
             "activate": {"name": manifest.name, "epoch": manifest.epoch, "version": manifest.version,
                          "hash": bundle.content_id(), "signers": bundle.signers(),
                          "tests_passed": bundle.tests_passed(), "warnings": bundle.warnings()},
@@ -62,7 +78,7 @@ impl Node {
                        "hash": current.bundle().content_id()})
             }),
             "changes": changes,
-            "replay": replay,
+            "replay": replay.told(),
         }))
     }
 
@@ -81,29 +97,16 @@ impl Node {
             .get("plan")
             .and_then(Value::as_str)
             .ok_or_else(|| bad("`plan` is required: the one that policy.plan answered"))?;
-        self.install_if(&package, For::Operator, |bundle| {
-            let now = self.plan_of(bundle);
-            if now == plan {
-                return Ok(());
-            }
-            Err(Denied::local(
-                "PLAN_STALE",
-                "what would be activated, what it would replace or who signed it is not what the \
-                 plan said: look at a new plan",
-            ))
-        })
-        .map(|activation| describe_activation(&activation))
-        .map_err(|denied| {
-            self.event(
-                "bundle_rejected",
-                json!({"code": denied.code, "message": denied.message, "by": "operator"}),
-            );
-            refused(&denied)
-        })
+        self.activate(&package, &Order::planned(plan, accepts_flips(body)?))
+            .map(|activated| activated.told())
+            .map_err(|denied| {
+                self.reject_bundle(&denied);
+                refused(&denied)
+            })
     }
 
     /// Names what an activation would do.
-    fn plan_of(&self, bundle: &VerifiedBundle) -> String {
+    pub(super) fn plan_of(&self, bundle: &VerifiedBundle, accepts_flips: bool) -> String {
         let mut text = format!("tidelock plan\n{}\n", bundle.content_id());
         for signer in bundle.signers() {
             text.push_str(&format!("signer {signer}\n"));
@@ -115,24 +118,24 @@ impl Node {
                 current.source()
             ));
         }
-        let hash = digest(&SHA256, text.as_bytes());
-        let short = hash.as_ref().iter().take(8);
-        short.map(|byte| format!("{byte:02x}")).collect()
+        if let Some(aside) = self.slots.aside() {
+            text.push_str(&format!("aside {}\n", aside.content_id));
+        }
+        if accepts_flips {
+            text.push_str("flips are accepted\n");
+        }
+        short_digest(&text)
     }
 
     /// Asks both bundles what was asked lately. Engines are pure: nothing comes of it but the answer.
-    fn replay(
+    pub(super) fn replay(
         &self,
         before: Option<&VerifiedBundle>,
         after: &VerifiedBundle,
         last: u64,
-    ) -> Result<Value, OperatorError> {
+    ) -> Result<Replay, String> {
         let last = usize::try_from(last).unwrap_or(usize::MAX);
-        let records = self.log.tail(last).map_err(|e| OperatorError {
-            status: 503,
-            code: "AUDIT_UNAVAILABLE".to_owned(),
-            message: e.to_string(),
-        })?;
+        let records = self.log.tail(last).map_err(|e| e.to_string())?;
         let begun = Instant::now();
         let mut seen = Replay::default();
         // The newest first: they are what matters if time runs out.
@@ -147,8 +150,24 @@ impl Node {
                 Err(why) => seen.leave_out(why.as_str()),
             }
         }
-        Ok(seen.told())
+        Ok(seen)
     }
+}
+
+fn accepts_flips(body: &Value) -> Result<bool, OperatorError> {
+    match body.get("accept_flips") {
+        None => Ok(false),
+        Some(accepts) => accepts
+            .as_bool()
+            .ok_or_else(|| bad("`accept_flips` is true or false")),
+    }
+}
+
+/// A name for what a text says, short enough to be copied by hand.
+pub(super) fn short_digest(text: &str) -> String {
+    let hash = digest(&SHA256, text.as_bytes());
+    let short = hash.as_ref().iter().take(8);
+    short.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What a bundle says to a recorded request, as if it were new and its node well.
@@ -166,7 +185,7 @@ fn asked(bundle: &VerifiedBundle, request: &PolicyRequest) -> Evaluation {
 
 /// How recorded actions come out.
 #[derive(Default)]
-struct Replay {
+pub(super) struct Replay {
     same: u64,
     flips: Vec<Value>,
     to_allow: u64,
@@ -219,7 +238,25 @@ impl Replay {
         *count = (count.as_u64().unwrap_or_default() + 1).into();
     }
 
-    fn told(self) -> Value {
+    pub(super) fn to_allow(&self) -> u64 {
+        self.to_allow
+    }
+
+    pub(super) fn to_deny(&self) -> u64 {
+        self.to_deny
+    }
+
+    /// Whether time ran out before all were asked.
+    pub(super) fn ended_early(&self) -> bool {
+        self.ended_early
+    }
+
+    /// How many came out otherwise.
+    pub(super) fn counts(self) -> Value {
+        json!({"deny_to_allow": self.to_allow, "allow_to_deny": self.to_deny})
+    }
+
+    pub(super) fn told(self) -> Value {
         json!({
             "same": self.same,
             "deny_to_allow": self.to_allow,

@@ -349,6 +349,7 @@ impl Node {
         }
         self.policy_trust.store(Some(std::sync::Arc::new(trust)));
         self.look_for_policy();
+        self.waiting.clear();
         Ok(())
     }
 
@@ -483,6 +484,7 @@ impl Node {
             "previous": trust.previous(),
             "rotations": chain.links().count(),
             "thresholds": thresholds,
+            "activation": trust.activation(),
             "keys": trust.keys(),
         })
     }
@@ -552,7 +554,7 @@ impl Node {
     }
 }
 
-fn no_trust() -> Denied {
+pub(super) fn no_trust() -> Denied {
     Denied::local(
         "NO_TRUST",
         "no usable trust file; see policy.trust in the config",

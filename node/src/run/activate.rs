@@ -1,0 +1,547 @@
+//! The activation pipeline: every step between a package and a bundle that decides, in order, on whatever
+//! way it came.
+//!
+//! verify, compile in a worker, validate, the bundle's own tests ([`Node::verify_package`]); its place in the
+//! sequence and what was set aside here; the plan; the widening gate; shadow replay; the rollback target and
+//! the other slots, durable; the atomic switch; the self-check. What fails before the switch changes
+//! nothing; what fails the self-check is set aside, and the last known good bundle serves.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tidelock_policy::{
+    Activation, ActivationKind, AsideCause, BlockOn, Role, VerifiedBundle,
+    limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
+};
+use tidelock_segments::{Charge, NodeId, SegmentId, SegmentRef, VerifiedSegment};
+
+use super::{
+    admit::Denied,
+    node::Node,
+    plan::Replay,
+    rollback::undo_of,
+    self_check::{Surroundings, self_check},
+};
+use crate::worker::For;
+
+/// What the self-check may take. One question more may be under way, which is asked five times at most.
+const SELF_CHECK_MAX: Duration = Duration::from_secs(2);
+/// Before a question is asked again.
+const SELF_CHECK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Bundles of peers that wait for an operator and are told, about 700 bytes each (INV-07).
+const WAITING_MAX: usize = 16;
+/// How long one that waits is not fetched again: what is recorded changes, and with it what blocks.
+const WAITS: Duration = Duration::from_secs(600);
+
+/// On whose word a bundle is to be activated, and after which look.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Order<'a> {
+    asker: For,
+    /// The plan that an operator looked at.
+    plan: Option<&'a str>,
+    accepts_flips: bool,
+}
+
+impl<'a> Order<'a> {
+    pub(super) fn unlooked(asker: For) -> Self {
+        Self {
+            asker,
+            plan: None,
+            accepts_flips: false,
+        }
+    }
+
+    pub(super) fn planned(plan: &'a str, accepts_flips: bool) -> Self {
+        Self {
+            asker: For::Operator,
+            plan: Some(plan),
+            accepts_flips,
+        }
+    }
+}
+
+/// What a bundle has passed before the switch.
+pub(super) struct Passed {
+    /// Flips that would have blocked, and that an operator accepted.
+    accepted: Option<Replay>,
+}
+
+/// What storing a bundle's segment came to.
+#[derive(Default)]
+struct Kept {
+    /// The segment, if it is new here.
+    new: Option<SegmentRef>,
+    /// Those of the same content that it takes the place of.
+    outdated: Vec<SegmentRef>,
+}
+
+/// A bundle that began to decide, and passed its self-check.
+pub(super) struct Activated {
+    pub(super) activation: Activation,
+    accepted: Option<Value>,
+    undo: Value,
+}
+
+impl Activated {
+    /// What installing the bundle did.
+    pub(super) fn told(&self) -> Value {
+        let activation = &self.activation;
+        json!({
+            "name": activation.name,
+            "epoch": activation.epoch,
+            "hash": activation.content_id,
+            "kind": activation.kind,
+            "replaced_epoch": activation.replaced.as_ref().map(|(epoch, _)| *epoch),
+            "accepted_flips": self.accepted,
+            "undo": self.undo,
+        })
+    }
+}
+
+/// Bundles of peers and media that would be taken but for what this site asks besides.
+#[derive(Default)]
+pub(super) struct Waiting(Mutex<VecDeque<WaitingBundle>>);
+
+struct WaitingBundle {
+    segment: SegmentId,
+    name: String,
+    epoch: u64,
+    code: &'static str,
+    message: String,
+    since_unix_ms: u64,
+    until: Duration,
+}
+
+impl Waiting {
+    fn held(&self) -> MutexGuard<'_, VecDeque<WaitingBundle>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it is told for the first time.
+    fn note(&self, bundle: WaitingBundle) -> bool {
+        let mut held = self.held();
+        if let Some(known) = held.iter_mut().find(|one| one.segment == bundle.segment) {
+            let is_news = known.code != bundle.code;
+            let since_unix_ms = known.since_unix_ms;
+            *known = WaitingBundle {
+                since_unix_ms,
+                ..bundle
+            };
+            return is_news;
+        }
+        if held.len() >= WAITING_MAX {
+            held.pop_front();
+        }
+        held.push_back(bundle);
+        true
+    }
+
+    /// Whether it is not to be fetched again yet.
+    pub(super) fn holds(&self, segment: &SegmentId, now: Duration) -> bool {
+        self.held()
+            .iter()
+            .any(|one| one.segment == *segment && now < one.until)
+    }
+
+    /// Those that could still come.
+    fn retain_above(&self, epoch: u64) {
+        self.held().retain(|one| one.epoch > epoch);
+    }
+
+    /// Other rules hold: each is judged anew when it is offered.
+    pub(super) fn clear(&self) {
+        self.held().clear();
+    }
+
+    pub(super) fn told(&self) -> Value {
+        let held = self.held();
+        let told = held.iter().map(|one| {
+            json!({
+                "segment": one.segment, "name": one.name, "epoch": one.epoch, "code": one.code,
+                "message": one.message, "since_unix_ms": one.since_unix_ms,
+            })
+        });
+        told.collect()
+    }
+}
+
+impl Node {
+    /// Verifies, stores and activates a bundle; INV-06: by local trust, clock and disk only.
+    pub(super) fn install_bundle(&self, package: &[u8], asker: For) -> Result<Activated, Denied> {
+        self.activate(package, &Order::unlooked(asker))
+    }
+
+    /// The pipeline. The turn is taken before the trust is read, so that no bundle is judged by a trust
+    /// file that a reload replaces meanwhile.
+    pub(super) fn activate(&self, package: &[u8], order: &Order<'_>) -> Result<Activated, Denied> {
+        let _turn = self
+            .activating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.check_offer(package)?;
+        let bundle = self.verify_package(package, order.asker)?;
+        let passed = self.check_gates(&bundle, order)?;
+        let was_unusable = self.slots.wanted().is_some();
+        let decided_already = self.decides(&bundle);
+        let emergency = emergency(&bundle);
+        let created_unix_ms = bundle.manifest().created_unix_ms;
+        let kept = self.keep_policy_segment(&bundle)?;
+        let activation = self.switch_to(bundle, order)?;
+        self.keep_passes();
+        // Ruling 25: the policy authority's word alone.
+        if emergency.is_none() {
+            self.clock.raise_by_signed(created_unix_ms);
+        }
+        let activated = Activated {
+            accepted: passed.accepted.map(Replay::counts),
+            undo: undo_of(&self.slots),
+            activation,
+        };
+        if activated.activation.kind != ActivationKind::Reinstalled
+            || was_unusable
+            || !decided_already
+        {
+            self.event("bundle_activated", activated.told());
+            if let Some(emergency) = emergency {
+                self.event("break_glass_activated", emergency);
+            }
+        }
+        if !decided_already {
+            self.finish_trial()?;
+        }
+        self.waiting.retain_above(activated.activation.epoch);
+        self.drop_superseded_policy(&activated.activation);
+        for old in kept.outdated {
+            if let Err(error) = self.store.remove(&old.id) {
+                tracing::warn!(%error, id = %old.id, "policy segment without enough signatures stays");
+            }
+        }
+        self.confirm_from_store();
+        if let Some(segment) = kept.new {
+            self.offered(segment);
+        }
+        Ok(activated)
+    }
+
+    /// What stands between a verified bundle and the switch.
+    pub(super) fn check_gates(
+        &self,
+        bundle: &VerifiedBundle,
+        order: &Order<'_>,
+    ) -> Result<Passed, Denied> {
+        self.check_floor(bundle.manifest(), bundle.content_id())?;
+        self.check_plan(bundle, order)?;
+        self.check_aside(bundle, order)?;
+        // What is the newest here already has passed them.
+        let was_activated = self
+            .slots
+            .floor()
+            .is_some_and(|floor| floor.content_id == *bundle.content_id());
+        if was_activated && self.slots.aside().is_none() {
+            return Ok(Passed { accepted: None });
+        }
+        self.check_widening(bundle)?;
+        let accepted = self.check_flips(bundle, order)?;
+        Ok(Passed { accepted })
+    }
+
+    /// What was set aside here comes back by an operator's plan alone.
+    fn check_aside(&self, bundle: &VerifiedBundle, order: &Order<'_>) -> Result<(), Denied> {
+        let aside = self.slots.aside();
+        if order.plan.is_some()
+            || aside.is_none_or(|aside| aside.content_id != *bundle.content_id())
+        {
+            return Ok(());
+        }
+        let error = tidelock_policy::ActivateError::SetAside {
+            epoch: bundle.epoch(),
+        };
+        Err(Denied::local(error.code(), error))
+    }
+
+    fn check_plan(&self, bundle: &VerifiedBundle, order: &Order<'_>) -> Result<(), Denied> {
+        let now = |plan: &str| self.plan_of(bundle, order.accepts_flips) == plan;
+        if order.plan.is_none_or(now) {
+            return Ok(());
+        }
+        Err(Denied::local(
+            "PLAN_STALE",
+            "what would be activated, what it would replace, who signed it or which flips are accepted is \
+             not what the plan said: look at a new plan",
+        ))
+    }
+
+    /// The widening gate: whether enough keys signed a bundle that may permit more than the one that
+    /// decides. Nothing proves here that one does not, so the rule of the trust file is asked of each.
+    fn check_widening(&self, bundle: &VerifiedBundle) -> Result<(), Denied> {
+        let trust = self.activation_rules()?;
+        let Some(needed) = trust.widening_threshold else {
+            return Ok(());
+        };
+        // Keys of an emergency have a threshold of their own.
+        if bundle.manifest().role == Role::BreakGlass || bundle.signers().len() >= needed {
+            return Ok(());
+        }
+        Err(Denied::local(
+            "POLICY_WIDENING",
+            format!(
+                "it is not proved to permit nothing new, {} keys signed it, and the trust file asks for \
+                 {needed} (activation.widening_signatures): have it signed by more",
+                bundle.signers().len()
+            ),
+        ))
+    }
+
+    fn activation_rules(&self) -> Result<tidelock_policy::ActivationRules, Denied> {
+        Ok(*self.bundle_trust()?.activation())
+    }
+
+    /// Shadow replay, where the trust file says that flips block. Answers those that would have blocked and
+    /// were accepted.
+    fn check_flips(
+        &self,
+        bundle: &VerifiedBundle,
+        order: &Order<'_>,
+    ) -> Result<Option<Replay>, Denied> {
+        let rules = self.activation_rules()?;
+        let current = self.slots.current();
+        // Before the first bundle nothing was allowed: all that it allows would be a flip.
+        if rules.block_on == BlockOn::None || self.slots.floor().is_none() {
+            return Ok(None);
+        }
+        let last = rules.replay_records.unwrap_or(REPLAY_RECORDS_MAX);
+        let replay = self
+            .replay(current.as_ref().map(|c| c.bundle()), bundle, last)
+            .map_err(|why| Denied::local("POLICY_REPLAY", not_replayed(&why)))?;
+        if replay.ended_early() {
+            let why = "it took too long";
+            return Err(Denied::local("POLICY_REPLAY", not_replayed(why)));
+        }
+        let blocking = match rules.block_on {
+            BlockOn::None => 0,
+            BlockOn::AnyFlip => replay.to_allow() + replay.to_deny(),
+            BlockOn::DenyToAllow => replay.to_allow(),
+        };
+        if blocking == 0 {
+            return Ok(None);
+        }
+        if order.accepts_flips {
+            return Ok(Some(replay));
+        }
+        Err(Denied::local(
+            "POLICY_FLIPS",
+            format!(
+                "of the recorded actions {} that were denied would be allowed and {} the other way round, and \
+                 the trust file says that this blocks ({}): look at tidelock policy plan FILE --accept-flips, \
+                 and where it is right, activate by that plan",
+                replay.to_allow(),
+                replay.to_deny(),
+                rules.block_on.as_str()
+            ),
+        ))
+    }
+
+    /// Stores the segment that carries a bundle to others. The same content under further signatures is no
+    /// new policy (ruling 5), and no new segment as long as those that are held are enough.
+    fn keep_policy_segment(&self, bundle: &VerifiedBundle) -> Result<Kept, Denied> {
+        let segment = self.own_policy_segment(bundle.package(), bundle.manifest())?;
+        let reference = segment.reference();
+        let Some(mut outdated) = self.outdated_policy(&reference, bundle.content_id()) else {
+            return Ok(Kept::default());
+        };
+        self.store
+            .put(&segment, Charge::Reserve)
+            .map_err(|e| Denied::local("STORE", e))?;
+        outdated.retain(|old| old.id != reference.id);
+        Ok(Kept {
+            new: Some(reference),
+            outdated,
+        })
+    }
+
+    fn decides(&self, bundle: &VerifiedBundle) -> bool {
+        self.slots.current().is_some_and(|current| {
+            current.source() == tidelock_policy::Source::Active
+                && current.bundle().content_id() == bundle.content_id()
+        })
+    }
+
+    /// Makes the rollback target, the bundle and the floor durable, in this order, then switches. Requests
+    /// under way end with the bundle that they began with.
+    fn switch_to(&self, bundle: VerifiedBundle, order: &Order<'_>) -> Result<Activation, Denied> {
+        let switched = match order.plan {
+            Some(_) => self.slots.reinstate(bundle),
+            None => self.slots.activate(bundle),
+        };
+        switched.map_err(|e| Denied::local(e.code(), &e))
+    }
+
+    /// Checks the bundle that serves, and sets it aside if it does not answer as it must.
+    pub(super) fn finish_trial(&self) -> Result<(), Denied> {
+        let why = match self.check_serving() {
+            Ok(answered) => {
+                if let Err(error) = self.slots.settle() {
+                    // It decides; the next start checks it again.
+                    tracing::warn!(%error, "a passed self-check is not kept");
+                }
+                tracing::info!(answered, "the self-check after the switch passed");
+                return Ok(());
+            }
+            Err(why) => why,
+        };
+        let trust = self.bundle_trust()?;
+        let reverted = self
+            .slots
+            .set_aside_by(
+                AsideCause::SelfCheck,
+                &why,
+                self.clock.unix_ms(),
+                &|package| self.load_package(package, &trust, For::Slots),
+            )
+            .map_err(|error| Denied::local(error.code(), error))?;
+        self.event(
+            "policy_activation_reverted",
+            json!({
+                "epoch": reverted.aside.epoch,
+                "hash": reverted.aside.content_id,
+                "why": why,
+                "serves": reverted.serves,
+                "not_kept": reverted.not_kept,
+            }),
+        );
+        let serves = reverted.serves.map_or_else(
+            || "no other bundle can serve, so every action is denied".to_owned(),
+            |standby| format!("epoch {} serves, restricted at best", standby.epoch),
+        );
+        Err(Denied::local(
+            "POLICY_SELF_CHECK",
+            format!(
+                "the bundle was set aside, because it failed its self-check on the engines that serve: \
+                 {why}; {serves}; mend it and sign it with a new epoch"
+            ),
+        ))
+    }
+
+    fn check_serving(&self) -> Result<u64, String> {
+        self.slots.check_reads_back()?;
+        let policy = self.slots.current().ok_or("no bundle decides")?;
+        let cases = policy.bundle().own_cases(SELF_CHECK_CASES_MAX);
+        let cases = cases.map_err(|error| error.to_string())?;
+        let begun = Instant::now();
+        self_check(
+            &cases,
+            &Surroundings {
+                ask: &|request| self.interceptor.probe(&policy, request),
+                wait: &|| std::thread::sleep(SELF_CHECK_PAUSE),
+                has_time: &|| begun.elapsed() < SELF_CHECK_MAX,
+            },
+        )
+    }
+
+    /// Notes a refused bundle of a peer; one that waits for an operator is told once.
+    pub(super) fn note_bundle_refused(
+        &self,
+        peer: &NodeId,
+        segment: &VerifiedSegment,
+        denied: &Denied,
+    ) {
+        let waits = ["POLICY_FLIPS", "POLICY_REPLAY", "POLICY_WIDENING"].contains(&denied.code);
+        let name = segment.header().origin.policy_name().filter(|_| waits);
+        let is_news = match name {
+            None => true,
+            Some(name) => self.waiting.note(WaitingBundle {
+                segment: segment.id(),
+                name: name.to_owned(),
+                epoch: segment.header().sequence,
+                code: denied.code,
+                message: denied.message.clone(),
+                since_unix_ms: self.clock.unix_ms(),
+                until: self.clock.monotonic().saturating_add(WAITS),
+            }),
+        };
+        if is_news {
+            self.rejected(
+                "bundle_rejected",
+                peer,
+                denied,
+                json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
+            );
+        }
+    }
+
+    /// What is told of policy beside the bundle that decides.
+    pub(super) fn activation_json(&self) -> Value {
+        let rules = self.activation_rules().unwrap_or_default();
+        let mut told: BTreeMap<&str, Value> = BTreeMap::from([
+            ("set_aside", json!(self.slots.aside())),
+            ("standby", json!(self.slots.standby())),
+            ("waiting", self.waiting.told()),
+            ("block_on", json!(rules.block_on)),
+            ("widening_signatures", json!(rules.widening_threshold)),
+        ]);
+        told.extend(
+            undo_of(&self.slots)
+                .as_str()
+                .map(|undo| ("undo", json!(undo))),
+        );
+        json!(told)
+    }
+}
+
+fn not_replayed(why: &str) -> String {
+    format!(
+        "the recorded actions could not be asked again, and the trust file says that flips block: {why}"
+    )
+}
+
+fn emergency(bundle: &VerifiedBundle) -> Option<Value> {
+    (bundle.manifest().role == Role::BreakGlass).then(|| {
+        json!({
+            "name": bundle.manifest().name,
+            "epoch": bundle.epoch(),
+            "expires_at": bundle.manifest().expires_at,
+            "signers": bundle.signers(),
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting(number: u8, code: &'static str) -> WaitingBundle {
+        WaitingBundle {
+            segment: SegmentId::from_bytes([number; 32]),
+            name: "site".to_owned(),
+            epoch: u64::from(number),
+            code,
+            message: String::new(),
+            since_unix_ms: 0,
+            until: Duration::from_secs(10),
+        }
+    }
+
+    #[test]
+    fn inv_07_bundles_that_wait_are_bounded_told_once_and_fetched_seldom() {
+        let held = Waiting::default();
+        assert!(held.note(waiting(1, "POLICY_FLIPS")));
+        assert!(!held.note(waiting(1, "POLICY_FLIPS")));
+        assert!(held.note(waiting(1, "POLICY_REPLAY")));
+        let one = SegmentId::from_bytes([1; 32]);
+        assert!(held.holds(&one, Duration::ZERO));
+        assert!(!held.holds(&one, Duration::from_secs(10)));
+        for number in 2..100 {
+            held.note(waiting(number, "POLICY_FLIPS"));
+        }
+        assert_eq!(held.told().as_array().unwrap().len(), WAITING_MAX);
+        held.retain_above(98);
+        assert_eq!(held.told()[0]["epoch"], 99);
+        held.clear();
+        assert_eq!(held.told(), json!([]));
+    }
+}
