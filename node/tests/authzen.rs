@@ -840,7 +840,9 @@ fn the_certification_scenario_s_levels_hold() {
     let quotas = site.json(&["quota"])["quotas"].clone();
     assert_eq!(quotas[0]["bucket"], "principal_action");
     assert!(quotas[0]["refused"].as_u64() >= Some(1), "{quotas}");
-    assert_eq!(quotas[4]["per_second"], 20_000);
+    assert_eq!(quotas[3]["bucket"], "caller");
+    assert_eq!(quotas[3]["per_second"], 10_000);
+    assert_eq!(quotas[5]["per_second"], 20_000);
     site.ok(&["quota"]).says(&["principal_resource", "total"]);
 
     // Each search is in the log, and so is what was not understood.
@@ -852,10 +854,11 @@ fn the_certification_scenario_s_levels_hold() {
             .count()
     };
     assert!(
-        of("search") > 10 && of("decision") > 20,
-        "{} {}",
+        of("search") > 10 && of("decision") > 20 && of("refused") > 10,
+        "{} {} {}",
         of("search"),
-        of("decision")
+        of("decision"),
+        of("refused")
     );
     let searched = records
         .iter()

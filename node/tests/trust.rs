@@ -629,3 +629,74 @@ fn give(site: &Site, archive: Vec<u8>, signatures: Vec<Vec<u8>>) {
     let (status, answer) = over_unix(&site.path("s"), &ask).unwrap();
     assert_eq!(status, 200, "{answer}");
 }
+
+/// The chain of trust documents was damaged, and the store had lost the newest of them: the node was made
+/// again from the others, and trusted keys that had been replaced.
+#[test]
+fn inv_16_a_node_that_lost_its_newest_trust_document_denies_until_it_has_it_again() {
+    let site = site();
+    let node = site.start_deciding();
+    let mut installs = Vec::new();
+    for (from, to) in [("trust.toml", "t2.json"), ("t2.json", "t3.json")] {
+        let next = ["--to", "trust.toml", "--out", to];
+        site.ok(&[&["trust", "rotate", "--from", from][..], &next].concat());
+        let signature = format!("{to}.sig");
+        openssl_sign(&site, "policy.key", to, &signature);
+        installs.push([to.to_owned(), signature]);
+        let [to, signature] = installs.last().unwrap();
+        site.ok(&["trust", "install", to, "--sig", signature, "--apply"]);
+    }
+    let listed = site.json(&["segment", "ls", "--origin", "policy/0.tidelock.trust"]);
+    let newest = listed["segments"]
+        .as_array()
+        .unwrap()
+        .last()
+        .unwrap()
+        .clone();
+    assert_eq!(newest["sequence"], 3, "{listed}");
+    assert!(node.stop().success());
+
+    let hex = newest["id"].as_str().unwrap().trim_start_matches("blake3:");
+    let file = find(&site.path("root"), hex).unwrap();
+    fs::remove_file(file).unwrap();
+    let chain = site.path("root/policy/trust");
+    let whole = fs::read(&chain).unwrap();
+    fs::write(&chain, whole.get(..whole.len() / 2).unwrap()).unwrap();
+
+    let node = site.start();
+    let denied = ("deny".to_owned(), "NO_POLICY".to_owned());
+    assert_eq!(may_read(&site, "/srv/a.txt"), denied);
+    let faults = site.events("policy_trust_unusable");
+    let why = faults.last().unwrap()["why"].as_str().unwrap();
+    assert!(
+        why.contains("is lost, what is left ends at version 2"),
+        "{why}"
+    );
+    // Nor does reading everything again help, or a restart.
+    node.reload("reload_refused");
+    assert_eq!(may_read(&site, "/srv/a.txt"), denied);
+    // The very document does.
+    let [to, signature] = installs.last().unwrap();
+    site.ok(&["trust", "install", to, "--sig", signature, "--apply"]);
+    assert_eq!(site.status()["trust"]["version"], 3);
+    decides(&site);
+    assert!(node.stop().success());
+    let node = site.start();
+    decides(&site);
+    assert!(node.stop().success());
+}
+
+/// The file below a directory whose name holds this text.
+fn find(dir: &Path, name: &str) -> Option<PathBuf> {
+    let mut all = fs::read_dir(dir)
+        .unwrap()
+        .flatten()
+        .map(|entry| entry.path());
+    all.find_map(|path| match path.is_dir() {
+        true => find(&path, name),
+        false => path
+            .to_str()
+            .is_some_and(|path| path.contains(name))
+            .then_some(path),
+    })
+}

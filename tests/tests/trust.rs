@@ -129,7 +129,7 @@ async fn a_bundle_of_a_peer_that_was_refused_is_remembered_over_contacts() {
 
     // Far more than can be compiled in half a second, and little for a minute.
     let key = std::fs::read_to_string(dir.path().join("policy.key")).unwrap();
-    let many: String = (0..8_000)
+    let many: String = (0..9_900)
         .map(|n| format!("forbid (principal == Agent::\"a{n}\", action, resource is File) when {{ resource.path like \"/x{n}/*\" }};\n"))
         .collect();
     let status = site.node(first).unwrap().status().await.unwrap();

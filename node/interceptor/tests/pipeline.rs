@@ -820,6 +820,7 @@ fn inv_14_waiting_for_a_recorder_that_never_answers_ends_in_a_deny() {
 #[test]
 fn inv_07_requests_without_a_record_yet_are_limited() {
     let site = Site::with(|config| {
+        config.quotas.caller = None;
         config.quotas.principal = Rate {
             per_second: 1,
             burst: u32::MAX,
