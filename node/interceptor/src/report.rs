@@ -656,7 +656,7 @@ mod tests {
         let made_for = For::caller(&mine).unwrap();
         let of = |incarnation, index| Appended {
             incarnation,
-            leaf: Sha256Hash::of(&[incarnation as u8, index as u8]),
+            leaf: Sha256Hash::of(format!("{incarnation} {index}").as_bytes()),
             index,
         };
         // Neither what was read back before the log changed, though nothing was recorded in this run.
