@@ -3,6 +3,7 @@
 //! Prints a table and writes `target/bench/AREA.json`. Nothing here is asserted and nothing is
 //! fetched; what cannot run says `not run` with its reason. `tidelock-bench --help` tells the rest.
 
+mod activation;
 mod decide;
 mod peers;
 mod policy;

@@ -18,14 +18,17 @@ use crate::{Row, median};
 
 const SLICES: usize = 5;
 const SLICE: Duration = Duration::from_millis(600);
-const FEW: usize = 100;
+pub const FEW: usize = 100;
 const MANY: usize = 10_000;
 /// Principals beyond those that a rule knows, so that some requests are denied.
 const STRANGERS: usize = 10;
 
 type Group = fn() -> Vec<Row>;
 
-const GROUPS: [(&str, Group); 1] = [("in-process", in_process)];
+const GROUPS: [(&str, Group); 2] = [
+    ("in-process", in_process),
+    ("activation", crate::activation::rows),
+];
 
 pub fn groups() -> impl Iterator<Item = &'static str> {
     GROUPS.iter().map(|(name, _)| *name)
@@ -39,7 +42,7 @@ pub fn rows(only: Option<&str>) -> Vec<Row> {
         .collect()
 }
 
-const SCHEMA: &str = "entity Agent; entity File = { path: String, name: String, dir: String };
+pub const SCHEMA: &str = "entity Agent; entity File = { path: String, name: String, dir: String };
 action \"fs.read\" appliesTo { principal: [Agent], resource: [File] };";
 
 /// So many rules, each for an agent of its own and the directory of its team.

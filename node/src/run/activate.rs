@@ -24,7 +24,7 @@ use super::{
     node::Node,
     plan::Replay,
     rollback::undo_of,
-    self_check::{Surroundings, self_check},
+    self_check::{Fault, Surroundings, self_check},
 };
 use crate::worker::For;
 
@@ -392,7 +392,15 @@ impl Node {
                 tracing::info!(answered, "the self-check after the switch passed");
                 return Ok(());
             }
-            Err(why) => why,
+            Err(Fault::Engines(why)) => {
+                // It stays on trial, and is asked again every second.
+                tracing::warn!(
+                    why,
+                    "the self-check of the bundle that decides waits for an engine"
+                );
+                return Ok(());
+            }
+            Err(Fault::Bundle(why)) => why,
         };
         let trust = self.bundle_trust()?;
         let reverted = self
@@ -427,9 +435,24 @@ impl Node {
         ))
     }
 
-    fn check_serving(&self) -> Result<u64, String> {
+    /// A self-check that found no engine free is made up for.
+    pub(super) fn try_trial_again(&self) {
+        if !self.slots.is_on_trial() {
+            return;
+        }
+        // Whoever activates meanwhile checks it.
+        let Ok(_turn) = self.activating.try_lock() else {
+            return;
+        };
+        if let Err(denied) = self.finish_trial() {
+            tracing::error!(%denied, "the bundle that was on trial");
+        }
+    }
+
+    fn check_serving(&self) -> Result<u64, Fault> {
         self.slots.check_reads_back()?;
-        let policy = self.slots.current().ok_or("no bundle decides")?;
+        let policy = self.slots.current();
+        let policy = policy.ok_or_else(|| "no bundle decides".to_owned())?;
         let cases = policy.bundle().own_cases(SELF_CHECK_CASES_MAX);
         let cases = cases.map_err(|error| error.to_string())?;
         let begun = Instant::now();
@@ -480,6 +503,7 @@ impl Node {
         let mut told: BTreeMap<&str, Value> = BTreeMap::from([
             ("set_aside", json!(self.slots.aside())),
             ("standby", json!(self.slots.standby())),
+            ("on_trial", json!(self.slots.is_on_trial())),
             ("waiting", self.waiting.told()),
             ("block_on", json!(rules.block_on)),
             ("widening_signatures", json!(rules.widening_threshold)),

@@ -835,6 +835,7 @@ impl Node {
     pub(super) fn slow_tick(&self) {
         self.log.tick(self.clock.unix_ms());
         self.succeed_log();
+        self.try_trial_again();
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();

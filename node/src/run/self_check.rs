@@ -34,38 +34,67 @@ pub(super) struct Surroundings<'a> {
     pub(super) has_time: &'a dyn Fn() -> bool,
 }
 
+/// What is wrong, for people.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// An answer is wrong, or does not come in time.
+    Bundle(String),
+    /// No engine was free for a single try: the bundle was not asked at all. What holds the engines was asked
+    /// of another one.
+    Engines(String),
+}
+
+impl From<String> for Fault {
+    fn from(why: String) -> Self {
+        Self::Bundle(why)
+    }
+}
+
 /// How many questions were answered as they must be. When time runs out on a machine that is merely slow,
 /// those that were answered suffice; one must be.
 ///
 /// # Errors
-/// The first answer that is wrong, or does not come, for people.
-pub(super) fn self_check(cases: &[OwnCase], around: &Surroundings<'_>) -> Result<u64, String> {
+/// The first [`Fault`].
+pub(super) fn self_check(cases: &[OwnCase], around: &Surroundings<'_>) -> Result<u64, Fault> {
     let first = ask(&unknown(), around)?;
     if first.verdict == Verdict::Permit {
-        return Err("it permits an action that it does not know".to_owned());
+        let why = "it permits an action that it does not know".to_owned();
+        return Err(why.into());
     }
     let mut answered = 1;
     for case in cases {
         if !(around.has_time)() {
             break;
         }
-        let answer = ask(&case.request(), around).map_err(|why| format!("{case:?}: {why}"))?;
+        let answer = ask(&case.request(), around).map_err(|fault| match fault {
+            Fault::Bundle(why) => Fault::Bundle(format!("{case:?}: {why}")),
+            engines @ Fault::Engines(_) => engines,
+        })?;
         case.judge(answer).map_err(|failure| failure.to_string())?;
         answered += 1;
     }
     Ok(answered)
 }
 
-fn ask(request: &PolicyRequest, around: &Surroundings<'_>) -> Result<Evaluation, String> {
+fn ask(request: &PolicyRequest, around: &Surroundings<'_>) -> Result<Evaluation, Fault> {
     let mut asked = 1;
+    let mut was_begun = false;
     loop {
-        match (around.ask)(request.clone()) {
+        let answer = (around.ask)(request.clone());
+        was_begun |= answer.as_ref().err() != Some(&ProbeFault::Busy);
+        match answer {
             Ok(evaluation) => return Ok(evaluation),
             Err(fault) if fault.may_pass() && asked < ASKED_MAX => {
                 asked += 1;
                 (around.wait)();
             }
-            Err(fault) => return Err(format!("{}, asked {asked} times", fault.as_str())),
+            Err(fault) => {
+                let why = format!("{}, asked {asked} times", fault.as_str());
+                return Err(match was_begun {
+                    true => Fault::Bundle(why),
+                    false => Fault::Engines(why),
+                });
+            }
         }
     }
 }
@@ -91,7 +120,7 @@ mod tests {
     fn check(
         script: &dyn Fn(u32) -> Option<Result<Evaluation, ProbeFault>>,
         has_time: &dyn Fn() -> bool,
-    ) -> (Result<u64, String>, u32, u32) {
+    ) -> (Result<u64, Fault>, u32, u32) {
         let bundle = bundle();
         let engine = bundle.engine();
         let cases = bundle.own_cases(64).unwrap();
@@ -109,6 +138,13 @@ mod tests {
             },
         );
         (checked, asked.get(), waited.get())
+    }
+
+    fn said(checked: Result<u64, Fault>) -> String {
+        match checked {
+            Err(Fault::Bundle(why)) => why,
+            other => format!("{other:?}"),
+        }
     }
 
     fn says(verdict: Verdict) -> Option<Result<Evaluation, ProbeFault>> {
@@ -134,12 +170,27 @@ mod tests {
             assert!(checked.is_ok(), "{checked:?}");
             assert_eq!(waited, ASKED_MAX - 1);
             let (checked, asked, _) = check(&late(ASKED_MAX), &|| true);
-            assert!(checked.unwrap_err().contains("asked 5 times"));
+            let why = format!("{}, asked 5 times", fault.as_str());
+            // What never came to an engine says nothing of the bundle.
+            let expected = match fault {
+                ProbeFault::Busy => Fault::Engines(why),
+                _ => Fault::Bundle(why),
+            };
+            assert_eq!(checked, Err(expected));
             assert_eq!(asked, ASKED_MAX, "it is bounded");
         }
+        // An engine that it holds itself does.
+        let holds = |asked: u32| {
+            Some(Err(match asked {
+                1 => ProbeFault::Late,
+                _ => ProbeFault::Busy,
+            }))
+        };
+        let (checked, _, _) = check(&holds, &|| true);
+        assert!(matches!(checked, Err(Fault::Bundle(_))), "{checked:?}");
         // A panic does not pass by itself.
         let (checked, asked, _) = check(&|_| Some(Err(ProbeFault::Panicked)), &|| true);
-        assert!(checked.unwrap_err().contains("panicked"));
+        assert!(said(checked).contains("panicked"));
         assert_eq!(asked, 1);
     }
 
@@ -147,9 +198,9 @@ mod tests {
     fn another_answer_than_the_author_expects_is_a_fault() {
         let second = |verdict| move |asked: u32| (asked == 2).then(|| says(verdict)).flatten();
         let (checked, _, _) = check(&second(Verdict::Error), &|| true);
-        assert!(checked.unwrap_err().contains("expects"));
+        assert!(said(checked).contains("expects"));
         let (checked, _, _) = check(&|_| says(Verdict::Permit), &|| true);
-        assert!(checked.unwrap_err().contains("does not know"));
+        assert!(said(checked).contains("does not know"));
     }
 
     #[test]
