@@ -580,10 +580,8 @@ allow if {
 }
 "#;
 
-#[test]
-fn a_bundle_that_fails_its_self_check_is_set_aside_by_itself() {
-    let site = Site::new();
-    let node = site.start_deciding();
+/// Makes `slow.tar`, of epoch 2, out of such a policy, and leaves its parts for others.
+fn slow(site: &Site) {
     let manifest = site.read("policy/manifest.json");
     fs::remove_dir_all(site.path("policy")).unwrap();
     for dir in ["policy/policies", "policy/tests"] {
@@ -603,13 +601,46 @@ fn a_bundle_that_fails_its_self_check_is_set_aside_by_itself() {
         "expect": "allow",
     }]);
     site.write("policy/tests/base.json", &case.to_string());
-    let build = |archive: &str, epoch: u64| {
-        site.bundle(archive, "policy.key", |manifest| {
-            manifest["epoch"] = json!(epoch);
-            manifest["engine"] = json!("rego");
+    rego(site, "slow.tar", 2);
+}
+
+fn rego(site: &Site, archive: &str, epoch: u64) {
+    site.bundle(archive, "policy.key", |manifest| {
+        manifest["epoch"] = json!(epoch);
+        manifest["engine"] = json!("rego");
+    });
+}
+
+#[test]
+fn a_node_that_is_killed_during_a_self_check_makes_it_at_its_next_start() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    slow(&site);
+    std::thread::scope(|scope| {
+        // The node is killed under it: what it says does not matter.
+        scope.spawn(|| site.tidelock(&["bundle", "install", "slow.tar", "--apply"]));
+        until("the switch", || {
+            let journal = site.operate("journal")["entries"].to_string();
+            (journal.matches("bundle_activated").count() > 1).then_some(())
         });
-    };
-    build("slow.tar", 2);
+        node.end(Signal::KILL);
+    });
+    let _node = site.start();
+    assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+    let aside = site.status()["activation"]["set_aside"].clone();
+    assert_eq!(
+        (&aside["epoch"], &aside["cause"]),
+        (&json!(2), &json!("self_check"))
+    );
+    assert_eq!(site.status()["activation"]["on_trial"], false);
+    site.decides();
+}
+
+#[test]
+fn a_bundle_that_fails_its_self_check_is_set_aside_by_itself() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    slow(&site);
     site.tidelock(&["bundle", "install", "slow.tar", "--apply"])
         .ended(1)
         .says(&["POLICY_SELF_CHECK", "epoch 1 serves"]);
@@ -635,7 +666,7 @@ fn a_bundle_that_fails_its_self_check_is_set_aside_by_itself() {
 
     // The control: the same bundle with less to search answers in time.
     site.write("policy/data.json", &json!({"text": "a"}).to_string());
-    build("quick.tar", 3);
+    rego(&site, "quick.tar", 3);
     site.ok(&["bundle", "install", "quick.tar", "--apply"]);
     assert_eq!(source(&site), (json!(3), json!("active")));
     assert_eq!(site.events("policy_activation_reverted").len(), 1);
@@ -774,6 +805,18 @@ fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
     import();
     assert_eq!(source(&site), (json!(2), json!("active")));
     assert_eq!(site.status()["activation"]["waiting"], json!([]));
+    // What an operator then goes back from, the medium does not bring back, held or not.
+    let plan = site.json(&["policy", "rollback"]);
+    let plan = plan["plan"].as_str().unwrap();
+    site.ok(&["policy", "rollback", "--plan", plan, "--apply"]);
+    for _ in 0..2 {
+        import();
+        assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+        let held = site.path("root-b/segments/policy");
+        for segment in fs::read_dir(held).unwrap() {
+            fs::remove_file(segment.unwrap().path()).unwrap();
+        }
+    }
 }
 
 #[test]
