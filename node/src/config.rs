@@ -24,7 +24,9 @@ use tidelock_segments::{
 };
 use tidelock_transport::{congestion::Congestion, limits::MIN_SEND_BYTES_PER_SECOND};
 
-pub use self::callers::OidcSection;
+pub use self::callers::{
+    IdentityHeaderSection, OidcSection, SpiffePrincipal, SpiffeRule, TlsSection, TrustDomainSection,
+};
 use self::reader::Section;
 pub(crate) use self::reader::parse_bytes;
 use crate::worker::limits::{DEADLINE_MS, DEADLINE_MS_RANGE};
@@ -225,6 +227,10 @@ pub struct GatewaySection {
     pub public_url: Option<String>,
     /// Issuers of workload tokens.
     pub oidc: Vec<OidcSection>,
+    /// The door for callers on other machines.
+    pub tls: Option<TlsSection>,
+    /// Proxies that are believed in a header.
+    pub identity_headers: Vec<IdentityHeaderSection>,
 }
 
 /// One Unix user id and the principal it stands for.
@@ -394,7 +400,8 @@ impl Config {
     #[must_use]
     pub fn schema() -> Value {
         // One empty table of each list, so that its keys are asked for. The mistakes do not matter.
-        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.proxies]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n";
+        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.proxies]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n\
+                    [[gateway.identity_headers]]\n[gateway.tls]\n[[gateway.tls.trust_domains]]\n[[gateway.tls.trust_domains.rules]]\n";
         let cx = reader::Cx::new(text, Path::new(""));
         let _ = Self::read(text, &cx);
         let mut schema = cx.schema("");
@@ -554,7 +561,8 @@ impl Config {
         {
             s.mistake(
                 "tcp",
-                "is not a loopback address; callers on other hosts are not served",
+                "is not a loopback address; without TLS callers on other hosts are not served, \
+                 give them [gateway.tls]",
             );
         }
         let unix = s.optional_path("unix");
@@ -615,6 +623,8 @@ impl Config {
             proxy.finish();
         }
         let oidc = callers::oidc(&mut s);
+        let tls = callers::tls(&mut s);
+        let identity_headers = callers::identity_headers(&mut s);
         if tcp.is_some() && tokens.is_none() && oidc.is_empty() && !allow_anonymous_loopback {
             s.mistake(
                 "tcp",
@@ -743,6 +753,8 @@ impl Config {
                     concurrent_max,
                     public_url,
                     oidc,
+                    tls,
+                    identity_headers,
                 },
                 node: NodeSection {
                     id,
@@ -853,6 +865,14 @@ impl Config {
             (
                 self.gateway.allow_anonymous_loopback,
                 "gateway.allow_anonymous_loopback",
+            ),
+            (
+                self.gateway.tls.as_ref().is_some_and(|tls| {
+                    tls.trust_domains
+                        .iter()
+                        .any(|domain| domain.allow_without_crl)
+                }),
+                "gateway.tls.trust_domains.allow_without_crl",
             ),
             (
                 self.policy.allow_worker_without_seccomp,

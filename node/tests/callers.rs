@@ -1,4 +1,5 @@
-//! Callers of a real node: workload tokens of an issuer whose keys openssl made.
+//! Callers of a real node: workload tokens of an issuer and certificates of workloads, both made by
+//! openssl; the client of the TLS door is curl.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,11 +12,17 @@ mod common;
 use std::{
     fs,
     net::SocketAddr,
+    process::Command,
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use base64::{Engine as _, prelude::BASE64_URL_SAFE_NO_PAD};
-use common::{Site, chmod, free_tcp, openssl, over_tcp, read_action, request};
+use base64::{
+    Engine as _,
+    prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD},
+};
+use common::{
+    Site, chmod, free_tcp, openssl, over_tcp, over_unix, read_action, request, run, until,
+};
 use serde_json::{Value, json};
 
 #[expect(
@@ -233,4 +240,490 @@ fn every_mistake_of_issuers_is_told_by_config_check() {
     ] {
         assert!(keys.contains(&key), "{key}: {told}");
     }
+}
+
+/// Workloads and their authority, made by openssl; nothing of ours.
+struct Workloads<'s> {
+    site: &'s Site,
+}
+
+impl<'s> Workloads<'s> {
+    fn new(site: &'s Site) -> Self {
+        let dir = site.path("wl");
+        fs::create_dir(&dir).unwrap();
+        site.write("wl/index.txt", "");
+        site.write(
+            "wl/ca.cnf",
+            "[ca]\ndefault_ca=d\n[d]\ndatabase=index.txt\nnew_certs_dir=.\nserial=serial\ncrlnumber=crlnumber\n\
+             certificate=ca.crt\nprivate_key=ca.key\ndefault_md=sha256\ndefault_days=2\ndefault_crl_days=2\n\
+             policy=p\ncopy_extensions=none\nunique_subject=no\n[p]\ncommonName=supplied\n\
+             [req]\ndistinguished_name=dn\n[dn]\n",
+        );
+        for ca in ["ca", "other"] {
+            Self::run(
+                &dir,
+                &format!(
+                    "req -x509 -config ca.cnf -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 \
+                     -subj /CN={ca} -keyout {ca}.key -out {ca}.crt -addext basicConstraints=critical,CA:TRUE \
+                     -addext keyUsage=critical,keyCertSign,cRLSign -addext subjectKeyIdentifier=hash"
+                ),
+            );
+        }
+        site.write("wl/serial", "01\n");
+        site.write("wl/crlnumber", "01\n");
+        let workloads = Self { site };
+        workloads.issue("door", "subjectAltName=IP:127.0.0.1\n", &[]);
+        workloads.crl(&[]);
+        workloads
+    }
+
+    fn run(dir: &std::path::Path, line: &str) -> String {
+        openssl(
+            dir,
+            &line
+                .split(' ')
+                .filter(|word| !word.is_empty())
+                .collect::<Vec<_>>(),
+        )
+    }
+
+    /// Issues `NAME.crt` with these extensions.
+    fn issue(&self, name: &str, extensions: &str, more: &[&str]) {
+        let dir = self.site.path("wl");
+        self.site.write(&format!("wl/{name}.ext"), extensions);
+        Self::run(
+            &dir,
+            &format!(
+                "req -new -config ca.cnf -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} \
+                 -keyout {name}.key -out {name}.csr"
+            ),
+        );
+        let line = format!(
+            "ca -batch -notext -config ca.cnf -in {name}.csr -out {name}.crt -extfile {name}.ext {}",
+            more.join(" ")
+        );
+        Self::run(&dir, &line);
+        chmod(&dir.join(format!("{name}.key")), 0o600);
+    }
+
+    /// An SVID with this path.
+    fn svid(&self, name: &str, path: &str, more: &[&str]) {
+        let uri = format!("URI:spiffe://site.example/{path}");
+        self.issue(name, &extensions(&uri), more);
+    }
+
+    fn crl(&self, more: &[&str]) {
+        let line = format!("ca -config ca.cnf -gencrl -out site.crl {}", more.join(" "));
+        Self::run(&self.site.path("wl"), &line);
+    }
+
+    fn revoke(&self, name: &str) {
+        let line = format!("ca -config ca.cnf -revoke {name}.crt");
+        Self::run(&self.site.path("wl"), &line);
+    }
+
+    /// What curl is answered with this client certificate: a status, 0 where the door hung up.
+    fn curl(&self, address: SocketAddr, name: &str, more: &[&str]) -> (u16, String) {
+        let (certificate, key) = (format!("{name}.crt"), format!("{name}.key"));
+        let action = json!({"action": "fs.read", "resource": {"type": "File", "id": "/srv/a.txt"}});
+        until("an answer in time", || {
+            let mut curl = Command::new("curl");
+            curl.current_dir(self.site.path("wl"))
+                .args([
+                    "-sS",
+                    "--http1.1",
+                    "--max-time",
+                    "20",
+                    "--cacert",
+                    "ca.crt",
+                    "-w",
+                    "\n%{http_code}",
+                ])
+                .args([
+                    "-H",
+                    "content-type: application/json",
+                    "-d",
+                    &action.to_string(),
+                ])
+                .args(more);
+            if !name.is_empty() {
+                curl.args(["--cert", &certificate, "--key", &key]);
+            }
+            let ran = run(curl.arg(format!("https://{address}/v1/decide")), b"");
+            let (body, status) = ran.out.rsplit_once('\n').unwrap();
+            let late = ["AUDIT_UNAVAILABLE", "DEADLINE", "unanswered"];
+            let told = format!("{body}{}", ran.err);
+            (!late.iter().any(|word| body.contains(word))).then(|| (status.parse().unwrap(), told))
+        })
+    }
+}
+
+/// The extensions of an SVID whose names are these.
+fn extensions(names: &str) -> String {
+    format!(
+        "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n\
+         extendedKeyUsage=clientAuth\nsubjectAltName={names}\nauthorityKeyIdentifier=keyid\n"
+    )
+}
+
+#[test]
+fn an_svid_is_its_workload_at_the_tls_door_and_every_other_certificate_is_nobody() {
+    let site = Site::new();
+    let wl = Workloads::new(&site);
+    let address = free_tcp();
+    site.configure(
+        "[gateway]\n",
+        &format!(
+            "[gateway.tls]\nlisten = \"{address}\"\ncertificate = \"wl/door.crt\"\nkey = \"wl/door.key\"\n\n\
+             [[gateway.tls.trust_domains]]\nname = \"site.example\"\nca = \"wl/ca.crt\"\ncrls = [\"wl/site.crl\"]\n\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/prod/sa/ops\"\n\
+             principal = \"Agent::ops-1\"\nscopes = [\"decide\"]\n\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/prod/*\"\n\
+             principal_type = \"Agent\"\nscopes = [\"explain\"]\n\n[gateway]\n"
+        ),
+    );
+    chmod(&site.path("wl/door.key"), 0o644);
+    let told = site.tidelock(&["config", "check"]).ended(2);
+    told.says(&["gateway.tls.certificate", "0644"]);
+    site.refused_start().says(&["0644"]);
+    chmod(&site.path("wl/door.key"), 0o600);
+    site.ok(&["config", "check"]);
+    let node = site.start_deciding();
+
+    wl.svid("ops", "ns/prod/sa/ops", &[]);
+    let (status, answer) = wl.curl(address, "ops", &[]);
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(wl.curl(address, "ops", &["--http2"]).0, 200);
+    // Known, but without the scope.
+    wl.svid("peer", "ns/prod/sa/peer", &[]);
+    let (status, answer) = wl.curl(address, "peer", &[]);
+    assert_eq!(status, 403, "{answer}");
+
+    wl.svid("stranger", "ns/test/sa/ops", &[]);
+    wl.svid("root", "", &[]);
+    wl.svid("query", "ns/prod/sa/ops?x", &[]);
+    let old = [
+        "-startdate",
+        "20200101000000Z",
+        "-enddate",
+        "20200201000000Z",
+    ];
+    wl.svid("old", "ns/prod/sa/ops", &old);
+    let young = [
+        "-startdate",
+        "20900101000000Z",
+        "-enddate",
+        "20900201000000Z",
+    ];
+    wl.svid("young", "ns/prod/sa/ops", &young);
+    let id = "URI:spiffe://site.example/ns/prod/sa/ops";
+    wl.issue("two", &extensions(&format!("{id},{id}2")), &[]);
+    wl.issue(
+        "mixed",
+        &extensions(&format!("{id},URI:https://x.example")),
+        &[],
+    );
+    wl.issue("none", &extensions("DNS:ops.site.example"), &[]);
+    let foreign = id.replace("site.example", "other.example");
+    wl.issue("foreign", &extensions(&foreign), &[]);
+    let authority = extensions(id).replace("CA:FALSE", "CA:TRUE");
+    wl.issue("authority", &authority, &[]);
+    let usage = extensions(id).replace("digitalSignature", "keyEncipherment");
+    wl.issue("usage", &usage, &[]);
+    let server = extensions(id).replace("clientAuth", "serverAuth");
+    wl.issue("server", &server, &[]);
+    wl.svid("gone", "ns/prod/sa/ops", &[]);
+    wl.issue(
+        "rogue",
+        &extensions(id),
+        &["-keyfile", "other.key", "-cert", "other.crt"],
+    );
+    assert_eq!(wl.curl(address, "gone", &[]).0, 200, "positive control");
+    let before = site.read("wl/site.crl");
+    wl.revoke("gone");
+    wl.crl(&[]);
+    node.reload("reloaded");
+    for name in [
+        "stranger",
+        "root",
+        "query",
+        "old",
+        "young",
+        "two",
+        "mixed",
+        "none",
+        "foreign",
+        "authority",
+        "usage",
+        "server",
+        "gone",
+        "rogue",
+        "",
+    ] {
+        let (status, answer) = wl.curl(address, name, &[]);
+        assert_eq!(status, 0, "{name}: {answer}");
+    }
+    let (status, answer) = wl.curl(address, "ops", &["--tls-max", "1.2"]);
+    assert_eq!(status, 0, "{answer}");
+    assert_eq!(wl.curl(address, "ops", &[]).0, 200, "positive control");
+    let metrics = over_unix(&site.path("s"), &request("GET", "/metrics", &[], b""))
+        .unwrap()
+        .1;
+    for code in [
+        "CALLER_UNMAPPED",
+        "IDENTITY_MALFORMED",
+        "IDENTITY_AMBIGUOUS",
+        "CERT_EXPIRED",
+        "CERT_NOT_YET_VALID",
+        "TRUST_DOMAIN_UNKNOWN",
+        "CERT_USAGE",
+        "CERT_REVOKED",
+        "CERT_UNKNOWN_CA",
+        "CERT_ABSENT",
+        "TLS_HANDSHAKE",
+    ] {
+        let line = format!("tidelock_gateway_credentials_refused_total{{code=\"{code}\"}}");
+        assert!(metrics.contains(&line), "{code}:\n{metrics}");
+    }
+
+    let told = site.json(&["caller", "check", "--certificate", "wl/ops.crt"]);
+    assert_eq!(told["principal"], "Agent::ops-1");
+    let refused = site.tidelock(&["caller", "check", "--certificate", "wl/gone.crt"]);
+    refused.ended(1).says(&["CERT_REVOKED"]);
+    site.tidelock(&["doctor"])
+        .says(&["certificate of the door", "CRL of"]);
+
+    // An older CRL brings nobody back.
+    let newer = site.read("wl/site.crl");
+    site.write("wl/site.crl", &before);
+    node.reload("reloaded");
+    assert_eq!(wl.curl(address, "gone", &[]).0, 0);
+    site.write("wl/site.crl", &newer);
+
+    // A CRL whose time is over revokes its whole domain; one that cannot be read changes nothing.
+    site.write("wl/site.crl", "no CRL");
+    node.reload("reload_refused");
+    assert_eq!(wl.curl(address, "ops", &[]).0, 200);
+    wl.crl(&[
+        "-crl_lastupdate",
+        "20200101000000Z",
+        "-crl_nextupdate",
+        "20200201000000Z",
+    ]);
+    node.reload("reloaded");
+    assert_eq!(wl.curl(address, "ops", &[]).0, 0);
+    wl.crl(&[]);
+    node.reload("reloaded");
+    assert_eq!(wl.curl(address, "ops", &[]).0, 200);
+}
+
+/// The headers of a request to decide `body`, signed by openssl with the key `name`.
+fn signed(site: &Site, name: &str, nonce: &str, body: &str) -> [String; 3] {
+    let dir = site.path("");
+    site.write("body", body);
+    openssl(
+        &dir,
+        &["dgst", "-sha256", "-binary", "-out", "digest", "body"],
+    );
+    let digest = BASE64_STANDARD.encode(fs::read(site.path("digest")).unwrap());
+    let now = now_s();
+    let params = format!(
+        "(\"@method\" \"@path\" \"@query\" \"content-digest\");created={now};expires={};\
+         nonce=\"{nonce}\";keyid=\"{name}\";alg=\"ed25519\";tag=\"a\"",
+        now + 60
+    );
+    let base = format!(
+        "\"@method\": POST\n\"@path\": /v1/decide\n\"@query\": ?\n\
+         \"content-digest\": sha-256=:{digest}:\n\"@signature-params\": {params}"
+    );
+    site.write("base", &base);
+    let key = format!("{name}.key");
+    let sign = [
+        "pkeyutl",
+        "-sign",
+        "-rawin",
+        "-inkey",
+        &key,
+        "-in",
+        "base",
+        "-out",
+        "signature",
+    ];
+    openssl(&dir, &sign);
+    let signature = BASE64_STANDARD.encode(fs::read(site.path("signature")).unwrap());
+    [
+        format!("content-digest: sha-256=:{digest}:"),
+        format!("signature-input: sig={params}"),
+        format!("signature: sig=:{signature}:"),
+    ]
+}
+
+#[test]
+fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_in_its_header() {
+    let site = Site::new();
+    openssl(
+        &site.path(""),
+        &["genpkey", "-algorithm", "ED25519", "-out", "crane-7.key"],
+    );
+    let public = openssl(&site.path(""), &["pkey", "-in", "crane-7.key", "-pubout"]);
+    let made = site.json(&["token", "new", "--principal", "Service::envoy-1"]);
+    let proxy = made["token"].as_str().unwrap();
+    let demanding = site.json(&["token", "new", "--principal", "Agent::ops-1"]);
+    let token = demanding["token"].as_str().unwrap();
+    site.write(
+        "tokens.toml",
+        &format!(
+            "format = 1\n{}{}signed_by = \"crane-7\"\n[[keys]]\nid = \"crane-7\"\nprincipal = \"ops-1\"\n\
+             scopes = [\"decide\"]\npublic_key_pem = \"\"\"\n{public}\"\"\"\n",
+            made["entry"].as_str().unwrap(),
+            demanding["entry"].as_str().unwrap(),
+        ),
+    );
+    chmod(&site.path("tokens.toml"), 0o600);
+    let address = free_tcp();
+    site.configure(
+        "[gateway]\n",
+        &format!(
+            "[[gateway.identity_headers]]\nprincipal = \"Service::envoy-1\"\nheader = \"x-forwarded-user\"\n\
+             principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n[gateway]\ntcp = \"{address}\"\ntokens = \"tokens.toml\"\n"
+        ),
+    );
+    site.ok(&["config", "check"]);
+    let node = site.start_deciding();
+    let action = json!({"action": "fs.read", "resource": {"type": "File", "id": "/srv/a.txt"}});
+    let action = action.to_string();
+    let send = |headers: &[String], body: &str| {
+        let headers: Vec<&str> = headers.iter().map(String::as_str).collect();
+        over_tcp(
+            address,
+            &request("POST", "/v1/decide", &headers, body.as_bytes()),
+        )
+    };
+    let refused = |headers: &[String], body: &str, code: &str| {
+        let (status, answer) = send(headers, body);
+        assert!(status == 401 && answer.contains(code), "{code}: {answer}");
+    };
+    // Within five seconds of its start a node refuses what an earlier run may have seen; and the helper
+    // asks again where a disk is slow, and then sees a replay: sign anew until one counts.
+    let mut codes = Vec::new();
+    let used = until("a signature that counts", || {
+        let nonce = format!("nonce-{:012}", codes.len());
+        let headers = signed(&site, "crane-7", &nonce, &action);
+        let (status, answer) = send(&headers, &action);
+        codes.push(answer);
+        (status == 200).then_some(headers)
+    });
+    let [.., answer] = codes.as_slice() else {
+        unreachable!("one was answered")
+    };
+    assert!(answer.contains("POLICY_ALLOW"), "{answer}");
+    refused(&used, &action, "SIGNATURE_REPLAYED");
+    let other = signed(&site, "crane-7", "another-body-0123456", &action);
+    let changed = action.replace("/srv/a.txt", "/srv/b.txt");
+    refused(&other, &changed, "DIGEST_MISMATCH");
+    node.reload("reloaded");
+    refused(&used, &action, "SIGNATURE_REPLAYED");
+    // A token that demands a signature is nothing without one.
+    let bearer = format!("authorization: Bearer {token}");
+    refused(std::slice::from_ref(&bearer), &action, "SIGNATURE_ABSENT");
+    let mut both = signed(&site, "crane-7", "with-token-0123456789", &action).to_vec();
+    both.push(bearer);
+    let (status, answer) = send(&both, &action);
+    assert!(status == 200 || answer.contains("REPLAYED"), "{answer}");
+
+    // The proxy speaks for whom it may, once.
+    let hop = format!("authorization: Bearer {proxy}");
+    let stated = |values: &[&str]| {
+        let mut headers = vec![hop.clone()];
+        headers.extend(
+            values
+                .iter()
+                .map(|value| format!("x-forwarded-user: {value}")),
+        );
+        headers
+    };
+    assert_eq!(send(&stated(&["ops-1"]), &action).0, 200);
+    refused(&stated(&[]), &action, "IDENTITY_HEADER_ABSENT");
+    refused(
+        &stated(&["ops-1", "ops-2"]),
+        &action,
+        "IDENTITY_HEADER_ABSENT",
+    );
+    refused(&stated(&["root"]), &action, "IDENTITY_HEADER_REFUSED");
+
+    node.end(rustix::process::Signal::KILL);
+    let _node = site.start();
+    refused(&used, &action, "SIGNATURE_BEFORE_START");
+}
+
+#[test]
+fn caller_check_tells_as_whom_a_credential_would_be_taken() {
+    let site = Site::new();
+    let key = rsa_jwk(&site, "ci-1", 2048);
+    site.write("ci.json", &json!({"keys": [key]}).to_string());
+    chmod(&site.path("ci.json"), 0o644);
+    site.configure(
+        "[gateway]\n",
+        "[[gateway.oidc]]\nissuer = \"https://ci.example\"\naudience = \"harbour\"\njwks = \"ci.json\"\n\
+         principal_type = \"Job\"\n[[gateway.oidc.rules]]\nsubject = \"ops-*\"\nscopes = [\"decide\"]\n\n[gateway]\n",
+    );
+    let good = token(&site, "ci-1", &claims("ops-1"));
+    site.write("job.jwt", &format!("{good}\n"));
+    let ran = site.ok(&["caller", "check", "--token", "job.jwt"]);
+    ran.says(&["Job::ops-1", "decide"]);
+    let told = site.json(&["caller", "check", "--token", "job.jwt"]);
+    assert_eq!(told["scopes"], json!(["decide"]));
+    assert!(!told.to_string().contains(&good));
+    site.write("job.jwt", &token(&site, "ci-1", &claims("cleaner")));
+    let refused = site.tidelock(&["caller", "check", "--token", "job.jwt"]);
+    refused.ended(1).says(&["CALLER_UNMAPPED"]);
+    let unknown = site.tidelock(&["caller", "check", "--key", "x"]);
+    unknown.ended(1).says(&["SIGNATURE_KEY_UNKNOWN"]);
+    let untaken = site.tidelock(&["caller", "check", "--certificate", "a.crt"]);
+    untaken.ended(2).says(&["[gateway.tls]"]);
+    site.tidelock(&["caller", "check"]).ended(2);
+    site.tidelock(&["doctor"])
+        .says(&["https://ci.example: 1 key(s)"]);
+}
+
+#[test]
+fn every_mistake_of_the_tls_door_is_told_by_config_check() {
+    let site = Site::new();
+    site.configure(
+        "[gateway]\n",
+        "[gateway.tls]\nlisten = \"0.0.0.0:7443\"\ncertificate = \"x.crt\"\n\n\
+         [[gateway.tls.trust_domains]]\nname = \"Site.example\"\nca = \"ca.crt\"\n\
+         [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://other.example/x\"\nprincipal = \"Operator::x\"\nscopes = []\n\
+         [[gateway.tls.trust_domains]]\nname = \"b.example\"\nca = \"ca.crt\"\nallow_without_crl = true\n\
+         [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://b.example/ns/prod*\"\nscopes = [\"decide\"]\n\n\
+         [gateway]\n",
+    );
+    let told = site
+        .tidelock(&["config", "check", "--json"])
+        .ended(2)
+        .json();
+    let told = told["mistakes"].as_array().unwrap();
+    let mut keys: Vec<&str> = told.iter().map(|m| m["key"].as_str().unwrap()).collect();
+    keys.sort_unstable();
+    assert_eq!(
+        keys,
+        [
+            "gateway.tls.key",
+            "gateway.tls.trust_domains.crls",
+            "gateway.tls.trust_domains.name",
+            "gateway.tls.trust_domains.rules.id",
+            "gateway.tls.trust_domains.rules.principal",
+            "gateway.tls.trust_domains.rules.principal",
+        ],
+        "{told:#?}"
+    );
+    // Beyond loopback nothing but TLS is spoken.
+    site.write(
+        "tidelock.toml",
+        &site
+            .config()
+            .replace("[gateway]\n", "[gateway]\ntcp = \"0.0.0.0:7480\"\n"),
+    );
+    let told = site.tidelock(&["config", "check"]).ended(2);
+    told.says(&["gateway.tcp", "[gateway.tls]"]);
 }

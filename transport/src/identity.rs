@@ -305,50 +305,62 @@ struct SpiffeId {
     node: Option<NodeId>,
 }
 
+fn refused_uri(uri: &str, reason: &'static str) -> IdentityError {
+    IdentityError::Uri {
+        uri: uri.chars().take(256).collect(),
+        reason,
+    }
+}
+
+/// The trust domain and the path segments of a SPIFFE id, by SPIFFE's own grammar.
+pub(crate) fn spiffe_parts(uri: &str) -> Result<(&str, Vec<&str>), IdentityError> {
+    let refuse = |reason| refused_uri(uri, reason);
+    if uri.len() > MAX_SPIFFE_ID_BYTES {
+        return Err(refuse("longer than 2048 bytes"));
+    }
+    let rest = uri
+        .strip_prefix("spiffe://")
+        .ok_or_else(|| refuse("it must start with spiffe:// in lower case"))?;
+    let (trust_domain, path) = match rest.split_once('/') {
+        Some((trust_domain, path)) => (trust_domain, Some(path)),
+        None => (rest, None),
+    };
+    let allowed =
+        |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-');
+    if trust_domain.is_empty()
+        || trust_domain.len() > MAX_TRUST_DOMAIN_BYTES
+        || !trust_domain.bytes().all(allowed)
+    {
+        return Err(refuse("the trust domain may hold only a-z 0-9 . _ -"));
+    }
+    let Some(path) = path else {
+        return Ok((trust_domain, Vec::new()));
+    };
+    let segments: Vec<&str> = path.split('/').collect();
+    if segments.len() > MAX_PATH_SEGMENTS {
+        return Err(refuse("more than 64 path segments"));
+    }
+    for segment in &segments {
+        if segment.is_empty() || matches!(*segment, "." | "..") {
+            return Err(refuse("empty and dot path segments are not allowed"));
+        }
+        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if !segment.bytes().all(allowed) {
+            return Err(refuse("path segments may hold only A-Z a-z 0-9 . _ -"));
+        }
+    }
+    Ok((trust_domain, segments))
+}
+
 impl SpiffeId {
     fn parse(uri: &str) -> Result<Self, IdentityError> {
-        let shown: String = uri.chars().take(256).collect();
-        let refuse = |reason| IdentityError::Uri {
-            uri: shown.clone(),
-            reason,
-        };
-        if uri.len() > MAX_SPIFFE_ID_BYTES {
-            return Err(refuse("longer than 2048 bytes"));
-        }
-        let rest = uri
-            .strip_prefix("spiffe://")
-            .ok_or_else(|| refuse("it must start with spiffe:// in lower case"))?;
-        let (trust_domain, path) = match rest.split_once('/') {
-            Some((trust_domain, path)) => (trust_domain, Some(path)),
-            None => (rest, None),
-        };
-        let allowed =
-            |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'_' | b'-');
-        if trust_domain.is_empty()
-            || trust_domain.len() > MAX_TRUST_DOMAIN_BYTES
-            || !trust_domain.bytes().all(allowed)
-        {
-            return Err(refuse("the trust domain may hold only a-z 0-9 . _ -"));
-        }
+        let refuse = |reason| refused_uri(uri, reason);
+        let (trust_domain, segments) = spiffe_parts(uri)?;
         let mut id = Self {
             trust_domain: trust_domain.to_owned(),
             domain: None,
             node: None,
         };
-        let Some(path) = path else { return Ok(id) };
-        let segments: Vec<&str> = path.split('/').collect();
-        if segments.len() > MAX_PATH_SEGMENTS {
-            return Err(refuse("more than 64 path segments"));
-        }
-        for segment in &segments {
-            if segment.is_empty() || matches!(*segment, "." | "..") {
-                return Err(refuse("empty and dot path segments are not allowed"));
-            }
-            let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-            if !segment.bytes().all(allowed) {
-                return Err(refuse("path segments may hold only A-Z a-z 0-9 . _ -"));
-            }
-        }
         let mut segments = segments.into_iter();
         while let Some(segment) = segments.next() {
             if !matches!(segment, "domains" | "peers") {

@@ -15,5 +15,6 @@ pub mod registry;
 pub mod revocation;
 pub mod session;
 pub mod shell;
+pub mod svid;
 pub mod tls;
 pub mod verifier;

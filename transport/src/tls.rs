@@ -201,49 +201,8 @@ impl Credentials {
         key: &[u8],
         authorities: &[u8],
     ) -> Result<Self, CredentialsError> {
-        let chain = CertificateDer::pem_slice_iter(certificates)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|e| CredentialsError::Certificates {
-                detail: e.to_string(),
-            })?;
-        if chain.is_empty() {
-            return Err(CredentialsError::Certificates {
-                detail: "there is none".to_owned(),
-            });
-        }
-        if chain.len() > MAX_CHAIN_CERTIFICATES {
-            return Err(CredentialsError::ChainTooLong {
-                found: chain.len(),
-                max: MAX_CHAIN_CERTIFICATES,
-            });
-        }
-        let trust = Trust::from_pem(authorities)?.with_own_chain(&chain);
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| {
-            if key.windows(9).any(|window| window == b"ENCRYPTED") {
-                CredentialsError::KeyEncrypted
-            } else {
-                CredentialsError::Key {
-                    detail: e.to_string(),
-                }
-            }
-        })?;
-        let certified = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| match e {
-            rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
-                CredentialsError::KeyMismatch
-            }
-            rustls::Error::InvalidCertificate(e) => CredentialsError::Certificates {
-                detail: e.to_string(),
-            },
-            other => CredentialsError::Key {
-                detail: other.to_string(),
-            },
-        })?;
-        let schemes: Vec<SignatureScheme> = ALGORITHMS.supported_schemes();
-        if certified.key.choose_scheme(&schemes).is_none() {
-            return Err(CredentialsError::Key {
-                detail: "unsupported kind of key".to_owned(),
-            });
-        }
+        let certified = certified_from_pem(certificates, key)?;
+        let trust = Trust::from_pem(authorities)?.with_own_chain(&certified.cert);
         Ok(Self {
             certified: Arc::new(certified),
             trust,
@@ -281,6 +240,65 @@ impl Credentials {
     }
 }
 
+/// Reads a certificate chain, leaf first, and its key, in PEM, for a door that speaks TLS. The key file
+/// must not be readable for anybody but its owner.
+///
+/// # Errors
+/// [`CredentialsError`] naming the file and the way out.
+pub fn load_certified(
+    certificates: &Path,
+    key: &Path,
+) -> Result<Arc<CertifiedKey>, CredentialsError> {
+    let certified = certified_from_pem(&read_file(certificates, false)?, &read_file(key, true)?)?;
+    Ok(Arc::new(certified))
+}
+
+fn certified_from_pem(certificates: &[u8], key: &[u8]) -> Result<CertifiedKey, CredentialsError> {
+    let chain = CertificateDer::pem_slice_iter(certificates)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| CredentialsError::Certificates {
+            detail: e.to_string(),
+        })?;
+    if chain.is_empty() {
+        return Err(CredentialsError::Certificates {
+            detail: "there is none".to_owned(),
+        });
+    }
+    if chain.len() > MAX_CHAIN_CERTIFICATES {
+        return Err(CredentialsError::ChainTooLong {
+            found: chain.len(),
+            max: MAX_CHAIN_CERTIFICATES,
+        });
+    }
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| {
+        if key.windows(9).any(|window| window == b"ENCRYPTED") {
+            CredentialsError::KeyEncrypted
+        } else {
+            CredentialsError::Key {
+                detail: e.to_string(),
+            }
+        }
+    })?;
+    let certified = CertifiedKey::from_der(chain, key, &provider()).map_err(|e| match e {
+        rustls::Error::InconsistentKeys(InconsistentKeys::KeyMismatch) => {
+            CredentialsError::KeyMismatch
+        }
+        rustls::Error::InvalidCertificate(e) => CredentialsError::Certificates {
+            detail: e.to_string(),
+        },
+        other => CredentialsError::Key {
+            detail: other.to_string(),
+        },
+    })?;
+    let schemes: Vec<SignatureScheme> = ALGORITHMS.supported_schemes();
+    if certified.key.choose_scheme(&schemes).is_none() {
+        return Err(CredentialsError::Key {
+            detail: "unsupported kind of key".to_owned(),
+        });
+    }
+    Ok(certified)
+}
+
 fn read_file(path: &Path, secret: bool) -> Result<Zeroizing<Vec<u8>>, CredentialsError> {
     let unreadable = |e: std::io::Error| CredentialsError::Read {
         path: path.to_owned(),
@@ -313,7 +331,8 @@ fn read_file(path: &Path, secret: bool) -> Result<Zeroizing<Vec<u8>>, Credential
 }
 
 /// aws-lc-rs, TLS 1.3 suites only, the post-quantum hybrid first, our signature algorithms.
-fn provider() -> CryptoProvider {
+#[must_use]
+pub fn provider() -> CryptoProvider {
     CryptoProvider {
         cipher_suites: vec![
             cipher_suite::TLS13_AES_256_GCM_SHA384,

@@ -12,20 +12,27 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use hyper::HeaderMap;
-use hyper::header::AUTHORIZATION;
+use hyper::header::{AUTHORIZATION, HeaderName};
 use tidelock_interceptor::{Caller, Principal};
 
-use crate::credentials::{CallerTime, CredentialFault};
+use crate::credentials::{CallerTime, CredentialFault, Pattern};
 use crate::limits::{DYNAMIC_CALLERS_MAX, JWT_BYTES_MAX, TOKEN_BYTES_MAX, UNIX_PEERS_MAX};
+use crate::nonces::NonceWindow;
 use crate::oidc::{self, OidcIssuer};
 use crate::refusals::Source;
+use crate::signatures::{self, BodyDigest, Signed, SigningKey};
 use crate::slots::Counter;
 use crate::tokens::{TokenDigest, TokenSet};
 
 /// Name of the TCP door in records.
 pub const DOOR_TCP: &str = "tcp";
+/// Name of the TLS door in records.
+pub const DOOR_TLS: &str = "tls";
 /// Name of the Unix socket door in records.
 pub const DOOR_UNIX: &str = "unix";
+
+/// Name of every door in records, where a proxy stated the principal.
+pub const DOOR_PROXY: &str = "proxy";
 
 /// The user id of the superuser, who is always the local operator.
 const ROOT_UID: u32 = 0;
@@ -134,7 +141,24 @@ pub struct AuthConfig {
     unix_peers: BTreeMap<u32, Grant>,
     anonymous: Option<Grant>,
     issuers: Vec<OidcIssuer>,
+    proxies: Vec<Proxy>,
+    signature_tag: String,
     time: CallerTime,
+}
+
+/// A proxy that may say in a header for whom it asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proxy {
+    /// The type of the principal as which the proxy itself is authenticated.
+    pub hop_type: String,
+    /// Its id.
+    pub hop_id: String,
+    /// The header with the id of the principal for whom it asks.
+    pub header: HeaderName,
+    /// The type of those principals.
+    pub principal_type: String,
+    /// The principals for whom it may ask.
+    pub allow: Vec<Pattern>,
 }
 
 /// A user id that was mapped twice, or one too many.
@@ -198,6 +222,27 @@ impl AuthConfig {
         self
     }
 
+    /// The tag that signed requests must carry: the node's id. A signature for one node is then none
+    /// for another that has the same key.
+    #[must_use]
+    pub fn signature_tag(mut self, tag: &str) -> Self {
+        tag.clone_into(&mut self.signature_tag);
+        self
+    }
+
+    /// This proxy, and nobody else, is believed in this header.
+    #[must_use]
+    pub fn proxy(mut self, proxy: Proxy) -> Self {
+        self.proxies.push(proxy);
+        self
+    }
+
+    /// The tokens and keys that are known.
+    #[must_use]
+    pub fn token_set(&self) -> &TokenSet {
+        &self.tokens
+    }
+
     /// Whether anybody at all can get in through TCP.
     #[must_use]
     pub fn admits_anyone_over_tcp(&self) -> bool {
@@ -225,6 +270,7 @@ pub(crate) struct Identity {
     pub(crate) scopes: Scopes,
     pub(crate) in_flight: Arc<Counter>,
     tcp: Caller,
+    tls: Caller,
     unix: Caller,
 }
 
@@ -232,6 +278,7 @@ impl Identity {
     pub(crate) fn caller(&self, source: Source) -> &Caller {
         match source {
             Source::Tcp(_) => &self.tcp,
+            Source::Tls(_) => &self.tls,
             Source::Unix(_) => &self.unix,
         }
     }
@@ -249,6 +296,7 @@ impl Identity {
             scopes: grant.scopes,
             in_flight,
             tcp: caller(DOOR_TCP),
+            tls: caller(DOOR_TLS),
             unix: caller(DOOR_UNIX),
         }
     }
@@ -294,9 +342,50 @@ impl Counters {
     }
 }
 
+/// A known token.
+struct Token {
+    digest: TokenDigest,
+    identity: Arc<Identity>,
+    /// The key that must have signed what it comes with.
+    signed_by: Option<String>,
+}
+
+/// Who sent a request.
+#[derive(Debug)]
+pub(crate) struct Known {
+    pub(crate) identity: Arc<Identity>,
+    /// What its body must be, where it was signed.
+    pub(crate) body: Option<BodyDigest>,
+}
+
+impl From<Arc<Identity>> for Known {
+    fn from(identity: Arc<Identity>) -> Self {
+        Self {
+            identity,
+            body: None,
+        }
+    }
+}
+
+/// What an identity header came to.
+#[derive(Debug)]
+pub(crate) enum Stated {
+    /// There is none.
+    Nobody,
+    /// There is one, on a hop that is not believed.
+    Ignored,
+    /// The proxy asks for this principal.
+    Principal(Arc<Identity>),
+}
+
 /// The configuration, ready to be asked.
 pub(crate) struct Authenticator {
-    tokens: Vec<(TokenDigest, Arc<Identity>)>,
+    tokens: Vec<Token>,
+    keys: Vec<SigningKey>,
+    key_identities: BTreeMap<String, Arc<Identity>>,
+    signature_tag: String,
+    nonces: Arc<NonceWindow>,
+    proxies: Vec<Proxy>,
     unix_peers: BTreeMap<u32, Arc<Identity>>,
     anonymous: Option<Arc<Identity>>,
     issuers: Vec<OidcIssuer>,
@@ -316,7 +405,10 @@ impl fmt::Debug for Authenticator {
 }
 
 impl Authenticator {
-    pub(crate) fn new(config: AuthConfig, own_uid: u32) -> Self {
+    pub(crate) fn new(config: AuthConfig, own_uid: u32, nonces: Arc<NonceWindow>) -> Self {
+        if let Ok(now_unix_ms) = config.time.sane_unix_ms() {
+            nonces.begin(now_unix_ms);
+        }
         let mut counters = Counters::default();
         let mut identity = |grant: &Grant| Arc::new(Identity::new(grant, counters.of_named(grant)));
 
@@ -337,11 +429,25 @@ impl Authenticator {
         let tokens = config
             .tokens
             .iter()
-            .map(|(digest, grant)| (*digest, identity(grant)))
+            .map(|(digest, grant)| Token {
+                digest: *digest,
+                identity: identity(grant),
+                signed_by: config.tokens.signed_by(digest).cloned(),
+            })
+            .collect();
+        let known_keys = config.tokens.keys().iter();
+        let key_identities = known_keys
+            .clone()
+            .map(|(key, grant)| (key.id.clone(), identity(grant)))
             .collect();
         let anonymous = config.anonymous.as_ref().map(&mut identity);
         Self {
             tokens,
+            keys: known_keys.map(|(key, _)| key.clone()).collect(),
+            key_identities,
+            signature_tag: config.signature_tag.clone(),
+            nonces,
+            proxies: config.proxies.clone(),
             unix_peers,
             anonymous,
             issuers: config.issuers,
@@ -350,19 +456,27 @@ impl Authenticator {
         }
     }
 
-    /// Who sent a request with these headers from this source.
+    /// Who sent a request with this head from this source.
     pub(crate) fn authenticate(
         &self,
         source: Source,
-        headers: &HeaderMap,
-    ) -> Result<Arc<Identity>, CredentialFault> {
-        let mut presented = headers.get_all(AUTHORIZATION).iter();
+        request: Signed<'_>,
+    ) -> Result<Known, CredentialFault> {
+        let is_signed = signatures::is_present(request.headers);
+        let mut presented = request.headers.get_all(AUTHORIZATION).iter();
         let Some(first) = presented.next() else {
+            if is_signed {
+                return self.signer(request);
+            }
             let known = match source {
                 Source::Tcp(_) => self.anonymous.as_ref(),
+                // There the certificate is the credential.
+                Source::Tls(_) => None,
                 Source::Unix(uid) => self.unix_peers.get(&uid),
             };
-            return known.map(Arc::clone).ok_or(CredentialFault::None);
+            return known
+                .map(|identity| Arc::clone(identity).into())
+                .ok_or(CredentialFault::None);
         };
         // Two headers are two claims: which one is meant is not ours to guess.
         if presented.next().is_some() {
@@ -373,22 +487,85 @@ impl Authenticator {
         // Every entry is compared, each in constant time: the time says how many tokens there
         // are, not which one was nearly right.
         let mut found = None;
-        for (known, identity) in &self.tokens {
-            if verify_slices_are_equal(known.as_bytes(), digest.as_bytes()).is_ok() {
-                found = Some(identity);
+        for known in &self.tokens {
+            if verify_slices_are_equal(known.digest.as_bytes(), digest.as_bytes()).is_ok() {
+                found = Some(known);
             }
         }
         match found {
-            Some(identity) => Ok(Arc::clone(identity)),
+            Some(Token {
+                signed_by: Some(key),
+                ..
+            }) if is_signed => {
+                let signer = self.signer(request)?;
+                // Token and key are of one principal; the file was refused otherwise.
+                let expected = self.key_identities.get(key);
+                match expected.is_some_and(|expected| Arc::ptr_eq(expected, &signer.identity)) {
+                    true => Ok(signer),
+                    false => Err(CredentialFault::SignatureKey),
+                }
+            }
+            Some(token) if token.signed_by.is_some() => Err(CredentialFault::SignatureAbsent),
+            _ if is_signed => Err(CredentialFault::TwoCredentials),
+            Some(token) => Ok(Arc::clone(&token.identity).into()),
             None if !self.issuers.is_empty() && oidc::is_jwt(token) => {
-                self.identity_of(&oidc::verify(token, &self.issuers, &self.time)?)
+                let grant = oidc::verify(token, &self.issuers, &self.time)?;
+                Ok(self.identity_of(&grant)?.into())
             }
             None => Err(CredentialFault::TokenUnknown),
         }
     }
 
+    /// Whose key signed a request. Its nonce is taken.
+    fn signer(&self, request: Signed<'_>) -> Result<Known, CredentialFault> {
+        let tag = &self.signature_tag;
+        let by = signatures::verify(request, &self.keys, tag, &self.nonces, &self.time)?;
+        let identity = self.key_identities.get(by.key_id);
+        Ok(Known {
+            identity: Arc::clone(identity.ok_or(CredentialFault::SignatureKey)?),
+            body: by.body,
+        })
+    }
+
+    /// For whom an authenticated caller asks, if the config believes it in a header. On any other hop
+    /// such a header means nothing.
+    pub(crate) fn stated(
+        &self,
+        hop: &Identity,
+        headers: &HeaderMap,
+    ) -> Result<Stated, CredentialFault> {
+        let is_hop = |proxy: &&Proxy| {
+            (&proxy.hop_type, &proxy.hop_id) == (&hop.tcp.principal_type, &hop.tcp.principal_id)
+        };
+        let Some(proxy) = self.proxies.iter().find(is_hop) else {
+            let any = self.proxies.iter().any(|p| headers.contains_key(&p.header));
+            return Ok(if any { Stated::Ignored } else { Stated::Nobody });
+        };
+        let mut values = headers.get_all(&proxy.header).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return Err(CredentialFault::HeaderAbsent);
+        };
+        let value = std::str::from_utf8(value.as_bytes());
+        let id = value.map_err(|_| CredentialFault::HeaderRefused)?;
+        if !proxy.allow.iter().any(|allowed| allowed.matches(id)) {
+            return Err(CredentialFault::HeaderRefused);
+        }
+        // It may do what the proxy may, for itself only.
+        let scopes = Scopes {
+            act_as: false,
+            ..hop.scopes
+        };
+        let grant = Grant::new(&proxy.principal_type, id, scopes)
+            .map_err(|_| CredentialFault::HeaderRefused)?;
+        let mut identity = Identity::new(&grant, Arc::clone(&hop.in_flight));
+        for caller in [&mut identity.tcp, &mut identity.tls, &mut identity.unix] {
+            caller.door = DOOR_PROXY;
+        }
+        Ok(Stated::Principal(Arc::new(identity)))
+    }
+
     /// The identity of a principal that somebody else's word has named.
-    fn identity_of(&self, grant: &Grant) -> Result<Arc<Identity>, CredentialFault> {
+    pub(crate) fn identity_of(&self, grant: &Grant) -> Result<Arc<Identity>, CredentialFault> {
         let in_flight = self.counters.of_any(grant)?;
         Ok(Arc::new(Identity::new(grant, in_flight)))
     }
@@ -444,12 +621,30 @@ mod tests {
         headers
     }
 
+    fn ready(config: AuthConfig) -> Authenticator {
+        Authenticator::new(config, OWN_UID, Arc::default())
+    }
+
+    fn ask(
+        auth: &Authenticator,
+        source: Source,
+        headers: &HeaderMap,
+    ) -> Result<Arc<Identity>, CredentialFault> {
+        let request = Signed {
+            method: &hyper::Method::GET,
+            uri: &hyper::Uri::from_static("/v1/status"),
+            headers,
+        };
+        auth.authenticate(source, request)
+            .map(|known| known.identity)
+    }
+
     fn who(
         auth: &Authenticator,
         source: Source,
         values: &[&str],
     ) -> Result<(String, String, &'static str), RefusalKind> {
-        let known = auth.authenticate(source, &with(values));
+        let known = ask(auth, source, &with(values));
         known.map_err(CredentialFault::kind).map(|identity| {
             let caller = identity.caller(source);
             (
@@ -472,7 +667,7 @@ mod tests {
 
     #[test]
     fn a_token_is_its_principal_and_any_other_is_nobody() {
-        let auth = Authenticator::new(AuthConfig::default().tokens(tokens()), OWN_UID);
+        let auth = ready(AuthConfig::default().tokens(tokens()));
         let known = |id: &str| Ok(("Agent".to_owned(), id.to_owned(), DOOR_TCP));
         assert_eq!(who(&auth, TCP, &["Bearer right-a"]), known("a"));
         assert_eq!(who(&auth, TCP, &["bearer right-b"]), known("b"));
@@ -505,7 +700,7 @@ mod tests {
             .unix_peer(1000, grant("mapped"))
             .unwrap()
             .allow_anonymous_loopback(grant("anonymous"));
-        let auth = Authenticator::new(config, OWN_UID);
+        let auth = ready(config);
         let unix = Source::Unix(1000);
 
         // Positive controls: without a token both get in.
@@ -527,7 +722,7 @@ mod tests {
         let config = AuthConfig::default()
             .unix_peer(1000, grant("mapped"))
             .unwrap();
-        let auth = Authenticator::new(config, OWN_UID);
+        let auth = ready(config);
         let found = |uid| who(&auth, Source::Unix(uid), &[]);
         assert_eq!(
             found(1000).unwrap(),
@@ -557,10 +752,8 @@ mod tests {
                 .map(|_| ()),
             Err(UnixPeerError::Twice(OWN_UID))
         );
-        let auth = Authenticator::new(config, OWN_UID);
-        let identity = auth
-            .authenticate(Source::Unix(OWN_UID), &HeaderMap::new())
-            .unwrap();
+        let auth = ready(config);
+        let identity = ask(&auth, Source::Unix(OWN_UID), &HeaderMap::new()).unwrap();
         assert_eq!(
             identity.scopes,
             Scopes {
@@ -576,12 +769,10 @@ mod tests {
             .tokens(tokens())
             .unix_peer(1000, grant("a"))
             .unwrap();
-        let auth = Authenticator::new(config, OWN_UID);
-        let by_token = auth.authenticate(TCP, &with(&["Bearer right-a"])).unwrap();
-        let by_uid = auth
-            .authenticate(Source::Unix(1000), &HeaderMap::new())
-            .unwrap();
-        let other = auth.authenticate(TCP, &with(&["Bearer right-b"])).unwrap();
+        let auth = ready(config);
+        let by_token = ask(&auth, TCP, &with(&["Bearer right-a"])).unwrap();
+        let by_uid = ask(&auth, Source::Unix(1000), &HeaderMap::new()).unwrap();
+        let other = ask(&auth, TCP, &with(&["Bearer right-b"])).unwrap();
         assert!(Arc::ptr_eq(&by_token.in_flight, &by_uid.in_flight));
         assert!(!Arc::ptr_eq(&by_token.in_flight, &other.in_flight));
     }
@@ -597,5 +788,56 @@ mod tests {
             let error = Grant::new("Agent", id, Scopes::ALL).unwrap_err();
             assert_eq!(error.principal_id, id);
         }
+    }
+
+    #[test]
+    fn a_proxy_is_believed_in_its_header_and_nobody_else_is() {
+        let header = HeaderName::from_static("x-forwarded-user");
+        let config = AuthConfig::default().tokens(tokens()).proxy(Proxy {
+            hop_type: "Agent".to_owned(),
+            hop_id: "a".to_owned(),
+            header: header.clone(),
+            principal_type: "User".to_owned(),
+            allow: vec![
+                Pattern::parse("alice").unwrap(),
+                Pattern::parse("team-*").unwrap(),
+            ],
+        });
+        let auth = ready(config);
+        let stated = |token: &str, values: &[&str]| {
+            let hop = ask(&auth, TCP, &with(&[token])).unwrap();
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(&header, HeaderValue::from_bytes(value.as_bytes()).unwrap());
+            }
+            match auth.stated(&hop, &headers) {
+                Ok(Stated::Principal(identity)) => {
+                    let caller = identity.caller(TCP);
+                    assert!(Arc::ptr_eq(&identity.in_flight, &hop.in_flight));
+                    assert!(!caller.may_act_as && !identity.scopes.act_as);
+                    let (kind, id) = (&caller.principal_type, &caller.principal_id);
+                    format!("{kind}::{id} at {}", caller.door)
+                }
+                Ok(Stated::Ignored) => "ignored".to_owned(),
+                Ok(Stated::Nobody) => "itself".to_owned(),
+                Err(fault) => fault.code().to_owned(),
+            }
+        };
+        assert_eq!(stated("Bearer right-a", &["alice"]), "User::alice at proxy");
+        assert_eq!(
+            stated("Bearer right-a", &["team-7"]),
+            "User::team-7 at proxy"
+        );
+        for refused in ["root", "Alice", "alice2", "", "alice,root", "team-e\u{301}"] {
+            let fault = stated("Bearer right-a", &[refused]);
+            assert_eq!(fault, "IDENTITY_HEADER_REFUSED", "{refused}");
+        }
+        assert_eq!(stated("Bearer right-a", &[]), "IDENTITY_HEADER_ABSENT");
+        for two in [["alice", "alice"], ["alice", "root"]] {
+            assert_eq!(stated("Bearer right-a", &two), "IDENTITY_HEADER_ABSENT");
+        }
+        // On another hop it means nothing, and is told apart from none.
+        assert_eq!(stated("Bearer right-b", &["alice"]), "ignored");
+        assert_eq!(stated("Bearer right-b", &[]), "itself");
     }
 }

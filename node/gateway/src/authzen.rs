@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::auth::Scopes;
 use crate::limits::{BATCH_TIMEOUT, BODY_BYTES_MAX};
+use crate::refusals::Source;
 use crate::routes::{
     GET_ONLY, POST_ONLY, Reply, Visit, asked, begin, blocking, closing, json as json_reply,
     outcome_of, problem, set, unanswered, wrong_method,
@@ -186,7 +187,10 @@ fn configuration(visit: &Visit<'_>, request: &Request<Incoming>) -> Reply {
     };
     let base = match &visit.app.public_url {
         Some(url) => url.clone(),
-        None => format!("http://{}", host()),
+        None => match visit.source {
+            Source::Tls(_) => format!("https://{}", host()),
+            Source::Tcp(_) | Source::Unix(_) => format!("http://{}", host()),
+        },
     };
     json_reply(StatusCode::OK, &AuthzenConfiguration::of(&base))
 }

@@ -13,11 +13,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use hyper::rt::{Read, ReadBufCursor, Write};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
 use crate::refusals::Source;
@@ -51,6 +52,8 @@ pub(crate) struct Patience {
 pub(crate) struct Connection {
     id: u64,
     source: Source,
+    // What the client presented in its handshake, at a door that speaks TLS.
+    certificates: OnceLock<Vec<CertificateDer<'static>>>,
     opened: Instant,
     known: AtomicBool,
     // Set once a request came as HTTP/2: bytes between requests are then pings and window
@@ -70,6 +73,7 @@ impl Connection {
         Self {
             id,
             source,
+            certificates: OnceLock::new(),
             opened: Instant::now(),
             known: AtomicBool::new(false),
             multiplexed: AtomicBool::new(false),
@@ -83,6 +87,17 @@ impl Connection {
 
     pub(crate) fn source(&self) -> Source {
         self.source
+    }
+
+    /// Notes the chain of a handshake that ended well, leaf first.
+    pub(crate) fn certified(&self, chain: Vec<CertificateDer<'static>>) {
+        // There is one handshake a connection.
+        let _ = self.certificates.set(chain);
+    }
+
+    /// The chain of the handshake; empty at other doors.
+    pub(crate) fn certificates(&self) -> &[CertificateDer<'static>] {
+        self.certificates.get().map_or(&[], Vec::as_slice)
     }
 
     /// Resolves when the gateway wants this connection gone.
@@ -164,6 +179,7 @@ impl Drop for Busy {
 pub(crate) struct Registry {
     known_max: usize,
     strangers_max: usize,
+    strangers_of_one_max: usize,
     open: Mutex<Open>,
 }
 
@@ -179,7 +195,17 @@ impl Registry {
         Self {
             known_max,
             strangers_max,
+            strangers_of_one_max: strangers_max,
             open: Mutex::default(),
+        }
+    }
+
+    /// The same, for a door that other machines reach: no address has more than a quarter of the
+    /// places of strangers.
+    pub(crate) fn shared(self) -> Self {
+        Self {
+            strangers_of_one_max: self.strangers_max.div_ceil(4),
+            ..self
         }
     }
 
@@ -193,6 +219,20 @@ impl Registry {
     pub(crate) fn admit(&self, source: Source) -> (Arc<Connection>, bool) {
         let mut open = self.lock();
         let mut evicted = false;
+        if self.strangers_of_one_max < self.strangers_max {
+            let strangers = open.strangers.values();
+            let of_one: Vec<u64> = strangers
+                .filter(|stranger| stranger.source == source)
+                .map(|stranger| stranger.id)
+                .collect();
+            if of_one.len() >= self.strangers_of_one_max
+                && let Some(oldest) = of_one.first()
+                && let Some(oldest) = open.strangers.remove(oldest)
+            {
+                oldest.close.notify_one();
+                evicted = true;
+            }
+        }
         while open.strangers.len() >= self.strangers_max {
             let Some((_, oldest)) = open.strangers.pop_first() else {
                 break;
@@ -366,6 +406,24 @@ mod tests {
         registry.forget(&late);
         assert!(registry.make_known(&over));
         assert_eq!(registry.count().0, 2);
+    }
+
+    #[test]
+    fn inv_07_no_address_takes_the_places_of_strangers_from_the_others() {
+        let registry = Registry::new(1, 8).shared();
+        let (other, _) = registry.admit(Source::Unix(1));
+        let (first, evicted) = registry.admit(Source::Unix(2));
+        assert!(!evicted);
+        for _ in 0..100 {
+            registry.admit(Source::Unix(2));
+        }
+        assert_eq!(registry.count(), (0, 3), "two of the one, one of the other");
+        assert!(told(&first) && !told(&other));
+        for uid in 3..9 {
+            registry.admit(Source::Unix(uid));
+        }
+        assert_eq!(registry.count(), (0, 8));
+        assert!(told(&other), "among many the oldest goes");
     }
 
     #[test]

@@ -25,18 +25,21 @@ mod files;
 mod guard;
 pub mod limits;
 mod listen;
+mod nonces;
 mod oidc;
 mod openapi;
 pub mod refusals;
 mod routes;
 mod server;
+mod signatures;
 mod slots;
 mod stats;
+mod tls;
 pub mod tokens;
 mod verifying;
 pub mod wire;
 
-pub use auth::{AuthConfig, Grant, Scopes};
+pub use auth::{AuthConfig, Grant, Proxy, Scopes};
 pub use client::{Client, ClientError};
 pub use credentials::{CallerTime, CredentialFault, Moment, NoPattern, Pattern};
 pub use doors::{BoxFuture, Decider, GiveUp, Operator, OperatorError};
@@ -51,4 +54,5 @@ pub use server::{
     OnRefused,
 };
 pub use stats::GatewayStats;
+pub use tls::{CertifiedCallers, RefusedCertificate, TlsDoor};
 pub use tokens::{TokenFileError, TokenSet};

@@ -1,7 +1,7 @@
 //! Every limit of the doors in one place, and how the limits relate.
 //!
-//! Worst case of the whole crate with the defaults, both doors open, every connection hostile and
-//! every buffer full: [`WORST_CASE_BYTES`], asserted below to stay under 224 MiB. An idle node
+//! Worst case of the whole crate with the defaults, all three doors open, every connection hostile and
+//! every buffer full: [`WORST_CASE_BYTES`], asserted below to stay under 352 MiB. An idle node
 //! holds a few kilobytes a connection.
 
 use std::time::Duration;
@@ -144,6 +144,30 @@ pub const JWKS_KEYS_MAX: usize = 32;
 /// Longest name of a key.
 pub const KEY_ID_BYTES_MAX: usize = 128;
 
+/// Keys of callers that sign their requests, in one token file.
+pub const SIGNING_KEYS_MAX: usize = 256;
+
+/// Longest `Signature-Input` that is looked at.
+pub const SIGNATURE_INPUT_BYTES_MAX: usize = 1024;
+
+/// Shortest nonce: 16 characters of base64 are 96 bits.
+pub const NONCE_BYTES_MIN: usize = 16;
+
+/// Longest nonce. Only its hash is kept.
+pub const NONCE_BYTES_MAX: usize = 128;
+
+/// For how long a request signature may be valid, seconds.
+pub const SIGNATURE_WINDOW_S: u64 = 60;
+
+/// How far ahead of the node's clock a signature may have been made, milliseconds.
+pub const SIGNATURE_SKEW_MS: u64 = 5_000;
+
+/// Nonces that are held for one key: 68 signed requests a second, each signed for the whole window.
+pub const NONCES_PER_KEY_MAX: usize = 4096;
+
+/// Nonces that are held in all: at most 300 bytes each, 10 MiB.
+pub const NONCES_MAX: usize = 32 * 1024;
+
 /// Callers by workload token or certificate that are told apart at once: 300 bytes each. Those who
 /// have nothing in progress make room.
 pub const DYNAMIC_CALLERS_MAX: usize = 4096;
@@ -173,13 +197,17 @@ const CONNECTION_BYTES: usize = HEAD_BYTES_MAX
     + H2_CONNECTION_WINDOW_BYTES as usize
     + H2_STREAMS_MAX as usize * 2 * 1024;
 
-/// What both doors can hold with the defaults.
-pub const WORST_CASE_BYTES: usize =
-    2 * (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT) * CONNECTION_BYTES
-        + SLOTS_DEFAULT * BODY_BYTES_MAX
-        + ADMIN_SLOTS * ADMIN_BODY_BYTES_MAX;
+/// What TLS holds beside that: a record each way, and the client's chain.
+const TLS_CONNECTION_BYTES: usize = 48 * 1024;
 
-const _: () = assert!(WORST_CASE_BYTES < 224 * 1024 * 1024);
+/// What all doors can hold with the defaults.
+pub const WORST_CASE_BYTES: usize = (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT)
+    * TLS_CONNECTION_BYTES
+    + 3 * (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT) * CONNECTION_BYTES
+    + SLOTS_DEFAULT * BODY_BYTES_MAX
+    + ADMIN_SLOTS * ADMIN_BODY_BYTES_MAX;
+
+const _: () = assert!(WORST_CASE_BYTES < 352 * 1024 * 1024);
 const _: () = assert!(SLOTS_PER_PRINCIPAL_DEFAULT < SLOTS_DEFAULT);
 const _: () = assert!(SLOTS_DEFAULT <= SLOTS_MAX);
 const _: () = assert!(CONNECTIONS_DEFAULT <= CONNECTIONS_MAX && STRANGERS_DEFAULT > 0);
@@ -189,6 +217,10 @@ const _: () = assert!(
 const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);
 const _: () = assert!(JWT_BYTES_MAX < HEAD_BYTES_MAX);
+const _: () =
+    assert!(NONCES_PER_KEY_MAX < NONCES_MAX && NONCES_MAX.is_multiple_of(NONCES_PER_KEY_MAX));
+const _: () =
+    assert!(NONCE_BYTES_MIN < NONCE_BYTES_MAX && NONCE_BYTES_MAX < SIGNATURE_INPUT_BYTES_MAX);
 const _: () = assert!(CLAIM_DEPTH_MAX < tidelock_interceptor::limits::MAX_DEPTH);
 const _: () = assert!(HEAD_BYTES_MAX >= 8192, "hyper's smallest read buffer");
 const _: () = assert!(

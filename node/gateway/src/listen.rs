@@ -1,4 +1,4 @@
-//! Opening the doors: a TCP socket on loopback, a Unix socket with a mode.
+//! Opening the doors: a TCP socket on loopback, a TLS socket, a Unix socket with a mode.
 //!
 //! The Unix socket appears under its name only when its mode is already right: it is made in a
 //! directory that nobody else can enter and then renamed. A socket file that is left over is
@@ -64,7 +64,7 @@ impl UnixDoor {
 pub enum ListenError {
     /// The TCP address can be reached from other machines.
     #[error(
-        "gateway address {0} is not a loopback address: the decision API is for this machine only, use 127.0.0.1 or [::1]"
+        "gateway address {0} is not a loopback address: without TLS the decision API is for this machine only, use 127.0.0.1 or [::1]"
     )]
     NotLoopback(SocketAddr),
     /// Something already listens there.
@@ -128,6 +128,15 @@ pub(crate) async fn tcp(address: SocketAddr) -> Result<TcpListener, ListenError>
     if !address.ip().is_loopback() {
         return Err(ListenError::NotLoopback(address));
     }
+    bind(address).await
+}
+
+/// Opens the door that other machines may reach. Only one that speaks TLS is opened so.
+pub(crate) async fn tls(address: SocketAddr) -> Result<TcpListener, ListenError> {
+    bind(address).await
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address)
         .await
         .map_err(|error| match error.kind() {

@@ -19,6 +19,8 @@ use crate::limits::REFUSAL_SOURCES_MAX;
 pub enum Source {
     /// A TCP client, by address: the port changes with every connection and says nothing.
     Tcp(IpAddr),
+    /// A client of the TLS door, by address.
+    Tls(IpAddr),
     /// A client of the Unix socket, by the user id that the kernel vouches for.
     Unix(u32),
 }
@@ -27,6 +29,7 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => write!(f, "ip:{address}"),
+            Self::Tls(address) => write!(f, "tls:{address}"),
             Self::Unix(uid) => write!(f, "uid:{uid}"),
         }
     }
@@ -225,7 +228,7 @@ mod tests {
     #[test]
     fn the_widest_window_fits_one_audit_record() {
         let widest = SourceRefusals {
-            source: Source::Tcp("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap()),
+            source: Source::Tls("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap()),
             counts: RefusalCounts {
                 no_credentials: u64::MAX,
                 bad_credentials: u64::MAX,

@@ -4,16 +4,16 @@
 //! then the first byte of the body. Everything that is refused before the body costs the refused
 //! one a round trip and the node a counter.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Either, Full};
 use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::header::{
-    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN,
-    RETRY_AFTER, WWW_AUTHENTICATE,
+    ALLOW, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue,
+    ORIGIN, RETRY_AFTER, WWW_AUTHENTICATE,
 };
-use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
 use serde::Serialize;
 use serde_json::Value;
 use tidelock_interceptor::{Answer, Ask, Caller, Decision, Mode, Outcome, Reason, ReportRefused};
@@ -21,7 +21,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::auth::{Identity, Scopes, is_operator};
+use crate::auth::{Authenticator, Identity, Known, Scopes, Stated, is_operator};
 use crate::authzen;
 use crate::connection::{Connection, Registry};
 use crate::credentials::CredentialFault;
@@ -31,6 +31,7 @@ use crate::limits::{ADMIN_BODY_BYTES_MAX, ADMIN_TIMEOUT, BODY_BYTES_MAX};
 use crate::openapi;
 use crate::refusals::{RefusalKind, Source};
 use crate::server::App;
+use crate::signatures::{self, BodyDigest, Signed};
 use crate::wire::{
     AnswerOrProblem, DecideRequest, DecisionAnswer, Problem, Readiness, ReportAnswer, ReportRequest,
 };
@@ -60,6 +61,10 @@ pub(crate) struct Visit<'a> {
     registry: &'a Registry,
     connection: &'a Connection,
     pub(crate) source: Source,
+    method: Method,
+    uri: Uri,
+    /// What the body must be, where the request was signed.
+    signed_body: OnceLock<BodyDigest>,
 }
 
 /// Answers one request.
@@ -75,6 +80,9 @@ pub(crate) async fn answer(
         registry,
         connection,
         source: connection.source(),
+        method: request.method().clone(),
+        uri: request.uri().clone(),
+        signed_body: OnceLock::new(),
     };
     let is_of_proxy = envoy::is_ours(request.uri().path());
     if is_of_proxy && envoy::has_credentials(visit.source, request.headers()) {
@@ -585,14 +593,19 @@ impl Visit<'_> {
         };
         let host_is_ours = match self.source {
             Source::Tcp(_) => host.is_none_or(is_this_machine),
-            Source::Unix(_) => true,
+            // A rebound name does not come with a certificate.
+            Source::Tls(_) | Source::Unix(_) => true,
+        };
+        let scheme = match self.source {
+            Source::Tls(_) => "https://",
+            Source::Tcp(_) | Source::Unix(_) => "http://",
         };
         let origin_is_ours = match headers.get(ORIGIN) {
             None => true,
             Some(origin) => origin
                 .to_str()
                 .ok()
-                .and_then(|origin| origin.strip_prefix("http://"))
+                .and_then(|origin| origin.strip_prefix(scheme))
                 .is_some_and(|origin| Some(origin) == host),
         };
         if host_is_ours && origin_is_ours {
@@ -608,12 +621,20 @@ impl Visit<'_> {
 
     /// Who is calling. Everything that can be said without reading the body.
     fn known_caller(&self, headers: &HeaderMap) -> Result<Arc<Identity>, Refused> {
-        let identity = self
-            .app
-            .auth
-            .load()
-            .authenticate(self.source, headers)
-            .map_err(|fault| Box::new(self.unauthenticated(fault)))?;
+        let auth = self.app.auth.load();
+        let identity = match self.source {
+            Source::Tls(_) => self.certified_caller(&auth, headers),
+            Source::Tcp(_) | Source::Unix(_) => {
+                let request = Signed {
+                    method: &self.method,
+                    uri: &self.uri,
+                    headers,
+                };
+                auth.authenticate(self.source, request)
+            }
+        };
+        let Known { identity, body } =
+            identity.map_err(|fault| Box::new(self.unauthenticated(fault)))?;
         if !self.registry.make_known(self.connection) {
             return Err(Box::new(closing(self.busy())));
         }
@@ -622,10 +643,45 @@ impl Visit<'_> {
             .app
             .guard
             .check(&caller.principal_type, &caller.principal_id);
-        match guarded {
-            Ok(()) => Ok(identity),
-            Err(wait) => Err(Box::new(self.too_often(wait))),
+        if let Err(wait) = guarded {
+            return Err(Box::new(self.too_often(wait)));
         }
+        if let Some(body) = body {
+            // Set once: a request has one head.
+            let _ = self.signed_body.set(body);
+        }
+        match auth.stated(&identity, headers) {
+            Ok(Stated::Nobody) => Ok(identity),
+            Ok(Stated::Ignored) => {
+                self.app.counters.headers_ignored.up();
+                Ok(identity)
+            }
+            Ok(Stated::Principal(stated)) => Ok(stated),
+            Err(fault) => Err(Box::new(self.unauthenticated(fault))),
+        }
+    }
+
+    /// The caller of the TLS door, by its certificate as it is judged now: a revocation, a reload or
+    /// the certificate's end counts from the next request on.
+    fn certified_caller(
+        &self,
+        auth: &Authenticator,
+        headers: &HeaderMap,
+    ) -> Result<Known, CredentialFault> {
+        // A token on top of a certificate could only widen what it may.
+        if headers.contains_key(AUTHORIZATION) || signatures::is_present(headers) {
+            return Err(CredentialFault::TwoCredentials);
+        }
+        let certified = self.app.certified.get();
+        let callers = certified.ok_or(CredentialFault::CertificateAbsent)?;
+        let grant = callers
+            .judge(self.connection.certificates())
+            .map_err(|refused| {
+                self.app.refusals.count_code(refused.code);
+                self.app.counters.credentials_refused(refused.code);
+                CredentialFault::CertificateRefused
+            })?;
+        Ok(auth.identity_of(&grant)?.into())
     }
 
     /// Nothing of what was presented is repeated: the code says enough.
@@ -653,7 +709,11 @@ impl Visit<'_> {
         );
         let challenge = HeaderValue::from_str(&challenge).unwrap_or(BEARER);
         set(&mut refused, WWW_AUTHENTICATE, challenge);
-        refused
+        match fault {
+            // Whoever renews its certificate has to shake hands anew.
+            CredentialFault::CertificateRefused => closing(refused),
+            _ => refused,
+        }
     }
 
     pub(crate) fn refuse(&self, kind: RefusalKind) {
@@ -681,7 +741,13 @@ impl Visit<'_> {
         patience: Duration,
     ) -> Result<Bytes, Refused> {
         match timeout(patience, collect(body, limit)).await {
-            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Ok(bytes)) => match self.signed_body.get() {
+                // One that is longer than the limit came in part only, and is not the one either.
+                Some(signed) if !signed.is_of(&bytes) => Err(Box::new(closing(
+                    self.unauthenticated(CredentialFault::DigestMismatch),
+                ))),
+                _ => Ok(bytes),
+            },
             late_or_broken => {
                 self.refuse(RefusalKind::Incomplete);
                 let message = if late_or_broken.is_err() {

@@ -9,7 +9,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -23,6 +23,7 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 
 use crate::auth::{AuthConfig, Authenticator};
 use crate::connection::{CloseCause, Connection, Patience, Registry, Watched};
@@ -38,10 +39,12 @@ use crate::limits::{
     STRANGER_TIMEOUT_DEFAULT, STRANGERS_DEFAULT, TIMEOUT_MAX, WRITE_TIMEOUT_DEFAULT,
 };
 use crate::listen::{self, ListenError, UnixDoor, UnixSocket};
+use crate::nonces::NonceWindow;
 use crate::refusals::{RefusalLedger, RefusalWindow, Source};
 use crate::routes;
 use crate::slots::Slots;
 use crate::stats::{GatewayStats, Stats};
+use crate::tls::{self, CertifiedCallers, TlsDoor};
 
 /// How long to wait when the system has no descriptor for another connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -224,6 +227,9 @@ pub enum GatewayError {
     /// A door does not open.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// TLS cannot be spoken with what was given.
+    #[error("the TLS door cannot be made: {0}")]
+    Tls(String),
 }
 
 /// Everything that all connections share.
@@ -231,6 +237,8 @@ pub(crate) struct App {
     pub(crate) decider: Arc<dyn Decider>,
     pub(crate) operator: Option<Arc<dyn Operator>>,
     pub(crate) auth: ArcSwap<Authenticator>,
+    /// Outlives every reload of who may call.
+    nonces: Arc<NonceWindow>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) admin_slots: Arc<Slots>,
     pub(crate) guard: Guard,
@@ -241,32 +249,56 @@ pub(crate) struct App {
     pub(crate) proxies: Proxies,
     pub(crate) body_timeout: Duration,
     pub(crate) decision_timeout: Duration,
+    pub(crate) certified: OnceLock<Arc<dyn CertifiedCallers>>,
     tcp_connections: Registry,
+    tls_connections: Registry,
     unix_connections: Registry,
     http: auto::Builder<TokioExecutor>,
 }
 
 impl App {
     pub(crate) fn stats(&self) -> GatewayStats {
-        let (tcp, unix) = (self.tcp_connections.count(), self.unix_connections.count());
-        let open = (tcp.0 + unix.0, tcp.1 + unix.1);
+        let counts = self.registries().map(Registry::count);
+        let open = counts.iter().fold((0, 0), |(known, strangers), door| {
+            (known + door.0, strangers + door.1)
+        });
         GatewayStats::new(&self.counters, self.slots.in_use(), open)
     }
 
     fn registry(&self, source: Source) -> &Registry {
         match source {
             Source::Tcp(_) => &self.tcp_connections,
+            Source::Tls(_) => &self.tls_connections,
             Source::Unix(_) => &self.unix_connections,
         }
     }
+
+    fn registries(&self) -> [&Registry; 3] {
+        [
+            &self.tcp_connections,
+            &self.tls_connections,
+            &self.unix_connections,
+        ]
+    }
+
+    /// Counts a handshake that failed; nothing of it is recorded by itself (ruling 20).
+    fn handshake_failed(&self, source: Source, error: &io::Error) {
+        let (code, fault) = tls::refusal_of(error);
+        self.refusals.count(source, fault.kind());
+        self.refusals.count_code(code);
+        self.counters.refused(fault.kind()).up();
+        self.counters.credentials_refused(code);
+        tracing::debug!(%source, code, %error, "a handshake failed");
+    }
 }
 
-/// Both doors, open but not yet attended.
+/// All doors, open but not yet attended.
 pub struct Gateway {
     app: Arc<App>,
     limits: GatewayLimits,
     on_refused: OnRefused,
     tcp: Option<TcpListener>,
+    tls: Option<TlsListener>,
     unix: Option<UnixSocket>,
 }
 
@@ -304,9 +336,11 @@ impl fmt::Debug for GatewayHandle {
 impl GatewayHandle {
     /// Replaces who may call, from the next request on, open connections included.
     pub fn set_auth(&self, auth: AuthConfig) {
-        self.app
-            .auth
-            .store(Arc::new(Authenticator::new(auth, self.app.own_uid)));
+        self.app.auth.store(Arc::new(Authenticator::new(
+            auth,
+            self.app.own_uid,
+            Arc::clone(&self.app.nonces),
+        )));
     }
 
     /// Another rate of requests for each caller, from the next request on. A rate of nothing changes
@@ -350,11 +384,13 @@ impl Gateway {
         };
         let unix = unix.as_ref().map(listen::unix).transpose()?;
         let own_uid = rustix::process::geteuid().as_raw();
+        let nonces = Arc::<NonceWindow>::default();
         let registry = || Registry::new(limits.connections, limits.strangers);
         let app = App {
             decider: parts.decider,
             operator: parts.operator,
-            auth: ArcSwap::from_pointee(Authenticator::new(auth, own_uid)),
+            auth: ArcSwap::from_pointee(Authenticator::new(auth, own_uid, Arc::clone(&nonces))),
+            nonces,
             slots: Slots::new(limits.slots, limits.slots_per_principal),
             admin_slots: Slots::new(ADMIN_SLOTS, usize::MAX),
             guard: Guard::new(limits.requests)?,
@@ -365,7 +401,9 @@ impl Gateway {
             proxies,
             body_timeout: limits.body_timeout,
             decision_timeout: limits.decision_timeout,
+            certified: OnceLock::new(),
             tcp_connections: registry(),
+            tls_connections: registry().shared(),
             unix_connections: registry(),
             http: http(),
         };
@@ -374,8 +412,37 @@ impl Gateway {
             limits,
             on_refused: parts.on_refused,
             tcp,
+            tls: None,
             unix,
         })
+    }
+
+    /// Opens the door for callers on other machines, once.
+    ///
+    /// # Errors
+    ///
+    /// [`GatewayError`] when it does not open, or TLS cannot be spoken with what was given.
+    pub async fn open_tls(&mut self, door: TlsDoor) -> Result<(), GatewayError> {
+        let config = door
+            .server_config()
+            .map_err(|error| GatewayError::Tls(error.to_string()))?;
+        let listener = listen::tls(door.address).await?;
+        if self.app.certified.set(door.callers).is_err() {
+            return Err(GatewayError::Tls("it is open already".to_owned()));
+        }
+        self.tls = Some(TlsListener {
+            listener,
+            acceptor: TlsAcceptor::from(Arc::new(config)),
+        });
+        Ok(())
+    }
+
+    /// The address of the TLS door, with the port that the system chose if none was given.
+    #[must_use]
+    pub fn tls_addr(&self) -> Option<SocketAddr> {
+        self.tls
+            .as_ref()
+            .and_then(|door| door.listener.local_addr().ok())
     }
 
     /// The TCP address, with the port that the system chose if none was given.
@@ -402,11 +469,15 @@ impl Gateway {
             limits,
             on_refused,
             tcp,
+            tls,
             unix,
         } = self;
         let (stop, stopped) = watch::channel(false);
         let mut doors = JoinSet::new();
         if let Some(listener) = tcp {
+            doors.spawn(attend(Arc::clone(&app), listener, stopped.clone()));
+        }
+        if let Some(listener) = tls {
             doors.spawn(attend(Arc::clone(&app), listener, stopped.clone()));
         }
         if let Some(socket) = unix {
@@ -427,7 +498,7 @@ impl Gateway {
             tokio::select! {
                 () = &mut shutdown => break,
                 _ = sweep.tick() => {
-                    for registry in [&app.tcp_connections, &app.unix_connections] {
+                    for registry in app.registries() {
                         registry.sweep(&patience, |cause| app.counters.closed(cause).up());
                     }
                     if window_opened.elapsed() >= limits.refusal_window {
@@ -478,6 +549,32 @@ trait Door: Send + 'static {
     type Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static;
 
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Stream, Source)>> + Send;
+
+    /// What shakes hands with each of its clients, where it speaks TLS.
+    fn acceptor(&self) -> Option<TlsAcceptor> {
+        None
+    }
+}
+
+/// A TCP socket on which TLS is spoken.
+struct TlsListener {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl Door for TlsListener {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> io::Result<(TcpStream, Source)> {
+        let (stream, from) = self.listener.accept().await?;
+        stream.set_nodelay(true)?;
+        // An address has one form, whatever family the socket is of.
+        Ok((stream, Source::Tls(from.ip().to_canonical())))
+    }
+
+    fn acceptor(&self) -> Option<TlsAcceptor> {
+        Some(self.acceptor.clone())
+    }
 }
 
 impl Door for TcpListener {
@@ -514,6 +611,7 @@ async fn attend<D: Door>(app: Arc<App>, door: D, mut stopped: watch::Receiver<bo
                         Arc::clone(&app),
                         stream,
                         source,
+                        door.acceptor(),
                         stopped.clone(),
                     ));
                 }
@@ -541,8 +639,13 @@ fn is_the_clients(error: &io::Error) -> bool {
     )
 }
 
-async fn converse<S>(app: Arc<App>, stream: S, source: Source, mut stopped: watch::Receiver<bool>)
-where
+async fn converse<S>(
+    app: Arc<App>,
+    stream: S,
+    source: Source,
+    acceptor: Option<TlsAcceptor>,
+    mut stopped: watch::Receiver<bool>,
+) where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
 {
     let registry = app.registry(source);
@@ -552,9 +655,38 @@ where
     if evicted {
         app.counters.closed(CloseCause::Evicted).up();
     }
-    let io = Watched::new(TokioIo::new(stream), Arc::clone(&connection));
+    let Some(acceptor) = acceptor else {
+        return speak(&app, stream, &connection, stopped).await;
+    };
+    // The sweep bounds how long it takes, like the head of a request.
+    let shaken = tokio::select! {
+        shaken = acceptor.accept(stream) => shaken,
+        () = connection.told_to_close() => return,
+        _ = stopped.changed() => return,
+    };
+    match shaken {
+        Ok(stream) => {
+            let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+            connection.certified(chain.to_vec());
+            Box::pin(speak(&app, stream, &connection, stopped)).await;
+        }
+        Err(error) => app.handshake_failed(source, &error),
+    }
+}
+
+/// Speaks HTTP on an open connection until it ends.
+async fn speak<S>(
+    app: &Arc<App>,
+    stream: S,
+    connection: &Arc<Connection>,
+    mut stopped: watch::Receiver<bool>,
+) where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
+{
+    let source = connection.source();
+    let io = Watched::new(TokioIo::new(stream), Arc::clone(connection));
     let service = service_fn(|request: Request<Incoming>| {
-        let (app, connection) = (Arc::clone(&app), Arc::clone(&connection));
+        let (app, connection) = (Arc::clone(app), Arc::clone(connection));
         async move {
             let registry = app.registry(connection.source());
             Ok::<_, Infallible>(routes::answer(&app, registry, &connection, request).await)

@@ -28,6 +28,7 @@ pub(crate) struct Stats {
     pub(crate) accepted: Count,
     pub(crate) decisions: Count,
     pub(crate) unanswered: Count,
+    pub(crate) headers_ignored: Count,
     closed: [Count; 5],
     refused: [Count; 8],
     // By code. Codes are texts of this program, so they are few (INV-07).
@@ -93,6 +94,8 @@ pub struct GatewayStats {
     pub decisions: u64,
     /// Decisions that did not come back in time.
     pub unanswered: u64,
+    /// Identity headers that came from somebody who is not believed in them.
+    pub headers_ignored: u64,
     /// Connections closed by the gateway, by cause.
     pub closed: Vec<(&'static str, u64)>,
     /// Requests refused before they were judged, by kind.
@@ -127,6 +130,7 @@ impl GatewayStats {
             accepted: stats.accepted.get(),
             decisions: stats.decisions.get(),
             unanswered: stats.unanswered.get(),
+            headers_ignored: stats.headers_ignored.get(),
             closed: closed
                 .map(|(name, cause)| (name, stats.closed(cause).get()))
                 .to_vec(),
@@ -188,6 +192,12 @@ impl GatewayStats {
             "counter",
             "Decisions that did not come back in time and were answered 503.",
             &plain(self.unanswered),
+        );
+        family(
+            "tidelock_gateway_identity_headers_ignored_total",
+            "counter",
+            "Identity headers from callers that are not believed in them.",
+            &plain(self.headers_ignored),
         );
         family(
             "tidelock_gateway_closed_total",

@@ -8,13 +8,20 @@
 //! principal = "build-agent-7"
 //! principal_type = "Agent"         # optional, this is the default
 //! scopes = ["decide", "explain"]   # also: "act_as"
+//! signed_by = "crane-7"            # optional: counts only on requests that this key has signed
+//!
+//! [[keys]]                         # signs requests, see `signatures`
+//! id = "crane-7"
+//! public_key_pem = """…"""         # Ed25519 or P-256
+//! principal = "build-agent-7"
+//! scopes = ["decide", "explain"]
 //! ```
 //!
 //! A token is 256 random bits ([`mint_token`]), so a plain hash of it is enough: there is nothing
 //! to guess. The file is refused when its group or others can read or write it, or when it belongs
 //! to somebody else: who can write it can let himself in.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -27,7 +34,9 @@ use toml_edit::{Document, Item, TableLike};
 
 use crate::auth::{Grant, Scopes};
 use crate::files::{self, Access, FileError};
-use crate::limits::{TOKEN_FILE_BYTES_MAX, TOKENS_MAX};
+use crate::limits::{KEY_ID_BYTES_MAX, SIGNING_KEYS_MAX, TOKEN_FILE_BYTES_MAX, TOKENS_MAX};
+use crate::signatures::SigningKey;
+use crate::verifying::VerifyingKey;
 
 /// The SHA-256 of a token, written `sha256:` and 64 lower-case hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -139,10 +148,13 @@ pub enum TokenFileError {
     },
 }
 
-/// The tokens that are known, as digests, each with its grant.
+/// The tokens that are known, as digests, each with its grant, and the keys that sign requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TokenSet {
     entries: Vec<(TokenDigest, Grant)>,
+    /// Tokens that count only with the signature of a key.
+    signed_by: BTreeMap<TokenDigest, String>,
+    keys: Vec<(SigningKey, Grant)>,
 }
 
 impl TokenSet {
@@ -169,9 +181,9 @@ impl TokenSet {
             text,
             mistakes: Vec::new(),
         };
-        let entries = reader.file();
+        let set = reader.file();
         if reader.mistakes.is_empty() {
-            Ok(Self { entries })
+            Ok(set)
         } else {
             reader.mistakes.sort_by_key(|mistake| mistake.line);
             Err(reader.mistakes)
@@ -184,15 +196,36 @@ impl TokenSet {
         self.entries.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are none, and no keys either.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.entries.is_empty() && self.keys.is_empty()
+    }
+
+    /// What is granted to whoever signs with the key of this id.
+    #[must_use]
+    pub fn key_grant(&self, id: &str) -> Option<&Grant> {
+        let mut keys = self.keys.iter();
+        keys.find(|(key, _)| key.id == id).map(|(_, grant)| grant)
+    }
+
+    /// The key that must have signed what this token comes with.
+    pub(crate) fn signed_by(&self, digest: &TokenDigest) -> Option<&String> {
+        self.signed_by.get(digest)
+    }
+
+    pub(crate) fn keys(&self) -> &[(SigningKey, Grant)] {
+        &self.keys
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &(TokenDigest, Grant)> {
         self.entries.iter()
     }
+}
+
+/// What may stand in the id of a key, which travels in a header.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._:/@-".contains(&byte)
 }
 
 struct Reader<'t> {
@@ -211,16 +244,16 @@ impl Reader<'_> {
         });
     }
 
-    fn file(&mut self) -> Vec<(TokenDigest, Grant)> {
+    fn file(&mut self) -> TokenSet {
         let document = match Document::parse(self.text) {
             Ok(document) => document,
             Err(error) => {
                 self.mistake(error.span(), error.message().trim());
-                return Vec::new();
+                return TokenSet::default();
             }
         };
         let root = document.as_table();
-        self.refuse_unknown(root, &["format", "tokens"]);
+        self.refuse_unknown(root, &["format", "tokens", "keys"]);
         match root.get("format").map(Item::as_integer) {
             Some(Some(1)) => {}
             _ => self.mistake(
@@ -228,21 +261,40 @@ impl Reader<'_> {
                 "`format = 1` is expected in a token file",
             ),
         }
-        let mut entries = Vec::new();
+        let mut set = TokenSet {
+            keys: self.keys(root),
+            ..TokenSet::default()
+        };
         let mut seen = BTreeSet::new();
         match root.get("tokens") {
             None => {}
             Some(Item::ArrayOfTables(tables)) => {
                 if tables.len() > TOKENS_MAX {
                     self.mistake(tables.span(), format!("more than {TOKENS_MAX} tokens"));
-                    return Vec::new();
+                    return set;
                 }
                 for table in tables {
                     if let Some((digest, grant)) = self.token(table, table.span()) {
                         if !seen.insert(digest) {
                             self.mistake(table.span(), "this token stands here twice");
                         }
-                        entries.push((digest, grant));
+                        if table.contains_key("signed_by")
+                            && let Some((id, at)) = self.text_of(table, "signed_by", table.span())
+                        {
+                            let key = set.key_grant(id);
+                            let same = key.is_some_and(|key| {
+                                (key.principal_type(), key.principal_id())
+                                    == (grant.principal_type(), grant.principal_id())
+                            });
+                            if !same {
+                                self.mistake(
+                                    at,
+                                    "`signed_by` is the id of a key of the same principal",
+                                );
+                            }
+                            set.signed_by.insert(digest, id.to_owned());
+                        }
+                        set.entries.push((digest, grant));
                     }
                 }
             }
@@ -250,7 +302,56 @@ impl Reader<'_> {
                 self.mistake(other.span(), "tokens are written as `[[tokens]]` tables");
             }
         }
-        entries
+        set
+    }
+
+    fn keys(&mut self, root: &dyn TableLike) -> Vec<(SigningKey, Grant)> {
+        let mut keys: Vec<(SigningKey, Grant)> = Vec::new();
+        let tables = match root.get("keys") {
+            None => return keys,
+            Some(Item::ArrayOfTables(tables)) if tables.len() <= SIGNING_KEYS_MAX => tables,
+            Some(other) => {
+                let form =
+                    format!("keys are written as `[[keys]]` tables, at most {SIGNING_KEYS_MAX}");
+                self.mistake(other.span(), form);
+                return keys;
+            }
+        };
+        for table in tables {
+            let known = [
+                "id",
+                "public_key_pem",
+                "principal",
+                "principal_type",
+                "scopes",
+            ];
+            self.refuse_unknown(table, &known);
+            let id = self.text_of(table, "id", table.span());
+            if let Some((id, at)) = &id {
+                if id.is_empty() || id.len() > KEY_ID_BYTES_MAX || !id.bytes().all(is_plain) {
+                    let form =
+                        format!("`id` is 1 to {KEY_ID_BYTES_MAX} of A-Z a-z 0-9 . _ : / @ -");
+                    self.mistake(at.clone(), form);
+                }
+                if keys.iter().any(|(key, _)| key.id == *id) {
+                    self.mistake(at.clone(), "this key stands here twice");
+                }
+            }
+            let pem = self.text_of(table, "public_key_pem", table.span());
+            let key = pem.and_then(|(pem, at)| match VerifyingKey::from_pem(pem) {
+                Ok(key) => Some(key),
+                Err(why) => {
+                    self.mistake(at, format!("`public_key_pem` {why}"));
+                    None
+                }
+            });
+            let grant = self.grant(table, table.span());
+            if let (Some((id, _)), Some(key), Some(grant)) = (id, key, grant) {
+                let id = id.to_owned();
+                keys.push((SigningKey { id, key }, grant));
+            }
+        }
+        keys
     }
 
     fn token(
@@ -258,7 +359,16 @@ impl Reader<'_> {
         table: &dyn TableLike,
         span: Option<Range<usize>>,
     ) -> Option<(TokenDigest, Grant)> {
-        self.refuse_unknown(table, &["sha256", "principal", "principal_type", "scopes"]);
+        self.refuse_unknown(
+            table,
+            &[
+                "sha256",
+                "principal",
+                "principal_type",
+                "scopes",
+                "signed_by",
+            ],
+        );
         let digest = self
             .text_of(table, "sha256", span.clone())
             .and_then(|(text, at)| {
@@ -268,6 +378,12 @@ impl Reader<'_> {
                 }
                 digest
             });
+        let grant = self.grant(table, span);
+        Some((digest?, grant?))
+    }
+
+    /// A principal and its scopes.
+    fn grant(&mut self, table: &dyn TableLike, span: Option<Range<usize>>) -> Option<Grant> {
         let principal = self.text_of(table, "principal", span.clone());
         let principal_type = if table.contains_key("principal_type") {
             self.text_of(table, "principal_type", span.clone())
@@ -278,7 +394,7 @@ impl Reader<'_> {
         let scopes = self.scopes(table, span);
         let (principal, at) = principal?;
         match Grant::new(principal_type?, principal, scopes?) {
-            Ok(grant) => Some((digest?, grant)),
+            Ok(grant) => Some(grant),
             Err(error) => {
                 self.mistake(at, error.to_string());
                 None

@@ -7,6 +7,8 @@ use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED, ED25519, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256,
     RsaPublicKeyComponents, UnparsedPublicKey, VerificationAlgorithm,
 };
+use rustls::pki_types::SubjectPublicKeyInfoDer;
+use rustls::pki_types::pem::PemObject as _;
 
 /// The kinds of keys that are taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +30,26 @@ impl Algorithm {
             Self::EdDsa => "EdDSA",
         }
     }
+
+    /// Its name in HTTP message signatures.
+    pub(crate) fn http(self) -> &'static str {
+        match self {
+            Self::Rs256 => "rsa-v1_5-sha256",
+            Self::Es256 => "ecdsa-p256-sha256",
+            Self::EdDsa => "ed25519",
+        }
+    }
 }
+
+/// What comes before the point of a P-256 key in its subject public key info.
+const P256_PREFIX: &[u8] = &[
+    0x30, 0x59, 0x30, 0x13, 0x06, 0x07, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x02, 0x01, 0x06, 0x08, 0x2a,
+    0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07, 0x03, 0x42, 0x00,
+];
+/// What comes before an Ed25519 key in its subject public key info (RFC 8410).
+const ED25519_PREFIX: &[u8] = &[
+    0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00,
+];
 
 /// Bits of the smallest RSA key that is taken.
 const RSA_BITS_MIN: usize = 2048;
@@ -90,6 +111,18 @@ impl VerifyingKey {
             Ok(_) if key.len() == 32 => Ok(Self::Ed25519(key)),
             _ => Err("no Ed25519 key"),
         }
+    }
+
+    /// A key that signs requests: Ed25519 or P-256, in PEM.
+    pub(crate) fn from_pem(pem: &str) -> Result<Self, &'static str> {
+        const EXPECTED: &str =
+            "must be the PEM of an Ed25519 or P-256 public key (openssl pkey -pubout)";
+        let spki = SubjectPublicKeyInfoDer::from_pem_slice(pem.as_bytes()).map_err(|_| EXPECTED)?;
+        if let Some(key) = spki.strip_prefix(ED25519_PREFIX) {
+            return Self::ed25519(key.to_vec()).map_err(|_| EXPECTED);
+        }
+        let point = spki.strip_prefix(P256_PREFIX).ok_or(EXPECTED)?;
+        Self::p256(point.to_vec()).map_err(|_| EXPECTED)
     }
 
     pub(crate) fn algorithm(&self) -> Algorithm {
@@ -199,5 +232,9 @@ mod tests {
             "not on the curve"
         );
         assert!(VerifyingKey::ed25519(vec![1; 31]).is_err());
+        assert!(
+            VerifyingKey::from_pem("-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n")
+                .is_err()
+        );
     }
 }

@@ -3,6 +3,7 @@
 use std::{fs, net::UdpSocket, path::Path, time::Duration};
 
 use serde_json::{Value, json};
+use tidelock_gateway::Jwks;
 use tidelock_policy::TrustFile;
 use tidelock_transport::{
     revocation::{VerifiedCrl, crls_in_file},
@@ -15,6 +16,7 @@ use super::{ConfigArg, Exit, Failure, Output, node::Door, output::table};
 use crate::{
     clock::wall_unix_ms,
     config::Config,
+    run::callers::DoorPapers,
     sealing::key_bytes,
     worker::{Terms, limits::MEMORY_BYTES, probe},
 };
@@ -93,6 +95,7 @@ pub(super) fn run(args: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
         );
     }
     files(&config, &mut findings);
+    callers(&config, &mut findings);
     mesh(&config, &mut findings);
     node(args, &config, &mut findings);
     let bad = findings.0.iter().filter(|f| f.grade == Grade::Bad).count();
@@ -223,6 +226,28 @@ fn files(config: &Config, findings: &mut Findings) {
             )
         },
     );
+}
+
+/// Files that say who callers are. The key sets of issuers have no end.
+fn callers(config: &Config, findings: &mut Findings) {
+    for issuer in &config.gateway.oidc {
+        findings.result("callers", Jwks::load(&issuer.jwks), |keys| {
+            format!("{}: {} key(s)", issuer.issuer, keys.len())
+        });
+    }
+    let Some(tls) = &config.gateway.tls else {
+        return;
+    };
+    let now_unix_ms = wall_unix_ms();
+    match DoorPapers::load(tls, now_unix_ms) {
+        Err(failure) => findings.add("callers", Grade::Bad, failure.message),
+        Ok(papers) => {
+            for (name, ends_unix_ms) in papers.endings(now_unix_ms) {
+                let (grade, left) = until(ends_unix_ms);
+                findings.add("callers", grade, format!("{name}: {left}"));
+            }
+        }
+    }
 }
 
 fn read_crls(path: &Path, trust: &Trust) -> Result<Vec<VerifiedCrl>, String> {

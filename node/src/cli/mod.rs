@@ -6,6 +6,7 @@
 mod audit;
 mod bundle;
 mod ca;
+mod caller;
 mod decide;
 mod doctor;
 mod keys;
@@ -173,6 +174,9 @@ pub enum Command {
     /// Accept the wall clock after it was found to have jumped.
     #[command(subcommand)]
     Clock(node::ClockCommand),
+    /// Say as whom a token, certificate or key would be taken.
+    #[command(subcommand)]
+    Caller(caller::CallerCommand),
     /// Make a bearer token and the line that admits it.
     #[command(subcommand)]
     Token(node::TokenCommand),
@@ -244,6 +248,7 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::Doctor(args) => doctor::run(&args, output),
         Command::Config(command) => node::config(command, output),
         Command::Clock(command) => node::clock(command, output),
+        Command::Caller(command) => caller::run(command, output),
         Command::Token(command) => node::token(command, output),
         Command::Schema { what } => schema::run(what, output),
         Command::PolicyWorker {

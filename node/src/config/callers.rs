@@ -1,9 +1,10 @@
 //! The parts of `[gateway]` that say who a caller is, beside tokens and user ids.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
 use tidelock_gateway::{OidcRule, Pattern, Scopes, limits};
 use tidelock_interceptor::Principal;
+use tidelock_transport::svid::SpiffeId;
 
 use super::reader::Section;
 
@@ -31,6 +32,271 @@ pub struct OidcSection {
     pub leeway_s: u64,
     /// Who may do what.
     pub rules: Vec<OidcRule>,
+}
+
+/// `[gateway.tls]`: the door for callers on other machines.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TlsSection {
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// The door's own certificate chain, PEM, leaf first.
+    pub certificate: PathBuf,
+    /// Its key, mode 0600 or tighter.
+    pub key: PathBuf,
+    /// Whose certificates are taken.
+    pub trust_domains: Vec<TrustDomainSection>,
+}
+
+/// One SPIFFE trust domain whose workloads may call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrustDomainSection {
+    /// Its name, as in `spiffe://NAME/…`.
+    pub name: String,
+    /// PEM, its authorities.
+    pub ca: PathBuf,
+    /// Its CRLs, PEM or DER.
+    pub crls: Vec<PathBuf>,
+    /// Take its certificates without any CRL (loud, off by default).
+    pub allow_without_crl: bool,
+    /// Who may do what.
+    pub rules: Vec<SpiffeRule>,
+}
+
+/// What some workloads of a trust domain are here, and may do.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SpiffeRule {
+    /// A SPIFFE id, or the beginning of some up to a slash.
+    pub id: Pattern,
+    /// Who they are.
+    pub principal: SpiffePrincipal,
+    /// What they may do.
+    pub scopes: Scopes,
+}
+
+/// The principal that a workload is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SpiffePrincipal {
+    /// This one, by type and id.
+    Named(String, String),
+    /// One of this type, whose id is the SPIFFE id.
+    OfType(String),
+}
+
+/// Reads `[gateway.tls]`.
+pub(super) fn tls(gateway: &mut Section<'_>) -> Option<TlsSection> {
+    let mut s = gateway.optional_section("tls")?;
+    let listen = s.address("listen");
+    let certificate = s.required_path("certificate");
+    let key = s.required_path("key");
+    let mut trust_domains: Vec<TrustDomainSection> = Vec::new();
+    let mut listed = 0;
+    for mut domain in s.tables("trust_domains") {
+        listed += 1;
+        let name = domain.parsed("name", |name| {
+            SpiffeId::parse(&format!("spiffe://{name}/x"))
+                .map(|id| id.trust_domain().to_owned())
+                .map_err(|error| error.to_string())
+        });
+        let ca = domain.required_path("ca");
+        let crls = domain.paths("crls");
+        let allow_without_crl = domain.boolean("allow_without_crl", false);
+        if crls.is_empty() && !allow_without_crl {
+            domain.mistake(
+                "crls",
+                "names no file: nobody could be known to be unrevoked; give the domain's CRLs, or set \
+                 allow_without_crl = true where its certificates live for hours only",
+            );
+        }
+        if !crls.is_empty() && allow_without_crl {
+            domain.mistake(
+                "allow_without_crl",
+                "makes no sense together with `crls`; keep one",
+            );
+        }
+        let rules = spiffe_rules(&mut domain, name.as_deref());
+        if let (Some(name), Some(ca)) = (name, ca) {
+            if trust_domains.iter().any(|other| other.name == name) {
+                domain.mistake("name", "is listed twice; keep one entry per trust domain");
+            }
+            trust_domains.push(TrustDomainSection {
+                name,
+                ca,
+                crls,
+                allow_without_crl,
+                rules,
+            });
+        }
+        domain.finish();
+    }
+    if listed == 0 || listed > limits::ISSUERS_MAX {
+        s.mistake(
+            "trust_domains",
+            format!(
+                "1 to {} entries [[gateway.tls.trust_domains]] say whose certificates are taken",
+                limits::ISSUERS_MAX
+            ),
+        );
+    }
+    s.finish();
+    Some(TlsSection {
+        listen: listen?,
+        certificate: certificate?,
+        key: key?,
+        trust_domains,
+    })
+}
+
+fn spiffe_rules(domain: &mut Section<'_>, name: Option<&str>) -> Vec<SpiffeRule> {
+    let mut rules = Vec::new();
+    let mut listed = 0;
+    for mut s in domain.tables("rules") {
+        listed += 1;
+        if s.required_string("id").is_none() {
+            s.finish();
+            continue;
+        }
+        let id = pattern(&mut s, "id");
+        if let (Some(id), Some(name)) = (&id, name) {
+            let (text, prefix) = id.parts();
+            let inside = text.starts_with(&format!("spiffe://{name}/"));
+            let whole = match prefix {
+                true => text.ends_with('/'),
+                false => SpiffeId::parse(text).is_ok(),
+            };
+            if !inside || !whole {
+                s.mistake(
+                    "id",
+                    format!(
+                        "must be an id of this trust domain, or the beginning of some: \
+                         \"spiffe://{name}/ns/prod/sa/x\" or \"spiffe://{name}/ns/prod/*\""
+                    ),
+                );
+            }
+        }
+        let principal = match (
+            s.optional_string("principal"),
+            s.optional_string("principal_type"),
+        ) {
+            (Some(named), None) => {
+                let (kind, id) = named.split_once("::").unwrap_or_default();
+                let known = Principal::new(kind, id).map_err(|error| error.to_string());
+                match given_type(kind).and(known) {
+                    Ok(_) => Some(SpiffePrincipal::Named(kind.to_owned(), id.to_owned())),
+                    Err(error) => {
+                        let form = "must have the form Type::id, as in Agent::ops-1";
+                        s.mistake("principal", format!("{form}: {error}"));
+                        None
+                    }
+                }
+            }
+            (None, Some(kind)) => given_type(&kind)
+                .map(SpiffePrincipal::OfType)
+                .map_err(|error| s.mistake("principal_type", error))
+                .ok(),
+            _ => {
+                s.mistake(
+                    "principal",
+                    "either `principal` (Type::id, who these workloads are) or `principal_type` (their \
+                     SPIFFE ids are the ids) is required",
+                );
+                None
+            }
+        };
+        let scopes = scopes(&mut s);
+        if let (Some(id), Some(principal), Some(scopes)) = (id, principal, scopes) {
+            rules.push(SpiffeRule {
+                id,
+                principal,
+                scopes,
+            });
+        }
+        s.finish();
+    }
+    if listed == 0 || listed > limits::RULES_MAX {
+        domain.mistake(
+            "rules",
+            format!(
+                "1 to {} rules [[gateway.tls.trust_domains.rules]] say which workload is who; without one nobody is let in",
+                limits::RULES_MAX
+            ),
+        );
+    }
+    rules
+}
+
+/// Headers in which nobody can be named: they have a meaning of their own.
+const HEADERS_TAKEN: [&str; 9] = [
+    "authorization",
+    "connection",
+    "content-digest",
+    "content-length",
+    "content-type",
+    "cookie",
+    "host",
+    "signature",
+    "signature-input",
+];
+
+/// A proxy that is believed in a header.
+#[derive(Debug, Clone, PartialEq)]
+pub struct IdentityHeaderSection {
+    /// `Type::id` of the principal as which the proxy authenticates.
+    pub principal: String,
+    /// The header, in lower case.
+    pub header: String,
+    /// The type of those whom it names.
+    pub principal_type: String,
+    /// Whom it may name.
+    pub allow: Vec<Pattern>,
+}
+
+/// Reads every `[[gateway.identity_headers]]`.
+pub(super) fn identity_headers(gateway: &mut Section<'_>) -> Vec<IdentityHeaderSection> {
+    let mut hops: Vec<IdentityHeaderSection> = Vec::new();
+    for mut s in gateway.tables("identity_headers") {
+        let principal = s.parsed("principal", |text| {
+            let (kind, id) = text.split_once("::").unwrap_or_default();
+            match Principal::new(kind, id) {
+                Ok(_) => Ok(text.to_owned()),
+                Err(error) => Err(format!(
+                    "must have the form Type::id, as in Service::envoy-1: {error}"
+                )),
+            }
+        });
+        let header = s.parsed("header", |name| {
+            let plain = name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+            match plain && !HEADERS_TAKEN.contains(&name) {
+                true => Ok(name.to_owned()),
+                false => Err("must be the name of a header in lower case that has no other meaning, as in x-forwarded-user"),
+            }
+        });
+        let principal_type = s.parsed("principal_type", given_type);
+        let allow = s.list("allow", Pattern::parse);
+        if allow.is_empty() || allow.len() > limits::RULES_MAX {
+            s.mistake(
+                "allow",
+                format!(
+                    "1 to {} names or beginnings of names say for whom this proxy may ask",
+                    limits::RULES_MAX
+                ),
+            );
+        }
+        if let (Some(principal), Some(header), Some(principal_type)) =
+            (principal, header, principal_type)
+        {
+            if hops.iter().any(|other| other.principal == principal) {
+                s.mistake("principal", "is listed twice; keep one entry per proxy");
+            }
+            hops.push(IdentityHeaderSection {
+                principal,
+                header,
+                principal_type,
+                allow,
+            });
+        }
+        s.finish();
+    }
+    hops
 }
 
 /// Reads every `[[gateway.oidc]]`.

@@ -51,6 +51,11 @@ impl Config {
         {
             add("gateway.tokens", error.to_string());
         }
+        if let Some(tls) = &self.gateway.tls {
+            for error in crate::run::callers::papers_mistakes(tls) {
+                add(error.key, error.message);
+            }
+        }
         for issuer in &self.gateway.oidc {
             if let Err(error) = Jwks::load(&issuer.jwks) {
                 add("gateway.oidc.jwks", error.to_string());

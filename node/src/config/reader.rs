@@ -29,6 +29,8 @@ type Asked = BTreeMap<String, BTreeMap<&'static str, (Value, bool)>>;
 
 /// Stands for the schema of a table until its keys are known.
 const TABLE: &str = "table";
+/// Stands for the schema of a table that may be absent, whatever must be in it.
+const OPTIONAL_TABLE: &str = "optional table";
 /// Stands for the schema of a list of tables.
 const TABLES: &str = "tables";
 
@@ -69,13 +71,15 @@ impl<'a> Cx<'a> {
         let mut required = Vec::new();
         for (key, (schema, must)) in asked.get(section).into_iter().flatten() {
             let dotted = dotted(section, key);
+            let optional = schema == OPTIONAL_TABLE;
             let schema = match schema.as_str() {
-                Some(TABLE) => Value::Object(self.schema(&dotted)),
+                Some(TABLE | OPTIONAL_TABLE) => Value::Object(self.schema(&dotted)),
                 Some(TABLES) => json!({"type": "array", "items": self.schema(&dotted)}),
                 _ => schema.clone(),
             };
             // A table must be there if anything in it must.
-            let needs = schema.get("type").is_some_and(|kind| kind == "object")
+            let needs = !optional
+                && schema.get("type").is_some_and(|kind| kind == "object")
                 && schema.get("required").is_some();
             if *must || needs {
                 required.push(*key);
@@ -148,6 +152,16 @@ impl<'a> Section<'a> {
 
     pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
         self.note(key, false, json!(TABLE));
+        self.table_of(key)
+    }
+
+    /// A table that may be absent, in which other keys than the absent one are then not asked for.
+    pub(super) fn optional_section(&mut self, key: &'static str) -> Option<Section<'a>> {
+        self.note(key, false, json!(OPTIONAL_TABLE));
+        Some(self.table_of(key)).filter(|section| section.table.is_some())
+    }
+
+    fn table_of(&mut self, key: &'static str) -> Section<'a> {
         let table = match self.item(key) {
             None => None,
             Some(item) => {

@@ -1,12 +1,31 @@
 //! Who callers are, beside tokens and user ids: what the config names is read and joined.
 
-use tidelock_gateway::{AuthConfig, CallerTime, Jwks, Moment, OidcIssuer};
+use std::{fmt, fs, path::Path, sync::Arc};
 
-use crate::{cli::Failure, clock::NodeClock, config::GatewaySection};
-use std::sync::Arc;
+use arc_swap::ArcSwap;
+use hyper::header::HeaderName;
+use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
+use tidelock_gateway::{
+    AuthConfig, CallerTime, CertifiedCallers, Grant, Jwks, Moment, OidcIssuer, Proxy,
+    RefusedCertificate,
+};
+use tidelock_transport::{
+    revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crls_in_file},
+    svid::SpiffeId,
+    tls::load_certified,
+    verifier::{PeerRole, Trust, verify_chain},
+};
+
+use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
+
+use crate::{
+    cli::Failure,
+    clock::NodeClock,
+    config::{GatewaySection, SpiffePrincipal, SpiffeRule, TlsSection, TrustDomainSection},
+};
 
 /// Callers are judged by the node's trusted time (INV-18).
-pub(super) fn time(clock: &Arc<NodeClock>) -> CallerTime {
+pub(crate) fn time(clock: &Arc<NodeClock>) -> CallerTime {
     let clock = clock.clone();
     CallerTime::new(move || {
         let now = clock.trusted();
@@ -17,11 +36,22 @@ pub(super) fn time(clock: &Arc<NodeClock>) -> CallerTime {
     })
 }
 
-/// Adds the issuers of workload tokens; their files of keys are read at start and on reload.
-pub(super) fn with_issuers(
+/// Adds the issuers of workload tokens, whose files of keys are read at start and on reload, and the
+/// proxies that are believed in a header.
+pub(super) fn with_others(
     mut auth: AuthConfig,
     section: &GatewaySection,
 ) -> Result<AuthConfig, Failure> {
+    for hop in &section.identity_headers {
+        let (kind, id) = hop.principal.split_once("::").unwrap_or_default();
+        auth = auth.proxy(Proxy {
+            hop_type: kind.to_owned(),
+            hop_id: id.to_owned(),
+            header: HeaderName::try_from(&hop.header)?,
+            principal_type: hop.principal_type.clone(),
+            allow: hop.allow.clone(),
+        });
+    }
     for oidc in &section.oidc {
         auth = auth.issuer(OidcIssuer {
             issuer: oidc.issuer.clone(),
@@ -35,4 +65,231 @@ pub(super) fn with_issuers(
         });
     }
     Ok(auth)
+}
+
+/// A fault in the files of the TLS door.
+#[derive(Debug, thiserror::Error)]
+#[error("{key}: {message}")]
+pub(crate) struct PapersFault {
+    /// The key that names the file.
+    pub(crate) key: &'static str,
+    /// What is wrong with it.
+    pub(crate) message: String,
+}
+
+impl PapersFault {
+    fn at(key: &'static str, path: &Path, error: impl fmt::Display) -> Self {
+        Self {
+            key,
+            message: format!("{}: {error}", path.display()),
+        }
+    }
+}
+
+/// Everything that is wrong with the files of the TLS door.
+pub(crate) fn papers_mistakes(tls: &TlsSection) -> Vec<PapersFault> {
+    let own = load_certified(&tls.certificate, &tls.key).err();
+    let own = own.map(|error| PapersFault::at("gateway.tls.certificate", &tls.certificate, error));
+    let domains = tls
+        .trust_domains
+        .iter()
+        .filter_map(|domain| TrustedDomain::load(domain, 0).err());
+    own.into_iter().chain(domains).collect()
+}
+
+/// The TLS door's own papers, and whose it takes. Replaced as one.
+pub(crate) struct DoorPapers {
+    certified: Arc<CertifiedKey>,
+    domains: Vec<TrustedDomain>,
+}
+
+impl DoorPapers {
+    /// Reads them; nothing where there is no TLS door.
+    pub(super) fn of(section: &GatewaySection, now_unix_ms: u64) -> Result<Option<Self>, Failure> {
+        match &section.tls {
+            None => Ok(None),
+            Some(tls) => Ok(Some(Self::load(tls, now_unix_ms)?)),
+        }
+    }
+
+    pub(crate) fn load(tls: &TlsSection, now_unix_ms: u64) -> Result<Self, Failure> {
+        Ok(Self {
+            certified: load_certified(&tls.certificate, &tls.key)?,
+            domains: tls
+                .trust_domains
+                .iter()
+                .map(|domain| TrustedDomain::load(domain, now_unix_ms))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// When the door's certificate, each authority and each CRL ends, Unix milliseconds.
+    pub(crate) fn endings(&self, now_unix_ms: u64) -> Vec<(String, u64)> {
+        let own = self.certified.cert.first().and_then(|leaf| {
+            let (_, leaf) = X509Certificate::from_der(leaf).ok()?;
+            let ends_s = u64::try_from(leaf.validity().not_after.timestamp()).ok()?;
+            Some((
+                "certificate of the door".to_owned(),
+                ends_s.saturating_mul(1_000),
+            ))
+        });
+        let domains = self.domains.iter().flat_map(|domain| {
+            let authorities = domain.trust.authorities().iter().map(|authority| {
+                let name = format!("{}: authority {}", domain.name, authority.name());
+                (name, authority.not_after_unix_ms())
+            });
+            let crls = domain.revocation.state().issuers(now_unix_ms);
+            let crls = crls.into_iter().filter_map(|crl| {
+                let name = format!("{}: CRL of {}", domain.name, crl.name);
+                Some((name, crl.next_update_unix_ms?))
+            });
+            authorities.chain(crls).collect::<Vec<_>>()
+        });
+        own.into_iter().chain(domains).collect()
+    }
+
+    /// Judges a chain, leaf first.
+    pub(crate) fn judge(
+        &self,
+        chain: &[CertificateDer<'_>],
+        now_unix_ms: u64,
+    ) -> Result<Grant, RefusedCertificate> {
+        let refused = |code, message: String| RefusedCertificate { code, message };
+        let leaf = chain
+            .first()
+            .ok_or_else(|| refused("CERT_ABSENT", "no certificate".to_owned()))?;
+        let id =
+            SpiffeId::of_leaf(leaf).map_err(|error| refused(error.code(), error.to_string()))?;
+        let unknown = || {
+            let message = format!("trust domain {} is not taken here", id.trust_domain());
+            refused("TRUST_DOMAIN_UNKNOWN", message)
+        };
+        let mut domains = self.domains.iter();
+        let domain = domains
+            .find(|domain| domain.name == id.trust_domain())
+            .ok_or_else(unknown)?;
+        // The authorities of this trust domain only: no other can name its workloads.
+        verify_chain(
+            chain,
+            PeerRole::Client,
+            &domain.trust,
+            &domain.revocation,
+            now_unix_ms,
+        )
+        .map_err(|error| refused(error.code(), error.to_string()))?;
+        let mut rules = domain.rules.iter();
+        let rule = rules
+            .find(|rule| rule.id.matches(id.as_str()))
+            .ok_or_else(|| refused("CALLER_UNMAPPED", format!("no rule for {}", id.as_str())))?;
+        let (kind, name) = match &rule.principal {
+            SpiffePrincipal::Named(kind, name) => (kind, name.as_str()),
+            SpiffePrincipal::OfType(kind) => (kind, id.as_str()),
+        };
+        Grant::new(kind, name, rule.scopes)
+            .map_err(|error| refused("CALLER_PRINCIPAL", error.to_string()))
+    }
+}
+
+/// One trust domain: its authorities, what they have revoked, and who its workloads are here.
+struct TrustedDomain {
+    name: String,
+    trust: Trust,
+    revocation: Revocation,
+    rules: Vec<SpiffeRule>,
+}
+
+impl TrustedDomain {
+    fn load(section: &TrustDomainSection, now_unix_ms: u64) -> Result<Self, PapersFault> {
+        const CA: &str = "gateway.tls.trust_domains.ca";
+        const CRLS: &str = "gateway.tls.trust_domains.crls";
+        let pem = fs::read(&section.ca).map_err(|e| PapersFault::at(CA, &section.ca, e))?;
+        let trust = Trust::from_pem(&pem).map_err(|e| PapersFault::at(CA, &section.ca, e))?;
+        let revocation = Revocation::new(RevocationState::new(RevocationOptions {
+            grace_ms: 0,
+            allow_missing: section.allow_without_crl,
+        }));
+        for path in &section.crls {
+            let fault = |error: &dyn fmt::Display| PapersFault::at(CRLS, path, error);
+            let bytes = fs::read(path).map_err(|e| fault(&e))?;
+            for der in crls_in_file(&bytes).map_err(|e| fault(&e))? {
+                let crl = VerifiedCrl::verify(&der, &trust).map_err(|e| fault(&e))?;
+                revocation.import(crl, now_unix_ms).map_err(|e| fault(&e))?;
+            }
+        }
+        Ok(Self {
+            name: section.name.clone(),
+            trust,
+            revocation,
+            rules: section.rules.clone(),
+        })
+    }
+}
+
+/// The callers of the TLS door.
+pub(super) struct Certified {
+    clock: Arc<NodeClock>,
+    papers: ArcSwap<DoorPapers>,
+}
+
+/// The callers of the TLS door, where there is one.
+pub(super) fn certified(
+    section: &GatewaySection,
+    clock: &Arc<NodeClock>,
+) -> Result<Option<Arc<Certified>>, Failure> {
+    let papers = DoorPapers::of(section, clock.unix_ms())?;
+    Ok(papers.map(|papers| {
+        Arc::new(Certified {
+            clock: clock.clone(),
+            papers: ArcSwap::from_pointee(papers),
+        })
+    }))
+}
+
+impl Certified {
+    /// Takes other papers into use, from the next handshake and request on. Of each issuer's CRLs the
+    /// highest number goes on to hold, whatever the files say now.
+    pub(super) fn replace(&self, mut papers: DoorPapers) {
+        let now_unix_ms = self.clock.unix_ms();
+        let before = self.papers.load();
+        for domain in &mut papers.domains {
+            let Some(old) = before.domains.iter().find(|old| old.name == domain.name) else {
+                continue;
+            };
+            let old = old.revocation.state();
+            let mut state = RevocationState::clone(&domain.revocation.state());
+            for crl in old.crls() {
+                // INV-16: one that is older than the file's is refused here and missed by nobody.
+                if let Ok((next, _)) = state.with_crl(crl, now_unix_ms) {
+                    state = next;
+                }
+            }
+            let revoked_keys = old.revoked_keys().iter().copied();
+            domain.revocation = Revocation::new(state.with_revoked_keys(revoked_keys));
+        }
+        self.papers.store(Arc::new(papers));
+    }
+}
+
+impl fmt::Debug for Certified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Certified").finish_non_exhaustive()
+    }
+}
+
+impl CertifiedCallers for Certified {
+    fn certificate(&self) -> Arc<CertifiedKey> {
+        self.papers.load().certified.clone()
+    }
+
+    fn judge(&self, chain: &[CertificateDer<'_>]) -> Result<Grant, RefusedCertificate> {
+        let now = self.clock.trusted();
+        if now.suspect {
+            // INV-18: nothing that has an end is believed.
+            return Err(RefusedCertificate {
+                code: "CLOCK_SUSPECT",
+                message: "the node's clock is in doubt".to_owned(),
+            });
+        }
+        self.papers.load().judge(chain, now.unix_ms)
+    }
 }

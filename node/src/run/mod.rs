@@ -5,7 +5,7 @@
 
 mod activate;
 mod admit;
-mod callers;
+pub(crate) mod callers;
 mod disk;
 mod doors;
 mod hooks;
@@ -27,18 +27,18 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tidelock_gateway::{
-    AuthConfig, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant, RefusalWindow, Scopes,
-    TokenSet, UnixDoor,
+    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant,
+    RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
 };
 use tidelock_quota::Rate;
+use tidelock_transport::tls::provider;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use self::{doors::Doors, node::Node};
 use crate::{
     cli::{Exit, Failure},
-    clock::NodeClock,
-    config::{Config, GatewaySection, LogSection},
+    config::{Config, LogSection},
 };
 
 /// How long open requests and sessions may take to end.
@@ -97,8 +97,9 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let node = tokio::task::spawn_blocking(move || Node::open(&path, config)).await??;
     let doors = Arc::new(Doors(node.clone()));
     let refused_node = node.clone();
-    let gateway = Gateway::bind(
-        gateway_config(&gateway_section, requests, &node.clock)?,
+    let certified = callers::certified(&gateway_section, &node.clock)?;
+    let mut gateway = Gateway::bind(
+        gateway_config(&node.config.load(), requests, callers::time(&node.clock))?,
         GatewayParts {
             decider: doors.clone(),
             operator: Some(doors),
@@ -110,6 +111,14 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
         },
     )
     .await?;
+    if let (Some(tls), Some(callers)) = (&gateway_section.tls, &certified) {
+        let door = TlsDoor {
+            address: tls.listen,
+            provider: Arc::new(provider()),
+            callers: callers.clone(),
+        };
+        gateway.open_tls(door).await?;
+    }
     let doorkeeper = gateway.handle();
     hooks::ensure_mesh(&node).await?;
     links::watch(&node);
@@ -144,9 +153,13 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
             }
             _ = hangup.recv() => {
                 let (reloading, doorkeeper) = (node.clone(), doorkeeper.clone());
-                let reload = move || reloading.reload(|auth, requests| {
+                let certified = certified.clone();
+                let reload = move || reloading.reload(|auth, papers, requests| {
                         doorkeeper.set_auth(auth);
                         doorkeeper.set_requests(requests);
+                        if let (Some(certified), Some(papers)) = (certified, papers) {
+                            certified.replace(papers);
+                        }
                     });
                 match tokio::task::spawn_blocking(reload).await {
                     Ok(Ok(())) => {}
@@ -243,8 +256,11 @@ async fn slow_work(
 }
 
 /// Who may call; the token file is read at start and on reload.
-fn auth_config(section: &GatewaySection, clock: &Arc<NodeClock>) -> Result<AuthConfig, Failure> {
-    let mut auth = AuthConfig::default().time(callers::time(clock));
+pub(crate) fn auth_config(config: &Config, time: CallerTime) -> Result<AuthConfig, Failure> {
+    let section = &config.gateway;
+    let mut auth = AuthConfig::default()
+        .time(time)
+        .signature_tag(config.node.id.as_str());
     if let Some(path) = &section.tokens {
         auth = auth.tokens(TokenSet::load(path)?);
     }
@@ -263,14 +279,15 @@ fn auth_config(section: &GatewaySection, clock: &Arc<NodeClock>) -> Result<AuthC
     if section.allow_anonymous_loopback {
         auth = auth.allow_anonymous_loopback(Grant::new("Service", "anonymous", Scopes::ALL)?);
     }
-    callers::with_issuers(auth, section)
+    callers::with_others(auth, section)
 }
 
 fn gateway_config(
-    section: &GatewaySection,
+    config: &Config,
     requests: Rate,
-    clock: &Arc<NodeClock>,
+    time: CallerTime,
 ) -> Result<GatewayConfig, Failure> {
+    let section = &config.gateway;
     Ok(GatewayConfig {
         public_url: section.public_url.clone(),
         proxies: section
@@ -288,6 +305,6 @@ fn gateway_config(
             requests,
             ..GatewayLimits::default()
         },
-        auth: auth_config(section, clock)?,
+        auth: auth_config(config, time)?,
     })
 }

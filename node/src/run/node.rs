@@ -36,6 +36,7 @@ use tidelock_transport::{
 use super::{
     activate::Waiting,
     admit::{Denied, OwnAhead},
+    callers::DoorPapers,
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
     media::Parts,
@@ -689,7 +690,7 @@ impl Node {
     /// one of them is unusable, all of the old stays. Who may call goes to `take_auth`.
     pub(super) fn reload(
         &self,
-        take_callers: impl FnOnce(AuthConfig, Rate),
+        take_callers: impl FnOnce(AuthConfig, Option<DoorPapers>, Rate),
     ) -> Result<(), Failure> {
         let _turn = self
             .reloading
@@ -742,7 +743,8 @@ impl Node {
         }
         let looks = PaperLooks::of(&new);
         let credentials = load_credentials(&new)?;
-        let auth = super::auth_config(&new.gateway, &self.clock)?;
+        let auth = super::auth_config(&new, super::callers::time(&self.clock))?;
+        let papers = DoorPapers::of(&new.gateway, self.clock.unix_ms())?;
         // No bundle is judged by the old trust file meanwhile, and no key is replaced.
         let turn = self
             .activating
@@ -762,7 +764,7 @@ impl Node {
             .set_quotas(&action_quotas(&new.quota))
             .map_err(|error| Failure::cannot_run(error.to_string()))?;
         // From here on nothing can fail.
-        take_callers(auth, rate(new.quota.requests));
+        take_callers(auth, papers, rate(new.quota.requests));
         let trust = chain.current().clone();
         if let Err(why) = keep_chain(&RootSlots(self.root.clone()), &chain) {
             tracing::error!(why, "the trust chain is kept in memory only");
