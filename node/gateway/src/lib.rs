@@ -1,12 +1,12 @@
-//! Doors for callers: the decision API over HTTP on loopback and a Unix socket.
+//! Doors for callers: the decision API over HTTP on loopback, on a Unix socket, and by TLS.
 //!
 //! The gateway authenticates, limits and forwards. It does not parse a request's body (the
 //! interceptor does, once, INV-15), it cannot make a permit, and it reads no configuration but the
-//! files of tokens and keys it is pointed at. Its doors are for callers on the same machine: a TCP address that
-//! other machines could reach is refused.
+//! files of tokens and keys it is pointed at. Other machines reach it by TLS with a client
+//! certificate only (`tls`): another TCP address than one of loopback is refused.
 //!
 //! What a request passes, in this order, each step before the next costs anything: the place it
-//! claims to be sent to (`routes`), its credentials ([`auth`], [`tokens`]), its scope, a
+//! claims to be sent to (`routes`), its credentials ([`auth`], [`tokens`], `oidc`, `signatures`), its scope, a
 //! concurrency slot (`slots`), its body within size and time, the decision ([`doors`]). Around all
 //! of it `connection` watches that nobody holds a socket for longer than he may, and [`refusals`]
 //! counts whoever was turned away.
