@@ -68,6 +68,10 @@ bench *AREA:
     cargo build --release --locked
     cargo run --release --locked --manifest-path bench/Cargo.toml --target-dir target -- {{AREA}}
 
+# The OpenAPI document against a real node, so many requests an operation and kind (needs schemathesis from PyPI; `cargo test` makes 10).
+schemathesis EXAMPLES="100":
+    TIDELOCK_EXAMPLES={{EXAMPLES}} cargo test --workspace --locked --test schemathesis -- --nocapture
+
 # Congestion control on bad links, in virtual time: cubic, bbr and edge on six rungs, two flows on one link, and loopback.
 ladder:
     cargo test --release --locked -p tidelock-transport --test congestion -- --ignored --nocapture --test-threads=1

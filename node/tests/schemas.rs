@@ -28,6 +28,11 @@ fn has_form(pattern: &str, text: &str) -> bool {
     if pattern.starts_with("^[A-Za-z][A-Za-z0-9._:/-]") {
         return of("._:/-");
     }
+    if pattern.starts_with("^sha256:") {
+        let hex = |b: u8| b"0123456789abcdef".contains(&b);
+        let digits = text.strip_prefix("sha256:");
+        return digits.is_some_and(|digits| digits.len() == 64 && digits.bytes().all(hex));
+    }
     assert!(pattern.starts_with("^[^\\u0000-"), "{pattern}");
     !text
         .chars()

@@ -102,9 +102,13 @@ pub fn document() -> String {
         serde_json::from_str(BOUNDS).unwrap_or_default(),
     );
     never_null(&mut document);
-    let mut text = serde_json::to_string_pretty(&document).unwrap_or_default();
-    text.push('\n');
-    text
+    let text = serde_json::to_string_pretty(&document).unwrap_or_default();
+    // The bounds of a range that no escape of patterns names; not to be seen, so they are written as JSON
+    // escapes.
+    let text = text
+        .replace('\u{e0000}', "\\udb40\\udc00")
+        .replace('\u{e0fff}', "\\udb43\\udfff");
+    text + "\n"
 }
 
 fn merge(into: &mut Value, patch: Value) {

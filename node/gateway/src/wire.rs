@@ -20,7 +20,7 @@ pub struct DecideRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub principal: Option<EntityRef>,
     /// What is to be done.
-    #[schema(example = "fs.read")]
+    #[schema(example = "ticket.read")]
     pub action: String,
     /// To what.
     pub resource: EntityRef,
@@ -40,10 +40,10 @@ pub struct DecideRequest {
 pub struct EntityRef {
     /// The type.
     #[serde(rename = "type")]
-    #[schema(example = "File")]
+    #[schema(example = "Ticket")]
     pub kind: String,
     /// The id.
-    #[schema(example = "/srv/data/report.csv")]
+    #[schema(example = "4711")]
     pub id: String,
 }
 
