@@ -343,11 +343,9 @@ fn the_whole_story(form: &str, subject_from: &str) {
     assert_eq!(header(&head, "x-tidelock-decision"), Some("allow"));
     let record = header(&head, "x-tidelock-record").unwrap();
     let (index, leaf) = record.split_once('/').unwrap();
+    let index: u64 = index.parse().unwrap();
     let records = site.records();
-    let found = records
-        .iter()
-        .find(|r| r["index"].to_string() == index)
-        .unwrap();
+    let found = records.iter().find(|r| r["index"] == index).unwrap();
     assert_eq!(
         found["leaf"], leaf,
         "what the service is told is in the log"
@@ -474,9 +472,9 @@ fn path_tricks(
             assert_eq!(answered.status, 200);
             let path = head.split(' ').nth(1).unwrap();
             let index = header(&head, "x-tidelock-record").unwrap();
-            let index = index.split_once('/').unwrap().0;
+            let index: u64 = index.split_once('/').unwrap().0.parse().unwrap();
             let records = site.records();
-            let judged = records.iter().find(|r| r["index"].to_string() == index);
+            let judged = records.iter().find(|r| r["index"] == index);
             let judged = judged.unwrap()["record"].to_string();
             assert!(
                 judged.contains(&format!("\"https://app.example{path}\"")),

@@ -381,6 +381,8 @@ mod tests {
     use super::*;
     use crate::{Action, Caller};
 
+    type Headers<'a> = &'a [(&'a str, &'a [u8])];
+
     fn terms(subject: Subject, context_headers: &[&str]) -> ProxyTerms {
         let named = context_headers
             .iter()
@@ -591,7 +593,7 @@ mod tests {
             with(&[("x-other", b"y"), ("x-user", b"alice")]).unwrap(),
             "alice"
         );
-        let refused: [(&[(&str, &[u8])], InvalidCode); 10] = [
+        let refused: [(Headers<'_>, InvalidCode); 10] = [
             (&[], InvalidCode::MissingField),
             (&[("x-user", b"")], InvalidCode::MissingField),
             (&[("x-user", b"-")], InvalidCode::MissingField),
