@@ -37,6 +37,8 @@ mod rego_host;
 mod rego_program;
 mod rego_rewrite;
 mod rego_source;
+mod rego_text;
+mod rego_walk;
 mod release;
 mod request;
 pub mod schemas;

@@ -35,7 +35,7 @@ use crate::limits::{
     OPA_UNPACKED_BYTES_MAX, TRUST_KEYS_MAX,
 };
 use crate::rego_program::{Module, parse};
-use crate::rego_rewrite::author_words;
+use crate::rego_text::author_words;
 use crate::template::template;
 
 const OPA_MANIFEST: &str = ".manifest";

@@ -29,11 +29,9 @@ use crate::limits::{
 };
 use crate::rego_builtins::{OPERATORS, Stop, begin, guarded, stopped};
 use crate::rego_host::{HOST, Shared, within};
-use crate::rego_rewrite::{
-    self, MERGE, NONE, REPLACED, RESERVED, Refusal, Rewritten, SOME, Site, Target, Text,
-    author_words, unmade,
-};
+use crate::rego_rewrite::{self, MERGE, NONE, REPLACED, Refusal, Rewritten, SOME, Site, Target};
 use crate::rego_source::{Finding, defined, findings, scan};
+use crate::rego_text::{RESERVED, Text, author_words, unmade};
 
 /// Registers of a machine's window.
 const REGISTERS_MAX: u8 = u8::MAX;

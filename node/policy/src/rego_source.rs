@@ -160,6 +160,15 @@ impl Walk<'_> {
     fn query(&mut self, query: &Query) {
         for statement in &query.stmts {
             for modifier in &statement.with_mods {
+                let replaced = path(&modifier.refr);
+                let root = replaced.as_deref().map(|path| path.split('.').next());
+                if root.is_some_and(|root| !matches!(root, Some("input" | "data"))) {
+                    self.refuse(
+                        modifier.span.line,
+                        "with",
+                        "functions are not replaced, only input, data and rules",
+                    );
+                }
                 self.expr(&modifier.refr);
                 self.expr(&modifier.r#as);
             }

@@ -354,7 +354,7 @@ fn a_signature_that_does_not_hold_is_refused() {
 
 #[test]
 fn what_is_not_run_is_reported_by_file_and_line_and_nothing_is_written() {
-    let text = "package authz.more\n\nx := http.send({\"method\": \"get\"})\n\ny if input.z with input as 1\n\nz := time.now_ns()\n";
+    let text = "package authz.more\n\nx := http.send({\"method\": \"get\"})\n\ny if input.z with count as 1\n\nz := time.now_ns()\n";
     let mut wanted = Site::new().wanted();
     wanted.allow_unsigned = true;
     let site = Site::new()

@@ -1,0 +1,344 @@
+//! Walks over the engine's syntax tree: every expression, every statement, every variable of a rule.
+
+use std::collections::BTreeSet;
+
+use regorus::Value;
+use regorus::unstable::{
+    AssignOp, Expr, Literal, LiteralStmt, Module, Query, Rule, RuleHead, Span,
+};
+
+pub(crate) fn bounds(span: &Span) -> (usize, usize) {
+    (
+        usize::try_from(span.start).unwrap_or_default(),
+        usize::try_from(span.end).unwrap_or_default(),
+    )
+}
+
+/// Where an expression is in its text. The engine's spans of texts leave out the quotation marks.
+pub(crate) fn whole(text: &str, span: &Span) -> (usize, usize) {
+    let (from, to) = bounds(span);
+    let quote = |byte: Option<&u8>| matches!(byte, Some(b'"' | b'`'));
+    let bytes = text.as_bytes();
+    let before = from.checked_sub(1);
+    (
+        match before {
+            Some(before) if quote(bytes.get(before)) => before,
+            _ => from,
+        },
+        to + usize::from(quote(bytes.get(to))),
+    )
+}
+
+pub(crate) fn line(span: &Span) -> usize {
+    usize::try_from(span.line).unwrap_or_default()
+}
+
+/// An expression as it is written.
+pub(crate) fn written(span: &Span) -> String {
+    let text = span.source.get_contents();
+    let (from, to) = whole(text, span);
+    text.get(from..to).unwrap_or_default().to_owned()
+}
+
+/// Calls a function for each part of an expression, the expression first.
+pub(crate) fn in_expr<'m>(expr: &'m Expr, each: &mut dyn FnMut(&'m Expr)) {
+    each(expr);
+    match expr {
+        Expr::String { .. }
+        | Expr::RawString { .. }
+        | Expr::Number { .. }
+        | Expr::Bool { .. }
+        | Expr::Null { .. }
+        | Expr::Var { .. } => {}
+        Expr::Array { items, .. } | Expr::Set { items, .. } => {
+            items.iter().for_each(|item| in_expr(item, each));
+        }
+        Expr::Object { fields, .. } => {
+            for (_, key, value) in fields {
+                in_expr(key, each);
+                in_expr(value, each);
+            }
+        }
+        Expr::ArrayCompr { term, query, .. } | Expr::SetCompr { term, query, .. } => {
+            in_expr(term, each);
+            in_query(query, each);
+        }
+        Expr::ObjectCompr {
+            key, value, query, ..
+        } => {
+            in_expr(key, each);
+            in_expr(value, each);
+            in_query(query, each);
+        }
+        Expr::Call { fcn, params, .. } => {
+            in_expr(fcn, each);
+            params.iter().for_each(|item| in_expr(item, each));
+        }
+        Expr::UnaryExpr { expr, .. } => in_expr(expr, each),
+        Expr::RefDot { refr, .. } => in_expr(refr, each),
+        Expr::RefBrack { refr, index, .. } => {
+            in_expr(refr, each);
+            in_expr(index, each);
+        }
+        Expr::BinExpr { lhs, rhs, .. }
+        | Expr::BoolExpr { lhs, rhs, .. }
+        | Expr::ArithExpr { lhs, rhs, .. }
+        | Expr::AssignExpr { lhs, rhs, .. } => {
+            in_expr(lhs, each);
+            in_expr(rhs, each);
+        }
+        Expr::Membership {
+            key,
+            value,
+            collection,
+            ..
+        } => {
+            key.iter().for_each(|key| in_expr(key, each));
+            in_expr(value, each);
+            in_expr(collection, each);
+        }
+    }
+}
+
+pub(crate) fn in_literal<'m>(literal: &'m Literal, each: &mut dyn FnMut(&'m Expr)) {
+    match literal {
+        Literal::SomeVars { .. } => {}
+        Literal::SomeIn {
+            key,
+            value,
+            collection,
+            ..
+        } => {
+            key.iter().for_each(|key| in_expr(key, each));
+            in_expr(value, each);
+            in_expr(collection, each);
+        }
+        Literal::Expr { expr, .. } | Literal::NotExpr { expr, .. } => in_expr(expr, each),
+        Literal::Every { domain, query, .. } => {
+            in_expr(domain, each);
+            in_query(query, each);
+        }
+    }
+}
+
+pub(crate) fn in_query<'m>(query: &'m Query, each: &mut dyn FnMut(&'m Expr)) {
+    for statement in &query.stmts {
+        in_literal(&statement.literal, each);
+        for modifier in &statement.with_mods {
+            in_expr(&modifier.refr, each);
+            in_expr(&modifier.r#as, each);
+        }
+    }
+}
+
+/// Calls a function for each expression of a rule; for those of its head first, without the name.
+pub(crate) fn in_rule<'m>(rule: &'m Rule, each: &mut dyn FnMut(&'m Expr)) {
+    fn keys<'m>(refr: &'m Expr, each: &mut dyn FnMut(&'m Expr)) {
+        match refr {
+            Expr::RefDot { refr, .. } => keys(refr, each),
+            Expr::RefBrack { refr, index, .. } => {
+                keys(refr, each);
+                in_expr(index, each);
+            }
+            _ => {}
+        }
+    }
+    match rule {
+        Rule::Spec { head, bodies, .. } => {
+            match head {
+                RuleHead::Compr { refr, assign, .. } => {
+                    keys(refr, each);
+                    assign
+                        .iter()
+                        .for_each(|assign| in_expr(&assign.value, each));
+                }
+                RuleHead::Set { refr, key, .. } => {
+                    keys(refr, each);
+                    key.iter().for_each(|key| in_expr(key, each));
+                }
+                RuleHead::Func {
+                    refr, args, assign, ..
+                } => {
+                    keys(refr, each);
+                    args.iter().for_each(|argument| in_expr(argument, each));
+                    assign
+                        .iter()
+                        .for_each(|assign| in_expr(&assign.value, each));
+                }
+            }
+            for body in bodies {
+                body.assign
+                    .iter()
+                    .for_each(|assign| in_expr(&assign.value, each));
+                in_query(&body.query, each);
+            }
+        }
+        Rule::Default { value, .. } => in_expr(value, each),
+    }
+}
+
+pub(crate) fn for_each_expr<'m>(module: &'m Module, each: &mut dyn FnMut(&'m Expr)) {
+    for rule in &module.policy {
+        in_rule(rule, each);
+    }
+}
+
+/// Every variable in an expression that stands for a pattern.
+pub(crate) fn pattern(expr: &Expr, names: &mut BTreeSet<String>) {
+    match expr {
+        Expr::Var {
+            value: Value::String(name),
+            ..
+        } => _ = names.insert(name.to_string()),
+        Expr::Array { items, .. } => items.iter().for_each(|item| pattern(item, names)),
+        Expr::Object { fields, .. } => fields
+            .iter()
+            .for_each(|(_, _, value)| pattern(value, names)),
+        _ => {}
+    }
+}
+
+/// The variables that a statement declares for sure.
+pub(crate) fn binds(literal: &Literal, names: &mut BTreeSet<String>) {
+    match literal {
+        Literal::SomeIn { key, value, .. } => {
+            key.iter().for_each(|key| pattern(key, names));
+            pattern(value, names);
+        }
+        Literal::Expr { expr, .. } => {
+            if let Expr::AssignExpr {
+                op: AssignOp::ColEq,
+                lhs,
+                ..
+            } = expr.as_ref()
+            {
+                pattern(lhs, names);
+            }
+        }
+        Literal::Every { key, value, .. } => {
+            names.extend(key.iter().map(|span| span.text().to_owned()));
+            names.insert(value.text().to_owned());
+        }
+        Literal::SomeVars { .. } | Literal::NotExpr { .. } => {}
+    }
+}
+
+/// Calls a function for each statement of a rule, in comprehensions and `every` too.
+pub(crate) fn for_each_statement<'m>(rule: &'m Rule, each: &mut dyn FnMut(&'m LiteralStmt)) {
+    fn nested<'m>(query: &'m Query, each: &mut dyn FnMut(&'m LiteralStmt)) {
+        for statement in &query.stmts {
+            each(statement);
+            if let Literal::Every { query, .. } = &statement.literal {
+                nested(query, each);
+            }
+        }
+    }
+    let mut queries: Vec<&'m Query> = Vec::new();
+    if let Rule::Spec { bodies, .. } = rule {
+        queries.extend(bodies.iter().map(|body| body.query.as_ref()));
+    }
+    in_rule(rule, &mut |expr| match expr {
+        Expr::ArrayCompr { query, .. }
+        | Expr::SetCompr { query, .. }
+        | Expr::ObjectCompr { query, .. } => queries.push(query),
+        _ => {}
+    });
+    for query in queries {
+        nested(query, each);
+    }
+}
+
+/// Every name that a rule declares somewhere.
+pub(crate) fn declared(rule: &Rule, names: &mut BTreeSet<String>) {
+    if let Rule::Spec {
+        head: RuleHead::Func { args, .. },
+        ..
+    } = rule
+    {
+        args.iter().for_each(|argument| pattern(argument, names));
+    }
+    for_each_statement(rule, &mut |statement| {
+        binds(&statement.literal, names);
+        if let Literal::SomeVars { vars, .. } = &statement.literal {
+            names.extend(vars.iter().map(|span| span.text().to_owned()));
+        }
+    });
+}
+
+/// Adds the variables of an expression; the name of a function that is called is none.
+pub(crate) fn variables(expr: &Expr, names: &mut BTreeSet<String>, called: &mut BTreeSet<u32>) {
+    match expr {
+        Expr::Call { fcn, .. } => {
+            let mut root = fcn.as_ref();
+            while let Expr::RefDot { refr, .. } | Expr::RefBrack { refr, .. } = root {
+                root = refr.as_ref();
+            }
+            called.insert(root.span().start);
+        }
+        Expr::Var {
+            span,
+            value: Value::String(name),
+            ..
+        } if !called.contains(&span.start) => _ = names.insert(name.to_string()),
+        _ => {}
+    }
+}
+
+/// What a rule says of variables outside one statement: all that it mentions, those that something binds for
+/// sure, and those that something may bind.
+pub(crate) fn outside(
+    rule: &Rule,
+    statement: &LiteralStmt,
+    mentioned: &mut BTreeSet<String>,
+    sure: &mut BTreeSet<String>,
+    doubtful: &mut BTreeSet<String>,
+) {
+    let (from, to) = bounds(&statement.span);
+    let until = statement
+        .with_mods
+        .first()
+        .map_or(to, |modifier| bounds(&modifier.span).0);
+    let apart = |expr: &Expr| {
+        let (start, end) = bounds(expr.span());
+        end <= from || start >= until
+    };
+    let mut called = BTreeSet::new();
+    let mut doubts: Vec<&Expr> = Vec::new();
+    in_rule(rule, &mut |expr| {
+        if !apart(expr) {
+            return;
+        }
+        variables(expr, mentioned, &mut called);
+        match expr {
+            Expr::AssignExpr {
+                op: AssignOp::Eq,
+                lhs,
+                rhs,
+                ..
+            } => doubts.extend([lhs.as_ref(), rhs.as_ref()]),
+            Expr::RefBrack { index, .. } => doubts.push(index.as_ref()),
+            Expr::Call { params, .. } => doubts.extend(params.last().map(AsRef::as_ref)),
+            _ => {}
+        }
+    });
+    for doubt in doubts {
+        pattern(doubt, doubtful);
+    }
+    if let Rule::Spec {
+        head: RuleHead::Func { args, .. },
+        ..
+    } = rule
+    {
+        args.iter().for_each(|argument| pattern(argument, sure));
+    }
+    for_each_statement(rule, &mut |other| {
+        if bounds(&other.span) != (from, to) {
+            binds(&other.literal, sure);
+            if let Literal::Every { .. } = &other.literal {
+                let mut own = BTreeSet::new();
+                binds(&other.literal, &mut own);
+                mentioned.extend(own);
+            }
+        }
+    });
+}
