@@ -1,7 +1,9 @@
-//! The policy engine in process, from the bytes of a request to a decision, beside plain Cedar.
+//! The policy engines in process, from the bytes of a request to a decision, beside plain Cedar and
+//! plain regorus.
 
 use std::{
     hint::black_box,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -25,8 +27,9 @@ const STRANGERS: usize = 10;
 
 type Group = fn() -> Vec<Row>;
 
-const GROUPS: [(&str, Group); 2] = [
+const GROUPS: [(&str, Group); 3] = [
     ("in-process", in_process),
+    ("rego", rego),
     ("activation", crate::activation::rows),
 ];
 
@@ -127,18 +130,24 @@ pub struct Ours {
 
 impl Ours {
     pub fn new(rules: &str) -> Self {
-        let manifest = r#"{"format":1,"name":"bench","domain":"harbour","epoch":1,"version":"1.0.0","engine":"cedar",
-            "min_node_version":"0.1.0","created_at":"2026-09-21T00:00:00Z","min_fallback_epoch":1,
-            "classes":{"all":{"actions":["fs.read"],"stale_after_s":1000,
-            "restrict_after_s":2000,"close_after_s":3000,"when_restricted":"deny"}},"files":{}}"#;
+        Self::load(
+            "cedar",
+            BundleBuilder::new()
+                .file("schema.cedarschema", SCHEMA.into())
+                .file("policies/all.cedar", rules.into()),
+        )
+    }
+
+    fn load(engine: &str, files: BundleBuilder) -> Self {
+        let manifest = json!({"format": 1, "name": "bench", "domain": "harbour", "epoch": 1,
+            "version": "1.0.0", "engine": engine, "min_node_version": "0.1.0",
+            "created_at": "2026-09-21T00:00:00Z", "min_fallback_epoch": 1,
+            "classes": {"all": {"actions": ["fs.read"], "stale_after_s": 1000,
+            "restrict_after_s": 2000, "close_after_s": 3000, "when_restricted": "deny"}},
+            "files": {}});
         let authority = Authority::new("harbour", 1).expect("an authority");
         let bundle = authority
-            .load(
-                BundleBuilder::new()
-                    .file("manifest.json", manifest.into())
-                    .file("schema.cedarschema", SCHEMA.into())
-                    .file("policies/all.cedar", rules.into()),
-            )
+            .load(files.file("manifest.json", manifest.to_string().into_bytes()))
             .expect("a bundle");
         let caller = Caller {
             principal_type: "Service".into(),
@@ -153,6 +162,80 @@ impl Ours {
         let action = Action::parse(bytes, &self.caller).expect("an action");
         let evaluation = self.bundle.evaluate(&PolicyRequest::from(&action));
         evaluation.verdict == Verdict::Permit
+    }
+}
+
+/// Rules as data: for each agent and action the directories that are open to it.
+const REGO: &str = "package tidelock
+
+decision := {\"allow\": allow}
+
+default allow := false
+
+allow if {
+	some dir in data.rules[input.principal.id][input.action]
+	startswith(input.resource.attributes.path, dir)
+}
+";
+
+const REGO_INPUT: &str = r#"{"format":1,"actions":{"fs.read":{"principal":["Agent"],"resource":["File"],
+    "attributes":{"type":"object","properties":{"path":{"type":"string"}}}}}}"#;
+
+fn rego_data(count: usize) -> Value {
+    let rules: serde_json::Map<String, Value> = (0..count)
+        .map(|n| {
+            let rule = json!({"fs.read": [format!("/srv/team-{n}/")]});
+            (format!("agent-{n}"), rule)
+        })
+        .collect();
+    json!({"rules": rules})
+}
+
+/// The same rules through the Rego lane of a verified bundle.
+fn ours_in_rego(count: usize) -> Ours {
+    Ours::load(
+        "rego",
+        BundleBuilder::new()
+            .file("input-schema.json", REGO_INPUT.into())
+            .file("data.json", rego_data(count).to_string().into_bytes())
+            .file("policies/all.rego", REGO.into()),
+    )
+}
+
+/// What a program does that embeds the register machine of regorus as its documentation shows.
+struct PlainRego {
+    program: Arc<regorus::rvm::Program>,
+    data: regorus::Value,
+}
+
+impl PlainRego {
+    fn new(count: usize) -> Self {
+        let entry = "data.tidelock.decision";
+        let data = regorus::Value::from_json_str(&rego_data(count).to_string()).expect("data");
+        let mut engine = regorus::Engine::new();
+        engine
+            .add_policy("all.rego".to_owned(), REGO.to_owned())
+            .expect("rules");
+        engine.add_data(data.clone()).expect("data");
+        let policy = engine
+            .compile_with_entrypoint(&entry.into())
+            .expect("a policy");
+        let program =
+            regorus::languages::rego::compiler::Compiler::compile_from_policy(&policy, &[entry])
+                .expect("a program");
+        Self { program, data }
+    }
+
+    fn decide(&self, bytes: &[u8]) -> bool {
+        let mut value: Value = serde_json::from_slice(bytes).expect("json");
+        let path = value["resource"]["id"].clone();
+        value["resource"]["attributes"] = json!({ "path": path });
+        let mut machine = regorus::rvm::RegoVM::new();
+        machine.load_program(Arc::clone(&self.program));
+        machine.set_data(self.data.clone()).expect("data");
+        machine.set_input(value.into());
+        let said = machine.execute_entry_point_by_index(0).expect("a value");
+        said["allow"] == regorus::Value::Bool(true)
     }
 }
 
@@ -217,4 +300,28 @@ fn in_process() -> Vec<Row> {
         )
         .with(json!({"plain_cedar_10000_us": d, "plain_cedar_100_us": b})),
     ]
+}
+
+fn rego() -> Vec<Row> {
+    let few = requests(FEW);
+    let (ours, plain) = (ours_in_rego(FEW), PlainRego::new(FEW));
+    let text = "answers are checked before they are timed";
+    for (bytes, allowed) in &few {
+        assert_eq!(ours.decide(bytes), *allowed, "{text}");
+        assert_eq!(plain.decide(bytes), *allowed, "{text}");
+    }
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for _ in 0..SLICES {
+        a.push(p50(&few, &|bytes| ours.decide(bytes)));
+        b.push(p50(&few, &|bytes| plain.decide(bytes)));
+    }
+    let (a, b) = (median(a), median(b));
+    vec![Row::absolute(
+        "rego-100-as-data",
+        "us p50",
+        a,
+        Some(("plain regorus 0.14.1, register VM", b)),
+        "<= 30",
+        a <= 30.0,
+    )]
 }
