@@ -72,6 +72,12 @@ bench *AREA:
 schemathesis EXAMPLES="100":
     TIDELOCK_EXAMPLES={{EXAMPLES}} cargo test --workspace --locked --test schemathesis -- --nocapture
 
+# The peers of `just bench policy` that packages offer, into target/bench-peers; `wrk` is Debian's.
+bench-peers:
+    npm install --prefix target/bench-peers @cerbos/cerbos-linux-x64@0.55.0
+    cargo install cedar-agent@0.2.0 --locked --root target/bench-peers
+    wrk -v | head -1
+
 # Congestion control on bad links, in virtual time: cubic, bbr and edge on six rungs, two flows on one link, and loopback.
 ladder:
     cargo test --release --locked -p tidelock-transport --test congestion -- --ignored --nocapture --test-threads=1

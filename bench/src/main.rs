@@ -5,6 +5,7 @@
 
 mod activation;
 mod decide;
+mod doors;
 mod peers;
 mod policy;
 mod report;

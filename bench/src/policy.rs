@@ -3,6 +3,7 @@
 
 use std::{
     hint::black_box,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +17,7 @@ use tidelock_policy::{
     BundleBuilder, Engine, PolicyRequest, Verdict, VerifiedBundle, testing::Authority,
 };
 
-use crate::{Row, median};
+use crate::{Row, doors, in_turn, median};
 
 const SLICES: usize = 5;
 const SLICE: Duration = Duration::from_millis(600);
@@ -25,12 +26,14 @@ const MANY: usize = 10_000;
 /// Principals beyond those that a rule knows, so that some requests are denied.
 const STRANGERS: usize = 10;
 
-type Group = fn() -> Vec<Row>;
+type Group = fn(&Path) -> Vec<Row>;
 
-const GROUPS: [(&str, Group); 3] = [
-    ("in-process", in_process),
-    ("rego", rego),
-    ("activation", crate::activation::rows),
+const GROUPS: [(&str, Group); 5] = [
+    ("in-process", |_| in_process()),
+    ("rego", |_| rego()),
+    ("activation", |_| crate::activation::rows()),
+    ("http", doors::over_http),
+    ("start", doors::start),
 ];
 
 pub fn groups() -> impl Iterator<Item = &'static str> {
@@ -38,15 +41,23 @@ pub fn groups() -> impl Iterator<Item = &'static str> {
 }
 
 pub fn rows(only: Option<&str>) -> Vec<Row> {
-    GROUPS
-        .iter()
-        .filter(|(name, _)| only.is_none_or(|only| name.contains(only)))
-        .flat_map(|(_, group)| group())
-        .collect()
+    in_turn(&GROUPS, only, |group, dir| group(dir))
 }
 
 pub const SCHEMA: &str = "entity Agent; entity File = { path: String, name: String, dir: String };
 action \"fs.read\" appliesTo { principal: [Agent], resource: [File] };";
+
+/// The manifest of a bundle for the one action that is asked about.
+pub fn manifest(engine: &str) -> Vec<u8> {
+    json!({"format": 1, "name": "bench", "domain": "harbour", "epoch": 1,
+        "version": "1.0.0", "engine": engine, "min_node_version": "0.1.0",
+        "created_at": "2026-09-21T00:00:00Z", "min_fallback_epoch": 1,
+        "classes": {"all": {"actions": ["fs.read"], "stale_after_s": 1000,
+        "restrict_after_s": 2000, "close_after_s": 3000, "when_restricted": "deny"}},
+        "files": {}})
+    .to_string()
+    .into_bytes()
+}
 
 /// So many rules, each for an agent of its own and the directory of its team.
 pub fn rules(count: usize) -> String {
@@ -71,10 +82,15 @@ fn request(n: usize) -> Vec<u8> {
     .into_bytes()
 }
 
+/// Whom to ask about: the agents of all rules, and some that none permits.
+pub fn questions(count: usize) -> impl Iterator<Item = (usize, bool)> {
+    (0..count + STRANGERS).map(move |n| (n, n < count))
+}
+
 /// Requests over all rules, and some that none permits.
 pub fn requests(count: usize) -> Vec<(Vec<u8>, bool)> {
-    (0..count + STRANGERS)
-        .map(|n| (request(n), n < count))
+    questions(count)
+        .map(|(n, allowed)| (request(n), allowed))
         .collect()
 }
 
@@ -139,15 +155,9 @@ impl Ours {
     }
 
     fn load(engine: &str, files: BundleBuilder) -> Self {
-        let manifest = json!({"format": 1, "name": "bench", "domain": "harbour", "epoch": 1,
-            "version": "1.0.0", "engine": engine, "min_node_version": "0.1.0",
-            "created_at": "2026-09-21T00:00:00Z", "min_fallback_epoch": 1,
-            "classes": {"all": {"actions": ["fs.read"], "stale_after_s": 1000,
-            "restrict_after_s": 2000, "close_after_s": 3000, "when_restricted": "deny"}},
-            "files": {}});
         let authority = Authority::new("harbour", 1).expect("an authority");
         let bundle = authority
-            .load(files.file("manifest.json", manifest.to_string().into_bytes()))
+            .load(files.file("manifest.json", manifest(engine)))
             .expect("a bundle");
         let caller = Caller {
             principal_type: "Service".into(),
