@@ -29,7 +29,9 @@ pub use self::callers::{
 };
 use self::reader::Section;
 pub(crate) use self::reader::parse_bytes;
-use crate::worker::limits::{DEADLINE_MS, DEADLINE_MS_RANGE};
+use crate::worker::limits::{
+    DEADLINE_MS, DEADLINE_MS_RANGE, PROOF_DEADLINE_MS, PROOF_DEADLINE_MS_RANGE,
+};
 
 /// The smallest ceiling a node starts with, in bytes: one active log file, one segment being
 /// sealed, the reserve and the policy slots have to fit beside each other.
@@ -143,6 +145,10 @@ pub struct PolicySection {
     /// Let the worker go without a filter of system calls where the kernel has none (loud, off by
     /// default).
     pub allow_worker_without_seccomp: bool,
+    /// The solver that proves bundles; without it the system's places are looked at.
+    pub solver: Option<PathBuf>,
+    /// Milliseconds that proving one bundle may take.
+    pub proof_deadline_ms: u64,
 }
 
 /// The mesh of peers.
@@ -465,6 +471,12 @@ impl Config {
         let trust = s.required_path("trust");
         let worker_deadline_ms = s.integer("worker_deadline_ms", DEADLINE_MS, DEADLINE_MS_RANGE);
         let allow_worker_without_seccomp = s.boolean("allow_worker_without_seccomp", false);
+        let solver = s.optional_path("solver");
+        let proof_deadline_ms = s.integer(
+            "proof_deadline_ms",
+            PROOF_DEADLINE_MS,
+            PROOF_DEADLINE_MS_RANGE,
+        );
         s.finish();
 
         let mut s = top.section("beacon");
@@ -778,6 +790,8 @@ impl Config {
                     trust,
                     worker_deadline_ms,
                     allow_worker_without_seccomp,
+                    solver,
+                    proof_deadline_ms,
                 },
                 mesh: MeshSection {
                     listen,

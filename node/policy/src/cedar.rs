@@ -15,6 +15,7 @@ use cedar_policy::{
     EvalResult, Policy, PolicyId, PolicySet, Request, Schema, SlotId, Template, ValidationMode,
     Validator, schema_str_to_json_with_resolved_types,
 };
+use cedar_policy_core::ast::{Expr, ExprKind};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -81,6 +82,7 @@ impl CedarEngine {
             .collect();
 
         let policies = parse_policies(files)?;
+        check_no_extensions(&policies)?;
         let validator = Validator::new(schema);
         let (level, odd) = validate(&validator, &policies)?;
         warnings.extend(odd);
@@ -169,6 +171,11 @@ impl CedarEngine {
     #[must_use]
     pub fn actions(&self) -> BTreeSet<String> {
         self.actions.keys().cloned().collect()
+    }
+
+    /// How many steps from entity to entity the policies look, and how many entities the bundle has.
+    pub(crate) fn reach(&self) -> (u32, usize) {
+        (self.level, self.entities.iter().count())
     }
 
     /// Whether the schema declares this member of an action's context.
@@ -387,6 +394,9 @@ impl Declared {
         let Value::Object(namespaces) = &resolved else {
             return Err(BundleError::schema(SCHEMA, "the schema is not an object"));
         };
+        if names_extension(&resolved) {
+            return Err(BundleError::schema(SCHEMA, NO_EXTENSIONS));
+        }
         if let Some(named) = namespaces.keys().find(|name| !name.is_empty()) {
             return Err(BundleError::schema(
                 SCHEMA,
@@ -484,6 +494,63 @@ pub(crate) fn policy_texts(files: &Files) -> Result<BTreeMap<String, String>, Bu
         .policies()
         .map(|policy| (id_of(policy.id()).to_owned(), text(policy)))
         .collect())
+}
+
+/// The policies that decide, those made from templates written out.
+pub(crate) fn static_policies(files: &Files) -> Result<PolicySet, BundleError> {
+    let mut written = PolicySet::new();
+    for policy in parse_policies(files)?.policies() {
+        let refuse = |message: String| {
+            BundleError::format(clip(&format!("policy `{}`: {message}", id_of(policy.id()))))
+        };
+        let written_out = if policy.is_static() {
+            policy.clone()
+        } else {
+            let json = policy.to_json().map_err(|error| refuse(chain(&error)))?;
+            Policy::from_json(Some(policy.id().clone()), json)
+                .map_err(|error| refuse(chain(&error)))?
+        };
+        written
+            .add(written_out)
+            .map_err(|error| refuse(chain(&error)))?;
+    }
+    Ok(written)
+}
+
+/// The engine's library is compiled with extension types, for the prover's sake; bundles have none.
+fn check_no_extensions(policies: &PolicySet) -> Result<(), BundleError> {
+    let uses = |expr: &Expr| {
+        expr.subexpressions()
+            .any(|part| matches!(part.expr_kind(), ExprKind::ExtensionFunctionApp { .. }))
+    };
+    let templates = policies
+        .templates()
+        .map(|t| (t.id(), t.as_ref().condition()));
+    let all = policies
+        .policies()
+        .map(|p| (p.id(), p.as_ref().condition()));
+    match all.chain(templates).find(|(_, condition)| uses(condition)) {
+        None => Ok(()),
+        Some((id, _)) => Err(BundleError::schema(
+            "policies",
+            format!("policy `{}`: {NO_EXTENSIONS}", id_of(id)),
+        )),
+    }
+}
+
+const NO_EXTENSIONS: &str =
+    "extension types (`ip`, `decimal`, `datetime`, `duration`) are not known here";
+
+/// Whether an extension type stands anywhere in a schema in its resolved form.
+fn names_extension(declared: &Value) -> bool {
+    match declared {
+        Value::Object(map) => {
+            map.get("type").and_then(Value::as_str) == Some("Extension")
+                || map.values().any(names_extension)
+        }
+        Value::Array(items) => items.iter().any(names_extension),
+        _ => false,
+    }
 }
 
 fn parse_policies(files: &Files) -> Result<PolicySet, BundleError> {

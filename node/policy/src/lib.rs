@@ -31,6 +31,7 @@ mod nesting;
 mod opa;
 mod package;
 mod posture;
+mod prover;
 mod rego;
 mod rego_builtins;
 mod rego_host;
@@ -50,6 +51,7 @@ pub mod testing;
 mod trust;
 mod validity;
 mod values;
+mod widening;
 
 pub use archive::{DATA, ENTITIES, INPUT_SCHEMA, LINKS, MANIFEST, SCHEMA};
 pub use aside::{AsideCause, SetAside};
@@ -68,6 +70,7 @@ pub use manifest::{ClassLimits, Manifest, WhenRestricted};
 pub use opa::{OpaError, OpaFile, OpaFiles, OpaImport, OpaKey, OpaProblem, OpaReport, import_opa};
 pub use package::{ContentId, Package, decode_signature, sign};
 pub use posture::{Posture, posture};
+pub use prover::{Question, Questions, confirm, questions};
 pub use rego::{REGO_ENTRY, RegoEngine};
 pub use release::{ReleaseError, ReleaseStep, VerifiedRelease, lock_fingerprint, verify_release};
 pub use request::{Engine, Evaluation, Failure, Lanes, PolicyRequest, Verdict};
@@ -81,3 +84,4 @@ pub use slots::{
 pub use template::{Starter, starter, template};
 pub use trust::{ActivationRules, BlockOn, KeyInfo, Quorum, Role, TrustError, TrustFile};
 pub use validity::{Validity, WhenExpired};
+pub use widening::{Confirm, Counterexample, Solve, WhyUnproven, Widening, compare_limits, settle};

@@ -18,7 +18,7 @@ use crate::{
     config::Config,
     run::callers::DoorPapers,
     sealing::key_bytes,
-    worker::{Terms, limits::MEMORY_BYTES, probe},
+    worker::{Solver, Terms, limits::MEMORY_BYTES, probe, solver_version},
 };
 
 /// Expiry is worth a word from here on.
@@ -212,6 +212,27 @@ fn files(config: &Config, findings: &mut Findings) {
         }
         Err(why) => findings.add("policy", Grade::Bad, why),
     }
+    let solver = Solver::find(config.policy.solver.as_deref());
+    match solver.and_then(|solver| Ok((solver_version(&solver, terms)?, solver))) {
+        Ok((version, solver)) => findings.add(
+            "policy",
+            Grade::Good,
+            format!(
+                "bundles are proved not to permit more by {}, version {version}, within {} ms",
+                solver.path().display(),
+                config.policy.proof_deadline_ms
+            ),
+        ),
+        Err(why) => findings.add(
+            "policy",
+            // Who names one wants it; who names none may do without.
+            match config.policy.solver {
+                Some(_) => Grade::Bad,
+                None => Grade::Note,
+            },
+            format!("no bundle can be proved not to permit more: {why}"),
+        ),
+    }
     let trust_path = &config.policy.trust;
     findings.result(
         "policy",
@@ -219,8 +240,14 @@ fn files(config: &Config, findings: &mut Findings) {
             .map_err(|e| format!("{}: {e}", trust_path.display()))
             .and_then(|text| TrustFile::parse(&text).map_err(|e| e.to_string())),
         |trust| {
+            let widening = match trust.activation().widening_threshold {
+                Some(needed) => {
+                    format!("{needed} for a bundle that is not proved to permit no more")
+                }
+                None => "no more for a bundle that permits more".to_owned(),
+            };
             format!(
-                "trust file for domain {}, {} signature(s) needed",
+                "trust file for domain {}, {} signature(s) needed, {widening}",
                 trust.domain(),
                 trust.threshold()
             )

@@ -189,6 +189,9 @@ pub enum Command {
         /// Go on where the kernel takes no filter of system calls.
         #[arg(long)]
         allow_without_seccomp: bool,
+        /// Become this solver, confined.
+        #[arg(long)]
+        solver: Option<PathBuf>,
     },
     /// Print the JSON Schema (draft 2020-12) of something that people or programs write.
     #[command(
@@ -254,6 +257,14 @@ fn run(command: Command, output: &Output) -> Result<Exit, Failure> {
         Command::PolicyWorker {
             cpu_seconds,
             allow_without_seccomp,
+            solver: Some(solver),
+        } => {
+            match crate::worker::child::become_solver(&solver, cpu_seconds, allow_without_seccomp)? {}
+        }
+        Command::PolicyWorker {
+            cpu_seconds,
+            allow_without_seccomp,
+            solver: None,
         } => {
             crate::worker::child::main(cpu_seconds, allow_without_seccomp)?;
             Ok(Exit::Done)

@@ -1,17 +1,25 @@
 //! `tidelock policy …`
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
-use tidelock_policy::{Changes, Difference, difference};
+use tidelock_policy::{Changes, Difference, Widening, compare_limits, difference};
 
 use super::{
     ConfigArg, Exit, Failure, Output,
     bundle::{PackageArgs, read_archive},
     node,
     output::table,
+};
+use crate::{
+    clock::wall_unix_ms,
+    worker::{
+        ProofTerms,
+        limits::{PROOF_DEADLINE_MS, PROOF_DEADLINE_MS_RANGE},
+        prove_policies,
+    },
 };
 
 /// What to do with the policy of a running node.
@@ -65,6 +73,28 @@ pub enum PolicyCommand {
     /// would come out otherwise.
     #[command(after_help = "Example:\n  tidelock policy replay site-2.tar --replay 200")]
     Replay(PlanArgs),
+    /// Prove that a bundle permits nothing that another does not, with the solver `cvc5`. Ends with 1 if it
+    /// permits more, with a request that shows it, or if nothing could be proved. Nothing is said about who
+    /// signed them.
+    #[command(
+        after_help = "Examples:\n  tidelock policy prove site-1.tar site-2.tar\n  \
+                      tidelock policy prove site-1.tar site-2.tar --solver /opt/cvc5/bin/cvc5 --json\n\n\
+                      What is proved and what is not: docs/src/policy.md"
+    )]
+    Prove {
+        /// The archive that decides now.
+        #[arg(value_hint = ValueHint::FilePath)]
+        before: PathBuf,
+        /// The archive that would.
+        #[arg(value_hint = ValueHint::FilePath)]
+        after: PathBuf,
+        /// The solver; without it /usr/bin/cvc5 and /usr/local/bin/cvc5 are looked at.
+        #[arg(long, value_hint = ValueHint::FilePath)]
+        solver: Option<PathBuf>,
+        /// Milliseconds that it may take.
+        #[arg(long, default_value_t = PROOF_DEADLINE_MS, value_parser = clap::value_parser!(u64).range(PROOF_DEADLINE_MS_RANGE))]
+        deadline_ms: u64,
+    },
     /// What one bundle changes against another. Ends with 1 if they differ. Nothing is said about
     /// who signed them.
     #[command(after_help = "Example:\n  tidelock policy diff site-1.tar site-2.tar")]
@@ -112,7 +142,11 @@ pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failu
             Ok(Exit::Done)
         }
         PolicyCommand::Replay(args) => {
-            let plan = node::operate(&args.config, "policy.plan", &args.body()?, false)?;
+            let mut body = args.body()?;
+            if let Some(fields) = body.as_object_mut() {
+                fields.insert("prove".to_owned(), false.into());
+            }
+            let plan = node::operate(&args.config, "policy.plan", &body, false)?;
             let replay = plan.get("replay").cloned().unwrap_or_default();
             output.say(&replay, || describe_replay(&replay).join("\n"));
             let flips = |key: &str| replay.get(key).and_then(Value::as_u64).unwrap_or_default();
@@ -146,6 +180,26 @@ pub(super) fn run(command: PolicyCommand, output: &Output) -> Result<Exit, Failu
                 false => describe_rollback(&answer),
             });
             Ok(Exit::Done)
+        }
+        PolicyCommand::Prove {
+            before,
+            after,
+            solver,
+            deadline_ms,
+        } => {
+            let terms = ProofTerms {
+                deadline: Duration::from_millis(deadline_ms),
+                solver,
+                ..ProofTerms::default()
+            };
+            let (before, after) = (read_archive(&before)?, read_archive(&after)?);
+            let said = compare_limits(&before, &after, wall_unix_ms())?
+                .unwrap_or_else(|| prove_policies(&before, &after, &terms));
+            output.say(&said, || said.to_string());
+            Ok(match said {
+                Widening::NotWider => Exit::Done,
+                _ => Exit::Failed,
+            })
         }
         PolicyCommand::Diff { before, after } => {
             let found = difference(&read_archive(&before)?, &read_archive(&after)?)?;
@@ -310,6 +364,13 @@ fn describe_plan(plan: &Value) -> String {
     let changes = plan.get("changes").cloned().unwrap_or_default();
     if let Ok(Some(changes)) = serde_json::from_value::<Option<Difference>>(changes) {
         lines.extend(describe_difference(&changes));
+    }
+    let widening = plan.get("widening").cloned().unwrap_or_default();
+    lines.push(format!("widening  {}", word(&widening, "text")));
+    if let Some(needed) = widening.get("signatures_needed").and_then(Value::as_u64) {
+        lines.push(format!(
+            "refused   as it is: the trust file asks for {needed} signatures for that"
+        ));
     }
     lines.extend(describe_replay(
         &plan.get("replay").cloned().unwrap_or_default(),

@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, AsideCause, BlockOn, Role, VerifiedBundle,
+    Activation, ActivationKind, AsideCause, BlockOn, Role, VerifiedBundle, Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
 use tidelock_segments::{Charge, NodeId, SegmentId, SegmentRef, VerifiedSegment};
@@ -32,6 +32,14 @@ use crate::worker::For;
 const SELF_CHECK_MAX: Duration = Duration::from_secs(2);
 /// Before a question is asked again.
 const SELF_CHECK_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why a bundle of a peer waits for an operator, or for more signatures.
+const WAITS_FOR_AN_OPERATOR: [&str; 4] = [
+    "POLICY_FLIPS",
+    "POLICY_REPLAY",
+    "WIDER_UNSIGNED",
+    "WIDENING_UNPROVEN",
+];
 
 /// Bundles of peers that wait for an operator and are told, about 700 bytes each (INV-07).
 const WAITING_MAX: usize = 16;
@@ -67,6 +75,8 @@ impl<'a> Order<'a> {
 
 /// What a bundle has passed before the switch.
 pub(super) struct Passed {
+    /// What is known of its permitting more than the one before.
+    widening: Widening,
     /// Flips that would have blocked, and that an operator accepted.
     accepted: Option<Replay>,
 }
@@ -83,6 +93,7 @@ struct Kept {
 /// A bundle that began to decide, and passed its self-check.
 pub(super) struct Activated {
     pub(super) activation: Activation,
+    widening: Widening,
     accepted: Option<Value>,
     undo: Value,
 }
@@ -97,6 +108,7 @@ impl Activated {
             "hash": activation.content_id,
             "kind": activation.kind,
             "replaced_epoch": activation.replaced.as_ref().map(|(epoch, _)| *epoch),
+            "widening": self.widening.word(),
             "accepted_flips": self.accepted,
             "undo": self.undo,
         })
@@ -198,6 +210,7 @@ impl Node {
             self.clock.raise_by_signed(created_unix_ms);
         }
         let activated = Activated {
+            widening: passed.widening,
             accepted: passed.accepted.map(Replay::counts),
             undo: undo_of(&self.slots),
             activation,
@@ -243,11 +256,14 @@ impl Node {
             .floor()
             .is_some_and(|floor| floor.content_id == *bundle.content_id());
         if was_activated && self.slots.aside().is_none() {
-            return Ok(Passed { accepted: None });
+            return Ok(Passed {
+                widening: Widening::NotWider,
+                accepted: None,
+            });
         }
-        self.check_widening(bundle)?;
+        let widening = self.widening_gate(bundle, order.asker)?;
         let accepted = self.check_flips(bundle, order)?;
-        Ok(Passed { accepted })
+        Ok(Passed { widening, accepted })
     }
 
     /// What was set aside here comes back by an operator's plan alone.
@@ -273,27 +289,6 @@ impl Node {
             "PLAN_STALE",
             "what would be activated, what it would replace, who signed it or which flips are accepted is \
              not what the plan said: look at a new plan",
-        ))
-    }
-
-    /// The widening gate: whether enough keys signed a bundle that may permit more than the one that
-    /// decides. Nothing proves here that one does not, so the rule of the trust file is asked of each.
-    fn check_widening(&self, bundle: &VerifiedBundle) -> Result<(), Denied> {
-        let trust = self.activation_rules()?;
-        let Some(needed) = trust.widening_threshold else {
-            return Ok(());
-        };
-        // Keys of an emergency have a threshold of their own.
-        if bundle.manifest().role == Role::BreakGlass || bundle.signers().len() >= needed {
-            return Ok(());
-        }
-        Err(Denied::local(
-            "POLICY_WIDENING",
-            format!(
-                "it is not proved to permit nothing new, {} keys signed it, and the trust file asks for \
-                 {needed} (activation.widening_signatures): have it signed by more",
-                bundle.signers().len()
-            ),
         ))
     }
 
@@ -473,7 +468,7 @@ impl Node {
         segment: &VerifiedSegment,
         denied: &Denied,
     ) {
-        let waits = ["POLICY_FLIPS", "POLICY_REPLAY", "POLICY_WIDENING"].contains(&denied.code);
+        let waits = WAITS_FOR_AN_OPERATOR.contains(&denied.code);
         let name = segment.header().origin.policy_name().filter(|_| waits);
         let is_news = match name {
             None => true,

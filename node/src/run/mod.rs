@@ -22,6 +22,7 @@ mod rollback;
 mod seen;
 mod self_check;
 mod trust;
+mod widening;
 
 use std::{path::Path, sync::Arc, time::Duration};
 

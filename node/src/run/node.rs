@@ -52,7 +52,7 @@ use crate::{
     clock::{NodeClock, PersistedFloor, ThreadAccount, thread_cpu},
     config::{Config, QuotaSection},
     sealing::seal_options,
-    worker::{For, KeptPasses, Terms, Vetter},
+    worker::{For, KeptPasses, ProofTerms, Prover, Terms, Vetter},
 };
 
 /// How long an operator's act waits for its record.
@@ -127,6 +127,7 @@ pub(super) struct Node {
     pub(super) context: LoadContext,
     /// Every bundle is compiled in a worker before it is compiled here.
     pub(super) vetter: Vetter,
+    pub(super) prover: Prover,
     pub(super) authorities: ArcSwapOption<Trust>,
     pub(super) revocation: Arc<Revocation>,
     pub(super) tls: ArcSwapOption<MeshTls>,
@@ -202,6 +203,15 @@ pub(super) fn worker_terms(config: &Config) -> Terms {
     Terms {
         deadline: Duration::from_millis(config.policy.worker_deadline_ms),
         allow_without_seccomp: config.policy.allow_worker_without_seccomp,
+    }
+}
+
+/// How bundles are proved by this config.
+pub(super) fn proof_terms(config: &Config) -> ProofTerms {
+    ProofTerms {
+        deadline: Duration::from_millis(config.policy.proof_deadline_ms),
+        allow_without_seccomp: config.policy.allow_worker_without_seccomp,
+        solver: config.policy.solver.clone(),
     }
 }
 
@@ -388,6 +398,7 @@ impl Node {
             trust_seen: Mutex::default(),
             context,
             vetter,
+            prover: Prover::default(),
             authorities: ArcSwapOption::empty(),
             revocation,
             tls: ArcSwapOption::empty(),

@@ -78,6 +78,7 @@ impl Node {
                        "hash": current.bundle().content_id()})
             }),
             "changes": changes,
+            "widening": self.plan_widening(&bundle, body),
             "replay": replay.told(),
         }))
     }

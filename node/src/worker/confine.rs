@@ -19,7 +19,10 @@ use rustix::{
 use seccompiler::{BpfProgram, TargetArch, apply_filter, compile_from_json};
 use serde_json::{Value, json};
 
-use super::{limits::MEMORY_BYTES, wire::Confinement};
+use super::{
+    limits::{MEMORY_BYTES, SOLVER_FILES_MAX, SOLVER_MEMORY_BYTES},
+    wire::Confinement,
+};
 
 /// Who a worker is where its node is root: the kernel's own overflow user, nobody.
 const NOBODY: u32 = 65_534;
@@ -33,6 +36,15 @@ const EXECUTABLE: u64 = 4;
 /// `CLONE_THREAD`.
 const THREAD: u64 = 0x0001_0000;
 
+/// What a process is confined for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ToBe {
+    /// To go on as this program.
+    Worker,
+    /// To become another one, a solver.
+    Solver,
+}
+
 /// A confined process: the evidence of it stays open.
 pub(super) struct Confined(File);
 
@@ -43,18 +55,26 @@ impl Confined {
     /// # Errors
     /// What could not be had. Without a filter of system calls it ends here unless
     /// `allow_without_seccomp`; whether there is one tells [`evidence`](Self::evidence).
-    pub(super) fn new(cpu_s: u64, allow_without_seccomp: bool) -> Result<Self, String> {
+    pub(super) fn new(
+        cpu_s: u64,
+        allow_without_seccomp: bool,
+        to_be: ToBe,
+    ) -> Result<Self, String> {
         // The kernel's word on this process; nothing can be opened later.
         let status = File::open("/proc/self/status").map_err(|e| format!("/proc: {e}"))?;
         // When memory is short this process goes first. Not every container lets one say so.
         let _ = fs::write("/proc/self/oom_score_adj", "1000");
         chdir("/").map_err(|e| format!("working directory: {e}"))?;
+        let (memory_bytes, files) = match to_be {
+            ToBe::Worker => (MEMORY_BYTES, 0),
+            ToBe::Solver => (SOLVER_MEMORY_BYTES, SOLVER_FILES_MAX),
+        };
         for (resource, most) in [
-            (Resource::As, MEMORY_BYTES),
+            (Resource::As, memory_bytes),
             (Resource::Cpu, cpu_s),
             (Resource::Core, 0),
             (Resource::Fsize, 0),
-            (Resource::Nofile, 0),
+            (Resource::Nofile, files),
         ] {
             limit(resource, most).map_err(|e| format!("limit {resource:?}: {e}"))?;
         }
@@ -78,7 +98,7 @@ impl Confined {
         set_dumpable_behavior(DumpableBehavior::NotDumpable)
             .map_err(|e| format!("dumpable: {e}"))?;
         set_no_new_privs(true).map_err(|e| format!("no_new_privs: {e}"))?;
-        if let Err(error) = filter(status.as_raw_fd())
+        if let Err(error) = filter(status.as_raw_fd(), to_be)
             && !allow_without_seccomp
         {
             return Err(format!(
@@ -140,9 +160,13 @@ fn become_nobody() -> rustix::io::Result<()> {
 }
 
 /// Installs the filter of system calls.
-fn filter(status: i32) -> Result<(), String> {
-    let rules = serde_json::to_vec(&rules(status)).map_err(|e| e.to_string())?;
+fn filter(status: i32, to_be: ToBe) -> Result<(), String> {
     let architecture = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| e.to_string())?;
+    let rules = match to_be {
+        ToBe::Worker => rules(status),
+        ToBe::Solver => solver_rules(architecture),
+    };
+    let rules = serde_json::to_vec(&rules).map_err(|e| e.to_string())?;
     let programs = compile_from_json(rules.as_slice(), architecture).map_err(|e| e.to_string())?;
     let program: &BpfProgram = programs.get("worker").ok_or("no program")?;
     apply_filter(program).map_err(|e| e.to_string())
@@ -184,32 +208,81 @@ fn rules(status: i32) -> Value {
             u64::try_from(getpid().as_raw_pid()).unwrap_or_default(),
         ),
     ];
-    calls.extend(
-        [
-            "brk",
-            "clock_gettime",
-            "close",
-            "exit",
-            "exit_group",
-            "futex",
-            "getpid",
-            "getrandom",
-            "gettid",
-            "madvise",
-            "mremap",
-            "munmap",
-            "restart_syscall",
-            "rseq",
-            "rt_sigaction",
-            "rt_sigprocmask",
-            "rt_sigreturn",
-            "sched_getaffinity",
-            "sched_yield",
-            "set_robust_list",
-            "sigaltstack",
-        ]
-        .map(|call| json!({"syscall": call})),
-    );
+    calls.extend(HARMLESS.map(|call| json!({"syscall": call})));
+    json!({"worker": {
+        "mismatch_action": {"errno": NO_SUCH_CALL},
+        "match_action": "allow",
+        "filter": calls,
+    }})
+}
+
+/// Calls that reach nothing outside of a process.
+const HARMLESS: [&str; 21] = [
+    "brk",
+    "clock_gettime",
+    "close",
+    "exit",
+    "exit_group",
+    "futex",
+    "getpid",
+    "getrandom",
+    "gettid",
+    "madvise",
+    "mremap",
+    "munmap",
+    "restart_syscall",
+    "rseq",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sched_getaffinity",
+    "sched_yield",
+    "set_robust_list",
+    "sigaltstack",
+];
+
+/// `O_WRONLY | O_RDWR | O_CREAT | O_TRUNC`.
+const WRITING: u64 = 0o1103;
+
+/// What a solver may ask besides, which is a program of its own that has yet to be started: to be
+/// executed, and to read its libraries. It writes to its output and nowhere else, and connects to nothing.
+fn solver_rules(architecture: TargetArch) -> Value {
+    let only = |call: &str, value: u64| json!({"syscall": call, "args": [{"index": 0, "type": "dword", "op": "eq", "val": value}]});
+    let mut calls = vec![
+        only("write", 1),
+        only("write", 2),
+        json!({"syscall": "openat",
+               "args": [{"index": 2, "type": "dword", "op": {"masked_eq": WRITING}, "val": 0}]}),
+        json!({"syscall": "clone",
+               "args": [{"index": 0, "type": "qword", "op": {"masked_eq": THREAD}, "val": THREAD}]}),
+    ];
+    // F_DUPFD, F_GETFD, F_SETFD, F_GETFL and F_DUPFD_CLOEXEC, for a solver that a script starts.
+    calls.extend([0, 1, 2, 3, 1_030].map(|command| {
+        json!({"syscall": "fcntl",
+               "args": [{"index": 1, "type": "dword", "op": "eq", "val": command}]})
+    }));
+    calls.extend(HARMLESS.map(|call| json!({"syscall": call})));
+    let mut besides = vec![
+        "execve",
+        "faccessat",
+        "fstat",
+        "getcwd",
+        "getrusage",
+        "lseek",
+        "mmap",
+        "mprotect",
+        "newfstatat",
+        "pread64",
+        "prlimit64",
+        "read",
+        "readlinkat",
+        "set_tid_address",
+        "uname",
+    ];
+    if architecture == TargetArch::x86_64 {
+        besides.extend(["access", "arch_prctl", "readlink", "stat"]);
+    }
+    calls.extend(besides.into_iter().map(|call| json!({"syscall": call})));
     json!({"worker": {
         "mismatch_action": {"errno": NO_SUCH_CALL},
         "match_action": "allow",
@@ -224,10 +297,12 @@ mod tests {
     /// The names must exist on every machine that the program is built for.
     #[test]
     fn the_filter_compiles_on_every_target() {
-        let rules = serde_json::to_vec(&rules(3)).unwrap();
         for architecture in [TargetArch::x86_64, TargetArch::aarch64] {
-            let programs = compile_from_json(rules.as_slice(), architecture).unwrap();
-            assert!(!programs["worker"].is_empty());
+            for rules in [rules(3), solver_rules(architecture)] {
+                let rules = serde_json::to_vec(&rules).unwrap();
+                let programs = compile_from_json(rules.as_slice(), architecture).unwrap();
+                assert!(!programs["worker"].is_empty());
+            }
         }
     }
 }

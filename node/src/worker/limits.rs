@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tidelock_policy::limits::{PROOF_MODEL_BYTES_MAX, PROOF_QUESTION_BYTES_MAX};
+
 /// Milliseconds from the start of a worker to its end by force, where the config says nothing else. With what
 /// stands around it a refusal stays under two seconds. A thousand policies take a tenth of it on one
 /// small core; who has many thousand on a slow machine raises `policy.worker_deadline_ms`.
@@ -51,6 +53,29 @@ pub(super) const FAILED_FOR: Duration = Duration::from_secs(15);
 /// good one, and plans before they are acted upon.
 pub(super) const PASSED_MAX: usize = 8;
 
+/// Milliseconds that proving one bundle not wider may take in all, compiler and solver together, where the
+/// config says nothing else. Nothing waits for it but the bundle itself, and bundles behind it.
+pub(crate) const PROOF_DEADLINE_MS: u64 = 10_000;
+
+/// What `policy.proof_deadline_ms` may be.
+pub(crate) const PROOF_DEADLINE_MS_RANGE: std::ops::RangeInclusive<u64> = 500..=60_000;
+
+/// Address space of a solver, one at a time.
+pub(crate) const SOLVER_MEMORY_BYTES: u64 = 1 << 30;
+
+/// Files that a solver may have open: its own libraries while it starts.
+pub(super) const SOLVER_FILES_MAX: u64 = 16;
+
+/// Bytes of what a solver says: an answer for each kind of request, or one model.
+pub(super) const SOLVER_OUTPUT_BYTES_MAX: usize = PROOF_MODEL_BYTES_MAX;
+
+/// Verdicts about pairs of bundles that are remembered (INV-07), each with at most one counterexample of
+/// a few KiB.
+pub(super) const PROOFS_KEPT_MAX: usize = 16;
+
+const _: () = assert!(*PROOF_DEADLINE_MS_RANGE.start() <= PROOF_DEADLINE_MS);
+const _: () = assert!(PROOF_DEADLINE_MS <= *PROOF_DEADLINE_MS_RANGE.end());
+const _: () = assert!(PROOF_QUESTION_BYTES_MAX < ANSWER_BYTES_MAX);
 const _: () = assert!(*DEADLINE_MS_RANGE.start() <= DEADLINE_MS);
 const _: () = assert!(DEADLINE_MS <= *DEADLINE_MS_RANGE.end());
 const _: () = assert!(FAILED_FOR.as_secs() <= REFUSED_FOR.as_secs());

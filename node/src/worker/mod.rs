@@ -12,6 +12,8 @@ pub(crate) mod child;
 mod confine;
 pub(crate) mod limits;
 mod parent;
+mod proof;
+mod solver;
 mod wire;
 
 use std::{
@@ -30,6 +32,8 @@ use tidelock_policy::{
 };
 
 pub(crate) use self::parent::Terms;
+pub(crate) use self::proof::{ProofTerms, Prover, prove_policies};
+pub(crate) use self::solver::{Solver, version as solver_version};
 pub(crate) use self::wire::Confinement;
 use self::{
     limits::{FAILED_FOR, PASSED_MAX, REFUSED_FOR, REFUSED_MAX, START_DEADLINE, WAITING_MAX},

@@ -17,7 +17,7 @@ use super::{
 
 /// The program that runs now, also where another lies in its place by now: what examines a bundle is
 /// what will load it.
-const PROGRAM: &str = "/proc/self/exe";
+pub(super) const PROGRAM: &str = "/proc/self/exe";
 
 /// Between two looks whether a worker that said nothing more has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -56,7 +56,21 @@ impl WorkerError {
 }
 
 /// Ended and buried whatever happens.
-struct Worker(Child);
+pub(super) struct Worker(pub(super) Child);
+
+impl Worker {
+    /// How it ended, if it does so soon.
+    pub(super) fn ended_within(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let begun = Instant::now();
+        loop {
+            match self.0.try_wait() {
+                Ok(Some(status)) => return Some(status),
+                Ok(None) if begun.elapsed() < patience => std::thread::sleep(LOOK_EVERY),
+                _ => return None,
+            }
+        }
+    }
+}
 
 impl Drop for Worker {
     fn drop(&mut self) {

@@ -7,7 +7,10 @@ use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tidelock_policy::Examined;
+use tidelock_policy::{
+    Counterexample, Examined, Questions,
+    limits::{ARCHIVE_BYTES_MAX, PROOF_MODEL_BYTES_MAX},
+};
 
 /// What a worker is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,8 +25,37 @@ pub(crate) enum Ask {
     },
     /// Tell what the archive holds.
     Inspect,
+    /// What a solver has to be asked, so that the second archive is proved to permit nothing that the first
+    /// does not. They come as one, the first of this length.
+    Questions {
+        /// Bytes of the first.
+        before_bytes: usize,
+    },
+    /// Whether a solver's model shows a request that the second archive permits and the first does not. The model
+    /// follows the two.
+    Confirm {
+        /// Bytes of the first archive.
+        before_bytes: usize,
+        /// Bytes of the second.
+        after_bytes: usize,
+        /// The question.
+        about: String,
+        /// Which of its models.
+        number: usize,
+    },
     /// Nothing but to say how it is confined.
     Probe,
+}
+
+impl Ask {
+    /// Bytes of what comes after the question, at most.
+    pub(super) fn bytes_max(&self) -> usize {
+        match self {
+            Self::Examine { .. } | Self::Inspect | Self::Probe => ARCHIVE_BYTES_MAX,
+            Self::Questions { .. } => 2 * ARCHIVE_BYTES_MAX,
+            Self::Confirm { .. } => 2 * ARCHIVE_BYTES_MAX + PROOF_MODEL_BYTES_MAX,
+        }
+    }
 }
 
 /// What a worker answers.
@@ -44,6 +76,10 @@ pub(super) enum Verdict {
     Passed(Examined),
     /// What it holds.
     Inspected(Value),
+    /// What a solver has to be asked.
+    Questions(Questions),
+    /// The request that a model stands for, if both archives say so.
+    Confirmed(Option<Box<Counterexample>>),
     /// Nothing was asked.
     Probed,
     /// It does not pass.
