@@ -12,7 +12,9 @@ use tidelock_quota::Rate;
 /// [`SLOTS_DEFAULT`] of them: 16 MiB.
 pub const BODY_BYTES_MAX: usize = tidelock_interceptor::limits::MAX_BODY_BYTES;
 
-/// What gRPC puts before a message: whether it is compressed, and its length.
+/// What gRPC puts before a message: whether it is compressed, and its length. A check of Envoy is one
+/// message of at most [`BODY_BYTES_MAX`] in a slot's buffer; the one copy that reading makes is the
+/// request as parsed, which the interceptor's limits count.
 pub(crate) const GRPC_PREFIX_BYTES: usize = 5;
 
 /// Longest body of an operator's request (a bundle or a CRL travels in it). At most
@@ -228,6 +230,3 @@ const _: () = assert!(
         < 48 * 1024 - 1024
 );
 const _: () = assert!(BODY_BYTES_MAX <= H2_STREAM_WINDOW_BYTES as usize);
-// A check of Envoy is one message of at most a request's length in a slot's buffer; what is read of it
-// is copied once.
-const _: () = assert!(GRPC_PREFIX_BYTES < 1024);
