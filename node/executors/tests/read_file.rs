@@ -109,3 +109,23 @@ fn a_link_put_there_after_the_decision_leads_nowhere() {
     symlink("/etc/hostname", &path).unwrap();
     assert!(matches!(door.execute(permit), Err(ExecuteError::Io { .. })));
 }
+
+/// Decision points upstream have a cache of answers; executors have none, whatever fails.
+#[test]
+fn what_an_executor_answered_before_never_stands_in_for_what_it_cannot_do_now() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().canonicalize().unwrap();
+    let door = ReadFile::new(&root, 1_000).unwrap();
+    let path = root.join("notes.txt");
+    let read = || door.execute(permit("fs.read", path.to_str().unwrap()));
+    fs::write(&path, b"first").unwrap();
+    assert_eq!(read().unwrap().output, b"first", "positive control");
+    fs::write(&path, b"second").unwrap();
+    assert_eq!(read().unwrap().output, b"second");
+    fs::remove_file(&path).unwrap();
+    for _ in 0..10 {
+        assert!(matches!(read(), Err(ExecuteError::Io { .. })));
+    }
+    fs::write(&path, b"third").unwrap();
+    assert_eq!(read().unwrap().output, b"third");
+}

@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue, RETRY_AFTER};
+use hyper::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER};
 use hyper::{HeaderMap, Method, Request, StatusCode};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -30,14 +30,13 @@ use crate::routes::{
 use crate::slots::Slot;
 use crate::wire::{
     AuthzenConfiguration, AuthzenEvaluation, AuthzenEvaluations, AuthzenRequest, AuthzenSearch,
-    Problem,
+    Problem, REQUEST_ID,
 };
 
 const CONFIGURATION: &str = "/.well-known/authzen-configuration";
 const EVALUATION: &str = "/access/v1/evaluation";
 const EVALUATIONS: &str = "/access/v1/evaluations";
 const SEARCH: &str = "/access/v1/search/";
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Whether a path is of this protocol.
 pub(crate) fn is_ours(path: &str) -> bool {
@@ -413,6 +412,13 @@ fn decision(answer: &Answer) -> AuthzenEvaluation {
     if answer.decision == Decision::Hold {
         add("hold", Some(true.into()));
     }
+    add(
+        "consult",
+        answer
+            .consult
+            .as_ref()
+            .and_then(|consult| serde_json::to_value(consult).ok()),
+    );
     add("window", answer.window.clone().map(Value::from));
     add("retry_after_ms", answer.retry_after_ms.map(Value::from));
     add(

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use tidelock_interceptor::limits::CONSULT_WAIT;
 use tidelock_quota::Rate;
 
 /// Longest body of a decide or explain request: what the interceptor takes. One such buffer a concurrency slot, so at most
@@ -79,8 +80,9 @@ pub const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(75);
 pub const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 
 /// A decision that has not come back by then is given up and answered 503. The interceptor gives
-/// up by itself before that; this is for when nobody ticks it.
-pub const DECISION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
+/// up by itself before that; this is for when nobody ticks it. Longer than a decision point upstream may
+/// be waited for.
+pub const DECISION_TIMEOUT_DEFAULT: Duration = CONSULT_WAIT.saturating_add(Duration::from_secs(1));
 
 /// An AuthZEN request begins no further evaluation after this. What was begun may take another
 /// [`DECISION_TIMEOUT_DEFAULT`] each; the rest is answered `false`.
@@ -190,6 +192,9 @@ pub const REQUESTS_DEFAULT: Rate = Rate {
 /// Longest response that the client module reads.
 pub const CLIENT_RESPONSE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
+/// Longest head of a response that the client module reads, and its buffer of a connection.
+pub const CLIENT_HEAD_BYTES_MAX: usize = 64 * 1024;
+
 /// Idle connections that one client keeps.
 pub const CLIENT_IDLE_MAX: usize = 64;
 
@@ -214,7 +219,10 @@ const _: () = assert!(SLOTS_PER_PRINCIPAL_DEFAULT < SLOTS_DEFAULT);
 const _: () = assert!(SLOTS_DEFAULT <= SLOTS_MAX);
 const _: () = assert!(CONNECTIONS_DEFAULT <= CONNECTIONS_MAX && STRANGERS_DEFAULT > 0);
 const _: () = assert!(
-    DECISION_TIMEOUT_DEFAULT.as_millis() > tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
+    DECISION_TIMEOUT_DEFAULT.as_millis()
+        > CONSULT_WAIT.as_millis()
+            + tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
+            + 2 * tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
 );
 const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);

@@ -858,7 +858,11 @@ pub(crate) fn status_of(decision: Decision, reason: Reason) -> StatusCode {
             Reason::AuditUnavailable
             | Reason::AuditCapacity
             | Reason::EngineExhausted
-            | Reason::PostureClosed,
+            | Reason::PostureClosed
+            | Reason::ConsultUnreachable
+            | Reason::ConsultTimeout
+            | Reason::ConsultInvalid
+            | Reason::ConsultBusy,
         ) => StatusCode::SERVICE_UNAVAILABLE,
         (Decision::Deny, _) => StatusCode::FORBIDDEN,
     }

@@ -4,9 +4,13 @@
 //! and strictly (INV-15), and its answer is serialised as it is. [`DecideRequest`] and
 //! [`DecisionAnswer`] describe both to the document's readers; tests hold them to the real ones.
 
+use hyper::header::HeaderName;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
+
+/// A request's id, which comes back with its answer.
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// One governed action, as a caller asks for it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -93,6 +97,11 @@ pub struct DecisionAnswer {
     /// How long to wait before trying again, where that helps.
     #[serde(default)]
     pub retry_after_ms: Option<u64>,
+    /// What the decision point said that the action's class is referred to: `upstream`, `outcome`,
+    /// `fallback` (what stood in for its word) and `why`; absent where none was asked.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub consult: Option<Value>,
     /// Only in answers to explain: `nearest` permits with what of them is `unmet`, `to_allow`, and
     /// the bundle's `provenance`.
     #[serde(default)]

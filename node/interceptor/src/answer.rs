@@ -7,6 +7,7 @@ use tidelock_policy::{PolicyNote, Posture, Source};
 use tidelock_segments::{Appended, Sha256Hash};
 
 use crate::{
+    consult::Consulted,
     permit::Permit,
     reason::{Decision, Reason},
 };
@@ -81,6 +82,9 @@ pub struct Answer {
     /// When to try again, where that helps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
+    /// What the decision point said that the action's class is referred to, or what stood in for its word.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub consult: Option<Box<Consulted>>,
     /// Why it is so and what would change it; only in answers to `explain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub explanation: Option<Box<Explanation>>,

@@ -97,6 +97,11 @@ pub(crate) fn explanation(
                 format!("for {} to permit: {}", note.policy, needs.join("; "))
             })
             .collect(),
+        Reason::ConsultNeeded => vec![
+            "the decision point that its class is referred to must agree; it is asked when the action is \
+             decided, and not before"
+                .to_owned(),
+        ],
         Reason::NoPolicy => vec!["a bundle must be installed".to_owned()],
         Reason::InvalidRequest => vec!["the request must be put right".to_owned()],
         Reason::RateLimitExceeded => vec!["wait until the quota lets it pass".to_owned()],

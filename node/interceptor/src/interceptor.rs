@@ -3,17 +3,19 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU8, AtomicU64, Ordering},
         mpsc,
     },
     time::Duration,
 };
 
 use serde_json::{Map, Value};
-use tidelock_policy::{ActivePolicy, Evaluation, PolicyRequest, Posture, Verdict, WhenRestricted};
+use tidelock_policy::{
+    ActivePolicy, ConsultTerms, Evaluation, PolicyRequest, Posture, Verdict, WhenRestricted,
+};
 use tidelock_quota::{Rate, RateError, TokenBuckets};
-use tidelock_segments::{AppendError, NodeId, RecordClass};
+use tidelock_segments::{AppendError, NodeId, RecordClass, Sha256Hash};
 
 use crate::{
     action::{Action, InvalidRequest, canonical_bytes},
@@ -21,13 +23,17 @@ use crate::{
     authzen::{self, Search},
     caller::Caller,
     clock::{BucketClock, Clock},
+    consult::{
+        Asked, Begun, ConsultFailure, ConsultStats, Consults, KeptAnswers, Question, Under,
+        UpstreamAnswer, Upstreams, weigh,
+    },
     engines::{Engines, Evaluated},
     envoy, explain,
     limits::{
-        APPEND_TIMEOUT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET, ENGINE_WAIT, ENGINE_WORKERS,
-        MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
+        APPEND_TIMEOUT, CONSULT_SWEEP, CONSULT_WAIT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET,
+        ENGINE_WAIT, ENGINE_WORKERS, MAX_PRINCIPALS, MAX_RECORD_BYTES, SUMMARY_WINDOW,
     },
-    pending::{Completed, Draft, Queue, Slot},
+    pending::{Completed, Draft, Queue, Slot, Stage},
     probe::{self, ProbeFault},
     quotas::{BucketStats, QuotaRates, Quotas},
     reason::{Decision, Reason},
@@ -156,6 +162,28 @@ struct Inner {
     counters: Counters,
     told_panicked: Seldom,
     told_abandoned: Seldom,
+    upstreams: OnceLock<Arc<dyn Upstreams>>,
+    consults: Mutex<Consults<Box<Referred>>>,
+    /// Monotonic milliseconds from which kept answers are looked at again.
+    sweep_from_ms: AtomicU64,
+}
+
+/// A local permit that waits for the word of a decision point.
+struct Referred {
+    judgement: Judgement,
+    question: Question,
+    terms: ConsultTerms,
+    waiter: Waiter,
+}
+
+/// Who waits for it.
+struct Waiter {
+    caller: Caller,
+    done: Done,
+    stage: Arc<Stage>,
+    /// When it is too late to ask once more.
+    until: Duration,
+    rounds: usize,
 }
 
 impl fmt::Debug for Interceptor {
@@ -213,6 +241,9 @@ impl Interceptor {
                 counters: Counters::default(),
                 told_panicked: Seldom::default(),
                 told_abandoned: Seldom::default(),
+                upstreams: OnceLock::new(),
+                consults: Mutex::default(),
+                sweep_from_ms: AtomicU64::new(0),
             }),
         })
     }
@@ -228,14 +259,15 @@ impl Interceptor {
 
     /// [`Interceptor::decide`] for every form of request.
     pub fn decide_ask(&self, ask: Ask<'_>, caller: &Caller, mode: Mode, done: Done) -> Pending {
-        let slot = Inner::start(&self.inner, ask, caller, mode, done);
+        let stage = Inner::start(&self.inner, ask, caller, mode, done);
         Pending {
             inner: Arc::clone(&self.inner),
-            slot,
+            stage,
         }
     }
 
-    /// Decides one request and waits for the outcome, at most the append timeout for its record.
+    /// Decides one request and waits for the outcome, at most the append timeout for its record, and before
+    /// it [`CONSULT_WAIT`] where a decision point is asked.
     pub fn decide_wait(&self, bytes: &[u8], caller: &Caller, mode: Mode) -> Outcome {
         let (sender, receiver) = mpsc::sync_channel(1);
         let pending = self.decide(
@@ -247,6 +279,13 @@ impl Interceptor {
         );
         let outcome = receiver
             .recv_timeout(self.inner.config.append_timeout)
+            .or_else(|late| match &pending.stage {
+                Some(stage) if stage.is_asking() => {
+                    let wait = CONSULT_WAIT.saturating_add(self.inner.config.append_timeout);
+                    receiver.recv_timeout(wait)
+                }
+                _ => Err(late),
+            })
             .or_else(|_| {
                 pending.give_up();
                 receiver.recv()
@@ -294,6 +333,7 @@ impl Interceptor {
             Inner::finish(&self.inner, slot.give_up());
         }
         self.inner.quotas.evict_idle(now);
+        Inner::tick_consults(&self.inner, now);
         Inner::flush(&self.inner, self.inner.config.summary_window);
     }
 
@@ -318,12 +358,54 @@ impl Interceptor {
         Inner::flush(&self.inner, Duration::ZERO);
     }
 
+    /// Names who carries questions to decision points. Until then every action that is referred to one is
+    /// denied. Only the first call counts.
+    pub fn set_upstreams(&self, upstreams: Arc<dyn Upstreams>) {
+        // A second one would leave questions of the first one on their way.
+        let _ = self.inner.upstreams.set(upstreams);
+    }
+
+    /// Lets decision points be asked that were away: their operator has looked after them.
+    pub fn try_upstreams_again(&self) {
+        self.inner.consults().close_breakers();
+    }
+
+    /// What is known of decision points.
+    #[must_use]
+    pub fn consult_stats(&self) -> ConsultStats {
+        self.inner.consults().stats(self.inner.clock.now())
+    }
+
+    /// Takes the answers of decision points that an earlier run kept. They serve under the bundle and for
+    /// the lifetime of then.
+    pub fn restore_answers(&self, kept: KeptAnswers) {
+        self.inner.consults().restore(kept);
+    }
+
+    /// The answers of decision points that are to be kept for the next start, if they have changed since
+    /// this was asked last.
+    #[must_use]
+    pub fn changed_answers(&self) -> Option<KeptAnswers> {
+        self.inner.consults().changed()
+    }
+
+    /// Says that what [`Interceptor::changed_answers`] gave could not be kept.
+    pub fn answers_not_kept(&self) {
+        self.inner.consults().not_kept();
+    }
+
     /// Makes the posture at least this for every action, whatever the bundle's age: for a suspect
     /// clock, or a disk that is nearly full. [`Posture::Normal`] lifts it again.
     pub fn set_posture_floor(&self, floor: Posture) {
         self.inner
             .floor
             .store(posture_rank(floor), Ordering::Release);
+        if floor == Posture::Closed {
+            // Ruling 17: what is closed has no answers when it opens again.
+            self.inner
+                .consults()
+                .sweep(self.inner.clock.unix_ms(), |_| true);
+        }
     }
 
     /// The posture that [`Interceptor::set_posture_floor`] set.
@@ -398,14 +480,15 @@ impl Interceptor {
 /// A request under way. Dropping it changes nothing: the wait ends by itself.
 pub struct Pending {
     inner: Arc<Inner>,
-    slot: Option<Arc<Slot>>,
+    stage: Option<Arc<Stage>>,
 }
 
 impl Pending {
     /// Ends the wait now: the request is answered `AUDIT_UNAVAILABLE` unless it was answered
-    /// before, and no permit will be made from its record.
+    /// before, and no permit will be made from its record. One that still waits for a decision point is
+    /// denied and recorded when that wait ends.
     pub fn give_up(&self) {
-        if let Some(slot) = &self.slot {
+        if let Some(slot) = self.stage.as_ref().and_then(|stage| stage.give_up()) {
             Inner::finish(&self.inner, slot.give_up());
         }
     }
@@ -423,6 +506,45 @@ fn posture_rank(posture: Posture) -> u8 {
         Posture::Stale => 1,
         Posture::Restricted => 2,
         Posture::Closed => 3,
+    }
+}
+
+impl Referred {
+    fn asked(&self) -> Option<Asked> {
+        let Request::Action(action) = &self.judgement.request else {
+            return None;
+        };
+        let (bundle, _) = self.judgement.bundle.as_ref()?;
+        Some(Asked {
+            question: self.question.digest,
+            terms: self.terms.clone(),
+            under: Under::from(bundle),
+            action: action.name().to_owned(),
+            principal: format!("{}::{}", action.principal().kind(), action.principal().id()),
+            deadline: self.question.deadline,
+        })
+    }
+
+    fn conclude(self: Box<Self>, inner: &Arc<Inner>) {
+        let Self {
+            judgement, waiter, ..
+        } = *self;
+        waiter.conclude(inner, judgement);
+    }
+}
+
+impl Waiter {
+    /// Records what was decided with a decision point, unless its caller has gone: then a deny.
+    fn conclude(self, inner: &Arc<Inner>, mut judgement: Judgement) {
+        let findings = &mut judgement.findings;
+        if self.stage.is_given_up() && findings.reason.decision() == Decision::Allow {
+            findings.reason = Reason::ConsultTimeout;
+            findings.errors = vec!["the caller did not wait for the decision point".to_owned()];
+        }
+        let slot = Inner::conclude(inner, judgement, &self.caller, Mode::Decide, self.done);
+        if let Some(slot) = slot.and_then(|slot| self.stage.record(slot)) {
+            Inner::finish(inner, slot.give_up());
+        }
     }
 }
 
@@ -444,6 +566,11 @@ impl Inner {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn consults(&self) -> MutexGuard<'_, Consults<Box<Referred>>> {
+        // Nothing of it waits or calls foreign code.
+        self.consults.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn floor(&self) -> Posture {
         match self.floor.load(Ordering::Acquire) {
             0 => Posture::Normal,
@@ -462,20 +589,71 @@ impl Inner {
         }
     }
 
-    /// Everything up to the record. Returns the slot that waits for it, if one does.
+    /// Everything up to the record, or to a decision point. Returns what can be given up, if there is
+    /// anything to wait for.
     fn start(
         inner: &Arc<Self>,
         ask: Ask<'_>,
         caller: &Caller,
         mode: Mode,
         done: Done,
-    ) -> Option<Arc<Slot>> {
+    ) -> Option<Arc<Stage>> {
         add(&inner.counters.explains, u64::from(mode == Mode::Explain));
-        let judgement = inner.judge(ask, caller);
+        let mut judgement = inner.judge(ask, caller);
+        let referred = Self::referred(&judgement);
+        match (referred, mode) {
+            (None, _) => Self::conclude(inner, judgement, caller, mode, done)
+                .map(|slot| Arc::new(Stage::recording(slot))),
+            (Some(terms), Mode::Decide) => {
+                let stage = Arc::new(Stage::asking());
+                let waiter = Waiter {
+                    caller: caller.clone(),
+                    done,
+                    stage: Arc::clone(&stage),
+                    until: inner.clock.now().saturating_add(CONSULT_WAIT),
+                    rounds: 0,
+                };
+                Self::consult(inner, judgement, terms, waiter);
+                Some(stage)
+            }
+            // Asking is an effect of its own, and its answer would be kept: only a decision asks.
+            (Some(_), Mode::Explain) => {
+                judgement.findings.reason = Reason::ConsultNeeded;
+                Self::conclude(inner, judgement, caller, mode, done)
+                    .map(|slot| Arc::new(Stage::recording(slot)))
+            }
+        }
+    }
+
+    /// The terms of the decision point that has to agree to a local permit.
+    fn referred(judgement: &Judgement) -> Option<ConsultTerms> {
+        let Request::Action(action) = &judgement.request else {
+            return None;
+        };
+        let is_allow = judgement.findings.reason.decision() == Decision::Allow;
+        let policy = judgement.policy.as_ref().filter(|_| is_allow)?;
+        policy.consult(action.name()).cloned()
+    }
+
+    /// The record, and the answer after it. Returns the slot that waits for it, if one does.
+    fn conclude(
+        inner: &Arc<Self>,
+        judgement: Judgement,
+        caller: &Caller,
+        mode: Mode,
+        done: Done,
+    ) -> Option<Arc<Slot>> {
         let unix_ms = inner.clock.unix_ms();
         let mut answer = inner.blank_answer(judgement.findings.reason, judgement.findings.posture);
         answer.bundle = judgement.bundle.as_ref().map(|(bundle, _)| bundle.clone());
         answer.retry_after_ms = judgement.findings.retry_after_ms;
+        let consulted = judgement.findings.consult.as_ref();
+        answer.consult = consulted.map(|note| Box::new(note.told()));
+        if answer.decision == Decision::Allow && consulted.is_some_and(|note| note.is_fallback()) {
+            answer.message.push_str(
+                "; its decision point cannot be reached, and its last answer to the same question serves",
+            );
+        }
         let rendered = match record::decision(&judgement, caller, mode, inner.node(), unix_ms) {
             Ok(rendered) => rendered,
             // Without a record there is no allow, and no other answer than this.
@@ -588,6 +766,176 @@ impl Inner {
             }),
         );
         Some(slot)
+    }
+
+    /// Asks the decision point that a local permit is referred to.
+    fn consult(inner: &Arc<Self>, mut judgement: Judgement, terms: ConsultTerms, waiter: Waiter) {
+        let now = inner.clock.now();
+        let left = waiter.until.saturating_sub(now);
+        let deadline = Duration::from_millis(terms.deadline_ms).min(left);
+        let is_too_late = deadline.is_zero() || waiter.rounds >= JUDGED_AT_MOST;
+        let question = inner.question(&judgement, &terms, deadline);
+        let Some(question) = question.filter(|_| !is_too_late) else {
+            judgement.findings = Findings {
+                errors: vec!["the policy changed each time that it was asked".to_owned()],
+                ..Findings::new(Reason::Deadline, judgement.findings.posture)
+            };
+            return waiter.conclude(inner, judgement);
+        };
+        let referred = Box::new(Referred {
+            judgement,
+            question,
+            terms,
+            waiter,
+        });
+        let upstreams = inner.upstreams.get();
+        let is_there =
+            |upstreams: &&Arc<dyn Upstreams>| upstreams.is_configured(&referred.terms.upstream);
+        let Some(upstreams) = upstreams.filter(is_there) else {
+            return Self::weigh_in(inner, referred, &Err(ConsultFailure::Unconfigured));
+        };
+        let Some(asked) = referred.asked() else {
+            return Self::weigh_in(inner, referred, &Err(ConsultFailure::Unconfigured));
+        };
+        let question = referred.question.clone();
+        let holder = holder(&referred.waiter.caller);
+        let begun = inner.consults().begin(asked, &holder, referred, now);
+        match begun {
+            Begun::Joined => {}
+            Begun::Failed(failure, referred) => Self::weigh_in(inner, referred, &Err(failure)),
+            Begun::Send(number) => {
+                let at = (question.digest, number);
+                let shared = Arc::clone(inner);
+                let heard = move |said| Self::heard(&shared, at, &said);
+                upstreams.ask(question, Box::new(heard));
+            }
+        }
+    }
+
+    /// The question of a local permit under these terms.
+    fn question(
+        &self,
+        judgement: &Judgement,
+        terms: &ConsultTerms,
+        deadline: Duration,
+    ) -> Option<Question> {
+        let (Request::Action(action), Some((bundle, _))) = (&judgement.request, &judgement.bundle)
+        else {
+            return None;
+        };
+        let node = (bundle, judgement.findings.posture, self.node());
+        Question::new(action, node, terms, deadline).ok()
+    }
+
+    /// A question came to its end. INV-14 and ruling 17: whoever waited for it is judged again before the
+    /// answer counts, for policy, posture and time went on meanwhile.
+    fn heard(
+        inner: &Arc<Self>,
+        at: (Sha256Hash, u64),
+        said: &Result<UpstreamAnswer, ConsultFailure>,
+    ) {
+        let in_force = inner.in_force();
+        let times = (inner.clock.now(), inner.clock.unix_ms());
+        let (settled, to_keep) = {
+            let mut consults = inner.consults();
+            let settled = consults.settle(at, said, times, in_force.as_ref());
+            let to_keep = settled.is_withdrawn.then(|| consults.to_keep());
+            (settled, to_keep)
+        };
+        if let (Some(to_keep), Some(upstreams)) = (to_keep, inner.upstreams.get()) {
+            upstreams.withdrawn(&to_keep);
+        }
+        for mut referred in settled.waiting {
+            let Request::Action(action) = &referred.judgement.request else {
+                continue;
+            };
+            let mut policy = (inner.policy)();
+            let findings = inner.judge_in_force(action, &referred.waiter.caller, &mut policy);
+            referred.judgement.findings = findings;
+            referred.judgement.bundle = policy.as_deref().map(bundle_info);
+            referred.judgement.policy = policy;
+            let Some(terms) = Self::referred(&referred.judgement) else {
+                referred.conclude(inner);
+                continue;
+            };
+            let question = inner.question(&referred.judgement, &terms, Duration::ZERO);
+            if question.is_some_and(|now| now.digest == referred.question.digest)
+                && terms == referred.terms
+            {
+                Self::weigh_in(inner, referred, said);
+            } else {
+                // What was answered is not what would be asked now.
+                let Referred {
+                    judgement,
+                    mut waiter,
+                    ..
+                } = *referred;
+                waiter.rounds += 1;
+                Self::consult(inner, judgement, terms, waiter);
+            }
+        }
+    }
+
+    /// Gives a local permit, judged this moment, what was heard of it.
+    fn weigh_in(
+        inner: &Arc<Self>,
+        mut referred: Box<Referred>,
+        said: &Result<UpstreamAnswer, ConsultFailure>,
+    ) {
+        let unix_ms = inner.clock.unix_ms();
+        let question = referred.question.digest;
+        let under = referred.judgement.bundle.as_ref();
+        let under = under.map(|(bundle, _)| Under::from(bundle));
+        let (reason, note) = {
+            let mut consults = inner.consults();
+            let kept = under.and_then(|under| consults.kept(&question, &under, unix_ms));
+            let (reason, note) = weigh(&referred.terms, question, said, kept, unix_ms);
+            consults.count(&note);
+            (reason, note)
+        };
+        let findings = &mut referred.judgement.findings;
+        // Ruling 17: what is no local permit is final.
+        if findings.reason.decision() == Decision::Allow {
+            findings.reason = reason;
+        }
+        findings.consult = Some(Box::new(note));
+        referred.conclude(inner);
+    }
+
+    /// The bundle that decides now, as answers are kept under it.
+    fn in_force(&self) -> Option<Under> {
+        let (bundle, _) = bundle_info((self.policy)().as_deref()?);
+        Some(Under::from(&bundle))
+    }
+
+    fn tick_consults(inner: &Arc<Self>, now: Duration) {
+        let unix_ms = inner.clock.unix_ms();
+        let lost = inner.consults().take_overdue(now, unix_ms);
+        for mut referred in lost {
+            let findings = &mut referred.judgement.findings;
+            // No earlier answer serves here: on this thread nothing is judged again.
+            *findings = Findings {
+                errors: vec!["the question to the decision point was lost".to_owned()],
+                ..Findings::new(Reason::ConsultTimeout, findings.posture)
+            };
+            referred.conclude(inner);
+        }
+        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        if now_ms < inner.sweep_from_ms.load(Ordering::Relaxed) {
+            return;
+        }
+        let next = now.saturating_add(CONSULT_SWEEP).as_millis();
+        let next = u64::try_from(next).unwrap_or(u64::MAX);
+        inner.sweep_from_ms.store(next, Ordering::Relaxed);
+        let policy = (inner.policy)();
+        let under = inner.in_force();
+        let mut consults = inner.consults();
+        consults.observe(under.as_ref());
+        consults.sweep(unix_ms, |action| {
+            policy.as_ref().is_none_or(|policy| {
+                policy.posture(action, unix_ms).max(inner.floor()) == Posture::Closed
+            })
+        });
     }
 
     /// Parse, quota, posture, engine, in this order.
@@ -776,9 +1124,18 @@ impl Inner {
         let searched = policy.clone();
         let mut judge = |action: &Action| {
             let findings = inner.judge_action(action, caller, &mut policy);
+            let is_allow = findings.reason.decision() == Decision::Allow;
+            let terms = policy
+                .as_ref()
+                .and_then(|policy| policy.consult(action.name()));
+            // Who may is not known before the decision point is asked, and a search asks none.
+            let reason = match terms.filter(|_| is_allow) {
+                Some(_) => Reason::ConsultNeeded,
+                None => findings.reason,
+            };
             Judged {
-                decision: findings.reason.decision(),
-                reason: findings.reason,
+                decision: reason.decision(),
+                reason,
                 retry_after_ms: findings.retry_after_ms,
             }
         };
@@ -866,6 +1223,16 @@ impl Inner {
                 ..Findings::new(Reason::RateLimitExceeded, posture)
             };
         }
+        self.judge_in_force(action, caller, policy)
+    }
+
+    /// Posture and engine under the policy that is in force when the engine has answered.
+    fn judge_in_force(
+        &self,
+        action: &Action,
+        caller: &Caller,
+        policy: &mut Option<Arc<ActivePolicy>>,
+    ) -> Findings {
         for _ in 0..JUDGED_AT_MOST {
             let findings = self.judge_now(action, caller, policy.as_deref());
             if findings.reason.decision() != Decision::Allow {
@@ -1014,6 +1381,7 @@ impl Inner {
             action_hash: None,
             request_id: None,
             retry_after_ms: None,
+            consult: None,
             explanation: None,
         }
     }

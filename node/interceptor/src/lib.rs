@@ -17,6 +17,7 @@ mod answer;
 mod authzen;
 mod caller;
 mod clock;
+mod consult;
 mod engines;
 mod envoy;
 mod explain;
@@ -46,6 +47,10 @@ pub use answer::{
 pub use authzen::{Evaluation, Evaluations, Search, SearchFor, Semantic};
 pub use caller::{Caller, Principal};
 pub use clock::{Clock, ThreadCpu};
+pub use consult::{
+    AnswerDone, ConsultCount, ConsultFailure, ConsultStats, Consulted, Heard, KeptAnswer,
+    KeptAnswers, Question, UpstreamAnswer, UpstreamStats, Upstreams, VerifySigned,
+};
 pub use envoy::{Check, Proxied, ProxyTerms, ProxyTermsError, Subject};
 pub use interceptor::{
     Ask, Interceptor, InterceptorConfig, InterceptorConfigError, Pending, PolicySource,

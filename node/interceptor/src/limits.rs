@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use tidelock_quota::Rate;
+use tidelock_quota::{BreakerConfig, Rate};
 
 /// Bytes of one request body.
 pub const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -61,8 +61,8 @@ pub const MAX_POLICY_ID_BYTES: usize = 128;
 pub const MAX_RECORD_BYTES: usize = 65_535;
 
 /// Bytes of a record of the short form: two hashes of 71 bytes, an action's name, a node id and
-/// fixed fields.
-pub const MAX_SHORT_RECORD_BYTES: usize = 640;
+/// fixed fields; where a decision point was asked, a third hash and two words.
+pub const MAX_SHORT_RECORD_BYTES: usize = 800;
 
 /// Canonical bytes of params, and of context, that a record carries in full; beyond it the record
 /// carries their hash only.
@@ -150,6 +150,54 @@ pub const ENGINE_STACK_BYTES: usize = 2 * 1024 * 1024;
 /// Time that a caller waits for its record to become durable.
 pub const APPEND_TIMEOUT: Duration = Duration::from_millis(250);
 
+/// Longest time that one decision waits for decision points, whatever the bundle says and however often
+/// the policy changes meanwhile. Its caller holds its slot at the door for as long.
+pub const CONSULT_WAIT: Duration =
+    Duration::from_millis(tidelock_policy::limits::CONSULT_DEADLINE_MS_MAX);
+
+/// Time after its deadline at which a question counts as lost by whoever carries it.
+pub const CONSULT_GRACE: Duration = Duration::from_millis(250);
+
+/// Questions on their way to one upstream. Each holds a body of at most [`MAX_BODY_BYTES`], an answer and
+/// the buffers of a connection, about 200 KiB at the worst: 25 MiB.
+pub const MAX_CONSULTS_PER_UPSTREAM: usize = 128;
+
+/// Those of one caller, of all upstreams: a whole batch, and half of the places.
+pub const MAX_CONSULTS_PER_CALLER: usize = MAX_EVALUATIONS;
+
+/// Decisions that wait for an answer, those that share a question included. Each holds its action: a few
+/// KiB usually, about 200 KiB for a hostile one.
+pub const MAX_CONSULT_WAITING: usize = 1_024;
+
+/// Bytes of an upstream's answer.
+pub const MAX_CONSULT_ANSWER_BYTES: usize = 16 * 1024;
+
+/// Bytes of the signed part of an answer, which goes into the record.
+pub const MAX_CONSULT_SIGNED_BYTES: usize = 2 * 1024;
+
+/// Obligations of one answer.
+pub const MAX_CONSULT_OBLIGATIONS: usize = 8;
+
+/// Answers of decision points that are kept for when they are away.
+pub const MAX_CONSULT_CACHED: usize = 1_024;
+
+/// Those of questions for one principal.
+pub const MAX_CONSULT_CACHED_PER_PRINCIPAL: usize = MAX_CONSULT_CACHED / 4;
+
+/// What they take, in memory and in their file, which may dip into the smallest reserve of a root.
+pub const MAX_CONSULT_CACHE_BYTES: usize = 256 * 1024;
+
+/// An upstream that did not answer this often in the window is not asked for a while, and then by one
+/// question at a time.
+pub const CONSULT_BREAKER: BreakerConfig = BreakerConfig {
+    failures: 3,
+    window: Duration::from_secs(60),
+    open_for: Duration::from_secs(10),
+};
+
+/// Time between two looks at what the kept answers are still worth.
+pub const CONSULT_SWEEP: Duration = Duration::from_secs(1);
+
 /// Length of a window of summarised denials.
 pub const SUMMARY_WINDOW: Duration = Duration::from_secs(10);
 
@@ -180,10 +228,11 @@ const _: () = assert!(
     2 * MAX_INLINE_BYTES
         + 2 * MAX_RESOURCE_ID_BYTES
         + 2 * MAX_LISTED * (MAX_POLICY_ID_BYTES + MAX_MESSAGE_BYTES)
+        + 2 * (MAX_CONSULT_SIGNED_BYTES + MAX_CONSULT_OBLIGATIONS * MAX_TYPE_BYTES)
         + 4096
         < MAX_RECORD_BYTES
 );
-const _: () = assert!(2 * 71 + MAX_ACTION_NAME_BYTES + 63 + 256 < MAX_SHORT_RECORD_BYTES);
+const _: () = assert!(3 * 71 + MAX_ACTION_NAME_BYTES + 63 + 352 < MAX_SHORT_RECORD_BYTES);
 const _: () = assert!(MAX_EVENT_BYTES + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(MAX_SUMMARY_PRINCIPALS * 1024 + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(MAX_INLINE_BYTES <= MAX_BODY_BYTES);
@@ -193,6 +242,11 @@ const _: () = assert!(DEFAULT_DENIAL_BYTES.burst as usize > MAX_RECORD_BYTES);
 const _: () = assert!(ENGINE_WAIT.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(ENGINE_BUDGET.as_millis() < ENGINE_WAIT.as_millis());
 const _: () = assert!(ENGINE_WORKERS_PER_CALLER >= 1);
+const _: () = assert!(2 * MAX_CONSULTS_PER_CALLER <= MAX_CONSULTS_PER_UPSTREAM);
+const _: () = assert!(MAX_CONSULT_ANSWER_BYTES <= MAX_BODY_BYTES);
+const _: () = assert!(MAX_CONSULT_SIGNED_BYTES < MAX_CONSULT_ANSWER_BYTES);
+// The largest answer that can be kept has a place.
+const _: () = assert!(8 * (MAX_CONSULT_SIGNED_BYTES + 1024) < MAX_CONSULT_CACHE_BYTES);
 const _: () = assert!(MAX_SEARCH_RESULTS <= MAX_SEARCH_CANDIDATES);
 const _: () = assert!(SEARCH_BUDGET.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

@@ -124,6 +124,66 @@ impl Slot {
     }
 }
 
+/// How far a request has come that somebody may give up.
+pub(crate) struct Stage(Mutex<Step>);
+
+enum Step {
+    /// It waits for a decision point.
+    Asking,
+    /// It waited for one, and nobody waits for it any more.
+    GivenUp,
+    /// It waits for its record.
+    Recording(Arc<Slot>),
+}
+
+impl Stage {
+    pub(crate) fn asking() -> Self {
+        Self(Mutex::new(Step::Asking))
+    }
+
+    pub(crate) fn recording(slot: Arc<Slot>) -> Self {
+        Self(Mutex::new(Step::Recording(slot)))
+    }
+
+    fn step(&self) -> MutexGuard<'_, Step> {
+        // Nothing that can panic runs under this lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn is_asking(&self) -> bool {
+        matches!(*self.step(), Step::Asking)
+    }
+
+    pub(crate) fn is_given_up(&self) -> bool {
+        matches!(*self.step(), Step::GivenUp)
+    }
+
+    /// Gives up. Returns the slot that is to be given up with it.
+    pub(crate) fn give_up(&self) -> Option<Arc<Slot>> {
+        let mut step = self.step();
+        match &*step {
+            Step::Asking => {
+                *step = Step::GivenUp;
+                None
+            }
+            Step::GivenUp => None,
+            Step::Recording(slot) => Some(Arc::clone(slot)),
+        }
+    }
+
+    /// Goes on to the record. Returns the slot if it was given up meanwhile.
+    pub(crate) fn record(&self, slot: Arc<Slot>) -> Option<Arc<Slot>> {
+        let mut step = self.step();
+        match &*step {
+            Step::GivenUp => Some(slot),
+            _ => {
+                *step = Step::Recording(slot);
+                None
+            }
+        }
+    }
+}
+
 fn deny(draft: Draft, reason: Reason) -> Completed {
     let answer = draft.answer.unrecorded(reason);
     Completed::Answered(

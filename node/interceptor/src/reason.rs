@@ -66,11 +66,26 @@ pub enum Reason {
     PostureClosed,
     /// The breaker of an upstream is open.
     UpstreamUnavailable,
+    /// The policies permit, and a decision point has to agree that was not asked: explanations and
+    /// searches ask none.
+    ConsultNeeded,
+    /// The policies permit, and the decision point says no.
+    ConsultDenied,
+    /// The policies permit; the decision point says that it waits, or is away and the bundle says so.
+    ConsultHeld,
+    /// The policies permit, and the decision point cannot be reached.
+    ConsultUnreachable,
+    /// The policies permit, and the decision point did not answer in time.
+    ConsultTimeout,
+    /// The policies permit, and what the decision point answered is no answer.
+    ConsultInvalid,
+    /// The policies permit, and as many questions are on their way as there may be.
+    ConsultBusy,
 }
 
 impl Reason {
     /// Every reason, in the order of the documentation.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 21] = [
         Self::PolicyAllow,
         Self::PolicyDeny,
         Self::NoMatch,
@@ -85,6 +100,13 @@ impl Reason {
         Self::PostureRestricted,
         Self::PostureClosed,
         Self::UpstreamUnavailable,
+        Self::ConsultNeeded,
+        Self::ConsultDenied,
+        Self::ConsultHeld,
+        Self::ConsultUnreachable,
+        Self::ConsultTimeout,
+        Self::ConsultInvalid,
+        Self::ConsultBusy,
     ];
 
     /// The stable code.
@@ -105,6 +127,13 @@ impl Reason {
             Self::PostureRestricted => "POSTURE_RESTRICTED",
             Self::PostureClosed => "POSTURE_CLOSED",
             Self::UpstreamUnavailable => "UPSTREAM_UNAVAILABLE",
+            Self::ConsultNeeded => "CONSULT_NEEDED",
+            Self::ConsultDenied => "CONSULT_DENIED",
+            Self::ConsultHeld => "CONSULT_HELD",
+            Self::ConsultUnreachable => "CONSULT_UNREACHABLE",
+            Self::ConsultTimeout => "CONSULT_TIMEOUT",
+            Self::ConsultInvalid => "CONSULT_INVALID",
+            Self::ConsultBusy => "CONSULT_BUSY",
         }
     }
 
@@ -113,6 +142,7 @@ impl Reason {
     pub fn decision(self) -> Decision {
         match self {
             Self::PolicyAllow => Decision::Allow,
+            Self::ConsultNeeded | Self::ConsultHeld => Decision::Hold,
             _ => Decision::Deny,
         }
     }
@@ -139,6 +169,25 @@ impl Reason {
             Self::PostureRestricted => "this class of action is denied in posture restricted",
             Self::PostureClosed => "the node is closed, its policy is too old or its clock suspect",
             Self::UpstreamUnavailable => "the upstream fails repeatedly, retry later",
+            Self::ConsultNeeded => {
+                "the policies permit this action, and a decision point has to agree when it is decided"
+            }
+            Self::ConsultDenied => "the decision point that this class is referred to says no",
+            Self::ConsultHeld => {
+                "the action waits for the decision point that its class is referred to"
+            }
+            Self::ConsultUnreachable => {
+                "the decision point that this class is referred to cannot be reached, retry later"
+            }
+            Self::ConsultTimeout => {
+                "the decision point that this class is referred to did not answer in time, retry later"
+            }
+            Self::ConsultInvalid => {
+                "what the decision point that this class is referred to answered is not valid"
+            }
+            Self::ConsultBusy => {
+                "too many questions to the decision point are on their way, retry later"
+            }
         }
     }
 }

@@ -11,9 +11,10 @@ use tidelock_policy::{ActivePolicy, Posture, Source};
 use tidelock_segments::Sha256Hash;
 
 use crate::{
-    action::{Action, InvalidRequest, canonical_action, canonical_bytes},
+    action::{Action, InvalidCode, InvalidRequest, canonical_action, canonical_bytes},
     answer::{BundleInfo, Mode, RecordPosition},
     caller::{Caller, Principal},
+    consult::ConsultNote,
     limits::{
         MAX_EVENT_BYTES, MAX_INLINE_BYTES, MAX_LISTED, MAX_MESSAGE_BYTES, MAX_POLICY_ID_BYTES,
         MAX_PRINCIPAL_ID_BYTES, MAX_RECORD_BYTES, MAX_REQUEST_ID_BYTES, MAX_RESOURCE_ID_BYTES,
@@ -43,6 +44,8 @@ pub(crate) struct Findings {
     pub(crate) errors: Vec<String>,
     pub(crate) retry_after_ms: Option<u64>,
     pub(crate) form: Form,
+    /// What a decision point had to do with it.
+    pub(crate) consult: Option<Box<ConsultNote>>,
 }
 
 /// How much of a decision its record carries.
@@ -65,6 +68,7 @@ impl Findings {
             errors: Vec::new(),
             retry_after_ms: None,
             form: Form::Full,
+            consult: None,
         }
     }
 }
@@ -148,6 +152,9 @@ pub(crate) fn decision(
     if let Some((bundle, source)) = &judgement.bundle {
         record.insert("bundle".to_owned(), bundle_of(bundle, *source));
     }
+    if let Some(note) = &findings.consult {
+        record.insert("consult".to_owned(), note_of(note, findings.form)?);
+    }
     let mut rendered = Rendered {
         bytes: Vec::new(),
         policies,
@@ -172,6 +179,15 @@ pub(crate) fn decision(
     Ok(rendered)
 }
 
+/// What a decision point had to do with a decision, as its record has it.
+fn note_of(note: &ConsultNote, form: Form) -> Result<Value, InvalidRequest> {
+    match form {
+        Form::Short => Ok(note.short()),
+        Form::Full => serde_json::to_value(note)
+            .map_err(|error| InvalidRequest::new(InvalidCode::Syntax, error.to_string())),
+    }
+}
+
 /// The short form of a full record. Everything that stands in it has a bounded length; who asked for
 /// what can be proved with the full action, by its hash, and not be read off.
 fn shorten(full: &Map<String, Value>) -> Result<Vec<u8>, InvalidRequest> {
@@ -186,6 +202,7 @@ fn shorten(full: &Map<String, Value>) -> Result<Vec<u8>, InvalidRequest> {
         "decision",
         "reason",
         "posture",
+        "consult",
     ] {
         if let Some(value) = full.get(key) {
             short.insert(key.to_owned(), value.clone());

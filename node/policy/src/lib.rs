@@ -19,6 +19,7 @@ mod bundle;
 mod cases;
 mod cedar;
 mod chain;
+mod consult;
 mod diff;
 mod error;
 mod explain;
@@ -62,6 +63,7 @@ pub use bundle::{
 pub use cases::{CaseFailure, Outcome, OwnCase, TestReport};
 pub use cedar::CedarEngine;
 pub use chain::{Extended, NewestTrust, TRUST_NEWEST_SLOT, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
+pub use consult::{ConsultTerms, WhenUnreachable};
 pub use diff::{Changes, Difference, difference};
 pub use error::{ActivateError, BuildError, BundleError, KeyError, StatementError};
 pub use explain::{PolicyNote, Unmet};

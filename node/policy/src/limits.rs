@@ -213,6 +213,15 @@ pub const RELEASE_DEPTH_MAX: usize = 4;
 pub const PACKAGE_BYTES_MAX: usize =
     ARCHIVE_BYTES_MAX + SIGNATURES_MAX * (SIGNATURE_BYTES_MAX + 2) + 16;
 
+/// Shortest deadline of a question to an upstream decision point, in milliseconds.
+pub const CONSULT_DEADLINE_MS_MIN: u64 = 10;
+
+/// Longest deadline of such a question, in milliseconds. A caller holds its slot for as long.
+pub const CONSULT_DEADLINE_MS_MAX: u64 = 5_000;
+
+/// Longest time for which a decision point's answer may serve again, in seconds: 30 days.
+pub const CONSULT_LIFETIME_S_MAX: u64 = 30 * 24 * 3600;
+
 /// Failures that a report lists by name; the rest is counted.
 pub const FAILURES_LISTED_MAX: usize = 20;
 
@@ -236,6 +245,7 @@ const _: () = assert!(NESTING_MAX <= EXPRESSION_DEPTH_MAX);
 const _: () = assert!(REGO_NESTING_MAX < usize::BITS as usize);
 const _: () = assert!(REGO_TEXT_BYTES_MAX <= REGO_ALLOCATED_BYTES_MAX);
 const _: () = assert!(POLICIES_MAX <= INDEX_ENTRIES_MAX);
+const _: () = assert!(CONSULT_DEADLINE_MS_MIN < CONSULT_DEADLINE_MS_MAX);
 const _: () = assert!(EPOCH_MAX < i64::MAX as u64);
 const _: () = assert!(AGE_S_MAX < u64::MAX / 1000 / 1000);
 

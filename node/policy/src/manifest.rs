@@ -6,6 +6,7 @@ use semver::Version;
 use serde::{Deserialize, Serialize};
 
 use crate::archive::{Files, MANIFEST, is_name};
+use crate::consult::ConsultTerms;
 use crate::error::BundleError;
 use crate::json;
 use crate::limits::{AGE_S_MAX, CLASSES_MAX, EPOCH_MAX, RESERVED_NAMES};
@@ -38,6 +39,9 @@ pub struct ClassLimits {
     pub close_after_s: u64,
     /// What posture `restricted` means for this class.
     pub when_restricted: WhenRestricted,
+    /// The decision point that has to agree to what the policies permit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consult: Option<ConsultTerms>,
 }
 
 /// The checked manifest of a bundle.
@@ -293,6 +297,9 @@ fn problems(raw: &Raw, created_unix_ms: Option<u64>) -> Vec<String> {
                 )
             },
         );
+        for problem in class.consult.iter().flat_map(|terms| terms.problems(name)) {
+            check(false, &|| problem.clone());
+        }
         for action in &class.actions {
             if let Some(other) = seen.insert(action, name) {
                 check(false, &|| {
@@ -309,6 +316,7 @@ pub(crate) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::consult::WhenUnreachable;
 
     pub(crate) fn valid() -> Value {
         json!({
@@ -320,7 +328,10 @@ pub(crate) mod tests {
                 "read": {"actions": ["fs.read"], "stale_after_s": 10, "restrict_after_s": 20,
                          "close_after_s": 30, "when_restricted": "continue"},
                 "effect": {"actions": [], "stale_after_s": 1, "restrict_after_s": 2,
-                           "close_after_s": 3, "when_restricted": "deny"},
+                           "close_after_s": 3, "when_restricted": "deny",
+                           "consult": {"upstream": "authority", "deadline_ms": 500,
+                                       "when_unreachable": "cached", "allow_lifetime_s": 3600,
+                                       "deny_lifetime_s": 60}},
             },
             "default_class": "effect",
             "files": {},
@@ -339,6 +350,17 @@ pub(crate) mod tests {
         assert_eq!(manifest.class_of("other").unwrap().0, "effect");
         let actions = ["fs.read", "other"].map(str::to_owned).into();
         assert_eq!(manifest.check_actions(&actions), Ok(()));
+    }
+
+    #[test]
+    fn a_class_is_referred_to_a_decision_point_only_where_it_says_so_and_fails_closed() {
+        let mut value = valid();
+        assert!(parse(&value).unwrap().classes["read"].consult.is_none());
+        value["classes"]["effect"]["consult"] = json!({"upstream": "a", "deadline_ms": 5_000});
+        let manifest = parse(&value).unwrap();
+        let terms = manifest.classes["effect"].consult.as_ref().unwrap();
+        assert_eq!(terms.when_unreachable, WhenUnreachable::Deny);
+        assert_eq!((terms.allow_lifetime_s, terms.deny_lifetime_s), (0, 0));
     }
 
     #[test]
@@ -412,6 +434,56 @@ pub(crate) mod tests {
                 "is in class `effect` and in `effect`",
             ),
             ("/default_class", json!("none"), "default_class `none`"),
+            (
+                "/classes/effect/consult/upstream",
+                json!("a b"),
+                "class `effect`: consult.upstream",
+            ),
+            (
+                "/classes/effect/consult/deadline_ms",
+                json!(0),
+                "class `effect`: consult.deadline_ms",
+            ),
+            (
+                "/classes/effect/consult/deadline_ms",
+                json!(5_001),
+                "class `effect`: consult.deadline_ms",
+            ),
+            (
+                "/classes/effect/consult/when_unreachable",
+                json!("allow"),
+                "unknown variant",
+            ),
+            (
+                "/classes/effect/consult/when_unreachable",
+                json!("deny"),
+                "go together",
+            ),
+            (
+                "/classes/effect/consult/allow_lifetime_s",
+                json!(0),
+                "go together",
+            ),
+            (
+                "/classes/effect/consult/allow_lifetime_s",
+                json!(2_592_001),
+                "consult.allow_lifetime_s must",
+            ),
+            (
+                "/classes/effect/consult/deny_lifetime_s",
+                json!(2_592_001),
+                "consult.deny_lifetime_s must",
+            ),
+            (
+                "/classes/effect/consult",
+                json!({"upstream": "a"}),
+                "missing field",
+            ),
+            (
+                "/classes/effect/consult",
+                json!({"upstream": "a", "deadline_ms": 9, "url": "https://a"}),
+                "unknown field `url`",
+            ),
         ] {
             let mut value = valid();
             *value.pointer_mut(pointer).unwrap() = wrong;

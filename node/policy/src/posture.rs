@@ -83,6 +83,7 @@ mod tests {
             restrict_after_s: 20,
             close_after_s: 30,
             when_restricted: WhenRestricted::Deny,
+            consult: None,
         };
         posture(CREATED, now, &limits, floor)
     }

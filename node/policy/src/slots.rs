@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::aside::{AsideCause, Marks, SetAside};
 use crate::bundle::{LoadContext, VerifiedBundle};
+use crate::consult::ConsultTerms;
 use crate::error::{ActivateError, BundleError, StatementError, clip};
 use crate::freshness::Freshness;
 use crate::json;
@@ -150,6 +151,13 @@ impl ActivePolicy {
         self.bundle
             .class_of(action)
             .map_or(WhenRestricted::Deny, |(_, limits)| limits.when_restricted)
+    }
+
+    /// The decision point that has to agree to the action, if its class has one.
+    #[must_use]
+    pub fn consult(&self, action: &str) -> Option<&ConsultTerms> {
+        let (_, limits) = self.bundle.class_of(action)?;
+        limits.consult.as_ref()
     }
 
     /// The worst posture of all classes: what the node shows and tells its peers.

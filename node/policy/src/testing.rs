@@ -11,6 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
+use crate::archive::MANIFEST;
 use crate::bundle::{BundleBuilder, LoadContext, VerifiedBundle};
 use crate::error::{BundleError, KeyError};
 use crate::input_schema::convert;
@@ -307,9 +308,34 @@ pub fn active_policy(
     source: Source,
     created_unix_ms: u64,
 ) -> Result<ActivePolicy, BundleError> {
+    active_policy_with(engine, source, created_unix_ms, |_| {})
+}
+
+/// As [`active_policy`], with a changed manifest.
+///
+/// # Errors
+/// [`BundleError`] if the changed bundle does not pass.
+pub fn active_policy_with(
+    engine: Option<Arc<dyn Engine>>,
+    source: Source,
+    created_unix_ms: u64,
+    change: impl Fn(&mut Value),
+) -> Result<ActivePolicy, BundleError> {
     let authority =
         Authority::new("test", 1).map_err(|error| BundleError::Compiler(error.to_string()))?;
-    let bundle = authority.load(template_builder("template", "test", created_unix_ms)?)?;
+    let mut files = template("template", "test", created_unix_ms)?;
+    for (_, bytes) in files.iter_mut().filter(|(path, _)| path == MANIFEST) {
+        let format = |error: serde_json::Error| BundleError::format(error.to_string());
+        let mut manifest: Value = serde_json::from_slice(bytes).map_err(format)?;
+        change(&mut manifest);
+        *bytes = serde_json::to_vec(&manifest).map_err(format)?;
+    }
+    let builder = files
+        .into_iter()
+        .fold(BundleBuilder::new(), |builder, (path, bytes)| {
+            builder.file(&path, bytes)
+        });
+    let bundle = authority.load(builder)?;
     let engine = engine.unwrap_or_else(|| bundle.engine());
     Ok(ActivePolicy::with_engine(bundle, source, engine))
 }

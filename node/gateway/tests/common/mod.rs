@@ -109,6 +109,7 @@ pub(crate) fn answer(decision: Decision, reason: Reason) -> Answer {
         action_hash: None,
         request_id: None,
         retry_after_ms: (reason == Reason::RateLimitExceeded).then_some(2_500),
+        consult: None,
         explanation: None,
     }
 }

@@ -1,0 +1,941 @@
+//! The word of an upstream decision point, where a bundle asks for it.
+//!
+//! A class of actions may be referred to a decision point. It is asked after the local policies have
+//! permitted the action, and can only turn that permit into a deny or a hold: nothing in here makes an
+//! allow (ruling 17). What it said is an input of the decision and stands in its record.
+//!
+//! While it cannot be reached, the terms of the bundle say what becomes of the action: deny, hold, or its
+//! last answer to the same question. [`Answers`] keeps those: by the whole question, which names the
+//! action, the bundle and the posture; for the lifetime that the bundle gives; for one bundle only; and not
+//! past posture `closed`. It is never looked at while the decision point answers.
+//!
+//! [`Consults`] is the state machine: one question on its way for equal ones, a breaker and a limit for
+//! each upstream, a share for each caller. It starts nothing and waits for nothing; who waits is a value of
+//! its caller's choice. Questions are carried by [`Upstreams`].
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tidelock_policy::{ConsultTerms, Posture, WhenUnreachable};
+use tidelock_quota::{Breaker, BreakerState, Call};
+use tidelock_segments::Sha256Hash;
+
+use crate::{
+    action::{Action, Fields, InvalidRequest, canonical_bytes},
+    answer::BundleInfo,
+    json,
+    limits::{
+        CONSULT_BREAKER, CONSULT_GRACE, MAX_CONSULT_ANSWER_BYTES, MAX_CONSULT_CACHE_BYTES,
+        MAX_CONSULT_CACHED, MAX_CONSULT_CACHED_PER_PRINCIPAL, MAX_CONSULT_OBLIGATIONS,
+        MAX_CONSULT_SIGNED_BYTES, MAX_CONSULT_WAITING, MAX_CONSULTS_PER_CALLER,
+        MAX_CONSULTS_PER_UPSTREAM, MAX_MESSAGE_BYTES, MAX_TYPE_BYTES,
+    },
+    reason::{Decision, Reason},
+    redact,
+};
+
+/// Obligations of an answer that this node meets: it makes its own caller report, and its answers carry
+/// its own posture.
+const KNOWN_OBLIGATIONS: [&str; 2] = ["report_outcome", "posture"];
+
+/// One question on its way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// Who is asked.
+    pub upstream: String,
+    /// An access evaluation of AuthZEN, in canonical JSON.
+    pub body: Vec<u8>,
+    /// SHA-256 of the body.
+    pub digest: Sha256Hash,
+    /// How long the answer is waited for.
+    pub deadline: Duration,
+}
+
+impl Question {
+    /// The question whether an action may happen that the policies of this bundle permit.
+    pub(crate) fn new(
+        action: &Action,
+        (bundle, posture, node): (&BundleInfo, Posture, &str),
+        terms: &ConsultTerms,
+        deadline: Duration,
+    ) -> Result<Self, InvalidRequest> {
+        let named = |kind: &str, id: &str| json!({"type": kind, "id": id});
+        // The last member is none of the protocol's, so others ignore it; with it the digest of the question
+        // names all that the answer depends on (ruling 16).
+        let body = canonical_bytes(&json!({
+            "subject": named(action.principal().kind(), action.principal().id()),
+            "action": {"name": action.name(), "properties": action.params()},
+            "resource": named(action.resource_type(), action.resource_id()),
+            "context": action.context(),
+            "tidelock": {"bundle": bundle, "node": node, "posture": posture, "upstream": terms.upstream},
+        }))?;
+        Ok(Self {
+            upstream: terms.upstream.clone(),
+            digest: Sha256Hash::of(&body),
+            body,
+            deadline,
+        })
+    }
+}
+
+/// Why a question has no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConsultFailure {
+    /// Nobody answered, or what stands before the decision point said that it is not there.
+    #[error("not reachable: {0}")]
+    Unreachable(String),
+    /// No whole answer in time.
+    #[error("no answer in time")]
+    Timeout,
+    /// There was an answer that is none. No earlier answer serves in its stead: it was reached.
+    #[error("not a valid answer: {0}")]
+    Invalid(String),
+    /// As many questions are on their way as there may be.
+    #[error("as many questions are on their way as there may be")]
+    Busy,
+    /// The node's config has no such upstream.
+    #[error("no upstream of this name is configured")]
+    Unconfigured,
+}
+
+impl ConsultFailure {
+    /// The stable word of records and counters.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Unreachable(_) => "unreachable",
+            Self::Timeout => "timeout",
+            Self::Invalid(_) => "invalid",
+            Self::Busy => "busy",
+            Self::Unconfigured => "unconfigured",
+        }
+    }
+
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Unreachable(_) | Self::Unconfigured => Reason::ConsultUnreachable,
+            Self::Timeout => Reason::ConsultTimeout,
+            Self::Invalid(_) => Reason::ConsultInvalid,
+            Self::Busy => Reason::ConsultBusy,
+        }
+    }
+
+    /// Whether the decision point was away, as far as can be seen from here.
+    fn is_absence(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Timeout)
+    }
+}
+
+/// What came back over the wire.
+#[derive(Debug, Clone, Copy)]
+pub struct Heard<'a> {
+    /// The status.
+    pub status: u16,
+    /// `X-Request-ID` as it came back.
+    pub echoed_id: Option<&'a [u8]>,
+    /// The body.
+    pub body: &'a [u8],
+}
+
+/// Gives the payload of a compact JWS that verifies under the pinned key of the upstream.
+pub type VerifySigned<'a> = &'a dyn Fn(&str) -> Result<Vec<u8>, String>;
+
+/// An answer that was read and checked; [`UpstreamAnswer::read`] makes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamAnswer {
+    decision: Decision,
+    why: Option<String>,
+    lifetime_s: Option<u64>,
+    obligations: Vec<String>,
+    digest: Sha256Hash,
+    id: String,
+    signed: Option<String>,
+}
+
+impl UpstreamAnswer {
+    /// Reads the answer to a question that was sent with the request id `id`. With `verify` it must be
+    /// signed, and what is signed must say the same of the same question.
+    ///
+    /// # Errors
+    /// [`ConsultFailure::Unreachable`] for the statuses of a decision point that is not there,
+    /// [`ConsultFailure::Invalid`] for everything else that is no answer.
+    pub fn read(
+        question: &Question,
+        id: &str,
+        heard: Heard<'_>,
+        verify: Option<VerifySigned<'_>>,
+    ) -> Result<Self, ConsultFailure> {
+        match heard.status {
+            200 => {}
+            429 | 502..=504 => {
+                return Err(ConsultFailure::Unreachable(format!(
+                    "status {}",
+                    heard.status
+                )));
+            }
+            status => return Err(invalid(format!("status {status}"))),
+        }
+        if heard.echoed_id != Some(id.as_bytes()) {
+            return Err(invalid("X-Request-ID is not that of the question"));
+        }
+        if heard.body.len() > MAX_CONSULT_ANSWER_BYTES {
+            return Err(invalid("too long"));
+        }
+        let read = |error: InvalidRequest| invalid(error.message());
+        let body = json::parse(heard.body).map_err(read)?;
+        let decision = body.get("decision").and_then(Value::as_bool);
+        let allowed = decision.ok_or_else(|| invalid("no decision"))?;
+        let context = body.get("context");
+        let member = |key: &str| context.and_then(|context| context.get(key));
+        let mut lifetime_s = whole("lifetime_s", member("lifetime_s"))?;
+        let mut signed = None;
+        if let Some(verify) = verify {
+            let text = member("signed").and_then(Value::as_str);
+            let text = text.ok_or_else(|| invalid("it is not signed"))?;
+            if text.len() > MAX_CONSULT_SIGNED_BYTES {
+                return Err(invalid("its signature is too long"));
+            }
+            let payload = verify(text).map_err(invalid)?;
+            lifetime_s = check_signed(&payload, question, id, allowed)?;
+            signed = Some(text.to_owned());
+        }
+        let why = member("reason").and_then(Value::as_str);
+        let mut why = why.map(|why| redact::message(why, MAX_MESSAGE_BYTES));
+        let (obligations, unknown) = obligations(member("obligations"))?;
+        let decision = match (allowed, unknown) {
+            (true, Some(unknown)) => {
+                why = Some(format!("obligation {unknown} is not known here"));
+                Decision::Deny
+            }
+            (true, None) => Decision::Allow,
+            (false, _) if member("hold").and_then(Value::as_bool) == Some(true) => Decision::Hold,
+            (false, _) => Decision::Deny,
+        };
+        Ok(Self {
+            decision,
+            why,
+            lifetime_s,
+            obligations,
+            digest: Sha256Hash::of(heard.body),
+            id: id.to_owned(),
+            signed,
+        })
+    }
+
+    /// What it says.
+    #[must_use]
+    pub fn decision(&self) -> Decision {
+        self.decision
+    }
+}
+
+fn invalid(why: impl Into<String>) -> ConsultFailure {
+    ConsultFailure::Invalid(redact::message(&why.into(), MAX_MESSAGE_BYTES))
+}
+
+fn whole(key: &str, value: Option<&Value>) -> Result<Option<u64>, ConsultFailure> {
+    value
+        .map(|value| value.as_u64())
+        .map(|number| number.ok_or_else(|| invalid(format!("{key} is not a whole number"))))
+        .transpose()
+}
+
+/// The lifetime in a signed payload that answers this question.
+fn check_signed(
+    payload: &[u8],
+    question: &Question,
+    id: &str,
+    allowed: bool,
+) -> Result<Option<u64>, ConsultFailure> {
+    let read = |error: InvalidRequest| invalid(error.message());
+    let parsed = json::parse(payload).map_err(read)?;
+    let mut fields = Fields::new("what is signed", parsed).map_err(read)?;
+    if fields.text("question").map_err(read)? != question.digest.to_string() {
+        return Err(invalid("what is signed answers another question"));
+    }
+    if fields.text("request_id").map_err(read)? != id {
+        return Err(invalid("what is signed was asked for by another request"));
+    }
+    if fields.required("decision").map_err(read)?.as_bool() != Some(allowed) {
+        return Err(invalid("what is signed decides otherwise"));
+    }
+    let lifetime_s = whole("lifetime_s", fields.take("lifetime_s").as_ref())?;
+    let known = ["question", "request_id", "decision", "lifetime_s"];
+    fields.finish(&known).map_err(read)?;
+    Ok(lifetime_s)
+}
+
+/// The names of obligations, and the first that must be met and is not known here.
+fn obligations(given: Option<&Value>) -> Result<(Vec<String>, Option<String>), ConsultFailure> {
+    let list = match given {
+        None => return Ok((Vec::new(), None)),
+        Some(Value::Array(list)) if list.len() <= MAX_CONSULT_OBLIGATIONS => list,
+        Some(_) => return Err(invalid("obligations are no list, or too many")),
+    };
+    let mut names = Vec::with_capacity(list.len());
+    let mut unknown = None;
+    for one in list {
+        let id = one.get("id").and_then(Value::as_str);
+        let id = id.ok_or_else(|| invalid("an obligation has no id"))?;
+        let name = redact::message(id, MAX_TYPE_BYTES);
+        let is_met = KNOWN_OBLIGATIONS.contains(&id);
+        let is_optional = one.get("mandatory").and_then(Value::as_bool) == Some(false);
+        if !is_met && !is_optional && unknown.is_none() {
+            unknown = Some(name.clone());
+        }
+        names.push(name);
+    }
+    Ok((names, unknown))
+}
+
+/// Takes the answer to one question, once, on any thread that may wait for policy engines.
+pub type AnswerDone = Box<dyn FnOnce(Result<UpstreamAnswer, ConsultFailure>) + Send>;
+
+/// Carries questions to decision points, as the shell does it.
+pub trait Upstreams: Send + Sync {
+    /// Whether there is an upstream of this name.
+    fn is_configured(&self, name: &str) -> bool;
+
+    /// Asks once and returns at once. `done` is called at the question's deadline at the latest.
+    fn ask(&self, question: Question, done: AnswerDone);
+
+    /// An answer that allowed is not to serve again. What was kept of it for the next start must be gone
+    /// before this returns: whoever waits for the decision hears of it afterwards.
+    fn withdrawn(&self, kept: &KeptAnswers);
+}
+
+/// What a decision point said to one question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptAnswer {
+    question: Sha256Hash,
+    upstream: String,
+    action: String,
+    principal: String,
+    allow: bool,
+    received_unix_ms: u64,
+    expires_unix_ms: u64,
+    answer: Sha256Hash,
+    id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    signed: Option<String>,
+}
+
+impl KeptAnswer {
+    /// About what it takes in memory and in its file.
+    fn bytes(&self) -> usize {
+        let texts = [&self.upstream, &self.action, &self.principal, &self.id];
+        let optional = [&self.why, &self.signed];
+        let optional = optional.into_iter().flatten().map(String::len);
+        // Keys, hashes and numbers as JSON; a text may double by escaping.
+        448 + 2 * (texts.map(String::len).iter().sum::<usize>() + optional.sum::<usize>())
+    }
+
+    /// An answer from ahead of the clock is none: who knows how far the clock went back.
+    fn is_live(&self, now_unix_ms: u64) -> bool {
+        (self.received_unix_ms..self.expires_unix_ms).contains(&now_unix_ms)
+    }
+}
+
+/// The answers of one bundle, as they are kept for the next start.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptAnswers {
+    bundle: Option<Under>,
+    answers: Vec<KeptAnswer>,
+}
+
+/// Content and epoch of the bundle under which a decision point was asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Under {
+    hash: String,
+    epoch: u64,
+}
+
+impl From<&BundleInfo> for Under {
+    fn from(bundle: &BundleInfo) -> Self {
+        Self {
+            hash: bundle.hash.clone(),
+            epoch: bundle.epoch,
+        }
+    }
+}
+
+/// The last answers to questions, bounded in number and bytes (INV-07). Who comes too much displaces what
+/// expires first; a principal that has its share displaces its own.
+#[derive(Debug, Default)]
+struct Answers {
+    under: Option<Under>,
+    by_question: BTreeMap<Sha256Hash, KeptAnswer>,
+    bytes: usize,
+}
+
+impl Answers {
+    fn insert(&mut self, answer: KeptAnswer) {
+        self.remove(&answer.question);
+        let own = |kept: &&KeptAnswer| kept.principal == answer.principal;
+        if self.by_question.values().filter(own).count() >= MAX_CONSULT_CACHED_PER_PRINCIPAL {
+            self.remove_first(|kept| kept.principal == answer.principal);
+        }
+        while self.by_question.len() >= MAX_CONSULT_CACHED
+            || self.bytes + answer.bytes() > MAX_CONSULT_CACHE_BYTES
+        {
+            if !self.remove_first(|_| true) {
+                break;
+            }
+        }
+        self.bytes += answer.bytes();
+        self.by_question.insert(answer.question, answer);
+    }
+
+    fn remove(&mut self, question: &Sha256Hash) -> Option<KeptAnswer> {
+        let removed = self.by_question.remove(question)?;
+        self.bytes -= removed.bytes();
+        Some(removed)
+    }
+
+    fn remove_first(&mut self, of: impl Fn(&KeptAnswer) -> bool) -> bool {
+        let candidates = self.by_question.values().filter(|kept| of(kept));
+        let first = candidates.min_by_key(|kept| (kept.expires_unix_ms, kept.question));
+        let Some(question) = first.map(|kept| kept.question) else {
+            return false;
+        };
+        self.remove(&question).is_some()
+    }
+
+    /// Drops what does not pass; whether anything was dropped.
+    fn retain(&mut self, keep: impl Fn(&KeptAnswer) -> bool) -> bool {
+        let before = self.by_question.len();
+        self.by_question.retain(|_, kept| keep(kept));
+        self.bytes = self.by_question.values().map(KeptAnswer::bytes).sum();
+        self.by_question.len() != before
+    }
+}
+
+/// What is asked, of whom and for whom.
+#[derive(Debug, Clone)]
+pub(crate) struct Asked {
+    pub(crate) question: Sha256Hash,
+    pub(crate) terms: ConsultTerms,
+    pub(crate) under: Under,
+    pub(crate) action: String,
+    pub(crate) principal: String,
+    pub(crate) deadline: Duration,
+}
+
+/// A question on its way and who waits for the answer.
+struct Flight<W> {
+    number: u64,
+    asked: Asked,
+    holder: Arc<str>,
+    call: Call,
+    overdue_at: Duration,
+    waiting: Vec<W>,
+}
+
+struct Upstream {
+    breaker: Breaker,
+    under_way: usize,
+    counts: BTreeMap<(&'static str, &'static str), u64>,
+    answered_unix_ms: Option<u64>,
+    failed_unix_ms: Option<u64>,
+    failure: Option<String>,
+}
+
+/// What became of a question that somebody came with.
+#[derive(Debug)]
+pub(crate) enum Begun<W> {
+    /// It has to be sent, under this number.
+    Send(u64),
+    /// It is on its way.
+    Joined,
+    /// It will not be sent.
+    Failed(ConsultFailure, W),
+}
+
+/// What the end of a question brings.
+#[derive(Debug)]
+pub(crate) struct Settled<W> {
+    pub(crate) waiting: Vec<W>,
+    /// An answer that allowed was displaced by one that does not.
+    pub(crate) is_withdrawn: bool,
+}
+
+/// Questions, upstreams and answers of one node.
+pub(crate) struct Consults<W> {
+    flights: BTreeMap<Sha256Hash, Flight<W>>,
+    upstreams: BTreeMap<String, Upstream>,
+    answers: Answers,
+    numbers: u64,
+    waiting: usize,
+    is_dirty: bool,
+}
+
+impl<W> Default for Consults<W> {
+    fn default() -> Self {
+        Self {
+            flights: BTreeMap::new(),
+            upstreams: BTreeMap::new(),
+            answers: Answers::default(),
+            numbers: 0,
+            waiting: 0,
+            is_dirty: false,
+        }
+    }
+}
+
+impl<W> Consults<W> {
+    /// Somebody has a question. At most one of equal ones is on its way.
+    pub(crate) fn begin(
+        &mut self,
+        asked: Asked,
+        holder: &Arc<str>,
+        waiter: W,
+        now: Duration,
+    ) -> Begun<W> {
+        if self.waiting >= MAX_CONSULT_WAITING {
+            return Begun::Failed(ConsultFailure::Busy, waiter);
+        }
+        if let Some(flight) = self.flights.get_mut(&asked.question) {
+            flight.waiting.push(waiter);
+            self.waiting += 1;
+            return Begun::Joined;
+        }
+        let held = self.flights.values().filter(|f| f.holder == *holder);
+        let held = held.count();
+        let Some(upstream) = self.upstream(&asked.terms.upstream) else {
+            return Begun::Failed(ConsultFailure::Busy, waiter);
+        };
+        // Before the breaker: its one probe is not to be lost for want of a place.
+        if upstream.under_way >= MAX_CONSULTS_PER_UPSTREAM || held >= MAX_CONSULTS_PER_CALLER {
+            return Begun::Failed(ConsultFailure::Busy, waiter);
+        }
+        let call = match upstream.breaker.admit(now) {
+            Ok(call) => call,
+            Err(open) => {
+                return Begun::Failed(ConsultFailure::Unreachable(open.to_string()), waiter);
+            }
+        };
+        upstream.under_way += 1;
+        self.numbers += 1;
+        self.waiting += 1;
+        let flight = Flight {
+            number: self.numbers,
+            holder: Arc::clone(holder),
+            call,
+            overdue_at: now
+                .saturating_add(asked.deadline)
+                .saturating_add(CONSULT_GRACE),
+            waiting: vec![waiter],
+            asked,
+        };
+        self.flights.insert(flight.asked.question, flight);
+        Begun::Send(self.numbers)
+    }
+
+    /// The state of an upstream; none where there are too many already.
+    fn upstream(&mut self, name: &str) -> Option<&mut Upstream> {
+        if !self.upstreams.contains_key(name) {
+            if self.upstreams.len() >= tidelock_policy::limits::CLASSES_MAX {
+                // Names come from bundles: those of earlier ones go.
+                self.upstreams.retain(|_, upstream| upstream.under_way > 0);
+            }
+            let breaker = Breaker::new(CONSULT_BREAKER).ok()?;
+            self.upstreams.insert(
+                name.to_owned(),
+                Upstream {
+                    breaker,
+                    under_way: 0,
+                    counts: BTreeMap::new(),
+                    answered_unix_ms: None,
+                    failed_unix_ms: None,
+                    failure: None,
+                },
+            );
+        }
+        self.upstreams.get_mut(name)
+    }
+
+    /// A question has its answer, or will have none. Nothing comes of one that is not on its way any more:
+    /// what was decided without it stays decided.
+    pub(crate) fn settle(
+        &mut self,
+        (question, number): (Sha256Hash, u64),
+        said: &Result<UpstreamAnswer, ConsultFailure>,
+        (now, now_unix_ms): (Duration, u64),
+        in_force: Option<&Under>,
+    ) -> Settled<W> {
+        self.observe(in_force);
+        let is_it = |flight: &Flight<W>| flight.number == number;
+        if !self.flights.get(&question).is_some_and(is_it) {
+            return Settled {
+                waiting: Vec::new(),
+                is_withdrawn: false,
+            };
+        }
+        let Some(flight) = self.flights.remove(&question) else {
+            return Settled {
+                waiting: Vec::new(),
+                is_withdrawn: false,
+            };
+        };
+        self.waiting -= flight.waiting.len();
+        if let Some(upstream) = self.upstreams.get_mut(&flight.asked.terms.upstream) {
+            upstream.under_way -= 1;
+            match said {
+                Err(failure) if failure.is_absence() => {
+                    upstream.breaker.on_failure(flight.call, now);
+                }
+                _ => upstream.breaker.on_success(flight.call),
+            }
+            match said {
+                Ok(_) => upstream.answered_unix_ms = Some(now_unix_ms),
+                Err(failure) => {
+                    upstream.failed_unix_ms = Some(now_unix_ms);
+                    upstream.failure = Some(failure.to_string());
+                }
+            }
+        }
+        let is_withdrawn = match said {
+            Ok(answer) => self.remember(&flight.asked, answer, now_unix_ms),
+            Err(_) => false,
+        };
+        Settled {
+            waiting: flight.waiting,
+            is_withdrawn,
+        }
+    }
+
+    /// Keeps an answer, or what the terms leave of it; whether an allow went for it.
+    fn remember(&mut self, asked: &Asked, answer: &UpstreamAnswer, now_unix_ms: u64) -> bool {
+        let before = self.answers.remove(&asked.question);
+        let allowed = before.is_some_and(|kept| kept.allow);
+        let given_s = match answer.decision {
+            Decision::Allow => asked.terms.allow_lifetime_s,
+            Decision::Deny => asked.terms.deny_lifetime_s,
+            Decision::Hold => 0,
+        };
+        let lifetime_s = given_s.min(answer.lifetime_s.unwrap_or(u64::MAX));
+        // A bundle that does not decide any more keeps nothing.
+        let is_in_force = self.answers.under.as_ref() == Some(&asked.under);
+        if lifetime_s > 0 && is_in_force {
+            self.answers.insert(KeptAnswer {
+                question: asked.question,
+                upstream: asked.terms.upstream.clone(),
+                action: asked.action.clone(),
+                principal: asked.principal.clone(),
+                allow: answer.decision == Decision::Allow,
+                received_unix_ms: now_unix_ms,
+                expires_unix_ms: now_unix_ms.saturating_add(lifetime_s.saturating_mul(1000)),
+                answer: answer.digest,
+                id: answer.id.clone(),
+                why: answer.why.clone(),
+                signed: answer.signed.clone(),
+            });
+            self.is_dirty = true;
+        }
+        self.is_dirty |= allowed;
+        allowed && answer.decision != Decision::Allow
+    }
+
+    /// Questions that should have come back long ago: whoever carries them has lost them.
+    pub(crate) fn take_overdue(&mut self, now: Duration, now_unix_ms: u64) -> Vec<W> {
+        let overdue = self.flights.values().filter(|f| f.overdue_at <= now);
+        let overdue: Vec<_> = overdue.map(|f| (f.asked.question, f.number)).collect();
+        let under = self.answers.under.clone();
+        let settle = |at| {
+            let lost = Err(ConsultFailure::Timeout);
+            self.settle(at, &lost, (now, now_unix_ms), under.as_ref())
+                .waiting
+        };
+        overdue.into_iter().flat_map(settle).collect()
+    }
+
+    /// The last answer to a question, if it may serve.
+    pub(crate) fn kept(
+        &self,
+        question: &Sha256Hash,
+        under: &Under,
+        now_unix_ms: u64,
+    ) -> Option<KeptAnswer> {
+        let kept = self.answers.by_question.get(question)?;
+        let is_of_it = self.answers.under.as_ref() == Some(under);
+        (is_of_it && kept.is_live(now_unix_ms)).then(|| kept.clone())
+    }
+
+    /// Answers die with the bundle under which they were given.
+    pub(crate) fn observe(&mut self, in_force: Option<&Under>) {
+        if self.answers.under.as_ref() != in_force {
+            self.is_dirty |= self.answers.retain(|_| false);
+            self.answers.under = in_force.cloned();
+        }
+    }
+
+    /// Drops what has expired, and what is of actions that posture `closed` denies.
+    pub(crate) fn sweep(&mut self, now_unix_ms: u64, is_closed: impl Fn(&str) -> bool) {
+        self.is_dirty |= self
+            .answers
+            .retain(|kept| now_unix_ms < kept.expires_unix_ms && !is_closed(&kept.action));
+    }
+
+    /// Takes what an earlier run kept. It serves under the bundle of then only.
+    pub(crate) fn restore(&mut self, kept: KeptAnswers) {
+        self.answers = Answers {
+            under: kept.bundle,
+            ..Answers::default()
+        };
+        for answer in kept.answers {
+            self.answers.insert(answer);
+        }
+    }
+
+    /// What is to be kept for the next start.
+    pub(crate) fn to_keep(&self) -> KeptAnswers {
+        KeptAnswers {
+            bundle: self.answers.under.clone(),
+            answers: self.answers.by_question.values().cloned().collect(),
+        }
+    }
+
+    /// The same, if it has changed since this was asked.
+    pub(crate) fn changed(&mut self) -> Option<KeptAnswers> {
+        std::mem::take(&mut self.is_dirty).then(|| self.to_keep())
+    }
+
+    /// What was to be kept could not be.
+    pub(crate) fn not_kept(&mut self) {
+        self.is_dirty = true;
+    }
+
+    /// Forgets what was away.
+    pub(crate) fn close_breakers(&mut self) {
+        for upstream in self.upstreams.values_mut() {
+            if let Ok(breaker) = Breaker::new(CONSULT_BREAKER) {
+                upstream.breaker = breaker;
+            }
+        }
+    }
+
+    /// Counts what one decision came to.
+    pub(crate) fn count(&mut self, note: &ConsultNote) {
+        if let Some(upstream) = self.upstream(&note.upstream.clone()) {
+            let counter = upstream.counts.entry((note.outcome, note.fallback));
+            *counter.or_default() += 1;
+        }
+    }
+
+    pub(crate) fn stats(&self, now: Duration) -> ConsultStats {
+        let upstreams = self.upstreams.iter().map(|(name, upstream)| UpstreamStats {
+            name: name.clone(),
+            breaker: match upstream.breaker.state(now) {
+                BreakerState::Closed => "closed",
+                BreakerState::Open => "open",
+                BreakerState::HalfOpen => "half_open",
+            },
+            under_way: upstream.under_way,
+            answered_unix_ms: upstream.answered_unix_ms,
+            failed_unix_ms: upstream.failed_unix_ms,
+            failure: upstream.failure.clone(),
+            decisions: upstream
+                .counts
+                .iter()
+                .map(|((outcome, fallback), count)| ConsultCount {
+                    outcome,
+                    fallback,
+                    count: *count,
+                })
+                .collect(),
+        });
+        ConsultStats {
+            upstreams: upstreams.collect(),
+            waiting: self.waiting,
+            kept: self.answers.by_question.len(),
+            kept_bytes: self.answers.bytes,
+        }
+    }
+}
+
+/// What is known of decision points.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConsultStats {
+    /// Those that were asked since the start, by name.
+    pub upstreams: Vec<UpstreamStats>,
+    /// Decisions that wait for an answer.
+    pub waiting: usize,
+    /// Answers kept.
+    pub kept: usize,
+    /// What they take, about.
+    pub kept_bytes: usize,
+}
+
+/// What is known of one decision point.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct UpstreamStats {
+    /// Its name.
+    pub name: String,
+    /// `closed`: it is asked; `open`: it is not, for a while; `half_open`: one question may try.
+    pub breaker: &'static str,
+    /// Questions on their way.
+    pub under_way: usize,
+    /// When it answered last.
+    pub answered_unix_ms: Option<u64>,
+    /// When it last did not.
+    pub failed_unix_ms: Option<u64>,
+    /// And why.
+    pub failure: Option<String>,
+    /// What decisions came to.
+    pub decisions: Vec<ConsultCount>,
+}
+
+/// Decisions of one outcome and fallback.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ConsultCount {
+    /// As in records.
+    pub outcome: &'static str,
+    /// As in records.
+    pub fallback: &'static str,
+    /// How many.
+    pub count: u64,
+}
+
+/// What a decision point had to do with a decision: an input of it, as its record has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct ConsultNote {
+    upstream: String,
+    question: Sha256Hash,
+    /// `allow`, `deny` or `hold`, as it said now; else the word of the failure.
+    outcome: &'static str,
+    /// What stood in for its answer: `none`, `cached`, `held` or `denied`.
+    fallback: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    answer: Option<Sha256Hash>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    answered_unix_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_unix_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    obligations: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signed: Option<String>,
+}
+
+impl ConsultNote {
+    /// Whether something stood in for the decision point's answer.
+    pub(crate) fn is_fallback(&self) -> bool {
+        self.fallback != "none"
+    }
+
+    /// What the answer to the caller tells of it.
+    pub(crate) fn told(&self) -> Consulted {
+        Consulted {
+            upstream: self.upstream.clone(),
+            outcome: self.outcome,
+            fallback: self.fallback,
+            why: self.why.clone(),
+        }
+    }
+
+    /// What a record of the short form has of it.
+    pub(crate) fn short(&self) -> Value {
+        let mut short = json!({"outcome": self.outcome, "fallback": self.fallback});
+        if let (Some(answer), Some(fields)) = (&self.answer, short.as_object_mut()) {
+            fields.insert("answer".to_owned(), answer.to_string().into());
+        }
+        short
+    }
+}
+
+/// What an answer tells of the decision point that its class is referred to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Consulted {
+    /// Which one.
+    pub upstream: String,
+    /// What it said, or why it said nothing.
+    pub outcome: &'static str,
+    /// What stood in for its answer: `none`, `cached`, `held` or `denied`.
+    pub fallback: &'static str,
+    /// In words, untrusted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
+/// What a local permit comes to with what was heard, and with the last answer that is kept. The one
+/// place where a decision point's word has an effect; the permit is the strongest that it can leave.
+pub(crate) fn weigh(
+    terms: &ConsultTerms,
+    question: Sha256Hash,
+    said: &Result<UpstreamAnswer, ConsultFailure>,
+    kept: Option<KeptAnswer>,
+    now_unix_ms: u64,
+) -> (Reason, ConsultNote) {
+    let mut note = ConsultNote {
+        upstream: terms.upstream.clone(),
+        question,
+        outcome: "allow",
+        fallback: "none",
+        answer: None,
+        id: None,
+        answered_unix_ms: None,
+        expires_unix_ms: None,
+        why: None,
+        obligations: Vec::new(),
+        signed: None,
+    };
+    let failure = match said {
+        Ok(answer) => {
+            note.outcome = answer.decision.as_str();
+            note.answer = Some(answer.digest);
+            note.id = Some(answer.id.clone());
+            note.answered_unix_ms = Some(now_unix_ms);
+            note.expires_unix_ms = kept.map(|kept| kept.expires_unix_ms);
+            note.why.clone_from(&answer.why);
+            note.obligations.clone_from(&answer.obligations);
+            note.signed.clone_from(&answer.signed);
+            return (said_by(answer.decision), note);
+        }
+        Err(failure) => failure,
+    };
+    note.outcome = failure.word();
+    note.why = Some(redact::message(&failure.to_string(), MAX_MESSAGE_BYTES));
+    let serves = |kept: &KeptAnswer| {
+        failure.is_absence() && (!kept.allow || terms.when_unreachable == WhenUnreachable::Cached)
+    };
+    if let Some(kept) = kept.filter(serves) {
+        note.fallback = "cached";
+        note.answer = Some(kept.answer);
+        note.id = Some(kept.id);
+        note.answered_unix_ms = Some(kept.received_unix_ms);
+        note.expires_unix_ms = Some(kept.expires_unix_ms);
+        note.signed = kept.signed;
+        let decision = match kept.allow {
+            true => Decision::Allow,
+            false => Decision::Deny,
+        };
+        return (said_by(decision), note);
+    }
+    if failure.is_absence() && terms.when_unreachable == WhenUnreachable::Hold {
+        note.fallback = "held";
+        return (Reason::ConsultHeld, note);
+    }
+    note.fallback = "denied";
+    (failure.reason(), note)
+}
+
+fn said_by(decision: Decision) -> Reason {
+    match decision {
+        Decision::Allow => Reason::PolicyAllow,
+        Decision::Deny => Reason::ConsultDenied,
+        Decision::Hold => Reason::ConsultHeld,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,634 @@
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const NOW_MS: u64 = 1_700_000_000_000;
+
+fn terms(when_unreachable: WhenUnreachable) -> ConsultTerms {
+    ConsultTerms {
+        upstream: "authority".to_owned(),
+        deadline_ms: 500,
+        when_unreachable,
+        allow_lifetime_s: match when_unreachable {
+            WhenUnreachable::Cached => 60,
+            _ => 0,
+        },
+        deny_lifetime_s: 60,
+    }
+}
+
+fn under(epoch: u64) -> Under {
+    Under {
+        hash: format!("sha256:{epoch}"),
+        epoch,
+    }
+}
+
+fn digest(number: u64) -> Sha256Hash {
+    Sha256Hash::of(&number.to_le_bytes())
+}
+
+fn asked(number: u64) -> Asked {
+    Asked {
+        question: digest(number),
+        terms: terms(WhenUnreachable::Cached),
+        under: under(1),
+        action: "fs.write".to_owned(),
+        principal: "Agent::a".to_owned(),
+        deadline: Duration::from_millis(500),
+    }
+}
+
+fn said(decision: Decision) -> Result<UpstreamAnswer, ConsultFailure> {
+    Ok(UpstreamAnswer {
+        decision,
+        why: None,
+        lifetime_s: None,
+        obligations: Vec::new(),
+        digest: digest(0),
+        id: "id".to_owned(),
+        signed: None,
+    })
+}
+
+fn away() -> Result<UpstreamAnswer, ConsultFailure> {
+    Err(ConsultFailure::Unreachable("gone".to_owned()))
+}
+
+fn holder(name: &str) -> Arc<str> {
+    Arc::from(name)
+}
+
+fn consults() -> Consults<u64> {
+    let mut consults = Consults::default();
+    consults.observe(Some(&under(1)));
+    consults
+}
+
+/// Asks and is answered at once.
+fn answer(consults: &mut Consults<u64>, number: u64, said: Decision, now_ms: u64) -> Settled<u64> {
+    let Begun::Send(flight) = consults.begin(asked(number), &holder("a"), number, Duration::ZERO)
+    else {
+        return Settled {
+            waiting: Vec::new(),
+            is_withdrawn: false,
+        };
+    };
+    let said = self::said(said);
+    let times = (Duration::ZERO, now_ms);
+    consults.settle((digest(number), flight), &said, times, Some(&under(1)))
+}
+
+fn question() -> Question {
+    let body = b"{}".to_vec();
+    Question {
+        upstream: "authority".to_owned(),
+        digest: Sha256Hash::of(&body),
+        body,
+        deadline: Duration::from_millis(500),
+    }
+}
+
+fn read(body: &str) -> Result<UpstreamAnswer, ConsultFailure> {
+    let heard = Heard {
+        status: 200,
+        echoed_id: Some(b"id-1"),
+        body: body.as_bytes(),
+    };
+    UpstreamAnswer::read(&question(), "id-1", heard, None)
+}
+
+#[test]
+fn an_answer_is_one_boolean_and_everything_else_is_none() {
+    let good =
+        read(r#"{"decision": true, "colour": 1, "context": {"reason": "fine", "lifetime_s": 7}}"#);
+    let good = good.unwrap();
+    assert_eq!(good.decision, Decision::Allow);
+    assert_eq!(
+        (good.why.as_deref(), good.lifetime_s),
+        (Some("fine"), Some(7))
+    );
+    assert_eq!(
+        read(r#"{"decision": false}"#).unwrap().decision,
+        Decision::Deny
+    );
+    let held = r#"{"decision": false, "context": {"hold": true}}"#;
+    assert_eq!(read(held).unwrap().decision, Decision::Hold);
+    for body in [
+        "",
+        "true",
+        "[]",
+        "{}",
+        r#"{"decision": "true"}"#,
+        r#"{"decision": 1}"#,
+        r#"{"decision": null}"#,
+        r#"{"Decision": true}"#,
+        r#"{"decision": false, "decision": true}"#,
+        r#"{"decision": true, "Decision": false}"#,
+        r#"{"decision": true} x"#,
+        r#"{"decision": true, "context": {"lifetime_s": -1}}"#,
+        r#"{"decision": true, "context": {"lifetime_s": "60"}}"#,
+        r#"{"decision": true, "context": {"obligations": {}}}"#,
+        r#"{"decision": true, "context": {"obligations": [{"name": "x"}]}}"#,
+        "\u{0}",
+    ] {
+        assert!(
+            matches!(read(body), Err(ConsultFailure::Invalid(_))),
+            "{body}"
+        );
+    }
+    let long = format!(
+        r#"{{"decision": true, "context": {{"reason": "{}"}}}}"#,
+        "x".repeat(20_000)
+    );
+    assert!(matches!(read(&long), Err(ConsultFailure::Invalid(_))));
+    let wordy = format!(
+        r#"{{"decision": true, "context": {{"reason": "{}"}}}}"#,
+        "x".repeat(9_000)
+    );
+    assert!(read(&wordy).unwrap().why.unwrap().len() <= MAX_MESSAGE_BYTES);
+}
+
+#[test]
+fn statuses_and_the_request_id_are_checked_before_the_body_is_looked_at() {
+    let body = br#"{"decision": true}"#;
+    let read = |status: u16, echoed_id: Option<&[u8]>| {
+        let heard = Heard {
+            status,
+            echoed_id,
+            body,
+        };
+        UpstreamAnswer::read(&question(), "id-1", heard, None)
+    };
+    assert!(read(200, Some(b"id-1")).is_ok());
+    for id in [None, Some(&b"id-2"[..]), Some(b""), Some(b"id-1, id-2")] {
+        assert!(
+            matches!(read(200, id), Err(ConsultFailure::Invalid(_))),
+            "{id:?}"
+        );
+    }
+    for status in [
+        100, 201, 204, 301, 302, 307, 308, 400, 401, 403, 404, 500, 501,
+    ] {
+        let refused = read(status, Some(b"id-1"));
+        assert!(
+            matches!(refused, Err(ConsultFailure::Invalid(_))),
+            "{status}"
+        );
+    }
+    for status in [429, 502, 503, 504] {
+        let refused = read(status, Some(b"id-1"));
+        assert!(
+            matches!(refused, Err(ConsultFailure::Unreachable(_))),
+            "{status}"
+        );
+    }
+}
+
+#[test]
+fn an_obligation_that_must_be_met_and_is_not_known_denies() {
+    let with = |obligations: &str| {
+        let body = format!(r#"{{"decision": true, "context": {{"obligations": {obligations}}}}}"#);
+        read(&body).map(|answer| (answer.decision, answer.why))
+    };
+    for met in [
+        "[]",
+        r#"[{"id": "report_outcome", "record": {"index": 1}}, {"id": "posture"}]"#,
+        r#"[{"id": "paint_it", "mandatory": false}]"#,
+    ] {
+        assert_eq!(with(met).unwrap().0, Decision::Allow, "{met}");
+    }
+    for unmet in [
+        r#"[{"id": "two_persons"}]"#,
+        r#"[{"id": "posture"}, {"id": "two_persons", "mandatory": true}]"#,
+    ] {
+        let (decision, why) = with(unmet).unwrap();
+        assert_eq!(decision, Decision::Deny, "{unmet}");
+        assert!(why.unwrap().contains("two_persons"));
+    }
+    let many = format!("[{}]", [r#"{"id": "posture"}"#; 9].join(","));
+    assert!(with(&many).is_err());
+}
+
+#[test]
+fn where_answers_are_signed_what_is_signed_must_say_the_same_of_the_same_question() {
+    let read = |decision: bool, payload: &Value| {
+        let payload = payload.to_string().into_bytes();
+        let verify = move |text: &str| match text {
+            "good" => Ok(payload.clone()),
+            _ => Err("the signature does not verify".to_owned()),
+        };
+        let body = json!({"decision": decision, "context": {"signed": "good", "lifetime_s": 9}});
+        let body = body.to_string();
+        let heard = Heard {
+            status: 200,
+            echoed_id: Some(b"id-1"),
+            body: body.as_bytes(),
+        };
+        UpstreamAnswer::read(&question(), "id-1", heard, Some(&verify))
+    };
+    let good =
+        json!({"question": question().digest.to_string(), "request_id": "id-1", "decision": true});
+    let answer = read(true, &good).unwrap();
+    assert_eq!(answer.signed.as_deref(), Some("good"));
+    // Only what is signed counts.
+    assert_eq!(answer.lifetime_s, None);
+    let mut shorter = good.clone();
+    shorter["lifetime_s"] = json!(5);
+    assert_eq!(read(true, &shorter).unwrap().lifetime_s, Some(5));
+    assert!(read(false, &good).is_err(), "the body says otherwise");
+    for (key, wrong) in [
+        ("question", json!(digest(7).to_string())),
+        ("request_id", json!("id-2")),
+        ("decision", json!(false)),
+        ("decision", json!("true")),
+        ("lifetime_s", json!(-1)),
+        ("colour", json!("red")),
+    ] {
+        let mut bad = good.clone();
+        bad[key] = wrong;
+        assert!(read(true, &bad).is_err(), "{key}");
+    }
+    let verify = |_: &str| Err("the signature does not verify".to_owned());
+    for body in [
+        r#"{"decision": true}"#,
+        r#"{"decision": true, "context": {"signed": 1}}"#,
+        r#"{"decision": true, "context": {"signed": "bad"}}"#,
+        r#"{"decision": false}"#,
+    ] {
+        let heard = Heard {
+            status: 200,
+            echoed_id: Some(b"id-1"),
+            body: body.as_bytes(),
+        };
+        let refused = UpstreamAnswer::read(&question(), "id-1", heard, Some(&verify));
+        assert!(matches!(refused, Err(ConsultFailure::Invalid(_))), "{body}");
+    }
+}
+
+/// Every answer and every failure, with and without an earlier answer, under every term.
+#[test]
+fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
+    let failures = [
+        ConsultFailure::Unreachable(String::new()),
+        ConsultFailure::Timeout,
+        ConsultFailure::Invalid(String::new()),
+        ConsultFailure::Busy,
+        ConsultFailure::Unconfigured,
+    ];
+    let answers = [Decision::Allow, Decision::Deny, Decision::Hold].map(said);
+    let heard: Vec<_> = answers.into_iter().chain(failures.map(Err)).collect();
+    let mut allowed = 0;
+    for when in [
+        WhenUnreachable::Deny,
+        WhenUnreachable::Hold,
+        WhenUnreachable::Cached,
+    ] {
+        let terms = terms(when);
+        for said in &heard {
+            for kept in [None, Some(false), Some(true)] {
+                let mut consults = consults();
+                let decision = match kept {
+                    Some(true) => Some(Decision::Allow),
+                    Some(false) => Some(Decision::Deny),
+                    None => None,
+                };
+                decision.map(|decision| answer(&mut consults, 1, decision, NOW_MS));
+                let cached = consults.kept(&digest(1), &under(1), NOW_MS);
+                assert_eq!(cached.is_some(), kept.is_some());
+                let (reason, note) = weigh(&terms, digest(1), said, cached, NOW_MS);
+                let is_absence = matches!(
+                    said,
+                    Err(ConsultFailure::Unreachable(_) | ConsultFailure::Timeout)
+                );
+                let expected = match (said, kept) {
+                    (Ok(answer), _) => answer.decision,
+                    (Err(_), Some(false)) if is_absence => Decision::Deny,
+                    (Err(_), Some(true)) if is_absence && when == WhenUnreachable::Cached => {
+                        Decision::Allow
+                    }
+                    (Err(_), _) if is_absence && when == WhenUnreachable::Hold => Decision::Hold,
+                    (Err(_), _) => Decision::Deny,
+                };
+                assert_eq!(reason.decision(), expected, "{when:?} {said:?} {kept:?}");
+                // A fallback is told as one.
+                assert_eq!(note.is_fallback(), said.is_err());
+                allowed += u32::from(expected == Decision::Allow);
+            }
+        }
+    }
+    assert_eq!(
+        allowed,
+        3 * 3 + 2,
+        "one word for each answer, two for the cache"
+    );
+}
+
+#[test]
+fn equal_questions_are_asked_once_and_all_hear_the_answer() {
+    let mut consults = consults();
+    let begin = |consults: &mut Consults<u64>, number, waiter| {
+        consults.begin(asked(number), &holder("a"), waiter, Duration::ZERO)
+    };
+    let Begun::Send(flight) = begin(&mut consults, 1, 10) else {
+        unreachable!("the first one is sent");
+    };
+    assert!(matches!(begin(&mut consults, 1, 11), Begun::Joined));
+    assert!(matches!(begin(&mut consults, 2, 12), Begun::Send(_)));
+    assert_eq!(consults.stats(Duration::ZERO).waiting, 3);
+    let times = (Duration::ZERO, NOW_MS);
+    let settled = consults.settle(
+        (digest(1), flight),
+        &said(Decision::Allow),
+        times,
+        Some(&under(1)),
+    );
+    assert_eq!(settled.waiting, [10, 11]);
+    // What comes a second time, or late, is nobody's.
+    let again = consults.settle(
+        (digest(1), flight),
+        &said(Decision::Deny),
+        times,
+        Some(&under(1)),
+    );
+    assert!(again.waiting.is_empty());
+    assert!(consults.kept(&digest(1), &under(1), NOW_MS).unwrap().allow);
+    let Begun::Send(next) = begin(&mut consults, 1, 13) else {
+        unreachable!("it is asked again");
+    };
+    let stale = consults.settle(
+        (digest(1), flight),
+        &said(Decision::Deny),
+        times,
+        Some(&under(1)),
+    );
+    assert!(stale.waiting.is_empty(), "an answer to an earlier one");
+    let settled = consults.settle((digest(1), next), &away(), times, Some(&under(1)));
+    assert_eq!(settled.waiting, [13]);
+}
+
+#[test]
+fn inv_07_questions_waiters_and_answers_are_bounded() {
+    let mut consults = consults();
+    let mut sent = 0;
+    for number in 0..200 {
+        match consults.begin(asked(number), &holder("a"), number, Duration::ZERO) {
+            Begun::Send(_) => sent += 1,
+            Begun::Failed(ConsultFailure::Busy, waiter) => assert_eq!(waiter, number),
+            other => unreachable!("{other:?}"),
+        }
+    }
+    assert_eq!(sent, MAX_CONSULTS_PER_CALLER, "one caller's share");
+    for number in 1_000..1_200 {
+        let begun = consults.begin(asked(number), &holder("b"), number, Duration::ZERO);
+        sent += usize::from(matches!(begun, Begun::Send(_)));
+    }
+    assert_eq!(
+        sent, MAX_CONSULTS_PER_UPSTREAM,
+        "another one has a share too"
+    );
+    let mut joined = 0;
+    while matches!(
+        consults.begin(asked(0), &holder("c"), 0, Duration::ZERO),
+        Begun::Joined
+    ) {
+        joined += 1;
+    }
+    assert_eq!(joined + sent, MAX_CONSULT_WAITING);
+    // Who carries them has lost them all.
+    let lost = consults.take_overdue(Duration::from_secs(1), NOW_MS);
+    assert_eq!(lost.len(), MAX_CONSULT_WAITING);
+    assert_eq!(consults.stats(Duration::ZERO).waiting, 0);
+
+    let mut consults = self::consults();
+    for number in 0..2_000 {
+        let own = asked(number);
+        let asked = Asked {
+            principal: format!("Agent::{}", number % 10),
+            ..own
+        };
+        consults.remember(&asked, &said(Decision::Allow).unwrap(), NOW_MS + number);
+        let stats = consults.stats(Duration::ZERO);
+        assert!(stats.kept <= MAX_CONSULT_CACHED && stats.kept_bytes <= MAX_CONSULT_CACHE_BYTES);
+    }
+    let kept = consults.stats(Duration::ZERO).kept;
+    assert!(kept > 300, "{kept}");
+    // The last to expire are there, and nobody's share is exceeded.
+    assert!(
+        consults
+            .kept(&digest(1_999), &under(1), NOW_MS + 1_999)
+            .is_some()
+    );
+    let mut greedy = self::consults();
+    answer(&mut greedy, 5_000, Decision::Allow, NOW_MS);
+    for number in 0..2_000 {
+        let asked = Asked {
+            principal: "Agent::greedy".to_owned(),
+            ..asked(number)
+        };
+        greedy.remember(&asked, &said(Decision::Allow).unwrap(), NOW_MS + number);
+    }
+    assert_eq!(
+        greedy.stats(Duration::ZERO).kept,
+        MAX_CONSULT_CACHED_PER_PRINCIPAL + 1
+    );
+    assert!(greedy.kept(&digest(5_000), &under(1), NOW_MS).is_some());
+    let bytes = serde_json::to_vec(&greedy.to_keep()).unwrap().len();
+    assert!(bytes <= greedy.stats(Duration::ZERO).kept_bytes, "{bytes}");
+}
+
+#[test]
+fn a_breaker_opens_on_absence_only_and_lets_one_question_try() {
+    let mut consults = consults();
+    let ask = |consults: &mut Consults<u64>, said: &Result<_, _>, now: Duration| match consults
+        .begin(asked(1), &holder("a"), 1, now)
+    {
+        Begun::Send(flight) => {
+            consults.settle((digest(1), flight), said, (now, NOW_MS), Some(&under(1)));
+            Ok(())
+        }
+        Begun::Failed(failure, _) => Err(failure),
+        Begun::Joined => unreachable!("nothing is on its way"),
+    };
+    for _ in 0..20 {
+        // It is there, whatever it says.
+        let garbage = Err(ConsultFailure::Invalid("x".to_owned()));
+        assert_eq!(ask(&mut consults, &garbage, Duration::ZERO), Ok(()));
+    }
+    for _ in 0..CONSULT_BREAKER.failures {
+        assert_eq!(ask(&mut consults, &away(), Duration::ZERO), Ok(()));
+    }
+    let open = ask(&mut consults, &away(), Duration::ZERO);
+    assert!(
+        matches!(open, Err(ConsultFailure::Unreachable(_))),
+        "{open:?}"
+    );
+    assert_eq!(consults.stats(Duration::ZERO).upstreams[0].breaker, "open");
+    let later = CONSULT_BREAKER.open_for;
+    let Begun::Send(probe) = consults.begin(asked(1), &holder("a"), 1, later) else {
+        unreachable!("one may try");
+    };
+    let second = consults.begin(asked(2), &holder("a"), 2, later);
+    assert!(matches!(
+        second,
+        Begun::Failed(ConsultFailure::Unreachable(_), 2)
+    ));
+    let times = (later, NOW_MS);
+    consults.settle(
+        (digest(1), probe),
+        &said(Decision::Deny),
+        times,
+        Some(&under(1)),
+    );
+    assert_eq!(consults.stats(later).upstreams[0].breaker, "closed");
+    assert_eq!(ask(&mut consults, &away(), later), Ok(()));
+}
+
+#[test]
+fn a_deny_takes_the_place_of_an_allow_whatever_its_lifetime() {
+    for last in [Decision::Deny, Decision::Hold] {
+        let mut consults = consults();
+        assert!(!answer(&mut consults, 1, Decision::Allow, NOW_MS).is_withdrawn);
+        assert!(consults.changed().is_some());
+        assert!(consults.changed().is_none());
+        assert!(answer(&mut consults, 1, last, NOW_MS + 1).is_withdrawn);
+        assert!(consults.changed().is_some());
+        let kept = consults.kept(&digest(1), &under(1), NOW_MS + 2);
+        assert!(kept.is_none_or(|kept| !kept.allow), "{last}");
+    }
+}
+
+#[test]
+fn what_was_kept_serves_again_under_the_same_bundle_only() {
+    let mut first = consults();
+    answer(&mut first, 1, Decision::Allow, NOW_MS);
+    let text = serde_json::to_string(&first.changed().unwrap()).unwrap();
+    let kept = || serde_json::from_str::<KeptAnswers>(&text).unwrap();
+    let restored = |in_force: Option<Under>| {
+        let mut consults = Consults::<u64>::default();
+        consults.restore(kept());
+        consults.observe(in_force.as_ref());
+        consults.kept(&digest(1), &under(1), NOW_MS + 5).is_some()
+    };
+    assert!(restored(Some(under(1))));
+    assert!(!restored(Some(under(2))));
+    assert!(!restored(None));
+    let other_epoch = Under {
+        epoch: 2,
+        ..under(1)
+    };
+    assert!(!restored(Some(other_epoch)));
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Answer(u64, Decision, Option<u64>),
+    Away(u64),
+    Pass(u64),
+    Bundle(u64),
+    Close,
+    Restart,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let decision = prop_oneof![
+        Just(Decision::Allow),
+        Just(Decision::Deny),
+        Just(Decision::Hold)
+    ];
+    prop_oneof![
+        4 => (0..4_u64, decision, proptest::option::of(0..90_u64))
+            .prop_map(|(number, decision, life)| Step::Answer(number, decision, life)),
+        4 => (0..4_u64).prop_map(Step::Away),
+        2 => (0..50_000_u64).prop_map(Step::Pass),
+        1 => (1..3_u64).prop_map(Step::Bundle),
+        1 => Just(Step::Close),
+        1 => Just(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Against the simplest reference: a question may be allowed in the dark exactly if the last answer to it
+    /// was an allow, under the bundle in force, within its lifetime, and nothing was closed since.
+    #[test]
+    fn an_answer_serves_in_the_dark_only_while_it_may(steps in proptest::collection::vec(step(), 1..60)) {
+        let mut consults = Consults::<u64>::default();
+        let (mut now_ms, mut epoch) = (NOW_MS, 1);
+        consults.observe(Some(&under(epoch)));
+        let mut reference: BTreeMap<u64, (Decision, u64)> = BTreeMap::new();
+        let mut open_until = Duration::ZERO;
+        for step in steps {
+            // The breaker is another test's: time of this kind passes between two questions.
+            open_until += Duration::from_secs(61);
+            match step {
+                Step::Answer(number, decision, lifetime_s) => {
+                    let asked = Asked { under: under(epoch), ..asked(number) };
+                    let Begun::Send(flight) = consults.begin(asked, &holder("a"), 0, open_until) else {
+                        return Err(TestCaseError::fail("not sent"));
+                    };
+                    let mut said = said(decision).unwrap();
+                    said.lifetime_s = lifetime_s;
+                    consults.settle((digest(number), flight), &Ok(said), (open_until, now_ms), Some(&under(epoch)));
+                    let life_ms = lifetime_s.unwrap_or(60).min(60) * 1_000;
+                    reference.insert(number, (decision, now_ms + life_ms));
+                }
+                Step::Away(number) => {
+                    let kept = consults.kept(&digest(number), &under(epoch), now_ms);
+                    let terms = terms(WhenUnreachable::Cached);
+                    let (reason, note) = weigh(&terms, digest(number), &away(), kept, now_ms);
+                    let live = reference.get(&number).filter(|(_, until)| now_ms < *until);
+                    let may = live.is_some_and(|(decision, _)| *decision == Decision::Allow);
+                    prop_assert_eq!(reason.decision() == Decision::Allow, may);
+                    prop_assert!(note.is_fallback());
+                }
+                Step::Pass(ms) => {
+                    now_ms += ms;
+                    consults.sweep(now_ms, |_| false);
+                }
+                Step::Bundle(next) => {
+                    if next != epoch {
+                        reference.clear();
+                    }
+                    epoch = next;
+                    consults.observe(Some(&under(epoch)));
+                }
+                Step::Close => {
+                    consults.sweep(now_ms, |_| true);
+                    reference.clear();
+                }
+                Step::Restart => {
+                    let kept = consults.to_keep();
+                    consults = Consults::default();
+                    consults.restore(kept);
+                    consults.observe(Some(&under(epoch)));
+                }
+            }
+            let live: BTreeSet<_> = consults.answers.by_question.keys().copied().collect();
+            let bytes: usize = consults.answers.by_question.values().map(KeptAnswer::bytes).sum();
+            prop_assert_eq!(bytes, consults.answers.bytes);
+            prop_assert!(live.len() <= 4);
+        }
+    }
+}
+
+#[test]
+fn an_answer_from_ahead_of_the_clock_does_not_serve() {
+    let mut consults = consults();
+    answer(&mut consults, 1, Decision::Allow, NOW_MS);
+    assert!(consults.kept(&digest(1), &under(1), NOW_MS).is_some());
+    assert!(consults.kept(&digest(1), &under(1), NOW_MS - 1).is_none());
+    assert!(
+        consults
+            .kept(&digest(1), &under(1), NOW_MS + 59_999)
+            .is_some()
+    );
+    assert!(
+        consults
+            .kept(&digest(1), &under(1), NOW_MS + 60_000)
+            .is_none()
+    );
+}
