@@ -16,6 +16,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use hyper::Uri;
+use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tidelock_interceptor::{Principal, ProxyTerms, ProxyTermsError, Subject};
 use tidelock_segments::{
@@ -92,6 +94,8 @@ pub struct Config {
     pub store: StoreSection,
     /// `[quota]`
     pub quota: QuotaSection,
+    /// `[consult]`
+    pub consult: ConsultSection,
     /// `[log]`
     pub log: LogSection,
 }
@@ -314,6 +318,43 @@ pub struct QuotaSection {
     pub requests: (u32, u32),
 }
 
+/// Decision points that bundles may refer actions to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ConsultSection {
+    /// All of them, by distinct names.
+    pub upstreams: Vec<UpstreamSection>,
+}
+
+/// Decision points in one config.
+const UPSTREAMS_MAX: usize = 16;
+
+/// One decision point.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UpstreamSection {
+    /// As bundles name it.
+    pub name: String,
+    /// Where it answers, for people.
+    pub url: String,
+    /// Host and port in it.
+    pub authority: String,
+    /// What its certificate must name.
+    pub server_name: ServerName<'static>,
+    /// The path that is asked.
+    pub path: String,
+    /// Where it is met.
+    pub address: SocketAddr,
+    /// PEM, the authorities of its certificate.
+    pub ca: PathBuf,
+    /// PEM, what this node shows.
+    pub certificate: PathBuf,
+    /// PKCS#8 PEM, mode 0600 or tighter.
+    pub key: PathBuf,
+    /// CRLs of its authorities.
+    pub crls: Vec<PathBuf>,
+    /// PEM, the public key that signs its answers.
+    pub answer_key: Option<PathBuf>,
+}
+
 /// The node's own log on standard error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogSection {
@@ -406,7 +447,7 @@ impl Config {
     #[must_use]
     pub fn schema() -> Value {
         // One empty table of each list, so that its keys are asked for. The mistakes do not matter.
-        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[gateway.proxies]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n\
+        let text = "[[mesh.peers]]\n[[gateway.users]]\n[[consult.upstreams]]\n[[gateway.proxies]]\n[[gateway.oidc]]\n[[gateway.oidc.rules]]\n\
                     [[gateway.identity_headers]]\n[gateway.tls]\n[[gateway.tls.trust_domains]]\n[[gateway.tls.trust_domains.rules]]\n";
         let cx = reader::Cx::new(text, Path::new(""));
         let _ = Self::read(text, &cx);
@@ -729,6 +770,25 @@ impl Config {
         let evict_after_s = s.integer("evict_after_s", 300, 1..=86_400);
         s.finish();
 
+        let mut s = top.section("consult");
+        let mut upstreams: Vec<UpstreamSection> = Vec::new();
+        for mut upstream in s.tables("upstreams") {
+            if let Some(section) = consult_upstream(&mut upstream) {
+                if upstreams.len() >= UPSTREAMS_MAX {
+                    upstream.mistake(
+                        "name",
+                        format!("at most {UPSTREAMS_MAX} upstreams are taken"),
+                    );
+                } else if upstreams.iter().any(|known| known.name == section.name) {
+                    upstream.mistake("name", "is listed twice; keep one entry per upstream");
+                } else {
+                    upstreams.push(section);
+                }
+            }
+            upstream.finish();
+        }
+        s.finish();
+
         let mut s = top.section("log");
         let level = s.one_of(
             "level",
@@ -839,6 +899,7 @@ impl Config {
                     evict_after_s,
                     requests,
                 },
+                consult: ConsultSection { upstreams },
                 log: LogSection { level, json },
             }),
             _ => Err(vec![Mistake {
@@ -897,6 +958,60 @@ impl Config {
         .into_iter()
         .filter_map(|(on, name)| on.then_some(name))
         .collect()
+    }
+}
+
+/// One decision point; nothing where something of it is amiss, which has been noted then.
+fn consult_upstream(s: &mut Section<'_>) -> Option<UpstreamSection> {
+    let name = s.parsed("name", |text| {
+        DomainId::new(text)
+            .map(|_| text.to_owned())
+            .map_err(|_| "must be 1 to 63 of letters, digits, `.`, `_`, `-`")
+    });
+    let url = s.parsed("url", https_url);
+    let address = s.address("address");
+    let ca = s.required_path("ca");
+    let certificate = s.required_path("certificate");
+    let key = s.required_path("key");
+    let crls = s.paths("crls");
+    let answer_key = s.optional_path("answer_key");
+    let (url, authority, server_name, path) = url?;
+    Some(UpstreamSection {
+        name: name?,
+        url,
+        authority,
+        server_name,
+        path,
+        address: address?,
+        ca: ca?,
+        certificate: certificate?,
+        key: key?,
+        crls,
+        answer_key,
+    })
+}
+
+/// A URL of HTTPS: itself, host and port, the name for the certificate, the path.
+fn https_url(text: &str) -> Result<(String, String, ServerName<'static>, String), &'static str> {
+    const FORM: &str = "must be https://HOST[:PORT]/PATH, without user, query and fragment";
+    let uri: Uri = text.parse().map_err(|_| FORM)?;
+    let (Some("https"), Some(authority)) = (uri.scheme_str(), uri.authority()) else {
+        return Err(FORM);
+    };
+    let is_plain = !text.contains(['@', '?', '#']) && uri.path().len() > 1 && text.len() <= 512;
+    let host = authority
+        .host()
+        .trim_start_matches('[')
+        .trim_end_matches(']');
+    let server_name = ServerName::try_from(host.to_owned()).map_err(|_| FORM)?;
+    match is_plain {
+        true => Ok((
+            text.to_owned(),
+            authority.as_str().to_owned(),
+            server_name,
+            uri.path().to_owned(),
+        )),
+        false => Err(FORM),
     }
 }
 
@@ -1311,6 +1426,53 @@ custody = 1
             lower.audit.segment_bytes < old.audit.segment_bytes,
             "the old size would not fit"
         );
+    }
+
+    #[test]
+    fn a_decision_point_is_met_at_an_address_over_https_and_named_once() {
+        let one = "[[consult.upstreams]]\nname = \"authority\"\n\
+                   url = \"https://authority.example:8443/access/v1/evaluation\"\n\
+                   address = \"10.0.0.5:8443\"\nca = \"ca.pem\"\ncertificate = \"a.crt\"\n\
+                   key = \"a.key\"\n";
+        let with = |text: &str| format!("{GOOD}\n{text}");
+        let config = Config::parse(&with(one), Path::new("/etc/tidelock")).unwrap();
+        let upstream = &config.consult.upstreams[0];
+        assert_eq!(upstream.authority, "authority.example:8443");
+        assert_eq!(upstream.path, "/access/v1/evaluation");
+        assert_eq!(
+            upstream.server_name,
+            ServerName::try_from("authority.example").unwrap()
+        );
+        assert_eq!(upstream.key, Path::new("/etc/tidelock/a.key"));
+        let by_address = one.replace("authority.example", "10.0.0.5");
+        assert!(Config::parse(&with(&by_address), Path::new("/")).is_ok());
+        for (from, to, key) in [
+            ("https://", "http://", "url"),
+            ("https://", "https://user@", "url"),
+            ("/access/v1/evaluation", "", "url"),
+            ("/evaluation", "/evaluation?x=1", "url"),
+            ("10.0.0.5:8443", "authority.example:8443", "address"),
+            ("address = \"10.0.0.5:8443\"\n", "", "address"),
+            ("name = \"authority\"", "name = \"a b\"", "name"),
+            ("ca = \"ca.pem\"\n", "", "ca"),
+            ("key = \"a.key\"\n", "", "key"),
+            ("ca = ", "redirects = 3\nca = ", "redirects"),
+        ] {
+            let bad = one.replace(from, to);
+            assert_ne!(bad, one, "{from}");
+            let found = keys(&with(&bad));
+            assert_eq!(found[0].1, format!("consult.upstreams.{key}"), "{from}");
+        }
+        assert_eq!(
+            keys(&with(&format!("{one}{one}")))[0].1,
+            "consult.upstreams.name"
+        );
+        // All at once.
+        let bad = one
+            .replace("https", "http")
+            .replace("10.0.0.5", "x")
+            .replace("ca.pem", "");
+        assert_eq!(keys(&with(&bad)).len(), 3);
     }
 
     #[test]

@@ -199,6 +199,19 @@ fn the_schemas_of_a_bundle_and_the_program_agree() {
         ("/classes/observe/when_restricted", json!("wait")),
         ("/classes/observe/colour", json!(1)),
         ("/classes/observe/close_after_s", Value::Null),
+        ("/classes/observe/consult", json!({"upstream": "a"})),
+        (
+            "/classes/observe/consult",
+            json!({"upstream": "a", "deadline_ms": 5_001}),
+        ),
+        (
+            "/classes/observe/consult",
+            json!({"upstream": "a", "deadline_ms": 500, "when_unreachable": "allow"}),
+        ),
+        (
+            "/classes/observe/consult",
+            json!({"upstream": "a", "deadline_ms": 500, "url": "https://a"}),
+        ),
     ] {
         let bad = changed(&good, place, &new);
         assert!(!fits(&manifest, &bad), "{place}: {new}");
@@ -289,7 +302,9 @@ fn the_schema_of_the_config_and_the_program_agree() {
     };
     let good = site.read("tidelock.toml")
         + "\n[[mesh.peers]]\nid = \"b\"\naddress = \"127.0.0.1:7411\"\ncongestion = \"edge\"\n\
-           \n[[gateway.users]]\nuid = 1\nprincipal = \"Agent::x\"\nact_as = true\n";
+           \n[[gateway.users]]\nuid = 1\nprincipal = \"Agent::x\"\nact_as = true\n\
+           \n[[consult.upstreams]]\nname = \"authority\"\nurl = \"https://a.example/access/v1/evaluation\"\n\
+           address = \"127.0.0.1:8443\"\nca = \"up.crt\"\ncertificate = \"up-a.crt\"\nkey = \"up-a.key\"\n";
     let (said, ran) = check(&good);
     assert!(said, "{good}\n{config}");
     ran.ended(0);
@@ -311,6 +326,8 @@ fn the_schema_of_the_config_and_the_program_agree() {
         ("congestion = \"edge\"", "congestion = \"wave\""),
         ("uid = 1\n", ""),
         ("act_as = true", "act_as = \"yes\""),
+        ("ca = \"up.crt\"\n", ""),
+        ("ca = \"up.crt\"\n", "ca = \"up.crt\"\nproxy = \"x\"\n"),
         ("[identity]", "[colour]\nred = 1\n\n[identity]"),
     ] {
         assert!(good.contains(from), "{from}");

@@ -20,15 +20,15 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::client::{ResolvesClientCert, Resumption, WebPkiServerVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider, kx_group};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
-use rustls::{ClientConfig, InconsistentKeys, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, InconsistentKeys, RootCertStore, ServerConfig, SignatureScheme};
 use tidelock_segments::NodeId;
 use zeroize::Zeroizing;
 
@@ -228,6 +228,39 @@ impl Credentials {
         &self.trust
     }
 
+    /// The configuration for calling an HTTPS server that is no peer. It must show a certificate of these
+    /// authorities for the name that is called; with CRLs (DER), every certificate of its path must be
+    /// covered by one that is in time and does not list it.
+    ///
+    /// # Errors
+    /// [`TlsError`] where a CRL cannot be read.
+    pub fn https_client_config(
+        &self,
+        crls: Vec<Vec<u8>>,
+        clock: WallClock,
+    ) -> Result<ClientConfig, TlsError> {
+        let provider = Arc::new(provider());
+        let roots = Arc::new(RootCertStore {
+            roots: self.trust.anchors().to_vec(),
+        });
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
+        let verifier = verifier
+            .with_crls(crls.into_iter().map(CertificateRevocationListDer::from))
+            .enforce_revocation_expiration()
+            .build()
+            .map_err(TlsError::new)?;
+        let time = Arc::new(WallTime(clock));
+        let mut config = ClientConfig::builder_with_details(provider, time)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(TlsError::new)?
+            .with_webpki_verifier(verifier)
+            .with_client_cert_resolver(Arc::new(OwnCertificate(Arc::clone(&self.certified))));
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.resumption = Resumption::disabled();
+        config.enable_early_data = false;
+        Ok(config)
+    }
+
     /// Signs with the certificate key, in the scheme that the key prefers.
     pub(crate) fn sign(&self, message: &[u8]) -> Result<(SignatureScheme, Vec<u8>), TlsError> {
         let signer = self
@@ -297,6 +330,37 @@ fn certified_from_pem(certificates: &[u8], key: &[u8]) -> Result<CertifiedKey, C
         });
     }
     Ok(certified)
+}
+
+/// A certificate that is shown whoever asks for it.
+#[derive(Debug)]
+struct OwnCertificate(Arc<CertifiedKey>);
+
+impl ResolvesClientCert for OwnCertificate {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+/// A clock of the node, for rustls.
+struct WallTime(WallClock);
+
+impl fmt::Debug for WallTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WallTime").finish_non_exhaustive()
+    }
+}
+
+impl TimeProvider for WallTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(
+            Duration::from_millis((self.0)()),
+        ))
+    }
 }
 
 fn read_file(path: &Path, secret: bool) -> Result<Zeroizing<Vec<u8>>, CredentialsError> {

@@ -454,6 +454,11 @@ impl Trust {
         self
     }
 
+    /// The roots, for a verifier that is not of peers.
+    pub(crate) fn anchors(&self) -> &[TrustAnchor<'static>] {
+        &self.anchors
+    }
+
     /// Every authority, for status, doctor and the reserve.
     #[must_use]
     pub fn authorities(&self) -> &[Authority] {

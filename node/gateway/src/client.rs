@@ -7,18 +7,22 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::{Bytes, Incoming};
-use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
 
-use crate::limits::{CLIENT_IDLE_MAX, CLIENT_RESPONSE_BYTES_MAX};
+use crate::limits::{CLIENT_HEAD_BYTES_MAX, CLIENT_IDLE_MAX, CLIENT_RESPONSE_BYTES_MAX};
+use crate::wire::REQUEST_ID;
 
 /// A connection that was idle for longer is not used again: the gateway may be closing it.
 const REUSE_WITHIN: Duration = Duration::from_secs(30);
@@ -77,15 +81,39 @@ pub enum ClientError {
         /// How long.
         waited: Duration,
     },
-    /// The answer is longer than any answer of ours.
-    #[error("the answer from {door} is longer than {CLIENT_RESPONSE_BYTES_MAX} bytes")]
+    /// The answer is longer than any that is waited for.
+    #[error("the answer from {door} is longer than {limit} bytes")]
     TooLong {
         /// Where.
         door: String,
+        /// How long it may be.
+        limit: usize,
     },
+    /// What came back is no HTTP.
+    #[error("what {door} answered is no HTTP: {reason}")]
+    Malformed {
+        /// Where.
+        door: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The name cannot stand in a header.
+    #[error("{0:?} is no name of a host")]
+    Host(String),
 }
 
 type Sender = SendRequest<Full<Bytes>>;
+
+/// An answer with the request's id as it came back.
+#[derive(Debug)]
+pub struct Answered {
+    /// The status.
+    pub status: u16,
+    /// `X-Request-ID`, if it stands there once.
+    pub id: Option<HeaderValue>,
+    /// The body.
+    pub body: Bytes,
+}
 
 /// A client of one door of one node.
 pub struct Client {
@@ -93,6 +121,8 @@ pub struct Client {
     host: HeaderValue,
     authorization: Option<HeaderValue>,
     patience: Duration,
+    answer_bytes_max: usize,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
     idle: Mutex<Vec<(Sender, Instant)>>,
 }
 
@@ -128,6 +158,8 @@ impl Client {
             host: host.unwrap_or(HeaderValue::from_static("localhost")),
             authorization,
             patience: PATIENCE,
+            answer_bytes_max: CLIENT_RESPONSE_BYTES_MAX,
+            tls: None,
             idle: Mutex::new(Vec::new()),
         })
     }
@@ -137,6 +169,44 @@ impl Client {
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
+    }
+
+    /// Speaks TLS at a TCP door, with whoever proves to be `name`; `host` is what requests call it.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Host`] when that cannot stand in a request.
+    pub fn tls(
+        mut self,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+        host: &str,
+    ) -> Result<Self, ClientError> {
+        self.host = HeaderValue::from_str(host).map_err(|_| ClientError::Host(host.to_owned()))?;
+        self.tls = Some((TlsConnector::from(config), name));
+        Ok(self)
+    }
+
+    /// How long an answer may be.
+    #[must_use]
+    pub fn answer_bytes_max(mut self, limit: usize) -> Self {
+        self.answer_bytes_max = limit;
+        self
+    }
+
+    /// Sends a JSON body to `path` with this `X-Request-ID`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`] when there is no whole answer. An answer of any status is no error.
+    pub async fn post_json_as(
+        &self,
+        path: &str,
+        id: HeaderValue,
+        body: impl Into<Bytes>,
+    ) -> Result<Answered, ClientError> {
+        self.exchange(Method::POST, path, body.into(), Some(id))
+            .await
     }
 
     /// Sends a JSON body to `path`; status and body of the answer.
@@ -149,7 +219,10 @@ impl Client {
         path: &str,
         body: impl Into<Bytes>,
     ) -> Result<(u16, Bytes), ClientError> {
-        self.exchange(Method::POST, path, body.into()).await
+        let answered = self.exchange(Method::POST, path, body.into(), None);
+        answered
+            .await
+            .map(|answered| (answered.status, answered.body))
     }
 
     /// Gets `path`; status and body of the answer.
@@ -158,7 +231,10 @@ impl Client {
     ///
     /// [`ClientError`] when there is no whole answer. An answer of any status is no error.
     pub async fn get(&self, path: &str) -> Result<(u16, Bytes), ClientError> {
-        self.exchange(Method::GET, path, Bytes::new()).await
+        let answered = self.exchange(Method::GET, path, Bytes::new(), None);
+        answered
+            .await
+            .map(|answered| (answered.status, answered.body))
     }
 
     async fn exchange(
@@ -166,7 +242,8 @@ impl Client {
         method: Method,
         path: &str,
         body: Bytes,
-    ) -> Result<(u16, Bytes), ClientError> {
+        id: Option<HeaderValue>,
+    ) -> Result<Answered, ClientError> {
         let mut request = Request::new(Full::new(body));
         *request.uri_mut() = path
             .parse()
@@ -182,6 +259,9 @@ impl Client {
                 .headers_mut()
                 .insert(AUTHORIZATION, authorization.clone());
         }
+        if let Some(id) = id {
+            request.headers_mut().insert(REQUEST_ID, id);
+        }
         tokio::time::timeout(self.patience, self.send(request))
             .await
             .unwrap_or_else(|_| {
@@ -192,7 +272,7 @@ impl Client {
             })
     }
 
-    async fn send(&self, mut request: Request<Full<Bytes>>) -> Result<(u16, Bytes), ClientError> {
+    async fn send(&self, mut request: Request<Full<Bytes>>) -> Result<Answered, ClientError> {
         loop {
             let (mut sender, fresh) = match self.take_idle().await {
                 Some(sender) => (sender, false),
@@ -201,13 +281,24 @@ impl Client {
             match sender.try_send_request(request).await {
                 Ok(response) => {
                     let status = response.status().as_u16();
+                    let mut ids = response.headers().get_all(REQUEST_ID).iter();
+                    let id = match (ids.next(), ids.next()) {
+                        (Some(id), None) => Some(id.clone()),
+                        _ => None,
+                    };
                     let body = self.read(response).await?;
                     self.keep(sender);
-                    return Ok((status, body));
+                    return Ok(Answered { status, id, body });
                 }
                 Err(mut error) => match error.take_message() {
                     // It never left, on a connection that had been idle: try another.
                     Some(unsent) if !fresh => request = unsent,
+                    _ if error.error().is_parse() => {
+                        return Err(ClientError::Malformed {
+                            door: self.door.to_string(),
+                            reason: error.error().to_string(),
+                        });
+                    }
                     _ => return Err(self.broken(error.error())),
                 },
             }
@@ -215,11 +306,12 @@ impl Client {
     }
 
     async fn read(&self, response: Response<Incoming>) -> Result<Bytes, ClientError> {
-        let limited = Limited::new(response.into_body(), CLIENT_RESPONSE_BYTES_MAX);
+        let limited = Limited::new(response.into_body(), self.answer_bytes_max);
         match limited.collect().await {
             Ok(body) => Ok(body.to_bytes()),
             Err(error) if error.is::<LengthLimitError>() => Err(ClientError::TooLong {
                 door: self.door.to_string(),
+                limit: self.answer_bytes_max,
             }),
             Err(error) => Err(self.broken(&*error)),
         }
@@ -262,7 +354,13 @@ impl Client {
             Door::Tcp(address) => {
                 let stream = TcpStream::connect(address).await.map_err(refused)?;
                 stream.set_nodelay(true).map_err(refused)?;
-                self.greet(stream).await
+                match &self.tls {
+                    None => self.greet(stream).await,
+                    Some((tls, name)) => {
+                        let stream = tls.connect(name.clone(), stream).await;
+                        self.greet(stream.map_err(refused)?).await
+                    }
+                }
             }
             Door::Unix(path) => {
                 self.greet(UnixStream::connect(path).await.map_err(refused)?)
@@ -275,7 +373,9 @@ impl Client {
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin + 'static,
     {
-        let (sender, connection) = handshake(TokioIo::new(stream))
+        let (sender, connection) = Builder::new()
+            .max_buf_size(CLIENT_HEAD_BYTES_MAX)
+            .handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.broken(&error))?;
         // It ends when the sender is dropped or the node hangs up; its errors reach the sender.

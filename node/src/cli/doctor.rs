@@ -233,6 +233,7 @@ fn files(config: &Config, findings: &mut Findings) {
             format!("no bundle can be proved not to permit more: {why}"),
         ),
     }
+    upstream_files(config, findings);
     let trust_path = &config.policy.trust;
     findings.result(
         "policy",
@@ -273,6 +274,63 @@ fn callers(config: &Config, findings: &mut Findings) {
                 let (grade, left) = until(ends_unix_ms);
                 findings.add("callers", grade, format!("{name}: {left}"));
             }
+        }
+    }
+}
+
+/// What the files of decision points are good for.
+fn upstream_files(config: &Config, findings: &mut Findings) {
+    for upstream in &config.consult.upstreams {
+        findings.result(
+            "consult",
+            Credentials::load(&upstream.certificate, &upstream.key, &upstream.ca)
+                .map_err(|error| format!("{}: {error}", upstream.name)),
+            |_| {
+                let signed = match upstream.answer_key {
+                    Some(_) => "must be signed",
+                    None => "need no signature",
+                };
+                format!(
+                    "{} is asked at {} as {}; its answers {signed}",
+                    upstream.name, upstream.address, upstream.authority
+                )
+            },
+        );
+    }
+}
+
+/// What the running node knows of decision points.
+fn consult(status: &Value, findings: &mut Findings) {
+    let list = |pointer: &str| status.pointer(pointer).and_then(Value::as_array);
+    let word = |value: &Value, pointer: &str| {
+        let found = value.pointer(pointer).and_then(Value::as_str);
+        found.unwrap_or_default().to_owned()
+    };
+    for upstream in list("/consult/upstreams").into_iter().flatten() {
+        let name = word(upstream, "/name");
+        if let Some(fault) = upstream.get("fault").and_then(Value::as_str) {
+            let text = format!("{name} cannot be asked: {fault}");
+            findings.add("consult", Grade::Bad, text);
+        } else if word(upstream, "/seen/breaker") == "open" {
+            let text = format!("{name} is away: {}", word(upstream, "/seen/failure"));
+            findings.add("consult", Grade::Note, text);
+        }
+    }
+    for class in list("/consult/classes").into_iter().flatten() {
+        let (name, upstream) = (word(class, "/class"), word(class, "/upstream"));
+        if class.get("configured") != Some(&Value::Bool(true)) {
+            let text = format!(
+                "class {name} is referred to {upstream}, which is not in consult.upstreams: every \
+                 action of the class is denied; add it to the config"
+            );
+            findings.add("consult", Grade::Bad, text);
+        }
+        if class.get("allows_from_cache") == Some(&Value::Bool(true)) {
+            let text = format!(
+                "class {name} lets earlier answers of {upstream} allow while it is away \
+                 (when_unreachable: cached)"
+            );
+            findings.add("consult", Grade::Note, text);
         }
     }
 }
@@ -485,6 +543,7 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
             format!("the transport is closed: {why}"),
         ),
     }
+    consult(&status, findings);
     beacons(&status, findings);
     let ladder = text("/disk/ladder");
     let grade = match ladder.as_str() {

@@ -217,6 +217,7 @@ fn status(config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
     let part = |key: &str| status.get(key).cloned().unwrap_or_default();
     let told = json!({
         "bundle": part("bundle"), "posture": part("posture"), "activation": part("activation"),
+        "consult": part("consult"),
     });
     output.say(&told, || {
         let mut rows = vec![vec!["posture".to_owned(), word(&told, "posture")]];
@@ -232,6 +233,23 @@ fn status(config: &ConfigArg, output: &Output) -> Result<Exit, Failure> {
             ]),
         }
         rows.extend(activation_rows(&told));
+        let upstreams = told.pointer("/consult/upstreams").and_then(Value::as_array);
+        for upstream in upstreams.into_iter().flatten() {
+            let seen = |key: &str| upstream.pointer(&format!("/seen/{key}")).map(text);
+            rows.push(vec![
+                format!("upstream {}", word(upstream, "name")),
+                match upstream.get("fault").and_then(Value::as_str) {
+                    Some(fault) => format!("unusable: {fault}"),
+                    None => format!(
+                        "breaker {}, last answer {}, last failure {} {}",
+                        seen("breaker").unwrap_or_else(|| "closed".to_owned()),
+                        seen("answered_unix_ms").unwrap_or_else(|| "-".to_owned()),
+                        seen("failed_unix_ms").unwrap_or_else(|| "-".to_owned()),
+                        seen("failure").unwrap_or_default(),
+                    ),
+                },
+            ]);
+        }
         table(&["policy", ""], &rows)
     });
     Ok(Exit::Done)

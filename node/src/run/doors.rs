@@ -466,6 +466,7 @@ impl Node {
             "quotas": self.quotas_json(),
             "bundle": bundle,
             "activation": self.activation_json(),
+            "consult": self.consult_json(),
             "policy_worker": self.vetter.status(worker_terms(&config)),
             "policy_age_s": self.slots.current().map(|policy| policy.age_s(now.unix_ms)),
             "trust": self.trust_json(),
@@ -707,6 +708,7 @@ impl Node {
              tidelock_engines_held {}",
             stats.abandoned_now
         );
+        text.push_str(&self.consult_metrics());
         text.push_str(&self.papers_metrics());
         self.mesh_metrics(&mut text);
         text

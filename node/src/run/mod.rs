@@ -6,6 +6,7 @@
 mod activate;
 mod admit;
 pub(crate) mod callers;
+mod consult;
 mod disk;
 mod doors;
 mod hooks;

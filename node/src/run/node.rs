@@ -16,7 +16,9 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tidelock_gateway::AuthConfig;
-use tidelock_interceptor::{Clock, Interceptor, InterceptorConfig, QuotaRates, ThreadCpu};
+use tidelock_interceptor::{
+    Clock, Interceptor, InterceptorConfig, KeptAnswers, QuotaRates, ThreadCpu,
+};
 use tidelock_policy::{LoadContext, Posture, Slots, TrustChain, TrustFile};
 use tidelock_quota::Rate;
 use tidelock_segments::{
@@ -37,6 +39,7 @@ use super::{
     activate::Waiting,
     admit::{Denied, OwnAhead},
     callers::DoorPapers,
+    consult::{ANSWERS_FILE, Consulting},
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
     media::Parts,
@@ -116,6 +119,10 @@ pub(super) struct Node {
     pub(super) store: Arc<Store>,
     pub(super) log: Arc<AuditLog>,
     pub(super) interceptor: Interceptor,
+    /// The decision points that bundles refer actions to.
+    pub(super) consulting: Arc<Consulting>,
+    /// From when their answers may be written again.
+    pub(super) keep_answers_from: Mutex<Duration>,
     /// Incarnation of the own log when this run began, and how many records it had.
     pub(super) began_at: (u64, u64),
     pub(super) slots: Arc<Slots>,
@@ -304,6 +311,21 @@ fn check_of<T: Serialize>(value: &T) -> Result<Sha256Hash, serde_json::Error> {
     Ok(Sha256Hash::of(&serde_json::to_vec(value)?))
 }
 
+/// Writes a state file with its check, durably; whether that was possible.
+pub(super) fn write_state<T: Serialize>(root: &Arc<Root>, path: &str, value: &T) -> bool {
+    let written = check_of(value)
+        .and_then(|check| serde_json::to_vec(&Checked { check, value }))
+        .map_err(|e| e.to_string())
+        .and_then(|bytes| {
+            root.write_atomic(path, &bytes, Charge::Reserve)
+                .map_err(|e| e.to_string())
+        });
+    if let Err(why) = &written {
+        tracing::error!(path, why, "state file cannot be written");
+    }
+    written.is_ok()
+}
+
 impl Node {
     /// Opens the rooms in order. Only a loose key, an unsafe root, a held lock or an unusable log
     /// keep a node from starting (ruling 12); other faults close the transport or deny actions.
@@ -329,6 +351,7 @@ impl Node {
         let accepted: State<BTreeSet<Origin>> = read_state(&root, ACCEPTED_LOGS_FILE);
         let kept_quotas: State<KeptQuotas> = read_state(&root, QUOTAS_FILE);
         let kept_passes: State<KeptPasses> = read_state(&root, PASSES_FILE);
+        let kept_answers: State<KeptAnswers> = read_state(&root, ANSWERS_FILE);
         let mut damaged = Vec::new();
         for (path, why) in [
             (PASSES_FILE, damage(&kept_passes)),
@@ -336,6 +359,7 @@ impl Node {
             (REVOKED_KEYS_FILE, damage(&kept_keys)),
             (ACCEPTED_LOGS_FILE, damage(&accepted)),
             (QUOTAS_FILE, damage(&kept_quotas)),
+            (ANSWERS_FILE, damage(&kept_answers)),
         ] {
             damaged.extend(why.map(|why| (path, why)));
         }
@@ -384,6 +408,15 @@ impl Node {
         let slots = Arc::new(slots);
         let began_at = (log.incarnation(), log.size());
         let interceptor = open_interceptor(&config, &clock, &slots, &log)?;
+        let tls_clock = clock.clone();
+        let consulting = Consulting::open(
+            &config.consult.upstreams,
+            root.clone(),
+            Arc::new(move || tls_clock.unix_ms()),
+        )?;
+        // A damaged file has no answers.
+        interceptor.restore_answers(kept_answers.value_or_default());
+        interceptor.set_upstreams(consulting.clone());
         let node = Arc::new(Self {
             config_path: config_path.to_owned(),
             clock,
@@ -391,6 +424,8 @@ impl Node {
             store,
             log,
             interceptor,
+            consulting,
+            keep_answers_from: Mutex::default(),
             began_at,
             slots,
             policy_trust: ArcSwapOption::from_pointee(trusted),
@@ -447,6 +482,9 @@ impl Node {
         if let Some(policy) = node.slots.current() {
             // A lost floor is made up for by what the authority has signed.
             node.clock.raise_by_signed(policy.confirmed_unix_ms());
+        }
+        for (name, why) in node.consulting.faults() {
+            node.event("upstream_unusable", json!({"upstream": name, "why": why}));
         }
         if let Some(why) = policy_trust.err().or(missing) {
             node.event("policy_trust_unusable", json!({"why": why}));
@@ -756,6 +794,7 @@ impl Node {
         let credentials = load_credentials(&new)?;
         let auth = super::auth_config(&new, super::callers::time(&self.clock))?;
         let papers = DoorPapers::of(&new.gateway, self.clock.unix_ms())?;
+        let upstreams = self.consulting.prepare(&new.consult.upstreams)?;
         // No bundle is judged by the old trust file meanwhile, and no key is replaced.
         let turn = self
             .activating
@@ -776,6 +815,8 @@ impl Node {
             .map_err(|error| Failure::cannot_run(error.to_string()))?;
         // From here on nothing can fail.
         take_callers(auth, papers, rate(new.quota.requests));
+        self.consulting.take(upstreams);
+        self.interceptor.try_upstreams_again();
         let trust = chain.current().clone();
         if let Err(why) = keep_chain(&RootSlots(self.root.clone()), &chain) {
             tracing::error!(why, "the trust chain is kept in memory only");
@@ -852,6 +893,7 @@ impl Node {
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();
+        self.keep_answers(false);
         self.scrub();
     }
 
@@ -967,18 +1009,7 @@ impl Node {
     }
 
     pub(super) fn write_state<T: Serialize>(&self, path: &str, value: &T) -> bool {
-        let written = check_of(value)
-            .and_then(|check| serde_json::to_vec(&Checked { check, value }))
-            .map_err(|e| e.to_string())
-            .and_then(|bytes| {
-                self.root
-                    .write_atomic(path, &bytes, Charge::Reserve)
-                    .map_err(|e| e.to_string())
-            });
-        if let Err(why) = &written {
-            tracing::error!(path, why, "state file cannot be written");
-        }
-        written.is_ok()
+        write_state(&self.root, path, value)
     }
 
     /// Keeps what has passed a worker, for the next start of this program.
@@ -1029,6 +1060,7 @@ impl Node {
     /// Closes what was opened, in the opposite order.
     pub(super) fn close(&self) {
         self.interceptor.flush_summary();
+        self.keep_answers(true);
         self.event("stopped", json!({}));
         self.minute_tick();
         self.log.close();
