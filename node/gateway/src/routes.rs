@@ -953,6 +953,10 @@ mod tests {
                 "AUDIT_UNAVAILABLE" | "AUDIT_CAPACITY" | "POSTURE_CLOSED" | "ENGINE_EXHAUSTED" => {
                     503
                 }
+                "CONSULT_UNREACHABLE" | "CONSULT_TIMEOUT" | "CONSULT_INVALID" | "CONSULT_BUSY" => {
+                    503
+                }
+                "CONSULT_NEEDED" | "CONSULT_HELD" => 202,
                 _ => 403,
             };
             assert_eq!(

@@ -55,7 +55,12 @@ async fn every_reason_is_answered_with_its_status_and_its_whole_answer() {
                 Reason::AuditUnavailable
                 | Reason::AuditCapacity
                 | Reason::EngineExhausted
-                | Reason::PostureClosed => 503,
+                | Reason::PostureClosed
+                | Reason::ConsultUnreachable
+                | Reason::ConsultTimeout
+                | Reason::ConsultInvalid
+                | Reason::ConsultBusy => 503,
+                Reason::ConsultNeeded | Reason::ConsultHeld => 202,
                 _ => 403,
             };
             let asked = format!("\"{reason}\"");

@@ -301,8 +301,9 @@ pub trait Upstreams: Send + Sync {
     fn ask(&self, question: Question, done: AnswerDone);
 
     /// An answer that allowed is not to serve again. What was kept of it for the next start must be gone
-    /// before this returns: whoever waits for the decision hears of it afterwards.
-    fn withdrawn(&self, kept: &KeptAnswers);
+    /// before this returns: whoever waits for the decision hears of it afterwards. `kept` tells what is to
+    /// be kept now; asked while nothing else is written, so that no older state comes after a newer one.
+    fn withdrawn(&self, kept: &dyn Fn() -> KeptAnswers);
 }
 
 /// What a decision point said to one question.
@@ -894,7 +895,9 @@ pub(crate) fn weigh(
             note.outcome = answer.decision.as_str();
             note.answer = Some(answer.digest);
             note.id = Some(answer.id.clone());
-            note.answered_unix_ms = Some(now_unix_ms);
+            let kept = kept.filter(|kept| kept.answer == answer.digest);
+            let received = kept.as_ref().map(|kept| kept.received_unix_ms);
+            note.answered_unix_ms = Some(received.unwrap_or(now_unix_ms));
             note.expires_unix_ms = kept.map(|kept| kept.expires_unix_ms);
             note.why.clone_from(&answer.why);
             note.obligations.clone_from(&answer.obligations);

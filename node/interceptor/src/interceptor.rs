@@ -836,14 +836,9 @@ impl Inner {
     ) {
         let in_force = inner.in_force();
         let times = (inner.clock.now(), inner.clock.unix_ms());
-        let (settled, to_keep) = {
-            let mut consults = inner.consults();
-            let settled = consults.settle(at, said, times, in_force.as_ref());
-            let to_keep = settled.is_withdrawn.then(|| consults.to_keep());
-            (settled, to_keep)
-        };
-        if let (Some(to_keep), Some(upstreams)) = (to_keep, inner.upstreams.get()) {
-            upstreams.withdrawn(&to_keep);
+        let settled = inner.consults().settle(at, said, times, in_force.as_ref());
+        if let (true, Some(upstreams)) = (settled.is_withdrawn, inner.upstreams.get()) {
+            upstreams.withdrawn(&|| inner.consults().to_keep());
         }
         for mut referred in settled.waiting {
             let Request::Action(action) = &referred.judgement.request else {

@@ -51,8 +51,8 @@ impl Upstreams for Authority {
         self.asked.lock().unwrap().push((question, done));
     }
 
-    fn withdrawn(&self, kept: &KeptAnswers) {
-        let kept = serde_json::to_value(kept).unwrap();
+    fn withdrawn(&self, kept: &dyn Fn() -> KeptAnswers) {
+        let kept = serde_json::to_value(kept()).unwrap();
         self.withdrawn.lock().unwrap().push(kept);
     }
 }

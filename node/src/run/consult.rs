@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     io,
     path::PathBuf,
-    sync::{Arc, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -223,6 +223,8 @@ pub(super) struct Consulting {
     root: Arc<Root>,
     clock: WallClock,
     upstreams: ArcSwap<Opened>,
+    /// Held from asking what is to be kept until it is written.
+    writing: Mutex<()>,
 }
 
 impl Consulting {
@@ -237,6 +239,7 @@ impl Consulting {
             upstreams: ArcSwap::from_pointee(open_all(sections, &clock)?),
             root,
             clock,
+            writing: Mutex::default(),
         }))
     }
 
@@ -287,9 +290,10 @@ impl Upstreams for Consulting {
         });
     }
 
-    fn withdrawn(&self, kept: &KeptAnswers) {
+    fn withdrawn(&self, kept: &dyn Fn() -> KeptAnswers) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         // What cannot be written stays to be written, see `keep_answers`.
-        write_state(&self.root, ANSWERS_FILE, kept);
+        write_state(&self.root, ANSWERS_FILE, &kept());
     }
 }
 
@@ -304,6 +308,11 @@ impl Node {
         if !at_once && now < *next {
             return;
         }
+        let _writing = self
+            .consulting
+            .writing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let Some(kept) = self.interceptor.changed_answers() else {
             return;
         };
