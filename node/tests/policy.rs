@@ -838,7 +838,7 @@ fn a_bundle_that_is_not_proved_narrow_needs_the_signatures_that_the_trust_file_n
     ] {
         site.tidelock(args)
             .ended(1)
-            .says(&["POLICY_WIDENING", "widening_signatures"]);
+            .says(&["WIDENING_UNPROVEN", "asks for 2 signatures"]);
     }
     assert_eq!(site.status()["bundle"], Value::Null);
     // The control: the signature that was missing.

@@ -170,6 +170,7 @@ async fn start(limits: GatewayLimits) -> Running {
         unix: Some(UnixDoor::new(dir.path().join("s"))),
         auth: AuthConfig::default().tokens(tokens()),
         public_url: None,
+        proxies: Default::default(),
         limits,
     };
     let parts = GatewayParts {

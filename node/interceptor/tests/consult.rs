@@ -567,7 +567,8 @@ fn explanations_and_searches_ask_nobody_and_promise_nothing() {
     let search = Search::read(SearchFor::Action, search.to_string().as_bytes(), None).unwrap();
     let (sender, receiver) = mpsc::channel();
     let done = move |found: Result<Found, _>| sender.send(found.unwrap()).unwrap();
-    site.interceptor.search(&search, &caller(), Box::new(done));
+    site.interceptor
+        .search(Ok(&search), &caller(), Box::new(done));
     let found = serde_json::to_value(receiver.recv().unwrap().results).unwrap();
     let names: Vec<&str> = found
         .as_array()

@@ -541,11 +541,19 @@ fn check_no_extensions(policies: &PolicySet) -> Result<(), BundleError> {
 const NO_EXTENSIONS: &str =
     "extension types (`ip`, `decimal`, `datetime`, `duration`) are not known here";
 
+/// Types of Cedar's extensions, as a schema names them: by themselves, or as `__cedar::ipaddr`.
+const EXTENSIONS: [&str; 4] = ["datetime", "decimal", "duration", "ipaddr"];
+
 /// Whether an extension type stands anywhere in a schema in its resolved form.
 fn names_extension(declared: &Value) -> bool {
     match declared {
         Value::Object(map) => {
-            map.get("type").and_then(Value::as_str) == Some("Extension")
+            let says = |key: &str| map.get(key).and_then(Value::as_str).unwrap_or_default();
+            let last = |name: &str| name.rsplit("::").next().unwrap_or_default().to_owned();
+            says("type") == "Extension"
+                || ["type", "name"]
+                    .iter()
+                    .any(|key| EXTENSIONS.contains(&last(says(key)).as_str()))
                 || map.values().any(names_extension)
         }
         Value::Array(items) => items.iter().any(names_extension),

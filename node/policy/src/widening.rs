@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::archive::{self, ENTITIES, Files, INPUT_SCHEMA, MANIFEST, SCHEMA};
+use crate::consult::{ConsultTerms, WhenUnreachable};
 use crate::error::{BundleError, clip};
 use crate::json;
 use crate::limits::{CREATED_AHEAD_S_MAX, PROOF_OPEN_MAX};
@@ -398,6 +399,7 @@ fn loosened(before: &Manifest, after: &Manifest, now_unix_ms: u64) -> Vec<String
             restrict_after_s,
             close_after_s,
             when_restricted,
+            consult,
         } = new;
         for (limit, old, new) in [
             ("stale_after_s", old.stale_after_s, *stale_after_s),
@@ -411,6 +413,45 @@ fn loosened(before: &Manifest, after: &Manifest, now_unix_ms: u64) -> Vec<String
         if old.when_restricted == WhenRestricted::Deny && *when_restricted != WhenRestricted::Deny {
             looser.push(format!("{action}: when_restricted is no longer `deny`"));
         }
+        looser.extend(
+            less_consulted(old.consult.as_ref(), consult.as_ref())
+                .into_iter()
+                .map(|what| format!("{action}: {what}")),
+        );
+    }
+    looser
+}
+
+/// What lets more pass of the decision point that has to agree. Nothing that comes of its absence but an
+/// earlier answer permits anything, and how long it is waited for does not either.
+fn less_consulted(before: Option<&ConsultTerms>, after: Option<&ConsultTerms>) -> Vec<String> {
+    let Some(old) = before else {
+        return Vec::new();
+    };
+    let Some(ConsultTerms {
+        upstream,
+        deadline_ms: _,
+        when_unreachable,
+        allow_lifetime_s,
+        // What denied is remembered as a deny or as nothing, and nothing permits nothing.
+        deny_lifetime_s: _,
+    }) = after
+    else {
+        return vec![format!("{} no longer has to agree", old.upstream)];
+    };
+    let mut looser = Vec::new();
+    if *upstream != old.upstream {
+        looser.push(format!("{upstream} has to agree, not {}", old.upstream));
+    }
+    if *when_unreachable == WhenUnreachable::Cached
+        && old.when_unreachable != WhenUnreachable::Cached
+    {
+        looser.push("consult.when_unreachable is `cached`".to_owned());
+    } else if *allow_lifetime_s > old.allow_lifetime_s {
+        looser.push(format!(
+            "consult.allow_lifetime_s {allow_lifetime_s}, not {}",
+            old.allow_lifetime_s
+        ));
     }
     looser
 }

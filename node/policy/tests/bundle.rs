@@ -395,6 +395,19 @@ fn policies_and_entities_that_do_not_fit_the_schema_are_refused() {
     let schema = |text: &str| base().file("schema.cedarschema", text.into());
     assert!(error(schema("entity Agent")).contains("schema"));
     assert!(error(schema("namespace X { entity Agent; }")).contains("namespace"));
+    // The prover brings Cedar's extensions into the program; bundles do not get them.
+    for extension in [
+        "ipaddr",
+        "decimal",
+        "datetime",
+        "duration",
+        "__cedar::ipaddr",
+    ] {
+        let text = format!("entity Agent; entity Host = {{ at: {extension} }};");
+        assert!(error(schema(&text)).contains("extension types"), "{text}");
+        let text = format!("type At = Set<{extension}>; entity Agent; entity Host = {{ at: At }};");
+        assert!(error(schema(&text)).contains("extension types"), "{text}");
+    }
     let mut files = template("base", DOMAIN, CREATED).unwrap();
     files.retain(|(path, _)| path != "schema.cedarschema");
     let bare = files

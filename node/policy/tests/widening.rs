@@ -386,6 +386,40 @@ fn what_no_solver_sees_is_compared() {
             looser(&after)
         );
     }
+    // A decision point that has to agree to less (ruling 17), or whose earlier word serves for longer.
+    let consult = |upstream: &str, when: &str, lifetime_s: u64| {
+        same.clone().with(
+            "/classes/all/consult",
+            json!({"upstream": upstream, "deadline_ms": 100, "when_unreachable": when, "allow_lifetime_s": lifetime_s}),
+        )
+    };
+    let strict = consult("authority", "deny", 0);
+    let cached = consult("authority", "cached", 60);
+    for (before, after, word) in [
+        (&strict, &same, "authority no longer has to agree"),
+        (
+            &strict,
+            &consult("other", "deny", 0),
+            "other has to agree, not authority",
+        ),
+        (&strict, &cached, "is `cached`"),
+        (
+            &cached,
+            &consult("authority", "cached", 61),
+            "allow_lifetime_s 61, not 60",
+        ),
+    ] {
+        match say(before, after) {
+            Some(Widening::Wider { looser, .. }) => {
+                assert!(looser.join("; ").contains(word), "{looser:?}")
+            }
+            other => panic!("{word}: {other:?}"),
+        }
+        let back = say(after, before);
+        // Another decision point is another one either way.
+        let is_tighter = back == Some(Widening::NotWider) || word.starts_with("other");
+        assert!(is_tighter, "the control: {word}: {back:?}");
+    }
     // The control: the other way round it is tighter.
     let lax = before.clone().with("/classes/all/close_after_s", json!(31));
     assert_eq!(say(&lax, &before), Some(Widening::NotWider));
