@@ -139,6 +139,9 @@ pub const REGO_RULE_DEPTH_MAX: usize = 32;
 /// Statements with `with` in one bundle. Each is an entry point and two names of the compiler.
 pub const REGO_WITH_MAX: usize = 256;
 
+/// How deep `with` may stand in `with`: the texts are parsed once more for each level.
+pub const REGO_WITH_LEVELS_MAX: usize = 4;
+
 /// How often one evaluation may evaluate statements with `with`. Each costs a machine, and a walk over the
 /// names of the bundle's rules.
 pub const REGO_WITH_RUNS_MAX: usize = 64;

@@ -155,7 +155,7 @@ impl Rules {
     /// Compiles what the entry point needs.
     pub(crate) fn compile(modules: &[Module<'_>], data: Value, entry: &str) -> Result<Self, Fault> {
         let first = modules.first().map_or("policies", |module| module.path);
-        let (_, rewritten, found) = parse(modules)?;
+        let (engine, rewritten, found) = parse(modules)?;
         if let Some((path, finding)) = found.into_iter().next() {
             let message = format!("`{}` is not allowed: {}", finding.name, finding.reason);
             return Err(Fault::new(&path, finding.line, message));
@@ -168,10 +168,10 @@ impl Rules {
             let message = format!("names in the data that begin with `{RESERVED}` are reserved");
             return Err(Fault::new(first, 1, message));
         }
-        let rewritten = rego_rewrite::rest(rewritten, entry).map_err(Fault::from)?;
+        let (rewritten, mut engine) =
+            rego_rewrite::rest(rewritten, engine, entry).map_err(Fault::from)?;
         let texts = &rewritten.texts;
         let failed = |error: &anyhow::Error| Fault::read(error, first).at(texts);
-        let mut engine = read(texts)?;
         engine
             .add_data(data.clone())
             .map_err(|error| failed(&error))?;

@@ -9,10 +9,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use regorus::Value;
 use regorus::unstable::{Expr, Literal, LiteralStmt, Module, Ref, Rule, RuleHead};
+use regorus::{Engine, Value};
 
-use crate::limits::REGO_WITH_MAX;
+use crate::limits::{REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
 use crate::rego_program::read;
 use crate::rego_source::{constant, path};
 use crate::rego_text::{
@@ -319,7 +319,7 @@ fn function_defaults(texts: &mut [Text], modules: &[&Module]) -> Result<bool, Re
         apply(&mut text.text, edits);
     }
     // What was edited has moved, so the defaults are looked for anew.
-    let modules = parse(texts)?;
+    let modules = parsed_by(&mut parse(texts)?);
     for (text, module) in texts.iter_mut().zip(refs(&modules)) {
         let package = package(module);
         let mut edits = Vec::new();
@@ -993,9 +993,13 @@ fn target(
     }
 }
 
-fn parse(texts: &[Text]) -> Result<Vec<Ref<Module>>, Refusal> {
-    let mut engine = read(texts).map_err(|fault| (fault.file, fault.line, fault.message))?;
-    Ok(engine.get_modules().clone())
+/// What an engine has parsed.
+fn parsed_by(engine: &mut Engine) -> Vec<Ref<Module>> {
+    engine.get_modules().clone()
+}
+
+fn parse(texts: &[Text]) -> Result<Engine, Refusal> {
+    read(texts).map_err(|fault| (fault.file, fault.line, fault.message))
 }
 
 /// What was made of texts.
@@ -1065,8 +1069,12 @@ fn reached(modules: &[&Module], entry: &[String]) -> Reached {
     }
 }
 
-/// Everything else, of modules that parse.
-pub(crate) fn rest(mut rewritten: Rewritten, entry: &str) -> Result<Rewritten, Refusal> {
+/// Everything else, of texts that an engine has parsed: with the engine that has parsed what was made of them.
+pub(crate) fn rest(
+    mut rewritten: Rewritten,
+    mut engine: Engine,
+    entry: &str,
+) -> Result<(Rewritten, Engine), Refusal> {
     rewritten.entry = match rewritten.keywords {
         true => keywords(entry),
         false => entry.to_owned(),
@@ -1078,32 +1086,45 @@ pub(crate) fn rest(mut rewritten: Rewritten, entry: &str) -> Result<Rewritten, R
         .map(str::to_owned)
         .collect();
     let texts = &mut rewritten.texts;
-    let mut parsed = parse(texts)?;
+    let mut parsed = parsed_by(&mut engine);
     if constant_keys(texts, &refs(&parsed)) {
-        parsed = parse(texts)?;
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
     }
     if function_defaults(texts, &refs(&parsed))? {
-        parsed = parse(texts)?;
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
     }
     if families(texts, &refs(&parsed), &entry)? {
-        parsed = parse(texts)?;
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
     }
     rewritten.entry = match reached(&refs(&parsed), &entry) {
         Reached::Rule => rewritten.entry,
         Reached::Document => {
             let rule = format!("package {ENTRY}\n\nvalue := {}\n", rewritten.entry);
             texts.push(Text::new(ENTRY, &rule));
-            parsed = parse(texts)?;
+            engine = parse(texts)?;
+            parsed = parsed_by(&mut engine);
             format!("data.{ENTRY}.value")
         }
     };
     if dispatched(texts, &refs(&parsed)) {
-        parsed = parse(texts)?;
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
     }
+    let mut levels = 0;
     while withs(texts, &refs(&parsed), &mut rewritten.sites)? {
-        parsed = parse(texts)?;
+        levels += 1;
+        if levels > REGO_WITH_LEVELS_MAX {
+            let first = texts.first().map(|text| text.path.clone());
+            let why = format!("`with` stands in `with` more than {REGO_WITH_LEVELS_MAX} deep");
+            return Err((first.unwrap_or_default(), 1, why));
+        }
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
     }
-    Ok(rewritten)
+    Ok((rewritten, engine))
 }
 
 fn refs(parsed: &[Ref<Module>]) -> Vec<&Module> {
