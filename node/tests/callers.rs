@@ -566,6 +566,11 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
         &["genpkey", "-algorithm", "ED25519", "-out", "crane-7.key"],
     );
     let public = openssl(&site.path(""), &["pkey", "-in", "crane-7.key", "-pubout"]);
+    openssl(
+        &site.path(""),
+        &["genpkey", "-algorithm", "ED25519", "-out", "hop-7.key"],
+    );
+    let of_hop = openssl(&site.path(""), &["pkey", "-in", "hop-7.key", "-pubout"]);
     let made = site.json(&["token", "new", "--principal", "Service::envoy-1"]);
     let proxy = made["token"].as_str().unwrap();
     let demanding = site.json(&["token", "new", "--principal", "Agent::ops-1"]);
@@ -574,7 +579,8 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
         "tokens.toml",
         &format!(
             "format = 1\n{}{}signed_by = \"crane-7\"\n[[keys]]\nid = \"crane-7\"\nprincipal = \"ops-1\"\n\
-             scopes = [\"decide\"]\npublic_key_pem = \"\"\"\n{public}\"\"\"\n",
+             scopes = [\"decide\"]\npublic_key_pem = \"\"\"\n{public}\"\"\"\n\
+             [[keys]]\nid = \"hop-7\"\nprincipal = \"hop-7\"\nscopes = [\"decide\"]\npublic_key_pem = \"\"\"\n{of_hop}\"\"\"\n",
             made["entry"].as_str().unwrap(),
             demanding["entry"].as_str().unwrap(),
         ),
@@ -585,6 +591,8 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
         "[gateway]\n",
         &format!(
             "[[gateway.identity_headers]]\nprincipal = \"Service::envoy-1\"\nheader = \"x-forwarded-user\"\n\
+             principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n\
+             [[gateway.identity_headers]]\nprincipal = \"Agent::hop-7\"\nheader = \"x-hop\"\n\
              principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n[gateway]\ntcp = \"{address}\"\ntokens = \"tokens.toml\"\n"
         ),
     );
@@ -650,6 +658,12 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
         "IDENTITY_HEADER_ABSENT",
     );
     refused(&stated(&["root"]), &action, "IDENTITY_HEADER_REFUSED");
+    // Whoever passes a signed request on could change the header, which the signature does not cover.
+    let mut headers = signed(&site, "hop-7", "nonce-of-the-hop-01", &action).to_vec();
+    headers.push("x-hop: ops-1".to_owned());
+    refused(&headers, &action, "TWO_CREDENTIALS");
+    let without = signed(&site, "hop-7", "nonce-of-the-hop-02", &action);
+    refused(&without, &action, "IDENTITY_HEADER_ABSENT");
 
     node.end(rustix::process::Signal::KILL);
     let _node = site.start();

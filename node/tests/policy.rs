@@ -746,7 +746,7 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     let last = activated.last().unwrap();
     assert_eq!(
         last["accepted_flips"],
-        json!({"deny_to_allow": 1, "allow_to_deny": 1})
+        json!({"deny_to_allow": 1, "allow_to_deny": 1, "ended_early": false})
     );
     assert_eq!(activated[0]["accepted_flips"], Value::Null);
 }

@@ -406,9 +406,7 @@ impl fmt::Debug for Authenticator {
 
 impl Authenticator {
     pub(crate) fn new(config: AuthConfig, own_uid: u32, nonces: Arc<NonceWindow>) -> Self {
-        if let Ok(now_unix_ms) = config.time.sane_unix_ms() {
-            nonces.begin(now_unix_ms);
-        }
+        nonces.begin(|| config.time.sane_unix_ms());
         let mut counters = Counters::default();
         let mut identity = |grant: &Grant| Arc::new(Identity::new(grant, counters.of_named(grant)));
 
@@ -523,7 +521,7 @@ impl Authenticator {
         let identity = self.key_identities.get(by.key_id);
         Ok(Known {
             identity: Arc::clone(identity.ok_or(CredentialFault::SignatureKey)?),
-            body: by.body,
+            body: Some(by.body),
         })
     }
 

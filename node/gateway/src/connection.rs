@@ -66,6 +66,7 @@ pub(crate) struct Connection {
     // When a write began to wait, plus one; zero when none waits.
     write_waits_ms: AtomicU64,
     close: Notify,
+    finish: Notify,
 }
 
 impl Connection {
@@ -82,6 +83,7 @@ impl Connection {
             since_ms: AtomicU64::new(0),
             write_waits_ms: AtomicU64::new(0),
             close: Notify::new(),
+            finish: Notify::new(),
         }
     }
 
@@ -103,6 +105,16 @@ impl Connection {
     /// Resolves when the gateway wants this connection gone.
     pub(crate) async fn told_to_close(&self) {
         self.close.notified().await;
+    }
+
+    /// Lets what is under way on this connection end, and nothing further begin.
+    pub(crate) fn finish(&self) {
+        self.finish.notify_one();
+    }
+
+    /// Resolves when [`Connection::finish`] was called.
+    pub(crate) async fn told_to_finish(&self) {
+        self.finish.notified().await;
     }
 
     /// Notes that a request's head has arrived. The connection is busy until the guard drops.

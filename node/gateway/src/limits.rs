@@ -84,6 +84,11 @@ pub const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// be waited for.
 pub const DECISION_TIMEOUT_DEFAULT: Duration = CONSULT_WAIT.saturating_add(Duration::from_secs(1));
 
+/// The same at the door for Envoy, whose own limit is a second in the configs of the book: it must hear
+/// the deny, because it lets things pass on an error where it is told to. A decision point that takes longer
+/// is not waited for there.
+pub const PROXY_DECISION_TIMEOUT: Duration = Duration::from_millis(750);
+
 /// An AuthZEN request begins no further evaluation after this. What was begun may take another
 /// [`DECISION_TIMEOUT_DEFAULT`] each; the rest is answered `false`.
 pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -214,6 +219,11 @@ pub const WORST_CASE_BYTES: usize = (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT)
     + SLOTS_DEFAULT * BODY_BYTES_MAX
     + ADMIN_SLOTS * ADMIN_BODY_BYTES_MAX;
 
+const _: () = assert!(
+    PROXY_DECISION_TIMEOUT.as_millis()
+        > tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
+            + tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
+);
 const _: () = assert!(WORST_CASE_BYTES < 352 * 1024 * 1024);
 const _: () = assert!(SLOTS_PER_PRINCIPAL_DEFAULT < SLOTS_DEFAULT);
 const _: () = assert!(SLOTS_DEFAULT <= SLOTS_MAX);

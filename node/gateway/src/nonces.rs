@@ -50,10 +50,13 @@ pub(crate) struct Lasts {
 }
 
 impl NonceWindow {
-    /// Begins at this time, or begins anew where time has gone back since.
-    pub(crate) fn begin(&self, now_unix_ms: u64) {
+    /// Begins now, or begins anew where time has gone back since; not by a clock in doubt. The clock is read
+    /// under the lock here and below: whoever read it earlier and came later would look like time going back.
+    pub(crate) fn begin(&self, now_unix_ms: impl FnOnce() -> Result<u64, CredentialFault>) {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        held.observe(now_unix_ms);
+        if let Ok(now_unix_ms) = now_unix_ms() {
+            held.observe(now_unix_ms);
+        }
     }
 
     /// Takes a nonce that was not seen before and holds it until its signature has ended.
@@ -66,9 +69,14 @@ impl NonceWindow {
         key_id: &str,
         nonce: &str,
         lasts: Lasts,
-        now_unix_ms: u64,
+        now_unix_ms: impl FnOnce() -> Result<u64, CredentialFault>,
     ) -> Result<(), CredentialFault> {
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now_unix_ms = now_unix_ms()?;
+        // Another thread may have let go of it since its end was looked at.
+        if lasts.ends_unix_ms < now_unix_ms {
+            return Err(CredentialFault::SignatureExpired);
+        }
         let began_unix_ms = held.observe(now_unix_ms);
         // Earlier signatures were taken although they were made up to the skew ahead.
         if lasts.created_unix_ms <= began_unix_ms.saturating_add(SIGNATURE_SKEW_MS) {
@@ -135,7 +143,7 @@ mod tests {
 
     fn begun() -> NonceWindow {
         let window = NonceWindow::default();
-        window.begin(0);
+        window.begin(|| Ok(0));
         window
     }
 
@@ -149,7 +157,7 @@ mod tests {
             created_unix_ms: T,
             ends_unix_ms,
         };
-        window.take(key, nonce, lasts, now_unix_ms)
+        window.take(key, nonce, lasts, || Ok(now_unix_ms))
     }
 
     #[test]
@@ -196,21 +204,34 @@ mod tests {
         }
     }
 
+    /// Another thread went on to a later time and let go of the nonce, while this one stood before the lock.
+    #[test]
+    fn what_ended_before_the_lock_was_had_is_not_taken_again() {
+        let window = begun();
+        assert_eq!(take(&window, ("a", "1"), T + 1, T), Ok(()));
+        assert_eq!(take(&window, ("a", "2"), T + 9, T + 2), Ok(()));
+        assert_eq!(window.len(), 1, "the first has ended");
+        assert_eq!(
+            take(&window, ("a", "1"), T + 1, T + 2),
+            Err(CredentialFault::SignatureExpired)
+        );
+    }
+
     #[test]
     fn inv_18_what_may_have_been_seen_before_the_window_began_is_refused() {
         let before = Err(CredentialFault::SignatureBeforeStart);
         let window = NonceWindow::default();
-        window.begin(T - SIGNATURE_SKEW_MS);
+        window.begin(|| Ok(T - SIGNATURE_SKEW_MS));
         assert_eq!(take(&window, ("a", "1"), T + 9, T), before);
         let window = NonceWindow::default();
-        window.begin(T - SIGNATURE_SKEW_MS - 1);
+        window.begin(|| Ok(T - SIGNATURE_SKEW_MS - 1));
         assert_eq!(
             take(&window, ("a", "1"), T + 9, T),
             Ok(()),
             "positive control"
         );
         // An operator sets the clock back after the nonce was forgotten.
-        assert_eq!(take(&window, ("a", "2"), T + 9, T + 10), Ok(()));
+        assert_eq!(take(&window, ("a", "2"), T + 19, T + 10), Ok(()));
         assert_eq!(take(&window, ("a", "1"), T + 9, T), before);
         // A window that never heard of a time begins with the first one.
         assert_eq!(take(&NonceWindow::default(), ("a", "1"), T + 9, T), before);

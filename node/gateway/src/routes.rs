@@ -537,9 +537,19 @@ pub(crate) fn begin(
 pub(crate) async fn outcome_of(
     app: &App,
     waiting: Waiting,
+    outcome: oneshot::Receiver<Outcome>,
+) -> Option<Outcome> {
+    outcome_within(app, app.decision_timeout, waiting, outcome).await
+}
+
+/// The same for a caller that has less patience.
+pub(crate) async fn outcome_within(
+    app: &App,
+    patience: Duration,
+    waiting: Waiting,
     mut outcome: oneshot::Receiver<Outcome>,
 ) -> Option<Outcome> {
-    let in_time = timeout(app.decision_timeout, &mut outcome).await;
+    let in_time = timeout(patience, &mut outcome).await;
     if let Ok(Ok(outcome)) = in_time {
         waiting.end();
         return Some(outcome);
@@ -646,11 +656,16 @@ impl Visit<'_> {
         if let Err(wait) = guarded {
             return Err(Box::new(self.too_often(wait)));
         }
+        let is_signed = body.is_some();
         if let Some(body) = body {
             // Set once: a request has one head.
             let _ = self.signed_body.set(body);
         }
         match auth.stated(&identity, headers) {
+            // The signature does not cover the header, so that anybody on the way could have changed it.
+            Ok(Stated::Principal(_)) if is_signed => Err(Box::new(
+                self.unauthenticated(CredentialFault::TwoCredentials),
+            )),
             Ok(Stated::Nobody) => Ok(identity),
             Ok(Stated::Ignored) => {
                 self.app.counters.headers_ignored.up();
@@ -711,7 +726,10 @@ impl Visit<'_> {
         set(&mut refused, WWW_AUTHENTICATE, challenge);
         match fault {
             // Whoever renews its certificate has to shake hands anew.
-            CredentialFault::CertificateRefused => closing(refused),
+            CredentialFault::CertificateRefused => {
+                self.connection.finish();
+                closing(refused)
+            }
             _ => refused,
         }
     }
@@ -730,6 +748,11 @@ impl Visit<'_> {
     fn too_often(&self, wait: Duration) -> Reply {
         self.refuse(RefusalKind::RateLimited);
         rate_limited("this caller sends more requests than it may, retry", wait)
+    }
+
+    /// Whether the request was signed by its caller.
+    pub(crate) fn is_signed(&self) -> bool {
+        self.signed_body.get().is_some()
     }
 
     /// The whole body, or its first bytes when it is longer than `limit`: then more than `limit`

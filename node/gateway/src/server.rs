@@ -668,6 +668,9 @@ async fn converse<S>(
         Ok(stream) => {
             let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
             connection.certified(chain.to_vec());
+            // It has shown who it is: strangers that come after it do not take its place. Where there is no
+            // room among the known, its requests say so.
+            registry.make_known(&connection);
             Box::pin(speak(&app, stream, &connection, stopped)).await;
         }
         Err(error) => app.handshake_failed(source, &error),
@@ -706,6 +709,10 @@ async fn speak<S>(
                 break;
             }
             () = connection.told_to_close() => break,
+            () = connection.told_to_finish(), if !draining => {
+                draining = true;
+                conversation.as_mut().graceful_shutdown();
+            }
             _ = stopped.changed(), if !draining => {
                 draining = true;
                 conversation.as_mut().graceful_shutdown();

@@ -69,6 +69,15 @@ pub(crate) fn is_present(headers: &HeaderMap) -> bool {
 pub(crate) struct BodyDigest([u8; 32]);
 
 impl BodyDigest {
+    /// That of no bytes.
+    fn empty() -> Self {
+        let mut empty = [0; 32];
+        for (slot, byte) in empty.iter_mut().zip(digest(&SHA256, &[]).as_ref()) {
+            *slot = *byte;
+        }
+        Self(empty)
+    }
+
     /// Whether this is the body.
     pub(crate) fn is_of(&self, body: &[u8]) -> bool {
         verify_slices_are_equal(&self.0, digest(&SHA256, body).as_ref()).is_ok()
@@ -202,8 +211,8 @@ fn base(signed: Signed<'_>, components: &[&str], params: &str) -> Option<String>
 pub(crate) struct SignedBy<'k> {
     /// The id of the key.
     pub(crate) key_id: &'k str,
-    /// What the body must be; none is taken where there is none.
-    pub(crate) body: Option<BodyDigest>,
+    /// What the body must be.
+    pub(crate) body: BodyDigest,
 }
 
 /// Judges the signature of a request. Its nonce is taken last, when everything else was good.
@@ -241,8 +250,8 @@ pub(crate) fn verify<'k>(
         return Err(F::SignatureComponents);
     }
     let body = match has_body {
-        true => Some(content_digest(signed.headers).ok_or(F::SignatureMalformed)?),
-        false => None,
+        true => content_digest(signed.headers).ok_or(F::SignatureMalformed)?,
+        false => BodyDigest::empty(),
     };
 
     let key = keys
@@ -274,7 +283,7 @@ pub(crate) fn verify<'k>(
         created_unix_ms: created_ms,
         ends_unix_ms: ends_ms,
     };
-    nonces.take(&key.id, input.nonce, lasts, now_ms)?;
+    nonces.take(&key.id, input.nonce, lasts, || time.sane_unix_ms())?;
     Ok(SignedBy {
         key_id: &key.id,
         body,
@@ -353,7 +362,7 @@ mod tests {
             let key = VerifyingKey::ed25519(pair.public_key().as_ref().to_vec()).unwrap();
             let id = "crane-7".to_owned();
             let nonces = NonceWindow::default();
-            nonces.begin((NOW_S - 600) * 1_000);
+            nonces.begin(|| Ok((NOW_S - 600) * 1_000));
             Self {
                 pair,
                 keys: vec![SigningKey { id, key }],
@@ -453,7 +462,7 @@ mod tests {
         });
         let by = verify(sent.head(), &caller.keys, TAG, &caller.nonces, &time).unwrap();
         assert_eq!(by.key_id, "crane-7");
-        let body = by.body.unwrap();
+        let body = by.body;
         assert!(body.is_of(BODY) && !body.is_of(b"{\"hello\": \"World\"}") && !body.is_of(b""));
         assert_eq!(caller.judge(&sent), "SIGNATURE_REPLAYED");
         // The same nonce under another signature is the same nonce.
@@ -666,7 +675,7 @@ mod tests {
             "SIGNATURE_EXPIRED"
         );
         // The next run of the process, a second later, has forgotten the nonce.
-        later.nonces.begin(ms(NOW_S + 1));
+        later.nonces.begin(|| Ok(ms(NOW_S + 1)));
         assert_eq!(
             later.judge_at(&sent, ms(NOW_S + 2)),
             "SIGNATURE_BEFORE_START"

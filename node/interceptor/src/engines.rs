@@ -198,6 +198,11 @@ impl Engines {
         }
     }
 
+    /// Whether an evaluation that took so much had all that it may have.
+    pub(crate) fn is_over_budget(&self, took: Duration) -> bool {
+        took > self.budget
+    }
+
     /// How many workers are at an evaluation that nobody waits for.
     pub(crate) fn abandoned(&self) -> usize {
         self.shared.state().abandoned()
@@ -234,12 +239,14 @@ impl Engines {
                 state.pass_on();
                 drop(state);
                 if waited >= self.wait {
-                    return (Evaluated::Late { abandoned: false }, self.budget);
+                    let (_, took) = self.result(ended);
+                    return (Evaluated::Late { abandoned: false }, took);
                 }
                 return self.result(ended);
             }
             if self.is_over(&mut state, number, waited) {
-                return (Self::abandon(&mut state, number), self.budget);
+                let took = self.took(&state, number, waited);
+                return (Self::abandon(&mut state, number), took);
             }
             let left = self.wait.saturating_sub(waited);
             let (woken, _) = signals
@@ -338,6 +345,17 @@ impl Engines {
                 cpu().is_some_and(|now| now.saturating_sub(*began) > self.budget)
             }
             _ => false,
+        }
+    }
+
+    /// The CPU time that an evaluation has had; all that was waited for it where that cannot be read.
+    fn took(&self, state: &State, number: usize, waited: Duration) -> Duration {
+        match state.workers.get(number).map(|w| (&w.phase, &w.cpu)) {
+            Some((Phase::Given(_), _)) => Duration::ZERO,
+            Some((Phase::Running(began), Some(cpu))) => {
+                cpu().map_or(waited, |now| now.saturating_sub(*began))
+            }
+            _ => waited,
         }
     }
 

@@ -12,8 +12,10 @@ const HOLDER: &str = "self-check";
 /// Why the engine that serves gave no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeFault {
-    /// It did not answer within the budget and the wait of callers.
+    /// It used up the budget of callers without an answer.
     Late,
+    /// It did not get to its budget in the time that a caller waits: the machine had none for it.
+    Starved,
     /// No engine came free in the time that a caller would wait.
     Busy,
     /// It panicked.
@@ -32,6 +34,7 @@ impl ProbeFault {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Late => "no answer in the time that a caller has",
+            Self::Starved => "no time of the processor while a caller waits",
             Self::Busy => "no engine came free in the time that a caller waits",
             Self::Panicked => "the engine panicked",
         }
@@ -43,11 +46,12 @@ pub(crate) fn ask(
     policy: &ActivePolicy,
     request: PolicyRequest,
 ) -> Result<Evaluation, ProbeFault> {
-    let (evaluated, _) = engines.evaluate(policy.shared_engine(), request, &Arc::from(HOLDER));
+    let (evaluated, took) = engines.evaluate(policy.shared_engine(), request, &Arc::from(HOLDER));
     match evaluated {
         Evaluated::Done(evaluation) => Ok(evaluation),
         Evaluated::Panicked => Err(ProbeFault::Panicked),
-        Evaluated::Late { .. } => Err(ProbeFault::Late),
+        Evaluated::Late { .. } if engines.is_over_budget(took) => Err(ProbeFault::Late),
+        Evaluated::Late { .. } => Err(ProbeFault::Starved),
         Evaluated::Exhausted => Err(ProbeFault::Busy),
     }
 }

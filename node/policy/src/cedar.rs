@@ -397,6 +397,12 @@ impl Declared {
         if names_extension(&resolved) {
             return Err(BundleError::schema(SCHEMA, NO_EXTENSIONS));
         }
+        if names_control_character(&resolved) {
+            return Err(BundleError::schema(
+                SCHEMA,
+                "a name has a control character: names are read by people and by other programs",
+            ));
+        }
         if let Some(named) = namespaces.keys().find(|name| !name.is_empty()) {
             return Err(BundleError::schema(
                 SCHEMA,
@@ -557,6 +563,20 @@ fn names_extension(declared: &Value) -> bool {
                 || map.values().any(names_extension)
         }
         Value::Array(items) => items.iter().any(names_extension),
+        _ => false,
+    }
+}
+
+/// Whether a name in a schema in its resolved form has a control character. What annotations say is no name.
+fn names_control_character(declared: &Value) -> bool {
+    let has = |text: &str| text.chars().any(char::is_control);
+    match declared {
+        Value::Object(map) => map
+            .iter()
+            .filter(|(key, _)| *key != "annotations")
+            .any(|(key, value)| has(key) || names_control_character(value)),
+        Value::Array(items) => items.iter().any(names_control_character),
+        Value::String(text) => has(text),
         _ => false,
     }
 }

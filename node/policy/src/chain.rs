@@ -217,7 +217,11 @@ impl TrustChain {
                 Some(known) => {
                     // A second document of one version is evidence only if those who may make one signed it:
                     // whoever passes on what he made up himself must not raise that alarm.
-                    if let Some(before) = self.trust_of(trust.version().saturating_sub(1)) {
+                    // The first document has no predecessor but itself.
+                    let maker = self
+                        .trust_of(trust.version().saturating_sub(1))
+                        .or_else(|| self.trust_of(trust.version()));
+                    if let Some(before) = maker {
                         let by = signed.signed_by(before);
                         let quorum = by.quorum(Role::Trust, trust.created_unix_ms());
                         if !quorum.is_reached() {

@@ -80,8 +80,8 @@ pub use scope::{Joined, ScopeIndex};
 pub use semver::Version;
 pub use signed::{HintedSignature, SignedDocument, is_signed_document};
 pub use slots::{
-    Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, Reverted, SlotFault, SlotStorage,
-    Slots, Source, Standby,
+    Activation, ActivationKind, ActivePolicy, Floor, LoadPackage, NotRead, Reverted, SlotFault,
+    SlotStorage, Slots, Source, Standby,
 };
 pub use template::{Starter, starter, template};
 pub use trust::{ActivationRules, BlockOn, KeyInfo, Quorum, Role, TrustError, TrustFile};

@@ -584,7 +584,9 @@ struct Scribe {
 
 impl Scribe {
     fn take(&mut self) -> Result<String, Refusal> {
-        String::from_utf8(std::mem::take(&mut self.script)).map_err(|error| unsupported(&error))
+        let script = String::from_utf8(std::mem::take(&mut self.script));
+        spoken(&script.map_err(|error| unsupported(&error))?)
+            .ok_or_else(|| unsupported(&"a name with a control character"))
     }
 }
 
@@ -615,6 +617,17 @@ impl Solver for &mut Scribe {
 
 fn compiler(solver: &mut Scribe) -> Result<CedarSymCompiler<&mut Scribe>, Refusal> {
     CedarSymCompiler::new(solver).map_err(|error| unsupported(&error))
+}
+
+/// A script without its comments, into which the compiler writes names as they are: whoever can end a comment
+/// speaks to the solver. None where a control character is left, which would end one elsewhere.
+fn spoken(script: &str) -> Option<String> {
+    let lines = script.split('\n');
+    let kept: Vec<&str> = lines
+        .filter(|line| !line.trim_start().starts_with(';'))
+        .collect();
+    let clean = kept.iter().all(|line| !line.chars().any(char::is_control));
+    clean.then(|| kept.join("\n"))
 }
 
 /// What a future comes to that never waits: everything is written to memory.
@@ -976,5 +989,21 @@ impl Worlds {
         ));
         worlds.note(format!("context.{NODE_MEMBER}.policy_age_s < 0"));
         worlds
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The compiler writes names into comments as they are, and the solver ends a comment at a carriage return.
+    #[test]
+    fn who_names_an_attribute_says_nothing_to_the_solver() {
+        let named = |name: &str| spoken(&format!("(a)\n; {name}\n(check-sat)\n"));
+        let plain = Some("(a)\n(check-sat)\n".to_owned());
+        assert_eq!(named("day"), plain);
+        assert_eq!(named("x\r(assert false)(check-sat)(exit);"), plain);
+        assert_eq!(spoken("(declare x) ; x\r(exit)\n"), None);
+        assert_eq!(spoken("(a)\u{85}\n"), None);
     }
 }

@@ -382,6 +382,17 @@ impl Held {
     }
 }
 
+/// Why the slots do not read back as what decides.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotRead {
+    /// The disk did not answer, which says nothing of what it holds.
+    #[error("{0}")]
+    Storage(String),
+    /// They hold something else.
+    #[error("{0}")]
+    Other(String),
+}
+
 /// The slots of one node.
 pub struct Slots {
     storage: Arc<dyn SlotStorage>,
@@ -619,6 +630,7 @@ impl Slots {
         let decides_already = before.as_ref().is_some_and(|before| {
             before.source == Source::Active && before.bundle.content_id() == bundle.content_id()
         });
+        let unchecked = held.marks.trial.clone();
         if !decides_already {
             // Before anything else: whatever a crash leaves, it is known that nobody has checked it.
             let trial = Some(raised.content_id.clone());
@@ -629,9 +641,10 @@ impl Slots {
             self.write_marks(&mut held, marks)?;
         }
         // What decided without fault until now becomes the last known good. A bundle that itself
-        // only stands in is there already.
+        // only stands in is there already, and one that nobody has checked yet is none.
         if let Some(before) = &before
             && before.source == Source::Active
+            && unchecked.as_ref() != Some(before.bundle.content_id())
             && !decides_already
             // An emergency that is over does not come back.
             && before.bundle.manifest().role != Role::BreakGlass
@@ -679,16 +692,18 @@ impl Slots {
     ///
     /// # Errors
     /// The first slot that says something else, for people.
-    pub fn check_reads_back(&self) -> Result<(), String> {
+    pub fn check_reads_back(&self) -> Result<(), NotRead> {
         let held = self.lock();
         let read = |slot: &str| {
             let read = self.storage.read(slot);
-            read.map_err(|error| format!("slot `{slot}` cannot be read: {error}"))
+            read.map_err(|error| NotRead::Storage(format!("slot `{slot}` cannot be read: {error}")))
         };
-        let other = |slot: &str| format!("slot `{slot}` does not hold what was written");
-        let current = self.current().ok_or("no bundle decides")?;
+        let other =
+            |slot: &str| NotRead::Other(format!("slot `{slot}` does not hold what was written"));
+        let none = || NotRead::Other("no bundle decides".to_owned());
+        let current = self.current().ok_or_else(none)?;
         let package = current.bundle.package().encode();
-        let package = package.map_err(|error| error.to_string())?;
+        let package = package.map_err(|error| NotRead::Other(error.to_string()))?;
         if read(ACTIVE)?.as_ref() != Some(&package) {
             return Err(other(ACTIVE));
         }

@@ -57,6 +57,8 @@ pub enum WhyUnproven {
     First,
     /// The bundle to compare with is damaged, and another one stands in for it.
     BaseDamaged,
+    /// The bundle to compare with was for an emergency, or is past its end.
+    BaseEnded,
     /// Nobody demands the proof, or enough keys signed: no time was spent on it.
     NotAsked,
     /// One of the two has another engine than Cedar.
@@ -89,9 +91,10 @@ pub enum WhyUnproven {
 
 impl WhyUnproven {
     /// Every reason, in the order of the documentation.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::First,
         Self::BaseDamaged,
+        Self::BaseEnded,
         Self::NotAsked,
         Self::OtherEngine,
         Self::Entities,
@@ -114,6 +117,7 @@ impl WhyUnproven {
         match self {
             Self::First => "first",
             Self::BaseDamaged => "base_damaged",
+            Self::BaseEnded => "base_ended",
             Self::NotAsked => "not_asked",
             Self::OtherEngine => "other_engine",
             Self::Entities => "entities",
@@ -305,7 +309,9 @@ impl Side {
         let says = |path: &str| {
             self.files
                 .get(path)
-                .is_some_and(|text| String::from_utf8_lossy(text).contains("tidelock"))
+                .map(|text| String::from_utf8_lossy(text))
+                // A name can be written in escapes too.
+                .is_some_and(|text| text.contains("tidelock") || text.contains('\\'))
         };
         says(SCHEMA) || says(INPUT_SCHEMA)
     }
@@ -365,7 +371,7 @@ fn loosened(before: &Manifest, after: &Manifest, now_unix_ms: u64) -> Vec<String
         // Which keys had to sign it is judged where signatures are.
         role: _,
         not_before_unix_ms,
-        expires_unix_ms: _,
+        expires_unix_ms,
         when_expired,
     } = validity;
     let mut looser = Vec::new();
@@ -379,13 +385,12 @@ fn loosened(before: &Manifest, after: &Manifest, now_unix_ms: u64) -> Vec<String
     if not_before_unix_ms.unwrap_or(0) < before.validity.not_before_unix_ms.unwrap_or(0) {
         looser.push("not_before is earlier".to_owned());
     }
-    match (lifetime_ms(before), lifetime_ms(after)) {
+    // Not counted from the making: what is granted for a day would be renewed every day.
+    match (before.validity.expires_unix_ms, *expires_unix_ms) {
         (Some(_), None) => looser.push("it does not expire".to_owned()),
-        (Some(old), Some(new)) if new > old => looser.push(format!(
-            "it expires {} s after its making, not {} s",
-            new / 1000,
-            old / 1000
-        )),
+        (Some(old), Some(new)) if new > old => {
+            looser.push(format!("it expires {} s later", (new - old) / 1000));
+        }
         _ => {}
     }
     if (before.validity.when_expired, *when_expired) == (WhenExpired::Close, WhenExpired::Restrict)

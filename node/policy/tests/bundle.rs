@@ -395,6 +395,13 @@ fn policies_and_entities_that_do_not_fit_the_schema_are_refused() {
     let schema = |text: &str| base().file("schema.cedarschema", text.into());
     assert!(error(schema("entity Agent")).contains("schema"));
     assert!(error(schema("namespace X { entity Agent; }")).contains("namespace"));
+    // Names are read by people, and by a solver.
+    for name in ["x\\r(exit)", "x\\n", "x\\u{7f}"] {
+        let text = format!("entity Agent = {{ \"{name}\": String }};");
+        assert!(error(schema(&text)).contains("control character"), "{text}");
+        let text = format!("entity Agent enum [\"{name}\"];");
+        assert!(error(schema(&text)).contains("control character"), "{text}");
+    }
     // The prover brings Cedar's extensions into the program; bundles do not get them.
     for extension in [
         "ipaddr",

@@ -62,6 +62,7 @@ impl Node {
         let slots = node.healthy();
         for epoch in epochs {
             slots.activate(node.bundle(*epoch)).unwrap();
+            slots.settle().unwrap();
         }
         node
     }
@@ -608,10 +609,27 @@ fn a_bundle_is_on_trial_until_its_check_is_over() {
         let kept = node.storage.get(slot);
         node.storage.damage(slot);
         let why = slots.check_reads_back().unwrap_err();
-        assert!(why.contains(slot), "{why}");
+        assert!(why.to_string().contains(slot), "{why}");
         node.storage.set(slot, kept);
     }
     assert_eq!(slots.check_reads_back(), Ok(()));
+}
+
+/// Two bundles came while no engine was free, and the second failed: the first had never been checked either.
+#[test]
+fn a_bundle_that_nobody_has_checked_does_not_become_the_last_known_good() {
+    for is_checked in [true, false] {
+        let node = Node::with(&[1]);
+        let slots = node.healthy();
+        slots.activate(node.bundle(2)).unwrap();
+        if is_checked {
+            slots.settle().unwrap();
+        }
+        slots.activate(node.bundle(3)).unwrap();
+        let reverted = node.back(&slots, AsideCause::SelfCheck).unwrap();
+        let serves = reverted.serves.unwrap().epoch;
+        assert_eq!(serves, if is_checked { 2 } else { 1 });
+    }
 }
 
 #[test]

@@ -389,8 +389,9 @@ fn what_no_solver_sees_is_compared() {
     // A decision point that has to agree to less (ruling 17), or whose earlier word serves for longer.
     let consult = |upstream: &str, when: &str, lifetime_s: u64| {
         same.clone().with(
-            "/classes/all/consult",
-            json!({"upstream": upstream, "deadline_ms": 100, "when_unreachable": when, "allow_lifetime_s": lifetime_s}),
+            "/classes/all",
+            json!({"actions": [], "stale_after_s": 10, "restrict_after_s": 20,
+                   "close_after_s": 30, "when_restricted": "deny", "consult": {"upstream": upstream, "deadline_ms": 100, "when_unreachable": when, "allow_lifetime_s": lifetime_s}}),
         )
     };
     let strict = consult("authority", "deny", 0);

@@ -14,7 +14,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, AsideCause, BlockOn, Role, VerifiedBundle, Widening,
+    Activation, ActivationKind, AsideCause, BlockOn, NotRead, Role, VerifiedBundle, Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
 use tidelock_segments::{Charge, NodeId, SegmentId, SegmentRef, VerifiedSegment};
@@ -191,6 +191,7 @@ impl Node {
     /// The pipeline. The turn is taken before the trust is read, so that no bundle is judged by a trust
     /// file that a reload replaces meanwhile.
     pub(super) fn activate(&self, package: &[u8], order: &Order<'_>) -> Result<Activated, Denied> {
+        self.prove_ahead(package, order)?;
         let _turn = self
             .activating
             .lock()
@@ -239,6 +240,17 @@ impl Node {
             self.offered(segment);
         }
         Ok(activated)
+    }
+
+    /// Has the proof made before the turn is taken, where one is demanded: it takes seconds, and rotations and
+    /// rollbacks wait for the turn. The gate then finds the verdict remembered.
+    fn prove_ahead(&self, package: &[u8], order: &Order<'_>) -> Result<(), Denied> {
+        if self.activation_rules()?.widening_threshold.is_none() {
+            return Ok(());
+        }
+        self.check_offer(package)?;
+        let bundle = self.verify_package(package, order.asker)?;
+        self.widening_gate(&bundle, order.asker).map(drop)
     }
 
     /// What stands between a verified bundle and the switch.
@@ -305,8 +317,10 @@ impl Node {
     ) -> Result<Option<Replay>, Denied> {
         let rules = self.activation_rules()?;
         let current = self.slots.current();
-        // Before the first bundle nothing was allowed: all that it allows would be a flip.
-        if rules.block_on == BlockOn::None || self.slots.floor().is_none() {
+        // Before the first bundle nothing was allowed: all that it allows would be a flip. And what is signed
+        // for an emergency is signed to come out otherwise.
+        let asks_nothing = rules.block_on == BlockOn::None || self.slots.floor().is_none();
+        if asks_nothing || bundle.manifest().role == Role::BreakGlass {
             return Ok(None);
         }
         let last = rules.replay_records.unwrap_or(REPLAY_RECORDS_MAX);
@@ -314,7 +328,10 @@ impl Node {
             .replay(current.as_ref().map(|c| c.bundle()), bundle, last)
             .map_err(|why| Denied::local("POLICY_REPLAY", not_replayed(&why)))?;
         if replay.ended_early() {
-            let why = "it took too long";
+            if order.accepts_flips {
+                return Ok(Some(replay));
+            }
+            let why = "it took too long; where the plan shows what is wanted, activate by one with --accept-flips";
             return Err(Denied::local("POLICY_REPLAY", not_replayed(why)));
         }
         let blocking = match rules.block_on {
@@ -445,7 +462,10 @@ impl Node {
     }
 
     fn check_serving(&self) -> Result<u64, Fault> {
-        self.slots.check_reads_back()?;
+        self.slots.check_reads_back().map_err(|error| match error {
+            NotRead::Storage(why) => Fault::Engines(why),
+            NotRead::Other(why) => Fault::Bundle(why),
+        })?;
         let policy = self.slots.current();
         let policy = policy.ok_or_else(|| "no bundle decides".to_owned())?;
         let cases = policy.bundle().own_cases(SELF_CHECK_CASES_MAX);

@@ -219,7 +219,8 @@ fn open_all(sections: &[UpstreamSection], clock: &WallClock) -> Result<Opened, C
 
 /// The decision points of one node.
 pub(super) struct Consulting {
-    runtime: Handle,
+    /// None in a program that only looks at a stopped node: it decides nothing.
+    runtime: Option<Handle>,
     root: Arc<Root>,
     clock: WallClock,
     upstreams: ArcSwap<Opened>,
@@ -235,7 +236,7 @@ impl Consulting {
         clock: WallClock,
     ) -> Result<Arc<Self>, Failure> {
         Ok(Arc::new(Self {
-            runtime: Handle::current(),
+            runtime: Handle::try_current().ok(),
             upstreams: ArcSwap::from_pointee(open_all(sections, &clock)?),
             root,
             clock,
@@ -277,8 +278,11 @@ impl Upstreams for Consulting {
     }
 
     fn ask(&self, question: Question, done: AnswerDone) {
+        let Some(runtime) = &self.runtime else {
+            return done(Err(ConsultFailure::Unconfigured));
+        };
         let upstream = self.upstreams.load().get(&question.upstream).cloned();
-        self.runtime.spawn(async move {
+        runtime.spawn(async move {
             let said = match upstream {
                 Some(Ok(upstream)) => upstream.ask(&question).await,
                 // Its papers are of no use: it was not reached.

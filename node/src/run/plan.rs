@@ -254,7 +254,7 @@ impl Replay {
 
     /// How many came out otherwise.
     pub(super) fn counts(self) -> Value {
-        json!({"deny_to_allow": self.to_allow, "allow_to_deny": self.to_deny})
+        json!({"deny_to_allow": self.to_allow, "allow_to_deny": self.to_deny, "ended_early": self.ended_early})
     }
 
     pub(super) fn told(self) -> Value {

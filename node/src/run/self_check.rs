@@ -39,8 +39,8 @@ pub(super) struct Surroundings<'a> {
 pub(super) enum Fault {
     /// An answer is wrong, or does not come in time.
     Bundle(String),
-    /// No engine was free for a single try: the bundle was not asked at all. What holds the engines was asked
-    /// of another one.
+    /// It could not be asked: no engine was free or had time for a single try, or a disk did not answer. That
+    /// says nothing of the bundle.
     Engines(String),
 }
 
@@ -78,10 +78,10 @@ pub(super) fn self_check(cases: &[OwnCase], around: &Surroundings<'_>) -> Result
 
 fn ask(request: &PolicyRequest, around: &Surroundings<'_>) -> Result<Evaluation, Fault> {
     let mut asked = 1;
-    let mut was_begun = false;
+    let mut was_asked = false;
     loop {
         let answer = (around.ask)(request.clone());
-        was_begun |= answer.as_ref().err() != Some(&ProbeFault::Busy);
+        was_asked |= !matches!(answer, Err(ProbeFault::Busy | ProbeFault::Starved));
         match answer {
             Ok(evaluation) => return Ok(evaluation),
             Err(fault) if fault.may_pass() && asked < ASKED_MAX => {
@@ -90,7 +90,7 @@ fn ask(request: &PolicyRequest, around: &Surroundings<'_>) -> Result<Evaluation,
             }
             Err(fault) => {
                 let why = format!("{}, asked {asked} times", fault.as_str());
-                return Err(match was_begun {
+                return Err(match was_asked {
                     true => Fault::Bundle(why),
                     false => Fault::Engines(why),
                 });
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn one_late_answer_is_no_fault_and_none_at_all_is() {
-        for fault in [ProbeFault::Late, ProbeFault::Busy] {
+        for fault in [ProbeFault::Late, ProbeFault::Busy, ProbeFault::Starved] {
             let late = |times: u32| move |asked: u32| (asked <= times).then_some(Err(fault));
             let (checked, _, waited) = check(&late(ASKED_MAX - 1), &|| true);
             assert!(checked.is_ok(), "{checked:?}");
@@ -173,7 +173,7 @@ mod tests {
             let why = format!("{}, asked 5 times", fault.as_str());
             // What never came to an engine says nothing of the bundle.
             let expected = match fault {
-                ProbeFault::Busy => Fault::Engines(why),
+                ProbeFault::Busy | ProbeFault::Starved => Fault::Engines(why),
                 _ => Fault::Bundle(why),
             };
             assert_eq!(checked, Err(expected));

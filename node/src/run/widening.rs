@@ -8,7 +8,9 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tidelock_policy::{ActivePolicy, Role, Source, VerifiedBundle, WhyUnproven, Widening};
+use tidelock_policy::{
+    ActivePolicy, AsideCause, Role, Source, VerifiedBundle, WhyUnproven, Widening,
+};
 
 use super::{
     admit::Denied,
@@ -114,8 +116,12 @@ impl Node {
             return Err(Widening::NotWider);
         }
         // What was set aside on purpose is no measure: it is compared with what decides in its place.
-        let is_aside = self.slots.aside().is_some();
-        self.slots
+        let is_aside = self
+            .slots
+            .aside()
+            .is_some_and(|aside| aside.cause == AsideCause::Operator);
+        let base = self
+            .slots
             .current()
             .filter(|current| {
                 is_aside
@@ -126,10 +132,23 @@ impl Node {
                 Widening::unproven(
                     WhyUnproven::BaseDamaged,
                     format!(
-                        "the bundle of epoch {} is damaged or no longer trusted: install it again first",
+                        "the bundle of epoch {} is damaged, was set aside or is no longer trusted: nothing may \
+                         be taken for what it permitted",
                         floor.epoch
                     ),
                 )
-            })
+            })?;
+        let manifest = base.bundle().manifest();
+        let is_over = manifest
+            .validity
+            .expires_unix_ms
+            .is_some_and(|end| end <= self.clock.unix_ms());
+        if manifest.role != Role::Policy || is_over {
+            return Err(Widening::unproven(
+                WhyUnproven::BaseEnded,
+                "what decides was for an emergency or is past its end, and no measure of what may go on",
+            ));
+        }
+        Ok(base)
     }
 }

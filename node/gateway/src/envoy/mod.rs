@@ -29,10 +29,11 @@ use self::messages::{
     BoolValue, CheckRequest, CheckResponse, DeniedHttpResponse, HeaderValue, HeaderValueOption,
     HttpResponse, HttpStatus, OkHttpResponse,
 };
-use crate::limits::{BODY_BYTES_MAX, GRPC_PREFIX_BYTES};
+use crate::credentials::CredentialFault;
+use crate::limits::{BODY_BYTES_MAX, GRPC_PREFIX_BYTES, PROXY_DECISION_TIMEOUT};
 use crate::refusals::{RefusalKind, Source};
 use crate::routes::{
-    POST_ONLY, Refused, Reply, Visit, asked, problem, set, unanswered, wrong_method,
+    POST_ONLY, Refused, Reply, Visit, begin, outcome_within, problem, set, unanswered, wrong_method,
 };
 use crate::wire::Problem;
 
@@ -96,7 +97,7 @@ pub(crate) async fn answer(visit: &Visit<'_>, request: Request<Incoming>) -> Any
 }
 
 /// What a proxy sends its question in.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
     Grpc,
     Http,
@@ -151,6 +152,11 @@ async fn judge(visit: &Visit<'_>, request: Request<Incoming>, form: Form) -> Res
             message,
         )));
     };
+    // What this form asks about stands in headers, and a signature covers none of them.
+    if form == Form::Http && visit.is_signed() {
+        let fault = CredentialFault::SignatureComponents;
+        return Err(Box::new(visit.unauthenticated(fault)));
+    }
     let Some(slot) = app.slots.take(&identity.in_flight) else {
         return Err(Box::new(visit.busy()));
     };
@@ -165,7 +171,9 @@ async fn judge(visit: &Visit<'_>, request: Request<Incoming>, form: Form) -> Res
         Form::Grpc => of_message(terms, &body).await,
         Form::Http => of_request(terms, &head, &body),
     };
-    let asked = asked(app, Ask::Check(&check), caller, Mode::Decide, slot).await;
+    let (waiting, outcome) = begin(app, Ask::Check(&check), caller, Mode::Decide, slot);
+    let patience = app.decision_timeout.min(PROXY_DECISION_TIMEOUT);
+    let asked = outcome_within(app, patience, waiting, outcome).await;
     let outcome = asked.ok_or_else(|| Box::new(unanswered()))?;
     app.counters.decisions.up();
     Ok(Told::of(&outcome.answer, terms))
