@@ -541,10 +541,8 @@ impl Waiter {
             findings.reason = Reason::ConsultTimeout;
             findings.errors = vec!["the caller did not wait for the decision point".to_owned()];
         }
-        let slot = Inner::conclude(inner, judgement, &self.caller, Mode::Decide, self.done);
-        if let Some(slot) = slot.and_then(|slot| self.stage.record(slot)) {
-            Inner::finish(inner, slot.give_up());
-        }
+        let who = (&self.caller, Some(&*self.stage));
+        Inner::conclude(inner, judgement, who, Mode::Decide, self.done);
     }
 }
 
@@ -602,7 +600,7 @@ impl Inner {
         let mut judgement = inner.judge(ask, caller);
         let referred = Self::referred(&judgement);
         match (referred, mode) {
-            (None, _) => Self::conclude(inner, judgement, caller, mode, done)
+            (None, _) => Self::conclude(inner, judgement, (caller, None), mode, done)
                 .map(|slot| Arc::new(Stage::recording(slot))),
             (Some(terms), Mode::Decide) => {
                 let stage = Arc::new(Stage::asking());
@@ -619,7 +617,7 @@ impl Inner {
             // Asking is an effect of its own, and its answer would be kept: only a decision asks.
             (Some(_), Mode::Explain) => {
                 judgement.findings.reason = Reason::ConsultNeeded;
-                Self::conclude(inner, judgement, caller, mode, done)
+                Self::conclude(inner, judgement, (caller, None), mode, done)
                     .map(|slot| Arc::new(Stage::recording(slot)))
             }
         }
@@ -635,11 +633,12 @@ impl Inner {
         policy.consult(action.name()).cloned()
     }
 
-    /// The record, and the answer after it. Returns the slot that waits for it, if one does.
+    /// The record, and the answer after it. Returns the slot that waits for it, if one does. A stage goes on
+    /// to that slot.
     fn conclude(
         inner: &Arc<Self>,
         judgement: Judgement,
-        caller: &Caller,
+        (caller, stage): (&Caller, Option<&Stage>),
         mode: Mode,
         done: Done,
     ) -> Option<Arc<Slot>> {
@@ -748,6 +747,12 @@ impl Inner {
             class,
             rendered.bytes,
             Box::new(move |result| {
+        // Ruling 21: before the recorder can speak, for whoever gives up from here on must meet the slot. If
+        // somebody has meanwhile, the record of an allow is followed by `not_released`.
+        let given_up = stage.and_then(|stage| stage.record(Arc::clone(&slot)));
+        if let Some(slot) = given_up.filter(|_| effective) {
+            Self::finish(inner, slot.give_up());
+        }
                 let (inner, slot) = shared;
                 let at = result.as_ref().ok().copied();
                 let completed = slot.complete(result);

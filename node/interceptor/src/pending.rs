@@ -171,7 +171,7 @@ impl Stage {
         }
     }
 
-    /// Goes on to the record. Returns the slot if it was given up meanwhile.
+    /// Goes on to the record, before that is handed over. Returns the slot if it was given up meanwhile.
     pub(crate) fn record(&self, slot: Arc<Slot>) -> Option<Arc<Slot>> {
         let mut step = self.step();
         match &*step {
