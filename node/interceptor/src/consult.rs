@@ -13,7 +13,11 @@
 //! each upstream, a share for each caller. It starts nothing and waits for nothing; who waits is a value of
 //! its caller's choice. Questions are carried by [`Upstreams`].
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -48,6 +52,8 @@ pub struct Question {
     pub body: Vec<u8>,
     /// SHA-256 of the body.
     pub digest: Sha256Hash,
+    /// Who that is by the config; none where nobody is configured.
+    pub identity: Option<UpstreamIdentity>,
     /// How long the answer is waited for.
     pub deadline: Duration,
 }
@@ -57,7 +63,7 @@ impl Question {
     pub(crate) fn new(
         action: &Action,
         (bundle, posture, node): (&BundleInfo, Posture, &str),
-        terms: &ConsultTerms,
+        (terms, identity): (&ConsultTerms, Option<UpstreamIdentity>),
         deadline: Duration,
     ) -> Result<Self, InvalidRequest> {
         let named = |kind: &str, id: &str| json!({"type": kind, "id": id});
@@ -74,9 +80,26 @@ impl Question {
             upstream: terms.upstream.clone(),
             digest: Sha256Hash::of(&body),
             body,
+            identity,
             deadline,
         })
     }
+
+    /// Names what is asked and who is asked: an answer serves the same question to the same decision point.
+    pub(crate) fn key(&self) -> Sha256Hash {
+        let identity = self.identity.map(|identity| identity.digest.to_string());
+        let parts = [self.digest.to_string(), identity.unwrap_or_default()];
+        Sha256Hash::of_parts(&parts.each_ref().map(|part| part.as_bytes()))
+    }
+}
+
+/// Which decision point a name in the config stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UpstreamIdentity {
+    /// SHA-256 of all that tells it from another one: where it is met and what it proves itself with.
+    pub digest: Sha256Hash,
+    /// Whether an answer of it counts only if it is signed.
+    pub signs: bool,
 }
 
 /// Why a question has no answer.
@@ -294,10 +317,10 @@ pub type AnswerDone = Box<dyn FnOnce(Result<UpstreamAnswer, ConsultFailure>) + S
 
 /// Carries questions to decision points, as the shell does it.
 pub trait Upstreams: Send + Sync {
-    /// Whether there is an upstream of this name.
-    fn is_configured(&self, name: &str) -> bool;
+    /// Who is configured under this name, if anybody is.
+    fn identity(&self, name: &str) -> Option<UpstreamIdentity>;
 
-    /// Asks once and returns at once. `done` is called at the question's deadline at the latest.
+    /// Asks once, nobody but the identity in the question, and returns at once. `done` is called at the question's deadline at the latest.
     fn ask(&self, question: Question, done: AnswerDone);
 
     /// An answer that allowed is not to serve again. What was kept of it for the next start must be gone
@@ -338,6 +361,7 @@ impl KeptAnswer {
     /// An answer from ahead of the clock is none: who knows how far the clock went back.
     fn is_live(&self, now_unix_ms: u64) -> bool {
         (self.received_unix_ms..self.expires_unix_ms).contains(&now_unix_ms)
+    /// The key of the question, which names the decision point too.
     }
 }
 
@@ -451,6 +475,7 @@ struct Upstream {
 #[derive(Debug)]
 pub(crate) enum Begun<W> {
     /// It has to be sent, under this number.
+    /// The key of the question.
     Send(u64),
     /// It is on its way.
     Joined,
@@ -462,7 +487,7 @@ pub(crate) enum Begun<W> {
 #[derive(Debug)]
 pub(crate) struct Settled<W> {
     pub(crate) waiting: Vec<W>,
-    /// An answer that allowed was displaced by one that does not.
+    /// An answer that allowed was displaced by one that does not, or not for as long.
     pub(crate) is_withdrawn: bool,
 }
 
@@ -611,10 +636,11 @@ impl<W> Consults<W> {
         }
     }
 
-    /// Keeps an answer, or what the terms leave of it; whether an allow went for it.
+    /// Keeps an answer, or what the terms leave of it; whether an earlier allow lost time by it.
     fn remember(&mut self, asked: &Asked, answer: &UpstreamAnswer, now_unix_ms: u64) -> bool {
         let before = self.answers.remove(&asked.question);
-        let allowed = before.is_some_and(|kept| kept.allow);
+        let before = before.filter(|kept| kept.allow);
+        let allowed_until = before.map(|kept| kept.expires_unix_ms);
         let given_s = match answer.decision {
             Decision::Allow => asked.terms.allow_lifetime_s,
             Decision::Deny => asked.terms.deny_lifetime_s,
@@ -623,7 +649,9 @@ impl<W> Consults<W> {
         let lifetime_s = given_s.min(answer.lifetime_s.unwrap_or(u64::MAX));
         // A bundle that does not decide any more keeps nothing.
         let is_in_force = self.answers.under.as_ref() == Some(&asked.under);
-        if lifetime_s > 0 && is_in_force {
+        let expires_unix_ms = now_unix_ms.saturating_add(lifetime_s.saturating_mul(1000));
+        let is_kept = lifetime_s > 0 && is_in_force;
+        if is_kept {
             self.answers.insert(KeptAnswer {
                 question: asked.question,
                 upstream: asked.terms.upstream.clone(),
@@ -631,7 +659,7 @@ impl<W> Consults<W> {
                 principal: asked.principal.clone(),
                 allow: answer.decision == Decision::Allow,
                 received_unix_ms: now_unix_ms,
-                expires_unix_ms: now_unix_ms.saturating_add(lifetime_s.saturating_mul(1000)),
+                expires_unix_ms,
                 answer: answer.digest,
                 id: answer.id.clone(),
                 why: answer.why.clone(),
@@ -639,8 +667,13 @@ impl<W> Consults<W> {
             });
             self.is_dirty = true;
         }
-        self.is_dirty |= allowed;
-        allowed && answer.decision != Decision::Allow
+        self.is_dirty |= allowed_until.is_some();
+        // What lies on the disk would serve longer than what was said last.
+        let serves_until = match is_kept && answer.decision == Decision::Allow {
+            true => expires_unix_ms,
+            false => 0,
+        };
+        allowed_until.is_some_and(|until| serves_until < until)
     }
 
     /// Questions that should have come back long ago: whoever carries them has lost them.
@@ -656,16 +689,25 @@ impl<W> Consults<W> {
         overdue.into_iter().flat_map(settle).collect()
     }
 
-    /// The last answer to a question, if it may serve.
+    /// The last answer to a question of this key, if it may serve. Where answers are signed, an allow that is
+    /// not does not.
     pub(crate) fn kept(
         &self,
-        question: &Sha256Hash,
+        (question, signs): (&Sha256Hash, bool),
         under: &Under,
         now_unix_ms: u64,
     ) -> Option<KeptAnswer> {
         let kept = self.answers.by_question.get(question)?;
         let is_of_it = self.answers.under.as_ref() == Some(under);
-        (is_of_it && kept.is_live(now_unix_ms)).then(|| kept.clone())
+        let counts = !signs || !kept.allow || kept.signed.is_some();
+        (is_of_it && counts && kept.is_live(now_unix_ms)).then(|| kept.clone())
+    }
+
+    /// Drops the answers of upstreams of these names.
+    pub(crate) fn forget(&mut self, upstreams: &BTreeSet<String>) {
+        self.is_dirty |= self
+            .answers
+            .retain(|kept| !upstreams.contains(&kept.upstream));
     }
 
     /// Answers die with the bundle under which they were given.

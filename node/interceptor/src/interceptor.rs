@@ -1,6 +1,7 @@
 //! The pipeline: parse, quota, posture, engine, redaction, record, permit.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -389,6 +390,11 @@ impl Interceptor {
         self.inner.consults().changed()
     }
 
+    /// Drops the answers of upstreams of these names: others answer to them now, or nobody.
+    pub fn forget_answers_of(&self, upstreams: &BTreeSet<String>) {
+        self.inner.consults().forget(upstreams);
+    }
+
     /// Says that what [`Interceptor::changed_answers`] gave could not be kept.
     pub fn answers_not_kept(&self) {
         self.inner.consults().not_kept();
@@ -516,7 +522,7 @@ impl Referred {
         };
         let (bundle, _) = self.judgement.bundle.as_ref()?;
         Some(Asked {
-            question: self.question.digest,
+            question: self.question.key(),
             terms: self.terms.clone(),
             under: Under::from(bundle),
             action: action.name().to_owned(),
@@ -794,12 +800,8 @@ impl Inner {
             waiter,
         });
         let upstreams = inner.upstreams.get();
-        let is_there =
-            |upstreams: &&Arc<dyn Upstreams>| upstreams.is_configured(&referred.terms.upstream);
-        let Some(upstreams) = upstreams.filter(is_there) else {
-            return Self::weigh_in(inner, referred, &Err(ConsultFailure::Unconfigured));
-        };
-        let Some(asked) = referred.asked() else {
+        let upstreams = upstreams.filter(|_| referred.question.identity.is_some());
+        let (Some(upstreams), Some(asked)) = (upstreams, referred.asked()) else {
             return Self::weigh_in(inner, referred, &Err(ConsultFailure::Unconfigured));
         };
         let question = referred.question.clone();
@@ -809,7 +811,7 @@ impl Inner {
             Begun::Joined => {}
             Begun::Failed(failure, referred) => Self::weigh_in(inner, referred, &Err(failure)),
             Begun::Send(number) => {
-                let at = (question.digest, number);
+                let at = (question.key(), number);
                 let shared = Arc::clone(inner);
                 let heard = move |said| Self::heard(&shared, at, &said);
                 upstreams.ask(question, Box::new(heard));
@@ -829,7 +831,9 @@ impl Inner {
             return None;
         };
         let node = (bundle, judgement.findings.posture, self.node());
-        Question::new(action, node, terms, deadline).ok()
+        let upstreams = self.upstreams.get();
+        let identity = upstreams.and_then(|upstreams| upstreams.identity(&terms.upstream));
+        Question::new(action, node, (terms, identity), deadline).ok()
     }
 
     /// A question came to its end. INV-14 and ruling 17: whoever waited for it is judged again before the
@@ -859,7 +863,7 @@ impl Inner {
                 continue;
             };
             let question = inner.question(&referred.judgement, &terms, Duration::ZERO);
-            if question.is_some_and(|now| now.digest == referred.question.digest)
+            if question.is_some_and(|now| now.key() == referred.question.key())
                 && terms == referred.terms
             {
                 Self::weigh_in(inner, referred, said);
@@ -884,11 +888,13 @@ impl Inner {
     ) {
         let unix_ms = inner.clock.unix_ms();
         let question = referred.question.digest;
+        let signs = referred.question.identity.is_some_and(|it| it.signs);
+        let key = (&referred.question.key(), signs);
         let under = referred.judgement.bundle.as_ref();
         let under = under.map(|(bundle, _)| Under::from(bundle));
         let (reason, note) = {
             let mut consults = inner.consults();
-            let kept = under.and_then(|under| consults.kept(&question, &under, unix_ms));
+            let kept = under.and_then(|under| consults.kept(key, &under, unix_ms));
             let (reason, note) = weigh(&referred.terms, question, said, kept, unix_ms);
             consults.count(&note);
             (reason, note)

@@ -49,7 +49,8 @@ pub use caller::{Caller, Principal};
 pub use clock::{Clock, ThreadCpu};
 pub use consult::{
     AnswerDone, ConsultCount, ConsultFailure, ConsultStats, Consulted, Heard, KeptAnswer,
-    KeptAnswers, Question, UpstreamAnswer, UpstreamStats, Upstreams, VerifySigned,
+    KeptAnswers, Question, UpstreamAnswer, UpstreamIdentity, UpstreamStats, Upstreams,
+    VerifySigned,
 };
 pub use envoy::{Check, Proxied, ProxyTerms, ProxyTermsError, Subject};
 pub use interceptor::{

@@ -19,16 +19,16 @@ use std::{
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tidelock_interceptor::{
-    AnswerDone, Caller, ConsultFailure, Decision, Found, Heard, Interceptor, InterceptorConfig,
-    KeptAnswers, Mode, Outcome, Pending, Question, Reason, Search, SearchFor, UpstreamAnswer,
-    Upstreams,
+    AnswerDone, AppendDone, Caller, ConsultFailure, Decision, Found, Heard, Interceptor,
+    InterceptorConfig, KeptAnswers, Mode, Outcome, Pending, Question, Reason, Recorder, Search,
+    SearchFor, UpstreamAnswer, UpstreamIdentity, Upstreams,
     testing::{MemoryRecorder, TestClock},
 };
 use tidelock_policy::{
     ActivePolicy, Evaluation, Posture, Source, Verdict,
     testing::{ScriptedEngine, active_policy_with},
 };
-use tidelock_segments::NodeId;
+use tidelock_segments::{NodeId, RecordClass, Sha256Hash};
 
 const BOOT_UNIX_MS: u64 = 1_700_000_000_000;
 const S: Duration = Duration::from_secs(1);
@@ -39,11 +39,32 @@ struct Authority {
     asked: Mutex<Vec<(Question, AnswerDone)>>,
     withdrawn: Mutex<Vec<Value>>,
     seen: AtomicUsize,
+    /// Another one for each number.
+    who: Mutex<u8>,
+}
+
+/// A log that does something before it takes the next record.
+struct Hooked {
+    recorder: Arc<MemoryRecorder>,
+    hook: Arc<Mutex<Option<Pending>>>,
+}
+
+impl Recorder for Hooked {
+    fn submit(&self, class: RecordClass, record: Vec<u8>, done: AppendDone) {
+        let gives_up = self.hook.lock().unwrap().take();
+        if let Some(pending) = gives_up {
+            pending.give_up();
+        }
+        self.recorder.submit(class, record, done);
+    }
 }
 
 impl Upstreams for Authority {
-    fn is_configured(&self, name: &str) -> bool {
-        name == "authority"
+    fn identity(&self, name: &str) -> Option<UpstreamIdentity> {
+        (name == "authority").then(|| UpstreamIdentity {
+            digest: Sha256Hash::of(&[*self.who.lock().unwrap()]),
+            signs: false,
+        })
     }
 
     fn ask(&self, question: Question, done: AnswerDone) {
@@ -92,6 +113,8 @@ fn consult(when: &str) -> Value {
 struct Site {
     interceptor: Interceptor,
     recorder: Arc<MemoryRecorder>,
+    /// Who gives up the moment that the next record is handed over.
+    gives_up: Arc<Mutex<Option<Pending>>>,
     clock: Arc<TestClock>,
     policy: Arc<Mutex<Option<Arc<ActivePolicy>>>>,
     authority: Arc<Authority>,
@@ -117,11 +140,15 @@ impl Site {
         let mut config = InterceptorConfig::new(NodeId::new("node-a").unwrap());
         config.engine_wait = Duration::from_secs(60);
         let source = policy.clone();
+        let gives_up: Arc<Mutex<Option<Pending>>> = Arc::default();
         let interceptor = Interceptor::new(
             config,
             clock.clone(),
             Arc::new(move || source.lock().unwrap().clone()),
-            recorder.clone(),
+            Arc::new(Hooked {
+                recorder: recorder.clone(),
+                hook: gives_up.clone(),
+            }),
         )
         .unwrap();
         let authority = Arc::new(Authority::default());
@@ -129,6 +156,7 @@ impl Site {
         let site = Self {
             interceptor,
             recorder,
+            gives_up,
             clock,
             policy,
             authority,
@@ -608,6 +636,15 @@ fn inv_14_an_answer_makes_no_permit_for_who_has_gone_and_a_late_one_changes_noth
         Reason::AuditUnavailable
     );
     assert_eq!(site.last_record()["outcome"], "not_released");
+    // Gone the moment that the record is handed over, to a log that takes it at once.
+    let (outcome, pending) = site.start(Mode::Decide, &write("/srv/x"));
+    *site.gives_up.lock().unwrap() = Some(pending);
+    site.authority.says(&yes());
+    assert_eq!(
+        said(&outcome.try_recv().unwrap()),
+        (Decision::Deny, Reason::AuditUnavailable, false)
+    );
+    assert_eq!(site.last_record()["outcome"], "not_released");
     // An authority whose answer was lost, and comes after all.
     let (outcome, _pending) = site.start(Mode::Decide, &write("/srv/x"));
     site.interceptor.tick();
@@ -626,6 +663,33 @@ fn inv_14_an_answer_makes_no_permit_for_who_has_gone_and_a_late_one_changes_noth
         said(&site.decide(|authority| authority.says(&yes()))),
         ALLOWED
     );
+}
+
+#[test]
+fn what_one_decision_point_said_is_nothing_of_the_next_one_under_its_name() {
+    let site = Site::new("cached");
+    let is = |who: u8| *site.authority.who.lock().unwrap() = who;
+    let dark = || said(&site.decide(Authority::is_away));
+    assert_eq!(
+        said(&site.decide(|authority| authority.says(&yes()))),
+        ALLOWED
+    );
+    assert_eq!(dark(), ALLOWED);
+    is(1);
+    assert_eq!(dark().1, Reason::ConsultUnreachable);
+    is(0);
+    assert_eq!(dark(), ALLOWED);
+    site.interceptor
+        .forget_answers_of(&["authority".to_owned()].into());
+    site.interceptor.try_upstreams_again();
+    assert_eq!(dark().1, Reason::ConsultUnreachable);
+    // One that goes while it is asked: its successor is asked.
+    let (outcome, _pending) = site.start(Mode::Decide, &write("/srv/x"));
+    is(2);
+    site.authority.says(&yes());
+    assert!(outcome.try_recv().is_err());
+    site.authority.says(&no());
+    assert_eq!(said(&outcome.try_recv().unwrap()).1, Reason::ConsultDenied);
 }
 
 #[test]

@@ -316,6 +316,11 @@ fn consult(status: &Value, findings: &mut Findings) {
             findings.add("consult", Grade::Note, text);
         }
     }
+    if status.pointer("/consult/kept_on_disk") == Some(&Value::Bool(false)) {
+        let text = "answers of decision points cannot be written: none serves after a restart; see the \
+                    node's log for state/answers";
+        findings.add("consult", Grade::Bad, text.to_owned());
+    }
     for class in list("/consult/classes").into_iter().flatten() {
         let (name, upstream) = (word(class, "/class"), word(class, "/upstream"));
         if class.get("configured") != Some(&Value::Bool(true)) {

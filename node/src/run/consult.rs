@@ -5,10 +5,13 @@
 //! and asks no proxy.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,11 +28,12 @@ use tidelock_gateway::{
     client::{Answered, Door},
 };
 use tidelock_interceptor::{
-    AnswerDone, ConsultFailure, Heard, KeptAnswers, Question, UpstreamAnswer, Upstreams,
+    AnswerDone, ConsultFailure, Heard, KeptAnswers, Question, UpstreamAnswer, UpstreamIdentity,
+    Upstreams,
     limits::{CONSULT_WAIT, MAX_CONSULT_ANSWER_BYTES},
 };
 use tidelock_policy::WhenUnreachable;
-use tidelock_segments::Root;
+use tidelock_segments::{Root, Sha256Hash};
 use tidelock_transport::{
     revocation::crls_in_file,
     tls::{Credentials, CredentialsError, WallClock},
@@ -202,7 +206,33 @@ impl AnswerKey {
     }
 }
 
-pub(super) type Opened = BTreeMap<String, Result<Arc<Upstream>, String>>;
+/// One section of the config, and what can be done with it.
+pub(super) struct OpenedUpstream {
+    identity: UpstreamIdentity,
+    upstream: Result<Arc<Upstream>, String>,
+}
+
+pub(super) type Opened = BTreeMap<String, OpenedUpstream>;
+
+/// Who a section stands for: where it is met, and what it proves itself and its answers with. The own
+/// certificate and lists of revoked ones are renewed without it becoming another one.
+fn identity(section: &UpstreamSection) -> UpstreamIdentity {
+    // A file that cannot be read is none that was there before.
+    let file = |path: &PathBuf| {
+        let bytes = std::fs::read(path).ok()?;
+        Some(Sha256Hash::of(&bytes).to_string())
+    };
+    let told = json!({
+        "url": section.url,
+        "address": section.address,
+        "ca": file(&section.ca),
+        "answer_key": section.answer_key.as_ref().map(file),
+    });
+    UpstreamIdentity {
+        digest: Sha256Hash::of(told.to_string().as_bytes()),
+        signs: section.answer_key.is_some(),
+    }
+}
 
 /// Every upstream of a config. Where one is unusable its questions are denied, and the rest goes on.
 fn open_all(sections: &[UpstreamSection], clock: &WallClock) -> Result<Opened, CredentialsError> {
@@ -211,7 +241,10 @@ fn open_all(sections: &[UpstreamSection], clock: &WallClock) -> Result<Opened, C
         Err(loose @ CredentialsError::KeyMode { .. }) => Err(loose),
         opened => Ok((
             section.name.clone(),
-            opened.map(Arc::new).map_err(|error| error.to_string()),
+            OpenedUpstream {
+                identity: identity(section),
+                upstream: opened.map(Arc::new).map_err(|error| error.to_string()),
+            },
         )),
     };
     sections.iter().map(open).collect()
@@ -226,6 +259,10 @@ pub(super) struct Consulting {
     upstreams: ArcSwap<Opened>,
     /// Held from asking what is to be kept until it is written.
     writing: Mutex<()>,
+    /// Whether the last writing of it failed.
+    is_not_kept: AtomicBool,
+    /// Whether the next writing does not wait for its time.
+    is_urgent: AtomicBool,
 }
 
 impl Consulting {
@@ -241,14 +278,16 @@ impl Consulting {
             root,
             clock,
             writing: Mutex::default(),
+            is_not_kept: AtomicBool::new(false),
+            is_urgent: AtomicBool::new(false),
         }))
     }
 
     /// Those of a new config, with files that are read again. All must be usable, or none is taken.
     pub(super) fn prepare(&self, sections: &[UpstreamSection]) -> Result<Opened, Failure> {
         let opened = open_all(sections, &self.clock)?;
-        for (name, upstream) in &opened {
-            if let Err(why) = upstream {
+        for (name, opened) in &opened {
+            if let Err(why) = &opened.upstream {
                 return Err(Failure::cannot_run(format!(
                     "consult.upstreams {name}: {why}"
                 )));
@@ -257,9 +296,40 @@ impl Consulting {
         Ok(opened)
     }
 
-    /// Takes what was prepared into use.
-    pub(super) fn take(&self, opened: Opened) {
-        self.upstreams.store(Arc::new(opened));
+    /// Takes what was prepared into use. Returns the names that others answer to now, or nobody.
+    pub(super) fn take(&self, opened: Opened) -> BTreeSet<String> {
+        let opened = Arc::new(opened);
+        let before = self.upstreams.swap(Arc::clone(&opened));
+        let is_other = |name: &String, was: &OpenedUpstream| {
+            opened
+                .get(name)
+                .is_none_or(|now| now.identity != was.identity)
+        };
+        let others = before.iter().filter(|(name, was)| is_other(name, was));
+        others.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Has what is to be kept written at the next look. Waits for nothing.
+    pub(super) fn keep_soon(&self) {
+        self.is_urgent.store(true, Ordering::Release);
+    }
+
+    /// Writes what is to be kept, or leaves nothing: a file that is older than what was said last could let
+    /// a node allow after its next start what was taken back.
+    fn keep(&self, kept: &KeptAnswers) -> bool {
+        let is_written = write_state(&self.root, ANSWERS_FILE, kept);
+        if !is_written
+            && self.root.exists(ANSWERS_FILE).unwrap_or(true)
+            && let Err(error) = self.root.remove(ANSWERS_FILE)
+        {
+            tracing::error!(
+                path = ANSWERS_FILE,
+                %error,
+                "an older state of answers stays on the disk: remove the file before the next start"
+            );
+        }
+        self.is_not_kept.store(!is_written, Ordering::Release);
+        is_written
     }
 
     /// Those that cannot be asked, and why.
@@ -267,21 +337,28 @@ impl Consulting {
         let upstreams = self.upstreams.load();
         let faulty = upstreams.iter();
         faulty
-            .filter_map(|(name, upstream)| Some((name.clone(), upstream.as_ref().err()?.clone())))
+            .filter_map(|(name, opened)| {
+                let why = opened.upstream.as_ref().err()?;
+                Some((name.clone(), why.clone()))
+            })
             .collect()
     }
 }
 
 impl Upstreams for Consulting {
-    fn is_configured(&self, name: &str) -> bool {
-        self.upstreams.load().contains_key(name)
+    fn identity(&self, name: &str) -> Option<UpstreamIdentity> {
+        Some(self.upstreams.load().get(name)?.identity)
     }
 
     fn ask(&self, question: Question, done: AnswerDone) {
         let Some(runtime) = &self.runtime else {
             return done(Err(ConsultFailure::Unconfigured));
         };
-        let upstream = self.upstreams.load().get(&question.upstream).cloned();
+        let upstreams = self.upstreams.load();
+        let upstream = upstreams.get(&question.upstream);
+        // A reload may have come between.
+        let upstream = upstream.filter(|now| Some(now.identity) == question.identity);
+        let upstream = upstream.map(|opened| opened.upstream.clone());
         runtime.spawn(async move {
             let said = match upstream {
                 Some(Ok(upstream)) => upstream.ask(&question).await,
@@ -297,7 +374,7 @@ impl Upstreams for Consulting {
     fn withdrawn(&self, kept: &dyn Fn() -> KeptAnswers) {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         // What cannot be written stays to be written, see `keep_answers`.
-        write_state(&self.root, ANSWERS_FILE, &kept());
+        self.keep(&kept());
     }
 }
 
@@ -309,7 +386,8 @@ impl Node {
             .keep_answers_from
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if !at_once && now < *next {
+        let is_urgent = self.consulting.is_urgent.swap(false, Ordering::AcqRel);
+        if !at_once && !is_urgent && now < *next {
             return;
         }
         let _writing = self
@@ -317,13 +395,14 @@ impl Node {
             .writing
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        if self.consulting.is_not_kept.load(Ordering::Acquire) {
+            self.interceptor.answers_not_kept();
+        }
         let Some(kept) = self.interceptor.changed_answers() else {
             return;
         };
         *next = now.saturating_add(KEEP_EVERY);
-        if !self.write_state(ANSWERS_FILE, &kept) {
-            self.interceptor.answers_not_kept();
-        }
+        self.consulting.keep(&kept);
     }
 
     /// For the status: decision points, and what classes refer to them.
@@ -369,6 +448,7 @@ impl Node {
             "waiting": stats.waiting,
             "kept": stats.kept,
             "kept_bytes": stats.kept_bytes,
+            "kept_on_disk": !self.consulting.is_not_kept.load(Ordering::Acquire),
         })
     }
 
@@ -412,6 +492,8 @@ mod tests {
         ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _,
     };
 
+    use tidelock_segments::{RealDisk, RootOptions};
+
     use super::*;
 
     fn pem(der: &[u8]) -> String {
@@ -428,6 +510,83 @@ mod tests {
         );
         let signature = encode(&sign(message.as_bytes()));
         format!("{message}.{signature}")
+    }
+
+    #[test]
+    fn a_name_stands_for_where_it_is_met_and_what_it_proves_itself_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let write = |name: &str, text: &str| std::fs::write(path(name), text).unwrap();
+        for name in ["ca", "crt", "key", "answers"] {
+            write(name, name);
+        }
+        let section = UpstreamSection {
+            name: "authority".to_owned(),
+            url: "https://a.example:8443/x".to_owned(),
+            authority: "a.example:8443".to_owned(),
+            server_name: "a.example".try_into().unwrap(),
+            path: "/x".to_owned(),
+            address: "10.0.0.1:8443".parse().unwrap(),
+            ca: path("ca"),
+            certificate: path("crt"),
+            key: path("key"),
+            crls: Vec::new(),
+            answer_key: Some(path("answers")),
+        };
+        let first = identity(&section);
+        assert!(first.signs);
+        // Its own papers are renewed.
+        write("crt", "another");
+        write("key", "another");
+        assert_eq!(identity(&section), first);
+        type Change = fn(&mut UpstreamSection);
+        let changes: [Change; 4] = [
+            |other| other.url = "https://b.example:8443/x".to_owned(),
+            |other| other.address = "10.0.0.2:8443".parse().unwrap(),
+            |other| other.ca = other.key.clone(),
+            |other| other.answer_key = None,
+        ];
+        for change in changes {
+            let mut other = section.clone();
+            change(&mut other);
+            assert_ne!(identity(&other), first);
+        }
+        for name in ["ca", "answers"] {
+            write(name, "another");
+            assert_ne!(identity(&section), first, "{name}");
+            write(name, name);
+            assert_eq!(identity(&section), first);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_written_leaves_no_older_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = RootOptions {
+            ceiling_bytes: 16 << 20,
+            reserve_bytes: 4 << 20,
+        };
+        let at = dir.path().join("root");
+        let root = Root::open(Arc::new(RealDisk), &at, options).unwrap();
+        let consulting = Consulting::open(&[], root.clone(), Arc::new(|| 0)).unwrap();
+        let is_kept = || {
+            let flag = !consulting.is_not_kept.load(Ordering::Acquire);
+            (root.exists(ANSWERS_FILE).unwrap(), flag)
+        };
+        let kept = KeptAnswers::default;
+        consulting.withdrawn(&kept);
+        assert_eq!(is_kept(), (true, true));
+        // Nothing can be staged where a file stands for the directory.
+        std::fs::remove_dir_all(at.join("tmp")).unwrap();
+        std::fs::write(at.join("tmp"), "").unwrap();
+        for _ in 0..2 {
+            consulting.withdrawn(&kept);
+            assert_eq!(is_kept(), (false, false));
+        }
+        std::fs::remove_file(at.join("tmp")).unwrap();
+        std::fs::create_dir(at.join("tmp")).unwrap();
+        consulting.withdrawn(&kept);
+        assert_eq!(is_kept(), (true, true));
     }
 
     #[test]

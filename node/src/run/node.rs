@@ -815,7 +815,11 @@ impl Node {
             .map_err(|error| Failure::cannot_run(error.to_string()))?;
         // From here on nothing can fail.
         take_callers(auth, papers, rate(new.quota.requests));
-        self.consulting.take(upstreams);
+        let others = self.consulting.take(upstreams);
+        if !others.is_empty() {
+            self.interceptor.forget_answers_of(&others);
+            self.keep_answers(true);
+        }
         self.interceptor.try_upstreams_again();
         let trust = chain.current().clone();
         if let Err(why) = keep_chain(&RootSlots(self.root.clone()), &chain) {
@@ -881,6 +885,10 @@ impl Node {
         if floor != self.interceptor.posture_floor() {
             self.event("posture_floor", json!({"posture": floor.as_str()}));
             self.interceptor.set_posture_floor(floor);
+            if floor == Posture::Closed {
+                // What closed has no answers after a restart either.
+                self.consulting.keep_soon();
+            }
         }
         self.interceptor.tick();
     }

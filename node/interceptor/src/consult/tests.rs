@@ -1,5 +1,3 @@
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 
 use super::*;
@@ -87,6 +85,7 @@ fn question() -> Question {
         upstream: "authority".to_owned(),
         digest: Sha256Hash::of(&body),
         body,
+        identity: None,
         deadline: Duration::from_millis(500),
     }
 }
@@ -296,7 +295,7 @@ fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
                     None => None,
                 };
                 decision.map(|decision| answer(&mut consults, 1, decision, NOW_MS));
-                let cached = consults.kept(&digest(1), &under(1), NOW_MS);
+                let cached = consults.kept((&digest(1), false), &under(1), NOW_MS);
                 assert_eq!(cached.is_some(), kept.is_some());
                 let (reason, note) = weigh(&terms, digest(1), said, cached, NOW_MS);
                 let is_absence = matches!(
@@ -354,7 +353,12 @@ fn equal_questions_are_asked_once_and_all_hear_the_answer() {
         Some(&under(1)),
     );
     assert!(again.waiting.is_empty());
-    assert!(consults.kept(&digest(1), &under(1), NOW_MS).unwrap().allow);
+    assert!(
+        consults
+            .kept((&digest(1), false), &under(1), NOW_MS)
+            .unwrap()
+            .allow
+    );
     let Begun::Send(next) = begin(&mut consults, 1, 13) else {
         unreachable!("it is asked again");
     };
@@ -418,7 +422,7 @@ fn inv_07_questions_waiters_and_answers_are_bounded() {
     // The last to expire are there, and nobody's share is exceeded.
     assert!(
         consults
-            .kept(&digest(1_999), &under(1), NOW_MS + 1_999)
+            .kept((&digest(1_999), false), &under(1), NOW_MS + 1_999)
             .is_some()
     );
     let mut greedy = self::consults();
@@ -434,7 +438,6 @@ fn inv_07_questions_waiters_and_answers_are_bounded() {
         greedy.stats(Duration::ZERO).kept,
         MAX_CONSULT_CACHED_PER_PRINCIPAL + 1
     );
-    assert!(greedy.kept(&digest(5_000), &under(1), NOW_MS).is_some());
     let bytes = serde_json::to_vec(&greedy.to_keep()).unwrap().len();
     assert!(bytes <= greedy.stats(Duration::ZERO).kept_bytes, "{bytes}");
 }
@@ -495,7 +498,7 @@ fn a_deny_takes_the_place_of_an_allow_whatever_its_lifetime() {
         assert!(consults.changed().is_none());
         assert!(answer(&mut consults, 1, last, NOW_MS + 1).is_withdrawn);
         assert!(consults.changed().is_some());
-        let kept = consults.kept(&digest(1), &under(1), NOW_MS + 2);
+        let kept = consults.kept((&digest(1), false), &under(1), NOW_MS + 2);
         assert!(kept.is_none_or(|kept| !kept.allow), "{last}");
     }
 }
@@ -510,7 +513,9 @@ fn what_was_kept_serves_again_under_the_same_bundle_only() {
         let mut consults = Consults::<u64>::default();
         consults.restore(kept());
         consults.observe(in_force.as_ref());
-        consults.kept(&digest(1), &under(1), NOW_MS + 5).is_some()
+        consults
+            .kept((&digest(1), false), &under(1), NOW_MS + 5)
+            .is_some()
     };
     assert!(restored(Some(under(1))));
     assert!(!restored(Some(under(2))));
@@ -577,7 +582,7 @@ proptest! {
                     reference.insert(number, (decision, now_ms + life_ms));
                 }
                 Step::Away(number) => {
-                    let kept = consults.kept(&digest(number), &under(epoch), now_ms);
+                    let kept = consults.kept((&digest(number), false), &under(epoch), now_ms);
                     let terms = terms(WhenUnreachable::Cached);
                     let (reason, note) = weigh(&terms, digest(number), &away(), kept, now_ms);
                     let live = reference.get(&number).filter(|(_, until)| now_ms < *until);
@@ -619,16 +624,62 @@ proptest! {
 fn an_answer_from_ahead_of_the_clock_does_not_serve() {
     let mut consults = consults();
     answer(&mut consults, 1, Decision::Allow, NOW_MS);
-    assert!(consults.kept(&digest(1), &under(1), NOW_MS).is_some());
-    assert!(consults.kept(&digest(1), &under(1), NOW_MS - 1).is_none());
     assert!(
         consults
-            .kept(&digest(1), &under(1), NOW_MS + 59_999)
+            .kept((&digest(1), false), &under(1), NOW_MS)
             .is_some()
     );
     assert!(
         consults
-            .kept(&digest(1), &under(1), NOW_MS + 60_000)
+            .kept((&digest(1), false), &under(1), NOW_MS - 1)
+            .is_none()
+    );
+    assert!(
+        consults
+            .kept((&digest(1), false), &under(1), NOW_MS + 59_999)
+            .is_some()
+    );
+    assert!(
+        consults
+            .kept((&digest(1), false), &under(1), NOW_MS + 60_000)
             .is_none()
     );
 }
+#[test]
+fn answers_are_of_one_decision_point_and_signed_where_it_signs() {
+    let ask = |digest: Option<u64>, signs| Question {
+        identity: digest.map(|number| UpstreamIdentity {
+            digest: self::digest(number),
+            signs,
+        }),
+        ..question()
+    };
+    // The name is the same, and the question as it is sent.
+    assert_eq!(ask(Some(1), true).key(), ask(Some(1), true).key());
+    assert_ne!(ask(Some(1), true).key(), ask(Some(2), true).key());
+    assert_ne!(ask(Some(1), true).key(), ask(None, true).key());
+
+    let mut consults = consults();
+    answer(&mut consults, 1, Decision::Allow, NOW_MS);
+    answer(&mut consults, 2, Decision::Deny, NOW_MS);
+    let mut signed = said(Decision::Allow).unwrap();
+    signed.signed = Some("jws".to_owned());
+    consults.remember(&asked(3), &signed, NOW_MS);
+    let kept = |consults: &Consults<u64>, signs| {
+        [1, 2, 3].map(|number| {
+            consults
+                .kept((&digest(number), signs), &under(1), NOW_MS)
+                .is_some()
+        })
+    };
+    assert_eq!(kept(&consults, false), [true, true, true]);
+    assert_eq!(kept(&consults, true), [false, true, true]);
+    let _ = consults.changed();
+    consults.forget(&BTreeSet::from(["another".to_owned()]));
+    assert!(consults.changed().is_none());
+    assert_eq!(kept(&consults, false), [true, true, true]);
+    consults.forget(&BTreeSet::from(["authority".to_owned()]));
+    assert_eq!(consults.changed().unwrap().answers, []);
+    assert_eq!(kept(&consults, false), [false, false, false]);
+}
+
