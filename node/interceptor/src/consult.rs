@@ -211,6 +211,7 @@ impl UpstreamAnswer {
         let allowed = decision.ok_or_else(|| invalid("no decision"))?;
         let context = body.get("context");
         let member = |key: &str| context.and_then(|context| context.get(key));
+        let (mut owed, mut hold) = (member("obligations").cloned(), member("hold").cloned());
         let mut lifetime_s = whole("lifetime_s", member("lifetime_s"))?;
         let mut signed = None;
         if let Some(verify) = verify {
@@ -220,19 +221,29 @@ impl UpstreamAnswer {
                 return Err(invalid("its signature is too long"));
             }
             let payload = verify(text).map_err(invalid)?;
-            lifetime_s = check_signed(&payload, question, id, allowed)?;
+            let said = check_signed(&payload, question, id, allowed)?;
+            // What stands beside it and is not signed could be put there, or left out, by anybody.
+            for (key, beside, signed) in [
+                ("obligations", &owed, &said.obligations),
+                ("hold", &hold, &said.hold),
+            ] {
+                if beside.is_some() && beside != signed {
+                    return Err(invalid(format!("{key} beside what is signed")));
+                }
+            }
+            (lifetime_s, owed, hold) = (said.lifetime_s, said.obligations, said.hold);
             signed = Some(text.to_owned());
         }
         let why = member("reason").and_then(Value::as_str);
         let mut why = why.map(|why| redact::message(why, MAX_MESSAGE_BYTES));
-        let (obligations, unknown) = obligations(member("obligations"))?;
+        let (obligations, unknown) = obligations(owed.as_ref())?;
         let decision = match (allowed, unknown) {
             (true, Some(unknown)) => {
                 why = Some(format!("obligation {unknown} is not known here"));
                 Decision::Deny
             }
             (true, None) => Decision::Allow,
-            (false, _) if member("hold").and_then(Value::as_bool) == Some(true) => Decision::Hold,
+            (false, _) if hold == Some(Value::Bool(true)) => Decision::Hold,
             (false, _) => Decision::Deny,
         };
         Ok(Self {
@@ -264,13 +275,20 @@ fn whole(key: &str, value: Option<&Value>) -> Result<Option<u64>, ConsultFailure
         .transpose()
 }
 
-/// The lifetime in a signed payload that answers this question.
+/// What a signed payload says beside its decision.
+struct Signed {
+    lifetime_s: Option<u64>,
+    obligations: Option<Value>,
+    hold: Option<Value>,
+}
+
+/// What is signed, if it answers this question so.
 fn check_signed(
     payload: &[u8],
     question: &Question,
     id: &str,
     allowed: bool,
-) -> Result<Option<u64>, ConsultFailure> {
+) -> Result<Signed, ConsultFailure> {
     let read = |error: InvalidRequest| invalid(error.message());
     let parsed = json::parse(payload).map_err(read)?;
     let mut fields = Fields::new("what is signed", parsed).map_err(read)?;
@@ -283,10 +301,21 @@ fn check_signed(
     if fields.required("decision").map_err(read)?.as_bool() != Some(allowed) {
         return Err(invalid("what is signed decides otherwise"));
     }
-    let lifetime_s = whole("lifetime_s", fields.take("lifetime_s").as_ref())?;
-    let known = ["question", "request_id", "decision", "lifetime_s"];
+    let signed = Signed {
+        lifetime_s: whole("lifetime_s", fields.take("lifetime_s").as_ref())?,
+        obligations: fields.take("obligations"),
+        hold: fields.take("hold"),
+    };
+    let known = [
+        "question",
+        "request_id",
+        "decision",
+        "lifetime_s",
+        "obligations",
+        "hold",
+    ];
     fields.finish(&known).map_err(read)?;
-    Ok(lifetime_s)
+    Ok(signed)
 }
 
 /// The names of obligations, and the first that must be met and is not known here.

@@ -248,6 +248,40 @@ fn where_answers_are_signed_what_is_signed_must_say_the_same_of_the_same_questio
     ] {
         let mut bad = good.clone();
         bad[key] = wrong;
+    // Obligations and hold count as they are signed; what stands beside is no part of it.
+    let read = |decision: bool, signed: &Value, beside: Value| {
+        let mut payload = good.clone();
+        payload["decision"] = decision.into();
+        for (key, value) in signed.as_object().unwrap() {
+            payload[key] = value.clone();
+        }
+        let mut body = json!({"decision": decision, "context": beside});
+        body["context"]["signed"] = "good".into();
+        let verify = |_: &str| Ok(payload.to_string().into_bytes());
+        let body = body.to_string();
+        let heard = Heard {
+            status: 200,
+            echoed_id: Some(b"id-1"),
+            body: body.as_bytes(),
+        };
+        UpstreamAnswer::read(&question(), "id-1", heard, Some(&verify))
+            .map(|answer| answer.decision)
+    };
+    let owed = json!({"obligations": [{"id": "two_persons"}]});
+    let (hold, none) = (json!({"hold": true}), json!({}));
+    assert_eq!(read(true, &none, none.clone()), Ok(Decision::Allow));
+    assert_eq!(read(true, &owed, none.clone()), Ok(Decision::Deny));
+    assert_eq!(read(true, &owed, owed.clone()), Ok(Decision::Deny));
+    assert_eq!(read(false, &hold, none.clone()), Ok(Decision::Hold));
+    for (decision, signed, beside) in [
+        (true, &none, &owed),
+        (true, &owed, &json!({"obligations": []})),
+        (false, &none, &hold),
+        (false, &hold, &json!({"hold": false})),
+    ] {
+        let read = read(decision, signed, beside.clone());
+        assert!(matches!(read, Err(ConsultFailure::Invalid(_))), "{beside}");
+    }
         assert!(read(true, &bad).is_err(), "{key}");
     }
     let verify = |_: &str| Err("the signature does not verify".to_owned());
