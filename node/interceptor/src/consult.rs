@@ -905,14 +905,17 @@ impl ConsultNote {
         self.fallback != "none"
     }
 
-    /// What the answer to the caller tells of it.
+    /// What the answer to the caller tells of it. Of a failure it is the word only: the text may name
+    /// addresses and files, which are for the operator.
     pub(crate) fn told(&self) -> Consulted {
         Consulted {
             upstream: self.upstream.clone(),
             outcome: self.outcome,
             fallback: self.fallback,
-            why: self.why.clone(),
+            why: self.why.clone().filter(|_| is_said),
         }
+        // Every failure has a fallback, if only the deny.
+        let is_said = !self.is_fallback();
     }
 
     /// What a record of the short form has of it.
@@ -934,7 +937,7 @@ pub struct Consulted {
     pub outcome: &'static str,
     /// What stood in for its answer: `none`, `cached`, `held` or `denied`.
     pub fallback: &'static str,
-    /// In words, untrusted.
+    /// The reason that it gave, untrusted. Nothing where it gave no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
