@@ -389,8 +389,9 @@ fn a_decision_point_decides_over_mutual_tls_and_what_is_no_answer_denies() {
     reads(&site, "/srv/a.txt", "CONSULT_INVALID");
     authority.now(Mood::Sleeps);
     reads(&site, "/srv/slow.txt", "CONSULT_TIMEOUT");
+    // Nor for somebody who is overrun: whoever asks a lot can bring that about.
     authority.now(Mood::Status(503));
-    reads(&site, "/srv/away.txt", "CONSULT_UNREACHABLE");
+    reads(&site, "/srv/a.txt", "CONSULT_BUSY");
     authority.now(Mood::Says(yes()));
     reads(&site, "/srv/a.txt", "POLICY_ALLOW");
     assert_eq!(last_consult(&site)["fallback"], "none");

@@ -30,10 +30,10 @@ use crate::{
     answer::BundleInfo,
     json,
     limits::{
-        CONSULT_BREAKER, CONSULT_GRACE, MAX_CONSULT_ANSWER_BYTES, MAX_CONSULT_CACHE_BYTES,
-        MAX_CONSULT_CACHED, MAX_CONSULT_CACHED_PER_PRINCIPAL, MAX_CONSULT_OBLIGATIONS,
-        MAX_CONSULT_SIGNED_BYTES, MAX_CONSULT_WAITING, MAX_CONSULTS_PER_CALLER,
-        MAX_CONSULTS_PER_UPSTREAM, MAX_MESSAGE_BYTES, MAX_TYPE_BYTES,
+        CONSULT_BREAKER, CONSULT_BREAKER_TIMEOUT_MIN, CONSULT_GRACE, MAX_CONSULT_ANSWER_BYTES,
+        MAX_CONSULT_CACHE_BYTES, MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL, MAX_CONSULT_CACHED,
+        MAX_CONSULT_OBLIGATIONS, MAX_CONSULT_SIGNED_BYTES, MAX_CONSULT_WAITING,
+        MAX_CONSULTS_PER_CALLER, MAX_CONSULTS_PER_UPSTREAM, MAX_MESSAGE_BYTES, MAX_TYPE_BYTES,
     },
     reason::{Decision, Reason},
     redact,
@@ -105,7 +105,7 @@ pub struct UpstreamIdentity {
 /// Why a question has no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConsultFailure {
-    /// Nobody answered, or what stands before the decision point said that it is not there.
+    /// Nobody answered: no connection, no trust, or a breaker that is open.
     #[error("not reachable: {0}")]
     Unreachable(String),
     /// No whole answer in time.
@@ -117,6 +117,10 @@ pub enum ConsultFailure {
     /// As many questions are on their way as there may be.
     #[error("as many questions are on their way as there may be")]
     Busy,
+    /// Somebody was reached and says, with this status, that there is no answer now. Whoever asks a lot can
+    /// bring that about, so it is no absence.
+    #[error("it has no answer now: status {0}")]
+    NotNow(u16),
     /// The node's config has no such upstream.
     #[error("no upstream of this name is configured")]
     Unconfigured,
@@ -130,7 +134,7 @@ impl ConsultFailure {
             Self::Unreachable(_) => "unreachable",
             Self::Timeout => "timeout",
             Self::Invalid(_) => "invalid",
-            Self::Busy => "busy",
+            Self::Busy | Self::NotNow(_) => "busy",
             Self::Unconfigured => "unconfigured",
         }
     }
@@ -140,7 +144,7 @@ impl ConsultFailure {
             Self::Unreachable(_) | Self::Unconfigured => Reason::ConsultUnreachable,
             Self::Timeout => Reason::ConsultTimeout,
             Self::Invalid(_) => Reason::ConsultInvalid,
-            Self::Busy => Reason::ConsultBusy,
+            Self::Busy | Self::NotNow(_) => Reason::ConsultBusy,
         }
     }
 
@@ -181,7 +185,7 @@ impl UpstreamAnswer {
     /// signed, and what is signed must say the same of the same question.
     ///
     /// # Errors
-    /// [`ConsultFailure::Unreachable`] for the statuses of a decision point that is not there,
+    /// [`ConsultFailure::NotNow`] for the statuses that say "too much" or "not now",
     /// [`ConsultFailure::Invalid`] for everything else that is no answer.
     pub fn read(
         question: &Question,
@@ -191,12 +195,7 @@ impl UpstreamAnswer {
     ) -> Result<Self, ConsultFailure> {
         match heard.status {
             200 => {}
-            429 | 502..=504 => {
-                return Err(ConsultFailure::Unreachable(format!(
-                    "status {}",
-                    heard.status
-                )));
-            }
+            429 | 502..=504 => return Err(ConsultFailure::NotNow(heard.status)),
             status => return Err(invalid(format!("status {status}"))),
         }
         if heard.echoed_id != Some(id.as_bytes()) {
@@ -211,8 +210,8 @@ impl UpstreamAnswer {
         let allowed = decision.ok_or_else(|| invalid("no decision"))?;
         let context = body.get("context");
         let member = |key: &str| context.and_then(|context| context.get(key));
-        let (mut owed, mut hold) = (member("obligations").cloned(), member("hold").cloned());
         let mut lifetime_s = whole("lifetime_s", member("lifetime_s"))?;
+        let (mut owed, mut hold) = (member("obligations").cloned(), member("hold").cloned());
         let mut signed = None;
         if let Some(verify) = verify {
             let text = member("signed").and_then(Value::as_str);
@@ -362,6 +361,7 @@ pub trait Upstreams: Send + Sync {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeptAnswer {
+    /// The key of the question, which names the decision point too.
     question: Sha256Hash,
     upstream: String,
     action: String,
@@ -390,7 +390,6 @@ impl KeptAnswer {
     /// An answer from ahead of the clock is none: who knows how far the clock went back.
     fn is_live(&self, now_unix_ms: u64) -> bool {
         (self.received_unix_ms..self.expires_unix_ms).contains(&now_unix_ms)
-    /// The key of the question, which names the decision point too.
     }
 }
 
@@ -431,14 +430,19 @@ struct Answers {
 impl Answers {
     fn insert(&mut self, answer: KeptAnswer) {
         self.remove(&answer.question);
-        let own = |kept: &&KeptAnswer| kept.principal == answer.principal;
-        if self.by_question.values().filter(own).count() >= MAX_CONSULT_CACHED_PER_PRINCIPAL {
-            self.remove_first(|kept| kept.principal == answer.principal);
+        let is_own = |kept: &KeptAnswer| kept.principal == answer.principal;
+        let own = self.by_question.values().filter(|kept| is_own(kept));
+        let mut own_bytes: usize = own.map(KeptAnswer::bytes).sum();
+        while own_bytes + answer.bytes() > MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL {
+            let Some(gone) = self.remove_first(is_own) else {
+                break;
+            };
+            own_bytes -= gone.bytes();
         }
         while self.by_question.len() >= MAX_CONSULT_CACHED
             || self.bytes + answer.bytes() > MAX_CONSULT_CACHE_BYTES
         {
-            if !self.remove_first(|_| true) {
+            if self.remove_first(|_| true).is_none() {
                 break;
             }
         }
@@ -452,13 +456,11 @@ impl Answers {
         Some(removed)
     }
 
-    fn remove_first(&mut self, of: impl Fn(&KeptAnswer) -> bool) -> bool {
+    fn remove_first(&mut self, of: impl Fn(&KeptAnswer) -> bool) -> Option<KeptAnswer> {
         let candidates = self.by_question.values().filter(|kept| of(kept));
         let first = candidates.min_by_key(|kept| (kept.expires_unix_ms, kept.question));
-        let Some(question) = first.map(|kept| kept.question) else {
-            return false;
-        };
-        self.remove(&question).is_some()
+        let question = first.map(|kept| kept.question)?;
+        self.remove(&question)
     }
 
     /// Drops what does not pass; whether anything was dropped.
@@ -473,6 +475,7 @@ impl Answers {
 /// What is asked, of whom and for whom.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
+    /// The key of the question.
     pub(crate) question: Sha256Hash,
     pub(crate) terms: ConsultTerms,
     pub(crate) under: Under,
@@ -485,10 +488,10 @@ pub(crate) struct Asked {
 struct Flight<W> {
     number: u64,
     asked: Asked,
-    holder: Arc<str>,
     call: Call,
     overdue_at: Duration,
-    waiting: Vec<W>,
+    /// With the caller that each one is for.
+    waiting: Vec<(Arc<str>, W)>,
 }
 
 struct Upstream {
@@ -504,7 +507,6 @@ struct Upstream {
 #[derive(Debug)]
 pub(crate) enum Begun<W> {
     /// It has to be sent, under this number.
-    /// The key of the question.
     Send(u64),
     /// It is on its way.
     Joined,
@@ -552,21 +554,22 @@ impl<W> Consults<W> {
         waiter: W,
         now: Duration,
     ) -> Begun<W> {
-        if self.waiting >= MAX_CONSULT_WAITING {
+        let waiting = self.flights.values().flat_map(|flight| &flight.waiting);
+        let held = waiting.filter(|(of, _)| of == holder).count();
+        // Whoever joins holds an action too, so the share of a caller counts all that wait.
+        if self.waiting >= MAX_CONSULT_WAITING || held >= MAX_CONSULTS_PER_CALLER {
             return Begun::Failed(ConsultFailure::Busy, waiter);
         }
         if let Some(flight) = self.flights.get_mut(&asked.question) {
-            flight.waiting.push(waiter);
+            flight.waiting.push((Arc::clone(holder), waiter));
             self.waiting += 1;
             return Begun::Joined;
         }
-        let held = self.flights.values().filter(|f| f.holder == *holder);
-        let held = held.count();
         let Some(upstream) = self.upstream(&asked.terms.upstream) else {
             return Begun::Failed(ConsultFailure::Busy, waiter);
         };
         // Before the breaker: its one probe is not to be lost for want of a place.
-        if upstream.under_way >= MAX_CONSULTS_PER_UPSTREAM || held >= MAX_CONSULTS_PER_CALLER {
+        if upstream.under_way >= MAX_CONSULTS_PER_UPSTREAM {
             return Begun::Failed(ConsultFailure::Busy, waiter);
         }
         let call = match upstream.breaker.admit(now) {
@@ -580,12 +583,11 @@ impl<W> Consults<W> {
         self.waiting += 1;
         let flight = Flight {
             number: self.numbers,
-            holder: Arc::clone(holder),
             call,
             overdue_at: now
                 .saturating_add(asked.deadline)
                 .saturating_add(CONSULT_GRACE),
-            waiting: vec![waiter],
+            waiting: vec![(Arc::clone(holder), waiter)],
             asked,
         };
         self.flights.insert(flight.asked.question, flight);
@@ -642,6 +644,10 @@ impl<W> Consults<W> {
         if let Some(upstream) = self.upstreams.get_mut(&flight.asked.terms.upstream) {
             upstream.under_way -= 1;
             match said {
+                // A class that waits for a moment only says nothing about the others. A probe of it that ends
+                // so is a lost one.
+                Err(ConsultFailure::Timeout)
+                    if flight.asked.deadline < CONSULT_BREAKER_TIMEOUT_MIN => {}
                 Err(failure) if failure.is_absence() => {
                     upstream.breaker.on_failure(flight.call, now);
                 }
@@ -660,7 +666,7 @@ impl<W> Consults<W> {
             Err(_) => false,
         };
         Settled {
-            waiting: flight.waiting,
+            waiting: flight.waiting.into_iter().map(|(_, w)| w).collect(),
             is_withdrawn,
         }
     }
@@ -908,14 +914,14 @@ impl ConsultNote {
     /// What the answer to the caller tells of it. Of a failure it is the word only: the text may name
     /// addresses and files, which are for the operator.
     pub(crate) fn told(&self) -> Consulted {
+        // Every failure has a fallback, if only the deny.
+        let is_said = !self.is_fallback();
         Consulted {
             upstream: self.upstream.clone(),
             outcome: self.outcome,
             fallback: self.fallback,
             why: self.why.clone().filter(|_| is_said),
         }
-        // Every failure has a fallback, if only the deny.
-        let is_said = !self.is_fallback();
     }
 
     /// What a record of the short form has of it.

@@ -747,18 +747,18 @@ impl Inner {
             Self::finish(inner, slot.give_up());
             return None;
         }
-        let shared = (Arc::clone(inner), Arc::clone(&slot));
-        let made_for = effective.then(|| For::caller(caller)).flatten();
-        inner.recorder.submit(
-            class,
-            rendered.bytes,
-            Box::new(move |result| {
         // Ruling 21: before the recorder can speak, for whoever gives up from here on must meet the slot. If
         // somebody has meanwhile, the record of an allow is followed by `not_released`.
         let given_up = stage.and_then(|stage| stage.record(Arc::clone(&slot)));
         if let Some(slot) = given_up.filter(|_| effective) {
             Self::finish(inner, slot.give_up());
         }
+        let shared = (Arc::clone(inner), Arc::clone(&slot));
+        let made_for = effective.then(|| For::caller(caller)).flatten();
+        inner.recorder.submit(
+            class,
+            rendered.bytes,
+            Box::new(move |result| {
                 let (inner, slot) = shared;
                 let at = result.as_ref().ok().copied();
                 let completed = slot.complete(result);

@@ -162,7 +162,8 @@ pub const CONSULT_GRACE: Duration = Duration::from_millis(250);
 /// the buffers of a connection, about 200 KiB at the worst: 25 MiB.
 pub const MAX_CONSULTS_PER_UPSTREAM: usize = 128;
 
-/// Those of one caller, of all upstreams: a whole batch, and half of the places.
+/// Decisions of one caller that wait for an answer, of all upstreams and those that join a question
+/// included: a whole batch, and half of the places of one upstream.
 pub const MAX_CONSULTS_PER_CALLER: usize = MAX_EVALUATIONS;
 
 /// Decisions that wait for an answer, those that share a question included. Each holds its action: a few
@@ -181,11 +182,11 @@ pub const MAX_CONSULT_OBLIGATIONS: usize = 8;
 /// Answers of decision points that are kept for when they are away.
 pub const MAX_CONSULT_CACHED: usize = 1_024;
 
-/// Those of questions for one principal.
-pub const MAX_CONSULT_CACHED_PER_PRINCIPAL: usize = MAX_CONSULT_CACHED / 4;
-
 /// What they take, in memory and in their file, which may dip into the smallest reserve of a root.
 pub const MAX_CONSULT_CACHE_BYTES: usize = 256 * 1024;
+
+/// What those of questions for one principal take: who asks much displaces its own.
+pub const MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL: usize = MAX_CONSULT_CACHE_BYTES / 4;
 
 /// An upstream that did not answer this often in the window is not asked for a while, and then by one
 /// question at a time.
@@ -194,6 +195,10 @@ pub const CONSULT_BREAKER: BreakerConfig = BreakerConfig {
     window: Duration::from_secs(60),
     open_for: Duration::from_secs(10),
 };
+
+/// Shortest deadline whose passing counts for the breaker: a class that waits for 10 ms must not keep those
+/// from asking that wait for seconds.
+pub const CONSULT_BREAKER_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// Time between two looks at what the kept answers are still worth.
 pub const CONSULT_SWEEP: Duration = Duration::from_secs(1);
@@ -246,7 +251,8 @@ const _: () = assert!(2 * MAX_CONSULTS_PER_CALLER <= MAX_CONSULTS_PER_UPSTREAM);
 const _: () = assert!(MAX_CONSULT_ANSWER_BYTES <= MAX_BODY_BYTES);
 const _: () = assert!(MAX_CONSULT_SIGNED_BYTES < MAX_CONSULT_ANSWER_BYTES);
 // The largest answer that can be kept has a place.
-const _: () = assert!(8 * (MAX_CONSULT_SIGNED_BYTES + 1024) < MAX_CONSULT_CACHE_BYTES);
+const _: () =
+    assert!(8 * (MAX_CONSULT_SIGNED_BYTES + 1024) < MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL);
 const _: () = assert!(MAX_SEARCH_RESULTS <= MAX_SEARCH_CANDIDATES);
 const _: () = assert!(SEARCH_BUDGET.as_millis() < APPEND_TIMEOUT.as_millis());
 const _: () = assert!(MAX_PRINCIPALS <= tidelock_quota::limits::MAX_KEYS);

@@ -186,7 +186,7 @@ impl Reason {
                 "what the decision point that this class is referred to answered is not valid"
             }
             Self::ConsultBusy => {
-                "too many questions to the decision point are on their way, retry later"
+                "the decision point that this class is referred to has too much to do, retry later"
             }
         }
     }

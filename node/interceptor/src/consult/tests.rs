@@ -177,12 +177,10 @@ fn statuses_and_the_request_id_are_checked_before_the_body_is_looked_at() {
             "{status}"
         );
     }
+    // Somebody was reached: no earlier answer serves.
     for status in [429, 502, 503, 504] {
         let refused = read(status, Some(b"id-1"));
-        assert!(
-            matches!(refused, Err(ConsultFailure::Unreachable(_))),
-            "{status}"
-        );
+        assert_eq!(refused, Err(ConsultFailure::NotNow(status)));
     }
 }
 
@@ -248,6 +246,8 @@ fn where_answers_are_signed_what_is_signed_must_say_the_same_of_the_same_questio
     ] {
         let mut bad = good.clone();
         bad[key] = wrong;
+        assert!(read(true, &bad).is_err(), "{key}");
+    }
     // Obligations and hold count as they are signed; what stands beside is no part of it.
     let read = |decision: bool, signed: &Value, beside: Value| {
         let mut payload = good.clone();
@@ -282,8 +282,6 @@ fn where_answers_are_signed_what_is_signed_must_say_the_same_of_the_same_questio
         let read = read(decision, signed, beside.clone());
         assert!(matches!(read, Err(ConsultFailure::Invalid(_))), "{beside}");
     }
-        assert!(read(true, &bad).is_err(), "{key}");
-    }
     let verify = |_: &str| Err("the signature does not verify".to_owned());
     for body in [
         r#"{"decision": true}"#,
@@ -309,6 +307,7 @@ fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
         ConsultFailure::Timeout,
         ConsultFailure::Invalid(String::new()),
         ConsultFailure::Busy,
+        ConsultFailure::NotNow(503),
         ConsultFailure::Unconfigured,
     ];
     let answers = [Decision::Allow, Decision::Deny, Decision::Hold].map(said);
@@ -427,14 +426,21 @@ fn inv_07_questions_waiters_and_answers_are_bounded() {
         sent, MAX_CONSULTS_PER_UPSTREAM,
         "another one has a share too"
     );
-    let mut joined = 0;
-    while matches!(
-        consults.begin(asked(0), &holder("c"), 0, Duration::ZERO),
-        Begun::Joined
-    ) {
-        joined += 1;
-    }
-    assert_eq!(joined + sent, MAX_CONSULT_WAITING);
+    // Who joins a question that is on its way takes of its share too.
+    let join = |consults: &mut Consults<u64>, who: &str| {
+        (0..200)
+            .filter(|_| {
+                let begun = consults.begin(asked(0), &holder(who), 0, Duration::ZERO);
+                matches!(begun, Begun::Joined)
+            })
+            .count()
+    };
+    assert_eq!(join(&mut consults, "a"), 0, "its share is spent");
+    assert_eq!(join(&mut consults, "c"), MAX_CONSULTS_PER_CALLER);
+    let joined: usize = (0..100)
+        .map(|number| join(&mut consults, &format!("d{number}")))
+        .sum();
+    assert_eq!(joined + MAX_CONSULTS_PER_CALLER + sent, MAX_CONSULT_WAITING);
     // Who carries them has lost them all.
     let lost = consults.take_overdue(Duration::from_secs(1), NOW_MS);
     assert_eq!(lost.len(), MAX_CONSULT_WAITING);
@@ -468,9 +474,32 @@ fn inv_07_questions_waiters_and_answers_are_bounded() {
         };
         greedy.remember(&asked, &said(Decision::Allow).unwrap(), NOW_MS + number);
     }
-    assert_eq!(
-        greedy.stats(Duration::ZERO).kept,
-        MAX_CONSULT_CACHED_PER_PRINCIPAL + 1
+    // And with answers as long as they can be.
+    let long = || {
+        let mut long = said(Decision::Allow).unwrap();
+        long.signed = Some("s".repeat(MAX_CONSULT_SIGNED_BYTES));
+        long
+    };
+    for number in 2_000..2_200 {
+        let asked = Asked {
+            principal: "Agent::greedy".to_owned(),
+            ..asked(number)
+        };
+        greedy.remember(&asked, &long(), NOW_MS + number);
+    }
+    let of_greedy = |kept: &&KeptAnswer| kept.principal == "Agent::greedy";
+    let of_greedy = greedy.answers.by_question.values().filter(of_greedy);
+    let bytes: usize = of_greedy.map(KeptAnswer::bytes).sum();
+    assert!(bytes <= MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL, "{bytes}");
+    assert!(
+        greedy
+            .kept((&digest(2_199), false), &under(1), NOW_MS + 2_199)
+            .is_some()
+    );
+    assert!(
+        greedy
+            .kept((&digest(5_000), false), &under(1), NOW_MS)
+            .is_some()
     );
     let bytes = serde_json::to_vec(&greedy.to_keep()).unwrap().len();
     assert!(bytes <= greedy.stats(Duration::ZERO).kept_bytes, "{bytes}");
@@ -524,6 +553,74 @@ fn a_breaker_opens_on_absence_only_and_lets_one_question_try() {
 }
 
 #[test]
+fn a_deadline_that_was_too_short_keeps_nobody_from_asking() {
+    let state_after = |said: &Result<UpstreamAnswer, ConsultFailure>, deadline| {
+        let mut consults = consults();
+        for number in 0..20 {
+            let asked = Asked {
+                deadline,
+                ..asked(number)
+            };
+            let begun = consults.begin(asked, &holder("a"), number, Duration::ZERO);
+            if let Begun::Send(flight) = begun {
+                let times = (Duration::ZERO, NOW_MS);
+                consults.settle((digest(number), flight), said, times, Some(&under(1)));
+            }
+        }
+        consults.stats(Duration::ZERO).upstreams[0].breaker
+    };
+    let late = Err(ConsultFailure::Timeout);
+    let short = CONSULT_BREAKER_TIMEOUT_MIN / 2;
+    assert_eq!(state_after(&late, short), "closed");
+    assert_eq!(state_after(&late, CONSULT_BREAKER_TIMEOUT_MIN), "open");
+    // Nobody being there does not depend on how long one waits, and somebody who is overrun is there.
+    assert_eq!(state_after(&away(), short), "open");
+    let overrun = Err(ConsultFailure::NotNow(429));
+    assert_eq!(state_after(&overrun, CONSULT_BREAKER_TIMEOUT_MIN), "closed");
+}
+
+#[test]
+fn an_allow_that_serves_less_long_takes_time_from_the_one_before() {
+    for (lifetime_s, is_withdrawn) in [
+        (Some(0), true),
+        (Some(1), true),
+        (Some(59), true),
+        (Some(60), false),
+        (None, false),
+    ] {
+        let mut consults = consults();
+        assert!(!answer(&mut consults, 1, Decision::Allow, NOW_MS).is_withdrawn);
+        let mut allow = said(Decision::Allow).unwrap();
+        allow.lifetime_s = lifetime_s;
+        let shortened = consults.remember(&asked(1), &allow, NOW_MS);
+        assert_eq!(shortened, is_withdrawn, "{lifetime_s:?}");
+        let kept = consults.kept((&digest(1), false), &under(1), NOW_MS);
+        assert_eq!(kept.is_some(), lifetime_s != Some(0));
+    }
+}
+
+#[test]
+fn of_a_failure_callers_hear_the_word_only() {
+    let terms = terms(WhenUnreachable::Deny);
+    let tell = |said| weigh(&terms, digest(1), &said, None, NOW_MS).1;
+    for failure in [
+        ConsultFailure::Unreachable("10.20.0.5:8443: /etc/ca.crt".to_owned()),
+        ConsultFailure::Invalid("status 500".to_owned()),
+    ] {
+        let note = tell(Err(failure.clone()));
+        assert_eq!(
+            (note.told().outcome, note.told().why),
+            (failure.word(), None)
+        );
+        // The record has it for the operator.
+        assert!(note.why.unwrap().contains(&failure.to_string()));
+    }
+    let mut no = said(Decision::Deny).unwrap();
+    no.why = Some("not today".to_owned());
+    assert_eq!(tell(Ok(no)).told().why.as_deref(), Some("not today"));
+}
+
+#[test]
 fn a_deny_takes_the_place_of_an_allow_whatever_its_lifetime() {
     for last in [Decision::Deny, Decision::Hold] {
         let mut consults = consults();
@@ -559,6 +656,44 @@ fn what_was_kept_serves_again_under_the_same_bundle_only() {
         ..under(1)
     };
     assert!(!restored(Some(other_epoch)));
+}
+
+#[test]
+fn answers_are_of_one_decision_point_and_signed_where_it_signs() {
+    let ask = |digest: Option<u64>, signs| Question {
+        identity: digest.map(|number| UpstreamIdentity {
+            digest: self::digest(number),
+            signs,
+        }),
+        ..question()
+    };
+    // The name is the same, and the question as it is sent.
+    assert_eq!(ask(Some(1), true).key(), ask(Some(1), true).key());
+    assert_ne!(ask(Some(1), true).key(), ask(Some(2), true).key());
+    assert_ne!(ask(Some(1), true).key(), ask(None, true).key());
+
+    let mut consults = consults();
+    answer(&mut consults, 1, Decision::Allow, NOW_MS);
+    answer(&mut consults, 2, Decision::Deny, NOW_MS);
+    let mut signed = said(Decision::Allow).unwrap();
+    signed.signed = Some("jws".to_owned());
+    consults.remember(&asked(3), &signed, NOW_MS);
+    let kept = |consults: &Consults<u64>, signs| {
+        [1, 2, 3].map(|number| {
+            consults
+                .kept((&digest(number), signs), &under(1), NOW_MS)
+                .is_some()
+        })
+    };
+    assert_eq!(kept(&consults, false), [true, true, true]);
+    assert_eq!(kept(&consults, true), [false, true, true]);
+    let _ = consults.changed();
+    consults.forget(&BTreeSet::from(["another".to_owned()]));
+    assert!(consults.changed().is_none());
+    assert_eq!(kept(&consults, false), [true, true, true]);
+    consults.forget(&BTreeSet::from(["authority".to_owned()]));
+    assert_eq!(consults.changed().unwrap().answers, []);
+    assert_eq!(kept(&consults, false), [false, false, false]);
 }
 
 #[derive(Debug, Clone)]
@@ -679,41 +814,3 @@ fn an_answer_from_ahead_of_the_clock_does_not_serve() {
             .is_none()
     );
 }
-#[test]
-fn answers_are_of_one_decision_point_and_signed_where_it_signs() {
-    let ask = |digest: Option<u64>, signs| Question {
-        identity: digest.map(|number| UpstreamIdentity {
-            digest: self::digest(number),
-            signs,
-        }),
-        ..question()
-    };
-    // The name is the same, and the question as it is sent.
-    assert_eq!(ask(Some(1), true).key(), ask(Some(1), true).key());
-    assert_ne!(ask(Some(1), true).key(), ask(Some(2), true).key());
-    assert_ne!(ask(Some(1), true).key(), ask(None, true).key());
-
-    let mut consults = consults();
-    answer(&mut consults, 1, Decision::Allow, NOW_MS);
-    answer(&mut consults, 2, Decision::Deny, NOW_MS);
-    let mut signed = said(Decision::Allow).unwrap();
-    signed.signed = Some("jws".to_owned());
-    consults.remember(&asked(3), &signed, NOW_MS);
-    let kept = |consults: &Consults<u64>, signs| {
-        [1, 2, 3].map(|number| {
-            consults
-                .kept((&digest(number), signs), &under(1), NOW_MS)
-                .is_some()
-        })
-    };
-    assert_eq!(kept(&consults, false), [true, true, true]);
-    assert_eq!(kept(&consults, true), [false, true, true]);
-    let _ = consults.changed();
-    consults.forget(&BTreeSet::from(["another".to_owned()]));
-    assert!(consults.changed().is_none());
-    assert_eq!(kept(&consults, false), [true, true, true]);
-    consults.forget(&BTreeSet::from(["authority".to_owned()]));
-    assert_eq!(consults.changed().unwrap().answers, []);
-    assert_eq!(kept(&consults, false), [false, false, false]);
-}
-
