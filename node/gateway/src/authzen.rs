@@ -238,12 +238,19 @@ async fn evaluate_one(visit: &Visit<'_>, arrived: Arrived, evaluation: &Evaluati
     };
     visit.app.counters.decisions.up();
     let answer = outcome.answer;
-    if answer.reason == Reason::InvalidRequest {
+    // What is invalid stays so where its record could not be written.
+    let is_unrecorded = matches!(
+        answer.reason,
+        Reason::AuditUnavailable | Reason::AuditCapacity
+    );
+    let refusal = match answer.reason == Reason::InvalidRequest || is_unrecorded {
+        true => evaluation.refusal(&caller),
+        false => None,
+    };
+    if answer.reason == Reason::InvalidRequest || refusal.is_some() {
         // Refused as invalid by the interceptor, so that it is recorded like any other.
-        let status = evaluation
-            .refusal(&caller)
-            .map_or(StatusCode::BAD_REQUEST, |e| status_of(&e));
-        let refused = problem(status, answer.reason.as_str(), &answer.message);
+        let status = refusal.map_or(StatusCode::BAD_REQUEST, |e| status_of(&e));
+        let refused = problem(status, Reason::InvalidRequest.as_str(), &answer.message);
         return match body.len() > BODY_BYTES_MAX {
             true => closing(refused),
             false => refused,

@@ -180,8 +180,11 @@ fn inv_16_the_floor_holds_while_last_known_good_serves() {
 fn inv_16_an_older_bundle_in_the_active_slot_does_not_decide() {
     let node = Node::with(&[1]);
     let old = node.storage.get("active");
-    node.healthy().activate(node.bundle(2)).unwrap();
-    node.healthy().activate(node.bundle(3)).unwrap();
+    for epoch in [2, 3] {
+        let slots = node.healthy();
+        slots.activate(node.bundle(epoch)).unwrap();
+        slots.settle().unwrap();
+    }
     node.storage.set("active", old);
     let (slots, faults) = node.open();
     assert_eq!(codes(&faults), [("active", "BUNDLE_EPOCH")]);
@@ -795,6 +798,8 @@ proptest! {
         let node = Node::new();
         let mut slots = node.open().0;
         let mut floor = 0;
+        // What a restart finds: where nothing was activated, a floor that moved is known in memory only.
+        let mut kept = 0;
         // The strictest word on fallback of all that was active.
         let mut least = 0;
         // What this process has set aside and nobody has taken back.
@@ -806,7 +811,10 @@ proptest! {
                     if let Ok(activation) = slots.activate(bundle) {
                         prop_assert!(aside.is_none_or(|aside| activation.epoch > aside));
                         aside = None;
+                        kept = kept.max(activation.epoch);
                         least = least.max(min_fallback);
+                        // Its check passed, and is kept where the disk lets it.
+                        let _ = slots.settle();
                     }
                 }
                 Happens::Reinstate(epoch) => {
@@ -831,6 +839,7 @@ proptest! {
                         node.storage.fail(slot, false);
                     }
                     slots = node.open().0;
+                    floor = kept;
                 }
                 Happens::Reload => drop(slots.reload(&node.trust, &node.context)),
                 Happens::Fault(slot, fails) => node.storage.fail(slot, fails),

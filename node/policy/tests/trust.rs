@@ -315,6 +315,7 @@ fn an_emergency_leaves_nothing_behind() {
     let first = site.built(base(1), &[0, 1]).unwrap();
     let first_id = first.content_id().clone();
     slots.activate(first).unwrap();
+    slots.settle().unwrap();
     slots
         .activate(site.built(glass(2).min_fallback_epoch(2), &[2]).unwrap())
         .unwrap();
@@ -333,6 +334,7 @@ fn an_emergency_leaves_nothing_behind() {
         slots
             .activate(site.built(base(3), &[0, 1]).unwrap())
             .unwrap();
+        slots.settle().unwrap();
         slots
     };
     slots
@@ -602,6 +604,7 @@ fn an_emergency_ends_by_going_back_and_never_comes_back_as_last_known_good() {
     slots
         .activate(site.built(base(1), &[0, 1]).unwrap())
         .unwrap();
+    slots.settle().unwrap();
     slots.activate(site.built(glass(2), &[2]).unwrap()).unwrap();
     assert_eq!(back(&slots).unwrap().serves.unwrap().epoch, 1);
     slots
