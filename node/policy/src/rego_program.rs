@@ -597,6 +597,7 @@ impl<'p> Hardening<'p> {
         let mut comprehensions: Vec<u8> = Vec::new();
         let mut called: BTreeSet<u8> = BTreeSet::new();
         let mut loops = 0_usize;
+        let mut begun = None;
         for at in 0..self.program.instructions.len() {
             let Some(instruction) = self.program.instructions.get(at).copied() else {
                 break;
@@ -624,6 +625,18 @@ impl<'p> Hardening<'p> {
                 Instruction::RuleInit { .. } => {
                     called.clear();
                     loops = 0;
+                    begun = Some(at);
+                }
+                // The compiler loads once for a body, where it needs them first. A loop that does not turn skips
+                // that place, and what stands behind it would see nothing.
+                Instruction::LoadInput { .. } | Instruction::LoadData { .. } => {
+                    let begin = begun
+                        .filter(|begin| self.owner(*begin) == self.owner(at))
+                        .ok_or_else(|| self.fault(at, "a load outside a body"))?;
+                    self.inserted
+                        .entry(begin + 1)
+                        .or_default()
+                        .insert(0, instruction);
                 }
                 // A body whose loops find nothing has no value: the next `else` has its turn.
                 Instruction::RuleReturn {} => self.defined(at, RESULT),

@@ -21,7 +21,11 @@ fn say(rules: &str, input: &Value) -> Said {
 }
 
 fn say_of(modules: &[(&str, &str)], input: &Value) -> Said {
-    match RegoRules::compile(modules, &json!({"list": [1, 2]}), "data.t.p") {
+    say_about(modules, input, &json!({"list": [1, 2]}))
+}
+
+fn say_about(modules: &[(&str, &str)], input: &Value, data: &Value) -> Said {
+    match RegoRules::compile(modules, data, "data.t.p") {
         Err(why) => Said::Refused(why),
         Ok(rules) => match rules.run(Some(input)) {
             Err(why) => Said::Stopped(why),
@@ -125,6 +129,68 @@ fn a_comprehension_without_a_loop_ends_where_it_ends() {
     }
     undefined("p if { v := [1 | false]; v == [1] }");
     undefined("p if { some t in [1, 2]; [a | a := t; a == 1] == [3] }");
+}
+
+fn decides(cases: &[(&str, Value, Value, Said)]) {
+    for (rules, input, data, said) in cases {
+        let text = format!("package t\n\n{rules}\n");
+        assert_eq!(
+            &say_about(&[("t.rego", &text)], input, data),
+            said,
+            "{rules} {input} {data}"
+        );
+    }
+}
+
+/// The story: the compiler loads the input and the data once for a body, where it needs them first. Where that was in an
+/// `every` or a comprehension that found nothing, what stood behind it saw nothing, and
+/// `allow if { tags := {…}; not data.frozen }` allowed.
+#[test]
+fn a_body_sees_input_and_data_behind_a_loop_that_finds_nothing() {
+    let tags = "p if { tags := {t | some t in input.tags; t in data.special}; not data.frozen }";
+    let every = "p if { every x in data.empty { x != input.text }; not input.blocked }";
+    let both = "deny contains \"x\" if { found := {a | some a in data.empty; a == input.by}; count(found) == 0; input.one == 1 }\np := count(deny)";
+    let head = "p contains input.text if { every x in data.empty { x != input.text } }";
+    let yes = Said::Value(json!(true));
+    decides(&[
+        (
+            tags,
+            json!({"tags": []}),
+            json!({"special": ["s"], "frozen": true}),
+            Said::Undefined,
+        ),
+        (
+            tags,
+            json!({"tags": ["s"]}),
+            json!({"special": ["s"], "frozen": true}),
+            Said::Undefined,
+        ),
+        (
+            tags,
+            json!({"tags": []}),
+            json!({"special": ["s"]}),
+            yes.clone(),
+        ),
+        (
+            every,
+            json!({"blocked": true, "text": "a"}),
+            json!({"empty": []}),
+            Said::Undefined,
+        ),
+        (every, json!({"text": "a"}), json!({"empty": []}), yes),
+        (
+            both,
+            json!({"one": 1}),
+            json!({"empty": []}),
+            Said::Value(json!(1)),
+        ),
+        (
+            head,
+            json!({"text": "a"}),
+            json!({"empty": []}),
+            Said::Value(json!(["a"])),
+        ),
+    ]);
 }
 
 /// The story: a body that holds for several values left the last one, where OPA reports a conflict.
