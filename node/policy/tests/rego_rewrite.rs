@@ -193,6 +193,18 @@ fn a_body_sees_input_and_data_behind_a_loop_that_finds_nothing() {
     ]);
 }
 
+/// The story: an empty set was left out of a document of parts, and `deny if count(q.a) == 0` was silent.
+#[test]
+fn an_empty_set_is_a_part_of_its_document() {
+    for rules in [
+        "q.a contains x if some x in input.none\nq.b := 1\np if { count(q) == 2; count(q.a) == 0 }",
+        "q[k].v := 1 if k := \"b\"\nq.a contains x if some x in input.none\np if count(q.a) == 0",
+        "q[k] contains v if { some k in [\"a\"]; some v in [] }\nq.b := 1\np if q == {\"b\": 1}",
+    ] {
+        holds(rules);
+    }
+}
+
 /// The story: a body that holds for several values left the last one, where OPA reports a conflict.
 #[test]
 fn a_rule_with_two_values_stops() {
