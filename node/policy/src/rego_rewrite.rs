@@ -9,18 +9,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use regorus::unstable::{Expr, Literal, LiteralStmt, Module, Ref, Rule, RuleHead};
+use regorus::unstable::{AssignOp, Expr, Literal, LiteralStmt, Module, Query, Ref, Rule, RuleHead};
 use regorus::{Engine, Value};
 
 use crate::limits::{REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
 use crate::rego_program::read;
 use crate::rego_source::{constant, path};
 use crate::rego_text::{
-    Edit, RESERVED, Text, apply, begins_with_keyword, is_name, key_name, keywords, quoted, unmade,
+    Edit, RESERVED, Text, apply, begins_with_keyword, is_name, key_name, keyword_name, keywords,
+    quoted, unmade,
 };
 use crate::rego_walk::{
-    binds, bounds, declared, for_each_expr, for_each_statement, in_literal, in_rule, line, outside,
-    variables, whole, written,
+    binds, bounds, declared, for_each_expr, for_each_statement, in_expr, in_literal, in_query,
+    in_rule, line, outside, variables, whole, written,
 };
 
 /// Function that makes one document of the parts of a rule with a general head.
@@ -178,13 +179,18 @@ fn definitions(modules: &[&Module]) -> Vec<Definition> {
 }
 
 /// A head whose last part is a constant text: `p["x"]` is `p.x`. What is no name gets a made one, in heads
-/// and wherever it is read.
-fn constant_keys(texts: &mut [Text], modules: &[&Module]) -> bool {
+/// and wherever it is read. Keywords that have got made names somewhere get them however they are spelled.
+fn constant_keys(texts: &mut [Text], modules: &[&Module], named: bool) -> bool {
     let mut made = BTreeSet::new();
     let mut edits: Vec<Vec<Edit>> = texts.iter().map(|_| Vec::new()).collect();
     let last = |expr: &Expr| match expr {
         Expr::RefBrack { refr, index, .. } => match index.as_ref() {
             Expr::String {
+                span,
+                value: Value::String(name),
+                ..
+            }
+            | Expr::RawString {
                 span,
                 value: Value::String(name),
                 ..
@@ -236,31 +242,189 @@ fn constant_keys(texts: &mut [Text], modules: &[&Module]) -> bool {
                 with: format!(".{name}"),
             });
         }
-        for_each_expr(module, &mut |expr| {
+        let mut read = |expr: &Expr| {
             if let Expr::RefBrack { index, .. } = expr
                 && let Expr::String {
                     span,
                     value: Value::String(name),
                     ..
+                }
+                | Expr::RawString {
+                    span,
+                    value: Value::String(name),
+                    ..
                 } = index.as_ref()
-                && made.contains(name.as_ref())
             {
-                let (from, to) = bounds(span);
+                // The compiler takes a text for a name only with quotation marks.
+                let raw = matches!(index.as_ref(), Expr::RawString { .. });
+                let with = match made.contains(name.as_ref()) {
+                    true => format!("\"{}\"", key_name(name)),
+                    false => match keyword_name(name).filter(|_| named) {
+                        Some(name) => format!("\"{name}\""),
+                        None if raw => quoted(name),
+                        None => return,
+                    },
+                };
+                let (from, to) = whole(&text.text, span);
                 if !edits.iter().any(|edit| edit.from <= from && to <= edit.to) {
-                    edits.push(Edit {
-                        from,
-                        to,
-                        with: key_name(name),
-                    });
+                    edits.push(Edit { from, to, with });
                 }
             }
-        });
+        };
+        in_expr(&module.package.refr, &mut read);
+        for import in &module.imports {
+            in_expr(&import.refr, &mut read);
+        }
+        for rule in &module.policy {
+            let (Rule::Spec {
+                head:
+                    RuleHead::Compr { refr, .. }
+                    | RuleHead::Set { refr, .. }
+                    | RuleHead::Func { refr, .. },
+                ..
+            }
+            | Rule::Default { refr, .. }) = rule.as_ref();
+            in_expr(refr, &mut read);
+        }
+        for_each_expr(module, &mut read);
     }
     let changed = edits.iter().any(|edits| !edits.is_empty());
     for (text, edits) in texts.iter_mut().zip(edits) {
         apply(&mut text.text, edits);
     }
     changed
+}
+
+/// What the compiler could take for new variables in the body of an `every`.
+fn retaken(query: &Query) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    let mut called = BTreeSet::new();
+    let mut each = |expr: &Expr| {
+        let mut all =
+            |expr: &Expr| in_expr(expr, &mut |part| variables(part, &mut names, &mut called));
+        match expr {
+            Expr::RefBrack { index, .. } => all(index),
+            Expr::AssignExpr {
+                op: AssignOp::Eq,
+                lhs,
+                rhs,
+                ..
+            } => {
+                all(lhs);
+                all(rhs);
+            }
+            Expr::Call { params, .. } if params.len() > 1 => {
+                params.last().into_iter().for_each(|last| all(last));
+            }
+            _ => {}
+        }
+    };
+    in_query(query, &mut each);
+    names.remove("_");
+    names
+}
+
+/// Gives the variables of `every` other names, and its body variables of the author's names: as an index or
+/// beside `=` the compiler takes those of `every` itself for new ones.
+fn everies(texts: &mut [Text], modules: &[&Module]) -> Result<bool, Refusal> {
+    let mut count = 0_usize;
+    for (text, module) in texts.iter_mut().zip(modules) {
+        let mut edits = Vec::new();
+        let mut unread = None;
+        for rule in &module.policy {
+            for_each_statement(rule, &mut |statement| {
+                let Literal::Every {
+                    key, value, query, ..
+                } = &statement.literal
+                else {
+                    return;
+                };
+                let taken = retaken(query);
+                let mut bound = String::new();
+                for span in key.iter().chain([value]) {
+                    let name = span.text();
+                    if !taken.contains(name) {
+                        continue;
+                    }
+                    let (from, to) = bounds(span);
+                    let with = format!("{RESERVED}every_{count}");
+                    bound.push_str(&format!(" {name} := {with};"));
+                    edits.push(Edit { from, to, with });
+                    count += 1;
+                }
+                let first = query.stmts.first().map(|first| bounds(&first.span).0);
+                let open = first
+                    .and_then(|first| text.text.get(..first))
+                    .and_then(|before| before.rfind('{'));
+                match open {
+                    Some(open) => edits.push(Edit {
+                        from: open + 1,
+                        to: open + 1,
+                        with: bound,
+                    }),
+                    None => unread = Some(line(&statement.span)),
+                }
+            });
+        }
+        if let Some(line) = unread {
+            let why = "an `every` whose body could not be read".to_owned();
+            return Err((text.path.clone(), line, why));
+        }
+        apply(&mut text.text, edits);
+    }
+    Ok(count > 0)
+}
+
+/// A reference that spells the name of a rule otherwise than the rule is spelled by now would find nothing.
+fn missed(texts: &[Text], modules: &[&Module]) -> Result<(), Refusal> {
+    let found = definitions(modules);
+    let made: Vec<(&[String], Vec<String>)> = found
+        .iter()
+        .map(|definition| definition.ground.as_slice())
+        .filter(|ground| ground.iter().any(|name| unmade(name).is_some()))
+        .map(|ground| (ground, authors(ground)))
+        .collect();
+    if made.is_empty() {
+        return Ok(());
+    }
+    for (text, module) in texts.iter().zip(modules) {
+        let own = package(module);
+        let imports = imports(module);
+        let mut fault = None;
+        let mut look = |expr: &Expr| {
+            let Some(Some((Part::Name(root), rest))) =
+                parts(expr).map(|parts| parts.split_first().map(|(a, b)| (a.clone(), b.to_vec())))
+            else {
+                return;
+            };
+            let mut path = match (root.as_str(), imports.get(&root)) {
+                ("data", _) => Vec::new(),
+                (_, Some(path)) => path.clone(),
+                _ => own.iter().cloned().chain([root]).collect(),
+            };
+            path.extend(rest.into_iter().map_while(|part| match part {
+                Part::Name(name) => Some(name),
+                Part::Key(..) => None,
+            }));
+            let said = authors(&path);
+            if made
+                .iter()
+                .any(|(ground, name)| said.starts_with(name) && !path.starts_with(ground))
+            {
+                fault = Some(line(expr.span()));
+            }
+        };
+        for import in &module.imports {
+            look(&import.refr);
+        }
+        for_each_expr(module, &mut look);
+        if let Some(line) = fault {
+            let why =
+                "a rule's name is spelled in another way than where it is defined: spell it alike";
+            return Err((text.path.clone(), line, why.to_owned()));
+        }
+    }
+    Ok(())
 }
 
 /// The default of a function: the function asks what the other definitions say, else says the default.
@@ -696,6 +860,10 @@ fn dispatched(texts: &mut [Text], modules: &[&Module]) -> bool {
             let Some((Part::Name(root), path)) = parts.split_first() else {
                 return;
             };
+            let dynamic = path.iter().any(|part| matches!(part, Part::Key(..)));
+            if root != "data" || !dynamic {
+                return;
+            }
             let fits = |rule: &&&[String]| {
                 rule.len() < path.len()
                     && path
@@ -708,7 +876,7 @@ fn dispatched(texts: &mut [Text], modules: &[&Module]) -> bool {
                     })
             };
             let shortest = rules.iter().filter(fits).map(|rule| rule.len()).min();
-            let Some(behind) = shortest.filter(|_| root == "data") else {
+            let Some(behind) = shortest else {
                 return;
             };
             let mut node = expr;
@@ -942,6 +1110,13 @@ fn withs(texts: &mut [Text], modules: &[&Module], sites: &mut Vec<Site>) -> Resu
     Ok(changed)
 }
 
+/// Names as their author wrote them.
+fn authors(path: &[String]) -> Vec<String> {
+    path.iter()
+        .map(|name| unmade(name).unwrap_or_else(|| name.clone()))
+        .collect()
+}
+
 /// What a modifier puts in another one's place.
 fn target(
     refr: &Expr,
@@ -960,7 +1135,7 @@ fn target(
     });
     let names = names.ok_or("name what it replaces without variables")?;
     match names.split_first() {
-        Some((root, path)) if root == "input" => Ok(Target::Input(path.to_vec())),
+        Some((root, path)) if root == "input" => Ok(Target::Input(authors(path))),
         Some((root, path)) if root == "data" && !path.is_empty() => {
             let shown = |path: &[String]| {
                 let mut text = "data".to_owned();
@@ -986,7 +1161,7 @@ fn target(
             if rules.iter().any(|rule| path.starts_with(rule)) {
                 return Err("a part of a rule is not replaced: name the rule");
             }
-            Ok(Target::Data(path.to_vec()))
+            Ok(Target::Data(authors(path)))
         }
         Some((root, [])) if root == "data" => Err("all data at once are not replaced"),
         _ => Err("functions are not replaced, only input, data and rules"),
@@ -1087,7 +1262,11 @@ pub(crate) fn rest(
         .collect();
     let texts = &mut rewritten.texts;
     let mut parsed = parsed_by(&mut engine);
-    if constant_keys(texts, &refs(&parsed)) {
+    if everies(texts, &refs(&parsed))? {
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
+    }
+    if constant_keys(texts, &refs(&parsed), rewritten.keywords) {
         engine = parse(texts)?;
         parsed = parsed_by(&mut engine);
     }
@@ -1109,6 +1288,7 @@ pub(crate) fn rest(
             format!("data.{ENTRY}.value")
         }
     };
+    missed(texts, &refs(&parsed))?;
     if dispatched(texts, &refs(&parsed)) {
         engine = parse(texts)?;
         parsed = parsed_by(&mut engine);

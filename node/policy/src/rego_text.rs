@@ -90,6 +90,11 @@ pub(crate) fn key_name(key: &str) -> String {
     name
 }
 
+/// The name of a keyword; nothing if a text is none.
+pub(crate) fn keyword_name(text: &str) -> Option<String> {
+    KEYWORDS.contains(&text).then(|| format!("{KEYWORD}{text}"))
+}
+
 /// The author's word for a made name.
 pub(crate) fn unmade(name: &str) -> Option<String> {
     if let Some(keyword) = name.strip_prefix(KEYWORD) {

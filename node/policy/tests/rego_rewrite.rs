@@ -193,6 +193,37 @@ fn a_body_sees_input_and_data_behind_a_loop_that_finds_nothing() {
     ]);
 }
 
+/// The story: as an index or beside `=` the compiler took a variable of `every` for a new one, and
+/// `every r in input.roles { data.permitted[r] }` held for every role.
+#[test]
+fn the_variables_of_every_are_its_own() {
+    let roles = "p if { every r in input.roles { data.permitted[r] } }";
+    let not = "p if { every r in input.roles { not data.banned[r] } }";
+    let lines = "p if {\n\tevery k, r in input.roles { # a { brace\n\t\t# { another\n\t\tdata.order[k] == r\n\t}\n}";
+    let nested = "p if { every r in input.roles { every g in [true] { data.permitted[r] == g } } }";
+    let inner = "p if { every r in input.roles { count([1 | data.permitted[r]]) == 1 } }";
+    let same = "p if { every s in input.roles { s = \"read\" } }";
+    let named = "p if { every r in input.roles { s := r; data.permitted[s] } }";
+    let with = "p if { every r in input.roles { q[r] with input.x as r } }\nq contains input.x if data.permitted[input.x]";
+    let data = json!({"permitted": {"read": true}, "banned": {"root": true}, "order": ["read"]});
+    for rules in [roles, not, lines, nested, inner, same, named, with] {
+        decides(&[
+            (
+                rules,
+                json!({"roles": ["root"]}),
+                data.clone(),
+                Said::Undefined,
+            ),
+            (
+                rules,
+                json!({"roles": ["read"]}),
+                data.clone(),
+                Said::Value(json!(true)),
+            ),
+        ]);
+    }
+}
+
 /// The story: an empty set was left out of a document of parts, and `deny if count(q.a) == 0` was silent.
 #[test]
 fn an_empty_set_is_a_part_of_its_document() {
@@ -200,6 +231,26 @@ fn an_empty_set_is_a_part_of_its_document() {
         "q.a contains x if some x in input.none\nq.b := 1\np if { count(q) == 2; count(q.a) == 0 }",
         "q[k].v := 1 if k := \"b\"\nq.a contains x if some x in input.none\np if count(q.a) == 0",
         "q[k] contains v if { some k in [\"a\"]; some v in [] }\nq.b := 1\np if q == {\"b\": 1}",
+    ] {
+        holds(rules);
+    }
+}
+
+/// The story: made names were kept where `with` names what it replaces, and missed where a key is written with
+/// back quotes, escapes or spaces. The statement saw the old value, or nothing.
+#[test]
+fn made_names_are_the_authors_wherever_they_are_written() {
+    for rules in [
+        "if.z := 1\np if { input.if == 5 with input.if as 5; if.z == 1 }",
+        "if.z := 1\np if { data.cfg.not == 5 with data.cfg.not as 5; data.t.if.z == 1 }",
+        "q[\"a b\"] := 1\np if { input[\"a b\"] == 5 with input[\"a b\"] as 5; q[\"a b\"] == 1 }",
+        "q[\"a b\"] := 1\np if { r == 5 with data.cfg[\"a b\"] as 5; count(q) == 1 }\nr := data.cfg[\"a b\"]",
+        "q[\"a b\"] := 1\np if q[`a b`] == 1",
+        "q[`a b`] := 1\np if q[\"a b\"] == 1",
+        "q[\"a\\u0020b\"] := 1\np if { q[\"a b\"] == 1; q[\"a\\u0020b\"] == 1 }",
+        "q.late := true\nq[\"a b\"] := true\np if q[`late`]",
+        "if.z := 1\np if { data.t[`if`].z == 1; data.t[\"\\u0069f\"].z == 1; data.t[ \"if\" ].z == 1 }",
+        "if.z := 1\np if { x := {\"if\": 1}; x.if == 1; x[`if`] == 1; k := \"if\"; x[k] == 1 }",
     ] {
         holds(rules);
     }
