@@ -310,6 +310,12 @@ fn made(name: &str, value: Value) -> anyhow::Result<Value> {
     if bytes > REGO_TEXT_BYTES_MAX.max(32 * REGO_COLLECTION_MAX) {
         return Err(budget(name, "makes too large a value"));
     }
+    charge(name, bytes)?;
+    Ok(value)
+}
+
+/// Counts bytes against the evaluation's memory.
+fn charge(name: &str, bytes: usize) -> anyhow::Result<()> {
     let total = RUN.with_borrow_mut(|run| {
         run.allocated_bytes = run.allocated_bytes.saturating_add(bytes);
         run.allocated_bytes
@@ -320,7 +326,7 @@ fn made(name: &str, value: Value) -> anyhow::Result<Value> {
             format_args!("functions made more than {REGO_ALLOCATED_BYTES_MAX} bytes"),
         ));
     }
-    Ok(value)
+    Ok(())
 }
 
 fn length(value: &Value) -> usize {
@@ -647,7 +653,12 @@ fn host(values: &[Value]) -> anyhow::Result<Value> {
 /// A package as a document holds the rules that have a value.
 fn shown(values: &[Value]) -> anyhow::Result<Value> {
     match values {
-        [value, shape] => made("data", rego_host::defined(value, shape)),
+        [value, shape] => {
+            let mut left = REGO_NODES_MAX;
+            count(value, &mut left).map_err(|why| budget("data", why))?;
+            charge("data", 32 * (REGO_NODES_MAX - left))?;
+            Ok(rego_host::defined(value, shape))
+        }
         _ => Err(error("data", "a call of nothing")),
     }
 }

@@ -256,6 +256,24 @@ fn made_names_are_the_authors_wherever_they_are_written() {
     }
 }
 
+/// A package with much data in it is not made a document of without a bound.
+#[test]
+fn a_package_as_a_document_is_counted() {
+    let library = "package lib\n\na := 1\n";
+    let text = "package t\n\np := count(data.lib)\n";
+    let modules = [("t.rego", text), ("lib.rego", library)];
+    let say = |length: usize| {
+        let table = vec![json!([1]); length];
+        say_about(&modules, &json!({}), &json!({"lib": {"table": table}}))
+    };
+    assert_eq!(say(100), Said::Value(json!(2)));
+    let said = say(40_000);
+    assert!(
+        matches!(&said, Said::Stopped(why) if why.contains("parts")),
+        "{said:?}"
+    );
+}
+
 /// The story: a body that holds for several values left the last one, where OPA reports a conflict.
 #[test]
 fn a_rule_with_two_values_stops() {
