@@ -11,7 +11,9 @@ use regorus::Value;
 use regorus::unstable::{AssignOp, Expr, Literal, Module, Query, Ref, Rule, RuleAssign, RuleHead};
 
 use crate::limits::{REGO_NESTING_MAX, REGO_PARSE_WORK_MAX};
-use crate::rego_builtins::refusal;
+use crate::rego_builtins::{guarded, refusal};
+use crate::rego_text::RESERVED;
+use crate::rego_walk::{binds, bounds, in_expr, pattern};
 
 /// Something in a policy that this node does not run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,26 +76,56 @@ pub(crate) fn scan(text: &str) -> Result<(), (usize, String)> {
     Ok(())
 }
 
-/// The functions that modules define: their names are no built-ins.
-pub(crate) fn defined<'m>(modules: impl Iterator<Item = &'m Module>) -> BTreeSet<String> {
+/// The functions that modules define: their names are no built-ins. Each with how many arguments it takes.
+pub(crate) fn defined<'m>(modules: impl Iterator<Item = &'m Module>) -> BTreeSet<(String, usize)> {
     let heads = modules
         .flat_map(|module| &module.policy)
         .filter_map(|rule| match rule.as_ref() {
             Rule::Spec {
-                head: RuleHead::Func { refr, .. },
+                head: RuleHead::Func { refr, args, .. },
                 ..
-            } => path(refr),
-            _ => None,
+            }
+            | Rule::Default { refr, args, .. } => Some((path(refr)?, args.len())),
+            Rule::Spec { .. } => None,
         });
     heads.collect()
 }
 
 /// What a module holds that this node does not run, by line.
-pub(crate) fn findings(module: &Module, defined: &BTreeSet<String>) -> Vec<Finding> {
+pub(crate) fn findings(module: &Module, defined: &BTreeSet<(String, usize)>) -> Vec<Finding> {
     let mut walk = Walk {
         defined,
         found: Vec::new(),
+        negated: false,
+        held: false,
+        global: BTreeSet::new(),
+        renamed: BTreeSet::new(),
+        known: BTreeSet::new(),
     };
+    for import in &module.imports {
+        let last = match import.refr.as_ref() {
+            Expr::RefDot { field, .. } => field.0.text(),
+            _ => "",
+        };
+        let name = import.r#as.as_ref().map_or(last, |name| name.text());
+        walk.name(import.span.line, name);
+        walk.global.insert(name.to_owned());
+        walk.renamed
+            .extend(import.r#as.as_ref().map(|name| name.text().to_owned()));
+    }
+    for rule in &module.policy {
+        let (Rule::Spec {
+            head:
+                RuleHead::Compr { refr, .. } | RuleHead::Set { refr, .. } | RuleHead::Func { refr, .. },
+            ..
+        }
+        | Rule::Default { refr, .. }) = rule.as_ref();
+        let mut root = refr.as_ref();
+        while let Expr::RefDot { refr, .. } | Expr::RefBrack { refr, .. } = root {
+            root = refr.as_ref();
+        }
+        pattern(root, &mut walk.global);
+    }
     for rule in &module.policy {
         walk.rule(rule);
     }
@@ -103,12 +135,39 @@ pub(crate) fn findings(module: &Module, defined: &BTreeSet<String>) -> Vec<Findi
 }
 
 struct Walk<'d> {
-    defined: &'d BTreeSet<String>,
+    defined: &'d BTreeSet<(String, usize)>,
     found: Vec<Finding>,
+    /// Under `not`.
+    negated: bool,
+    /// In a comprehension under `not`: the compiler forgets there to compare what patterns say.
+    held: bool,
+    /// Names of rules and imports.
+    global: BTreeSet<String>,
+    /// Names that imports make themselves.
+    renamed: BTreeSet<String>,
+    /// Variables that the rule binds for sure.
+    known: BTreeSet<String>,
 }
+
+/// How to write what is refused for a pattern with an object in it.
+const MEMBERS: &str = "name the members one by one (`x := y.member`), and compare with `==`: bigger objects would match too";
+/// How to write what is refused in a comprehension under `not`.
+const HOLD: &str = "under `not` it would not be compared: give the comprehension a name before, `x := […]`, and write `not` with the name";
 
 impl Walk<'_> {
     fn rule(&mut self, rule: &Rule) {
+        self.known.clear();
+        if let Rule::Spec {
+            head: RuleHead::Func { args, .. },
+            ..
+        } = rule
+        {
+            args.iter()
+                .for_each(|argument| pattern(argument, &mut self.known));
+        }
+        if let Rule::Spec { bodies, .. } = rule {
+            bodies.iter().for_each(|body| self.scope(&body.query));
+        }
         match rule {
             Rule::Spec { head, bodies, .. } => {
                 match head {
@@ -124,6 +183,14 @@ impl Walk<'_> {
                         refr, args, assign, ..
                     } => {
                         self.expr(refr);
+                        for argument in args {
+                            let mut names = BTreeSet::new();
+                            pattern(argument, &mut names);
+                            for name in &names {
+                                self.name(argument.span().line, name);
+                            }
+                            self.matched(argument);
+                        }
                         self.exprs(args);
                         self.assign(assign.as_ref());
                     }
@@ -151,6 +218,13 @@ impl Walk<'_> {
         }
     }
 
+    /// Adds what the statements of a body bind for sure.
+    fn scope(&mut self, query: &Query) {
+        for statement in &query.stmts {
+            binds(&statement.literal, &mut self.known);
+        }
+    }
+
     fn assign(&mut self, assign: Option<&RuleAssign>) {
         if let Some(assign) = assign {
             self.expr(&assign.value);
@@ -173,21 +247,61 @@ impl Walk<'_> {
                 self.expr(&modifier.r#as);
             }
             match &statement.literal {
-                Literal::SomeVars { .. } => {}
+                Literal::SomeVars { vars, .. } => {
+                    for span in vars {
+                        self.name(span.line, span.text());
+                    }
+                }
                 Literal::SomeIn {
                     key,
                     value,
                     collection,
                     ..
                 } => {
+                    key.iter().for_each(|key| self.matched(key));
+                    self.matched(value);
                     self.exprs(key.as_ref());
                     self.expr(value);
                     self.expr(collection);
                 }
-                Literal::Expr { expr, .. } | Literal::NotExpr { expr, .. } => self.expr(expr),
-                Literal::Every { domain, query, .. } => {
+                Literal::Expr { expr, .. } => self.expr(expr),
+                Literal::NotExpr { expr, .. } => {
+                    if wildcard(expr) {
+                        self.refuse(
+                            expr.span().line,
+                            "_ under not",
+                            "it stands for nothing there: write a rule with `some … in` and `not` with its name",
+                        );
+                    }
+                    if let Expr::AssignExpr {
+                        op: AssignOp::Eq,
+                        lhs,
+                        rhs,
+                        ..
+                    } = expr.as_ref()
+                        && (structured(lhs) || structured(rhs))
+                    {
+                        self.refuse(expr.span().line, "= under not", "write `==`");
+                    }
+                    let before = std::mem::replace(&mut self.negated, true);
+                    self.expr(expr);
+                    self.negated = before;
+                }
+                Literal::Every {
+                    key,
+                    value,
+                    domain,
+                    query,
+                    ..
+                } => {
+                    for span in key.iter().chain([value]) {
+                        self.name(span.line, span.text());
+                    }
                     self.expr(domain);
+                    let outer = self.known.clone();
+                    self.scope(query);
                     self.query(query);
+                    self.known = outer;
                 }
             }
         }
@@ -201,6 +315,18 @@ impl Walk<'_> {
 
     fn expr(&mut self, expr: &Expr) {
         match expr {
+            // A name that is made here, spelled with escapes; those that are made by now are spelled without.
+            Expr::String {
+                span,
+                value: Value::String(text),
+                ..
+            } => {
+                for word in [RESERVED, "__builtin_"] {
+                    if text.contains(word) && !span.text().contains(word) {
+                        self.refuse(span.line, word, "the name is reserved");
+                    }
+                }
+            }
             Expr::String { .. }
             | Expr::RawString { .. }
             | Expr::Number { .. }
@@ -208,32 +334,72 @@ impl Walk<'_> {
             | Expr::Null { .. }
             | Expr::Var { .. } => {}
             Expr::Array { items, .. } | Expr::Set { items, .. } => self.exprs(items),
-            Expr::Object { fields, .. } => {
+            Expr::Object { fields, span, .. } => {
+                // The last of two values for one key would be kept, without an error.
+                let mut keys = BTreeSet::new();
+                let twice = fields.iter().any(|(_, key, _)| match key.as_ref() {
+                    Expr::String { value, .. }
+                    | Expr::RawString { value, .. }
+                    | Expr::Number { value, .. } => !keys.insert(value.clone()),
+                    _ => fields.len() > 1,
+                });
+                if twice {
+                    self.refuse(
+                        span.line,
+                        "a key twice in {…}",
+                        "keys that could be the same: write `{k: v | …}`, or name each key by a constant of its own",
+                    );
+                }
                 for (_, key, value) in fields {
                     self.expr(key);
                     self.expr(value);
                 }
             }
             Expr::ArrayCompr { term, query, .. } | Expr::SetCompr { term, query, .. } => {
+                let before = std::mem::replace(&mut self.held, self.negated);
+                let outer = self.known.clone();
+                self.scope(query);
                 self.expr(term);
                 self.query(query);
+                self.held = before;
+                self.known = outer;
             }
             Expr::ObjectCompr {
                 key, value, query, ..
             } => {
+                let before = std::mem::replace(&mut self.held, self.negated);
+                let outer = self.known.clone();
+                self.scope(query);
                 self.expr(key);
                 self.expr(value);
                 self.query(query);
+                self.held = before;
+                self.known = outer;
             }
             Expr::Call {
                 span, fcn, params, ..
             } => {
                 self.call(span.line, fcn);
+                // What stands behind the arguments of a function is a pattern for its result.
+                if let [_, .., last] = params.as_slice()
+                    && self.takes(fcn, params.len() - 1)
+                {
+                    if objects(last) {
+                        self.refuse(span.line, PATTERN, MEMBERS);
+                    } else if self.held && !matches!(last.as_ref(), Expr::Var { .. }) {
+                        self.refuse(span.line, HELD, HOLD);
+                    }
+                }
                 self.exprs(params);
             }
             Expr::UnaryExpr { expr, .. } => self.expr(expr),
             Expr::RefDot { refr, .. } => self.expr(refr),
             Expr::RefBrack { refr, index, .. } => {
+                if self.binding(index) {
+                    self.refuse(index.span().line, PATTERN, MEMBERS);
+                } else if self.held && structured(index) && !constant(index) {
+                    self.refuse(index.span().line, HELD, HOLD);
+                }
                 self.expr(refr);
                 self.expr(index);
             }
@@ -248,10 +414,26 @@ impl Walk<'_> {
                 self.refuse(span.line, "_ :=", "write what stands behind it alone");
                 self.expr(rhs);
             }
+            Expr::AssignExpr {
+                op, lhs, rhs, span, ..
+            } => {
+                match op {
+                    AssignOp::ColEq => self.matched(lhs),
+                    AssignOp::Eq => {
+                        if [lhs, rhs].iter().any(|side| self.binding(side)) {
+                            self.refuse(span.line, PATTERN, MEMBERS);
+                        }
+                        if self.held {
+                            self.refuse(span.line, HELD, HOLD);
+                        }
+                    }
+                }
+                self.expr(lhs);
+                self.expr(rhs);
+            }
             Expr::BinExpr { lhs, rhs, .. }
             | Expr::BoolExpr { lhs, rhs, .. }
-            | Expr::ArithExpr { lhs, rhs, .. }
-            | Expr::AssignExpr { lhs, rhs, .. } => {
+            | Expr::ArithExpr { lhs, rhs, .. } => {
                 self.expr(lhs);
                 self.expr(rhs);
             }
@@ -259,12 +441,70 @@ impl Walk<'_> {
                 key,
                 value,
                 collection,
+                span,
                 ..
             } => {
+                if key.is_some() {
+                    self.refuse(
+                        span.line,
+                        "k, v in",
+                        "the key would be ignored: write `collection[k] == v`, or `some k, v in collection`",
+                    );
+                }
                 self.exprs(key.as_ref());
                 self.expr(value);
                 self.expr(collection);
             }
+        }
+    }
+
+    /// Looks at a pattern.
+    fn matched(&mut self, pattern: &Expr) {
+        if objects(pattern) {
+            self.refuse(pattern.span().line, PATTERN, MEMBERS);
+        } else if self.held && !matches!(pattern, Expr::Var { .. }) {
+            self.refuse(pattern.span().line, HELD, HOLD);
+        }
+    }
+
+    /// Whether a literal with an object in it could bind a variable.
+    fn binding(&self, literal: &Expr) -> bool {
+        let mut names = BTreeSet::new();
+        literal_variables(literal, &mut names);
+        objects(literal)
+            && names
+                .iter()
+                .any(|name| !self.known.contains(name) && !self.global.contains(name))
+    }
+
+    /// Whether a function of a name can take so many arguments.
+    fn takes(&self, function: &Expr, arguments: usize) -> bool {
+        let last = match function {
+            Expr::RefDot { field, .. } => field.0.text(),
+            Expr::RefBrack { .. } => return true,
+            other => other.span().text(),
+        };
+        let named = path(function);
+        let first = named.as_deref().and_then(|name| name.split('.').next());
+        if first.is_some_and(|first| self.renamed.contains(first)) {
+            return self.defined.iter().any(|(_, takes)| *takes == arguments);
+        }
+        let built_in = named.and_then(|name| guarded(&name));
+        built_in.is_some_and(|(_, takes)| usize::from(takes) == arguments)
+            || self
+                .defined
+                .iter()
+                .any(|(name, takes)| *takes == arguments && name.rsplit('.').next() == Some(last))
+    }
+
+    /// Looks at a name that is given to something.
+    fn name(&mut self, line: u32, name: &str) {
+        if matches!(name, "input" | "data") {
+            self.refuse(
+                line,
+                "input and data as names",
+                "the documents are called so: take another name",
+            );
         }
     }
 
@@ -278,13 +518,72 @@ impl Walk<'_> {
 
     fn call(&mut self, line: u32, function: &Expr) {
         let Some(name) = path(function) else { return };
-        if self.defined.contains(&name) {
+        if self.defined.iter().any(|(defined, _)| *defined == name) {
             return;
         }
         if let Some(reason) = refusal(&name) {
             self.refuse(line, &name, reason);
         }
     }
+}
+
+/// What is refused for a pattern with an object in it.
+const PATTERN: &str = "{…} as a pattern";
+/// What is refused in a comprehension under `not`.
+const HELD: &str = "a pattern or = in a comprehension under not";
+
+/// Whether an expression is, or holds as a literal, an object.
+fn objects(expr: &Expr) -> bool {
+    match expr {
+        Expr::Object { .. } => true,
+        Expr::Array { items, .. } | Expr::Set { items, .. } => {
+            items.iter().any(|item| objects(item))
+        }
+        _ => false,
+    }
+}
+
+fn structured(expr: &Expr) -> bool {
+    matches!(
+        expr,
+        Expr::Array { .. } | Expr::Set { .. } | Expr::Object { .. }
+    )
+}
+
+/// Adds the variables of a literal that a pattern could bind.
+fn literal_variables(expr: &Expr, names: &mut BTreeSet<String>) {
+    match expr {
+        Expr::Array { items, .. } | Expr::Set { items, .. } => {
+            items.iter().for_each(|item| literal_variables(item, names));
+        }
+        Expr::Object { fields, .. } => {
+            for (_, key, value) in fields {
+                literal_variables(key, names);
+                literal_variables(value, names);
+            }
+        }
+        _ => pattern(expr, names),
+    }
+}
+
+/// Whether an expression has `_` in it, outside of comprehensions.
+fn wildcard(expr: &Expr) -> bool {
+    let mut inner = Vec::new();
+    let mut found = Vec::new();
+    in_expr(expr, &mut |part| match part {
+        Expr::ArrayCompr { .. } | Expr::SetCompr { .. } | Expr::ObjectCompr { .. } => {
+            inner.push(bounds(part.span()));
+        }
+        Expr::Var {
+            span,
+            value: Value::String(name),
+            ..
+        } if name.as_ref() == "_" => found.push(bounds(span)),
+        _ => {}
+    });
+    found
+        .iter()
+        .any(|(at, _)| !inner.iter().any(|(from, to)| from <= at && at < to))
 }
 
 /// Whether a value is what it says, whatever the data are.
