@@ -191,16 +191,18 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+/// Whether what was begun beside the loop has not ended.
+fn is_busy(running: Option<&tokio::task::JoinHandle<()>>) -> bool {
+    running.is_some_and(|running| !running.is_finished())
+}
+
 /// Looks at the files of the node's papers beside the loop, unless the last look has not ended: a
 /// stalled file system stops no tick.
 fn watch_papers(
     node: &Arc<Node>,
     running: Option<tokio::task::JoinHandle<()>>,
 ) -> Option<tokio::task::JoinHandle<()>> {
-    if running
-        .as_ref()
-        .is_some_and(|running| !running.is_finished())
-    {
+    if is_busy(running.as_ref()) {
         return running;
     }
     let node = node.clone();
@@ -221,10 +223,7 @@ fn read_slots_again(
     node: &Arc<Node>,
     running: Option<tokio::task::JoinHandle<()>>,
 ) -> Option<tokio::task::JoinHandle<()>> {
-    if running
-        .as_ref()
-        .is_some_and(|running| !running.is_finished())
-    {
+    if is_busy(running.as_ref()) {
         return running;
     }
     let reading = node.clone();

@@ -80,11 +80,8 @@ impl Drop for Worker {
     }
 }
 
-/// Asks one worker one question.
-pub(super) fn ask(ask: &Ask, archive: &[u8], terms: Terms) -> Result<Answer, WorkerError> {
-    let unavailable = |why: &dyn std::fmt::Display| WorkerError::Unavailable(why.to_string());
-    let ask = serde_json::to_vec(ask).map_err(|e| unavailable(&e))?;
-    let cpu_s = terms.deadline.as_secs().saturating_add(CPU_SPARE_S);
+/// This program as a child with nothing but its pipes, which confines itself before it reads.
+pub(super) fn command(cpu_s: u64, allow_without_seccomp: bool) -> Command {
     let mut command = Command::new(PROGRAM);
     command
         .arg0("tidelock")
@@ -94,9 +91,18 @@ pub(super) fn ask(ask: &Ask, archive: &[u8], terms: Terms) -> Result<Answer, Wor
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null());
-    if terms.allow_without_seccomp {
+    if allow_without_seccomp {
         command.arg("--allow-without-seccomp");
     }
+    command
+}
+
+/// Asks one worker one question.
+pub(super) fn ask(ask: &Ask, archive: &[u8], terms: Terms) -> Result<Answer, WorkerError> {
+    let unavailable = |why: &dyn std::fmt::Display| WorkerError::Unavailable(why.to_string());
+    let ask = serde_json::to_vec(ask).map_err(|e| unavailable(&e))?;
+    let cpu_s = terms.deadline.as_secs().saturating_add(CPU_SPARE_S);
+    let mut command = command(cpu_s, terms.allow_without_seccomp);
     let begun = Instant::now();
     let mut worker = Worker(command.spawn().map_err(|e| unavailable(&e))?);
     let (Some(mut stdin), Some(mut stdout)) = (worker.0.stdin.take(), worker.0.stdout.take())

@@ -5,10 +5,9 @@ use std::{
     io::{Read as _, Write as _},
     os::unix::{
         fs::{MetadataExt as _, PermissionsExt as _},
-        process::{CommandExt as _, ExitStatusExt as _},
+        process::ExitStatusExt as _,
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
     sync::mpsc,
     time::Duration,
 };
@@ -18,7 +17,7 @@ use tidelock_policy::{WhyUnproven, Widening};
 
 use super::{
     limits::{CPU_SPARE_S, SOLVER_OUTPUT_BYTES_MAX},
-    parent::{PROGRAM, Terms, Worker},
+    parent::{Terms, Worker, command},
 };
 
 /// Where a solver is looked for if the config names none. Never on the caller's `PATH`.
@@ -89,20 +88,8 @@ impl Solver {
             return Err(timeout());
         }
         let cpu_s = terms.deadline.as_secs().saturating_add(CPU_SPARE_S);
-        let mut command = Command::new(PROGRAM);
-        command
-            .arg0("tidelock")
-            .args(["policy-worker", "--cpu-seconds", &cpu_s.to_string()])
-            .arg("--solver")
-            .arg(&self.0)
-            .env_clear()
-            .current_dir("/")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        if terms.allow_without_seccomp {
-            command.arg("--allow-without-seccomp");
-        }
+        let mut command = command(cpu_s, terms.allow_without_seccomp);
+        command.arg("--solver").arg(&self.0);
         let mut child = Worker(command.spawn().map_err(|e| failed(&e))?);
         let (Some(mut stdin), Some(stdout)) = (child.0.stdin.take(), child.0.stdout.take()) else {
             return Err(failed(&"it has no pipes"));
