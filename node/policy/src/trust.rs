@@ -598,6 +598,19 @@ impl TrustFile {
         self.signed(bytes, hinted).quorum(role, at)
     }
 
+    /// The signatures under a package that keys of this file made, one of each key, whatever its roles.
+    #[must_use]
+    pub fn signatures_of(&self, package: &Package) -> BTreeMap<String, Vec<u8>> {
+        let hash: Digest = digest(&SHA256, &package.archive);
+        let made_by = |signature: &Vec<u8>| {
+            let made = |key: &&TrustedKey| key.key.verify_digest_sig(&hash, signature).is_ok();
+            let key = self.keys.iter().find(made)?;
+            Some((key.id.clone(), signature.clone()))
+        };
+        let signatures = package.signatures.iter().take(SIGNATURES_MAX);
+        signatures.filter_map(made_by).collect()
+    }
+
     /// Which keys signed a package.
     pub(crate) fn signed_package(&self, package: &Package) -> Signed<'_> {
         let signatures = package.signatures.iter();

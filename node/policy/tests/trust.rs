@@ -141,6 +141,22 @@ fn wrong_role_a_bundle_needs_keys_of_the_role_that_it_states() {
 }
 
 #[test]
+fn signatures_that_count_are_told_from_those_that_do_not() {
+    let site = Site::new();
+    let archive = base(1).build().unwrap();
+    let strangers = Authority::new("harbour", 2).unwrap();
+    let junk = strangers.signatures(&archive, &[0, 1]).unwrap();
+    let mut package = site.sign(archive.clone(), &[0, 3]);
+    let good = package.signatures.clone();
+    package.signatures.extend(junk);
+    // One key, however many signatures it made.
+    package.signatures.extend(site.sign(archive, &[0]).signatures);
+    let counted = site.trust.signatures_of(&package);
+    assert_eq!(counted.keys().collect::<Vec<_>>(), ["key-0", "key-3"]);
+    assert!(good.contains(&counted["key-3"]));
+}
+
+#[test]
 fn duplicate_signer_one_key_counts_once_in_each_role() {
     let site = Site::new();
     assert!(site.built(base(1), &[0, 1]).is_ok());

@@ -7,17 +7,18 @@
 //! nothing; what fails the self-check is set aside, and the last known good bundle serves.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::BTreeMap,
+    sync::PoisonError,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, AsideCause, BlockOn, NotRead, Role, VerifiedBundle, Widening,
+    Activation, ActivationKind, AsideCause, BlockOn, NotRead, Package, Role, VerifiedBundle,
+    Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
-use tidelock_segments::{Charge, NodeId, SegmentId, SegmentRef, VerifiedSegment};
+use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
 
 use super::{
     admit::Denied,
@@ -25,6 +26,7 @@ use super::{
     plan::Replay,
     rollback::undo_of,
     self_check::{Fault, Surroundings, self_check},
+    waiting::{Offered, waits},
 };
 use crate::worker::For;
 
@@ -32,19 +34,6 @@ use crate::worker::For;
 const SELF_CHECK_MAX: Duration = Duration::from_secs(2);
 /// Before a question is asked again.
 const SELF_CHECK_PAUSE: Duration = Duration::from_millis(100);
-
-/// Why a bundle of a peer waits for an operator, or for more signatures.
-const WAITS_FOR_AN_OPERATOR: [&str; 4] = [
-    "POLICY_FLIPS",
-    "POLICY_REPLAY",
-    "WIDER_UNSIGNED",
-    "WIDENING_UNPROVEN",
-];
-
-/// Bundles of peers that wait for an operator and are told, about 700 bytes each (INV-07).
-const WAITING_MAX: usize = 16;
-/// How long one that waits is not fetched again: what is recorded changes, and with it what blocks.
-const WAITS: Duration = Duration::from_secs(600);
 
 /// On whose word a bundle is to be activated, and after which look.
 #[derive(Debug, Clone, Copy)]
@@ -115,73 +104,6 @@ impl Activated {
     }
 }
 
-/// Bundles of peers and media that would be taken but for what this site asks besides.
-#[derive(Default)]
-pub(super) struct Waiting(Mutex<VecDeque<WaitingBundle>>);
-
-struct WaitingBundle {
-    segment: SegmentId,
-    name: String,
-    epoch: u64,
-    code: &'static str,
-    message: String,
-    since_unix_ms: u64,
-    until: Duration,
-}
-
-impl Waiting {
-    fn held(&self) -> MutexGuard<'_, VecDeque<WaitingBundle>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether it is told for the first time.
-    fn note(&self, bundle: WaitingBundle) -> bool {
-        let mut held = self.held();
-        if let Some(known) = held.iter_mut().find(|one| one.segment == bundle.segment) {
-            let is_news = known.code != bundle.code;
-            let since_unix_ms = known.since_unix_ms;
-            *known = WaitingBundle {
-                since_unix_ms,
-                ..bundle
-            };
-            return is_news;
-        }
-        if held.len() >= WAITING_MAX {
-            held.pop_front();
-        }
-        held.push_back(bundle);
-        true
-    }
-
-    /// Whether it is not to be fetched again yet.
-    pub(super) fn holds(&self, segment: &SegmentId, now: Duration) -> bool {
-        self.held()
-            .iter()
-            .any(|one| one.segment == *segment && now < one.until)
-    }
-
-    /// Those that could still come.
-    fn retain_above(&self, epoch: u64) {
-        self.held().retain(|one| one.epoch > epoch);
-    }
-
-    /// Other rules hold: each is judged anew when it is offered.
-    pub(super) fn clear(&self) {
-        self.held().clear();
-    }
-
-    pub(super) fn told(&self) -> Value {
-        let held = self.held();
-        let told = held.iter().map(|one| {
-            json!({
-                "segment": one.segment, "name": one.name, "epoch": one.epoch, "code": one.code,
-                "message": one.message, "since_unix_ms": one.since_unix_ms,
-            })
-        });
-        told.collect()
-    }
-}
-
 impl Node {
     /// Verifies, stores and activates a bundle; INV-06: by local trust, clock and disk only.
     pub(super) fn install_bundle(&self, package: &[u8], asker: For) -> Result<Activated, Denied> {
@@ -229,6 +151,7 @@ impl Node {
             self.finish_trial()?;
         }
         self.waiting.retain_above(activated.activation.epoch);
+        self.waiting.judge_anew();
         self.drop_superseded_policy(&activated.activation);
         for old in kept.outdated {
             if let Err(error) = self.store.remove(&old.id) {
@@ -488,19 +411,17 @@ impl Node {
         segment: &VerifiedSegment,
         denied: &Denied,
     ) {
-        let waits = WAITS_FOR_AN_OPERATOR.contains(&denied.code);
-        let name = segment.header().origin.policy_name().filter(|_| waits);
-        let is_news = match name {
-            None => true,
-            Some(name) => self.waiting.note(WaitingBundle {
-                segment: segment.id(),
-                name: name.to_owned(),
-                epoch: segment.header().sequence,
-                code: denied.code,
-                message: denied.message.clone(),
-                since_unix_ms: self.clock.unix_ms(),
-                until: self.clock.monotonic().saturating_add(WAITS),
-            }),
+        let header = segment.header();
+        let copy = |_: &&str| self.offered_copy(segment, &Package::decode(segment.body()).ok()?);
+        let name = header.origin.policy_name().filter(|_| waits(denied));
+        let is_news = match name.as_ref().and_then(copy).zip(name) {
+            Some((copy, name)) => self.waiting.note(
+                &copy,
+                (name, header.sequence),
+                denied,
+                (self.clock.unix_ms(), self.clock.monotonic()),
+            ),
+            _ => true,
         };
         if is_news {
             self.rejected(
@@ -510,6 +431,19 @@ impl Node {
                 json!({"segment": segment.id(), "code": denied.code, "message": denied.message}),
             );
         }
+    }
+
+    /// What is to be known of a segment as a copy of its bundle; none without a trust file.
+    pub(super) fn offered_copy(
+        &self,
+        segment: &VerifiedSegment,
+        package: &Package,
+    ) -> Option<Offered> {
+        Some(Offered {
+            segment: segment.id(),
+            content_id: package.content_id(),
+            signatures: self.policy_trust.load_full()?.signatures_of(package),
+        })
     }
 
     /// What is told of policy beside the bundle that decides.
@@ -547,40 +481,4 @@ fn emergency(bundle: &VerifiedBundle) -> Option<Value> {
             "signers": bundle.signers(),
         })
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn waiting(number: u8, code: &'static str) -> WaitingBundle {
-        WaitingBundle {
-            segment: SegmentId::from_bytes([number; 32]),
-            name: "site".to_owned(),
-            epoch: u64::from(number),
-            code,
-            message: String::new(),
-            since_unix_ms: 0,
-            until: Duration::from_secs(10),
-        }
-    }
-
-    #[test]
-    fn inv_07_bundles_that_wait_are_bounded_told_once_and_fetched_seldom() {
-        let held = Waiting::default();
-        assert!(held.note(waiting(1, "POLICY_FLIPS")));
-        assert!(!held.note(waiting(1, "POLICY_FLIPS")));
-        assert!(held.note(waiting(1, "POLICY_REPLAY")));
-        let one = SegmentId::from_bytes([1; 32]);
-        assert!(held.holds(&one, Duration::ZERO));
-        assert!(!held.holds(&one, Duration::from_secs(10)));
-        for number in 2..100 {
-            held.note(waiting(number, "POLICY_FLIPS"));
-        }
-        assert_eq!(held.told().as_array().unwrap().len(), WAITING_MAX);
-        held.retain_above(98);
-        assert_eq!(held.told()[0]["epoch"], 99);
-        held.clear();
-        assert_eq!(held.told(), json!([]));
-    }
 }

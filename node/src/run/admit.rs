@@ -428,8 +428,9 @@ impl Node {
     }
 
     /// What `admit_policy` judges before anything is installed: a worker compiles the bundle, and this
-    /// process does not yet. Nobody else waits for it meanwhile.
-    fn check_policy(&self, segment: &VerifiedSegment) -> Result<(), Denied> {
+    /// process does not yet. Nobody else waits for it meanwhile. Answers the package to install: with the
+    /// signatures that count of copies that wait, if there are any.
+    fn check_policy(&self, segment: &VerifiedSegment) -> Result<Vec<u8>, Denied> {
         let (package, manifest) = self.check_offer(segment.body())?;
         if self.own_policy_segment(&package, &manifest)?.id() != segment.id() {
             return Err(Denied::bringer(
@@ -437,17 +438,26 @@ impl Node {
                 "the segment does not fit its bundle",
             ));
         }
+        let copy = self.offered_copy(segment, &package).ok_or_else(no_trust)?;
+        if let Some(denied) = self.waiting.still(&copy, self.clock.monotonic()) {
+            return Err(denied);
+        }
+        let joined = self.waiting.joined(&package, &copy);
+        let encoded = match &joined {
+            Some(joined) => joined.encode().map_err(judge)?,
+            None => segment.body().to_vec(),
+        };
         let terms = worker_terms(&self.config.load());
         let trust = self.bundle_trust()?;
         self.vetter
             .vet(package, &trust, &self.context, For::Peer, terms)
-            .map(drop)
-            .map_err(judge)
+            .map_err(judge)?;
+        Ok(encoded)
     }
 
     fn admit_policy(&self, peer: &NodeId, segment: &VerifiedSegment) -> Result<(), Denied> {
         self.check_policy(segment)
-            .and_then(|()| self.install_bundle(segment.body(), For::Peer))
+            .and_then(|package| self.install_bundle(&package, For::Peer))
             .map(drop)
             .inspect_err(|denied| {
                 self.note_bundle_refused(peer, segment, denied);
@@ -973,7 +983,7 @@ impl Node {
         match reference.kind {
             Kind::Revocation => self.check_crl(segment).map(|_| ()),
             Kind::Policy if carries_statement(segment) => self.check_statement(segment),
-            Kind::Policy => self.check_policy(segment),
+            Kind::Policy => self.check_policy(segment).map(drop),
             Kind::Audit => self.check_audit(segment).and_then(|()| {
                 self.lineage(segment).map_err(|(denied, _)| denied)?;
                 self.store

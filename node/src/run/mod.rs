@@ -23,6 +23,7 @@ mod rollback;
 mod seen;
 mod self_check;
 mod trust;
+mod waiting;
 mod widening;
 
 use std::{path::Path, sync::Arc, time::Duration};

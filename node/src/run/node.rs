@@ -36,7 +36,6 @@ use tidelock_transport::{
 };
 
 use super::{
-    activate::Waiting,
     admit::{Denied, OwnAhead},
     callers::DoorPapers,
     consult::{ANSWERS_FILE, Consulting},
@@ -49,6 +48,7 @@ use super::{
     rejections::Rejections,
     seen::Seen,
     trust::{keep_chain, missing_trust, open_chain},
+    waiting::Waiting,
 };
 use crate::{
     cli::Failure,

@@ -125,6 +125,7 @@ impl Node {
             );
             return Err(denied(&error));
         }
+        self.waiting.judge_anew();
         self.confirm_from_store();
         Ok(json!({
             "set_aside": sets_aside,
