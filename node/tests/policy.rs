@@ -142,10 +142,14 @@ fn a_plan_shows_what_a_bundle_changes_and_is_acted_on_only_while_it_holds() {
         (&replay["deny_to_allow"], &replay["allow_to_deny"]),
         (&json!(1), &json!(1))
     );
-    assert!(
-        replay["not_asked"]["no_decision"].as_u64() > Some(0),
-        "{replay}"
+    let left_out = replay["not_asked"]["no_decision"].as_u64().unwrap();
+    assert!(left_out > 0, "{replay}");
+    assert_eq!(
+        (&replay["asked"], &replay["callers"]),
+        (&json!(2), &json!(1))
     );
+    assert_eq!(replay["records_read"], left_out + 2);
+    assert_eq!(replay["older_unread"], false);
     let flips = replay["flips"].as_array().unwrap();
     assert_eq!(
         flips[0]["resource"]["id"], "/etc/shadow",
@@ -165,7 +169,16 @@ fn a_plan_shows_what_a_bundle_changes_and_is_acted_on_only_while_it_holds() {
         .ended(1);
     assert_eq!(replayed.json(), *replay);
     let none = site.json(&["policy", "replay", "site-2.tar", "--replay", "0"]);
-    assert_eq!(none["same"], 0);
+    assert_eq!(
+        (&none["asked"], &none["records_read"]),
+        (&json!(0), &json!(0))
+    );
+    // One action is one, however many events were recorded since.
+    let one = site
+        .tidelock(&["policy", "replay", "site-2.tar", "--replay", "1", "--json"])
+        .ended(1)
+        .json();
+    assert_eq!(one["asked"], 1);
 
     // Nothing was done yet. The controls: what decides now comes out the same, and differs in nothing.
     site.decides();
@@ -746,7 +759,7 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     let last = activated.last().unwrap();
     assert_eq!(
         last["accepted_flips"],
-        json!({"deny_to_allow": 1, "allow_to_deny": 1, "ended_early": false})
+        json!({"asked": 2, "deny_to_allow": 1, "allow_to_deny": 1, "ended_early": false})
     );
     assert_eq!(activated[0]["accepted_flips"], Value::Null);
 }

@@ -17,6 +17,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -1227,8 +1228,26 @@ impl AuditLog {
     /// # Errors
     /// [`LogError`] if a sealed segment cannot be read.
     pub fn tail(&self, count: usize) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
+        let mut records = VecDeque::new();
+        self.newest_first(count, &mut |index, record| {
+            records.push_front((index, record));
+            ControlFlow::Continue(())
+        })?;
+        Ok(records.into())
+    }
+
+    /// Shows the newest `count` records with their indexes, from the newest to the oldest, until `visit` has
+    /// enough. Of what is sealed one segment is in memory at a time; no append waits meanwhile.
+    ///
+    /// # Errors
+    /// [`LogError`] if a sealed segment cannot be read.
+    pub fn newest_first(
+        &self,
+        count: usize,
+        visit: &mut dyn FnMut(u64, Vec<u8>) -> ControlFlow<()>,
+    ) -> Result<(), LogError> {
         let recent = lock(&self.inner.core).recent(count);
-        recent.with_sealed(&self.inner.store, &self.inner.config, count)
+        recent.newest_first(&self.inner.store, &self.inner.config, count, visit)
     }
 
     /// Takes a latched log into use again.

@@ -9,6 +9,7 @@
 
 mod common;
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -911,6 +912,18 @@ fn tail_reaches_into_sealed_segments() {
     assert_eq!(all.len() as u64, n.log.size());
     for count in 0..all.len() {
         assert_eq!(n.log.tail(count).unwrap(), all[all.len() - count..]);
+        // Whoever has enough before is shown no more.
+        let mut shown = Vec::new();
+        let enough = |index, record| {
+            shown.push((index, record));
+            match shown.len() < count {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        };
+        n.log.newest_first(usize::MAX, &mut { enough }).unwrap();
+        shown.reverse();
+        assert_eq!(shown, all[all.len() - count.max(1)..]);
     }
 }
 

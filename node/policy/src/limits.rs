@@ -265,9 +265,15 @@ pub const EXPLAINED_CONDITIONS_MAX: usize = 8;
 /// wait for an engine, they end within 13 s at the worst, and within a millisecond each on an idle machine.
 pub const SELF_CHECK_CASES_MAX: usize = 64;
 
-/// Recorded actions that a new bundle is asked, at most. They are read while the log is held, so a thousand
-/// of a common size cost decisions a few milliseconds.
+/// Recorded actions that a new bundle is asked, at most.
 pub const REPLAY_RECORDS_MAX: u64 = 1_000;
+
+/// Records that are read for each of them: between the decisions lies what is none, and whoever decides a lot
+/// is only given a share.
+pub const REPLAY_READ_FOR_EACH: u64 = 20;
+
+/// Bytes of all records that are read for a replay, and so of those that are held meanwhile.
+pub const REPLAY_READ_BYTES_MAX: usize = 32 * 1024 * 1024;
 
 /// Kinds of request (type of principal, action, type of resource) of a bundle that is proved not to permit more.
 /// Each costs one compilation of all policies: a hundred policies take about 10 ms.

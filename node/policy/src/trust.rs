@@ -121,7 +121,7 @@ pub struct ActivationRules {
     /// Which flips of recorded actions block.
     #[serde(default, skip_serializing_if = "is_report_only")]
     pub block_on: BlockOn,
-    /// How many of the newest records are asked again for that; [`REPLAY_RECORDS_MAX`] if it is not said.
+    /// How many of the newest recorded actions are asked again for that; [`REPLAY_RECORDS_MAX`] if it is not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replay_records: Option<u64>,
     /// How many distinct keys of role `policy` must have signed a bundle that is not proved to permit
@@ -157,7 +157,7 @@ impl ActivationRules {
             }
             if self.block_on == BlockOn::None {
                 problems.push(
-                    "activation.replay_records says over how many records `block_on` looks, and \
+                    "activation.replay_records says over how many actions `block_on` looks, and \
                      `block_on` is `none`"
                         .to_owned(),
                 );

@@ -150,7 +150,9 @@ fn signatures_that_count_are_told_from_those_that_do_not() {
     let good = package.signatures.clone();
     package.signatures.extend(junk);
     // One key, however many signatures it made.
-    package.signatures.extend(site.sign(archive, &[0]).signatures);
+    package
+        .signatures
+        .extend(site.sign(archive, &[0]).signatures);
     let counted = site.trust.signatures_of(&package);
     assert_eq!(counted.keys().collect::<Vec<_>>(), ["key-0", "key-3"]);
     assert!(good.contains(&counted["key-3"]));

@@ -113,8 +113,8 @@ pub enum PolicyCommand {
 pub struct PlanArgs {
     #[command(flatten)]
     package: PackageArgs,
-    /// How many of the newest records are asked again, at most 1,000.
-    #[arg(long, value_name = "RECORDS", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(0..=1_000))]
+    /// How many of the newest recorded actions are asked again, at most 1,000.
+    #[arg(long, value_name = "ACTIONS", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(0..=1_000))]
     replay: u64,
     /// Flips of recorded actions do not block, though the trust file says that they do. It is part of the
     /// plan, and kept on record.
@@ -451,11 +451,18 @@ fn describe_difference(found: &Difference) -> Vec<String> {
 
 fn describe_replay(replay: &Value) -> Vec<String> {
     let mut lines = vec![format!(
-        "recorded actions: {} come out the same, {} would be allowed that are denied, {} denied that are allowed",
+        "recorded actions: {} of {} callers asked, in {} records; {} come out the same, {} would be allowed that \
+         are denied, {} denied that are allowed",
+        word(replay, "asked"),
+        word(replay, "callers"),
+        word(replay, "records_read"),
         word(replay, "same"),
         word(replay, "deny_to_allow"),
         word(replay, "allow_to_deny")
     )];
+    if replay.get("older_unread") == Some(&Value::Bool(true)) {
+        lines.push("older records were not read".to_owned());
+    }
     let left_out = replay.get("not_asked").and_then(Value::as_object);
     let left_out: Vec<String> = left_out
         .into_iter()
@@ -466,7 +473,7 @@ fn describe_replay(replay: &Value) -> Vec<String> {
         lines.push(format!("records not asked again: {}", left_out.join(", ")));
     }
     if replay.get("ended_early") == Some(&Value::Bool(true)) {
-        lines.push("it took too long and ended early: older records were not asked".to_owned());
+        lines.push("it took too long and ended early: older actions were not asked".to_owned());
     }
     let flips = replay.get("flips").and_then(Value::as_array);
     let rows: Vec<Vec<String>> = flips

@@ -23,7 +23,7 @@ use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
 use super::{
     admit::Denied,
     node::Node,
-    plan::Replay,
+    replay::Replay,
     rollback::undo_of,
     self_check::{Fault, Surroundings, self_check},
     waiting::{Offered, waits},
@@ -271,9 +271,10 @@ impl Node {
         Err(Denied::local(
             "POLICY_FLIPS",
             format!(
-                "of the recorded actions {} that were denied would be allowed and {} the other way round, and \
+                "of {} recorded actions {} that were denied would be allowed and {} the other way round, and \
                  the trust file says that this blocks ({}): look at tidelock policy plan FILE --accept-flips, \
                  and where it is right, activate by that plan",
+                replay.asked(),
                 replay.to_allow(),
                 replay.to_deny(),
                 rules.block_on.as_str()

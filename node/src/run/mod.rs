@@ -19,6 +19,7 @@ mod plan;
 mod policy;
 mod quotas;
 mod rejections;
+mod replay;
 mod rollback;
 mod seen;
 mod self_check;

@@ -15,7 +15,8 @@ use super::{
     admit::Denied,
     doors::{bad, refused, unrecorded},
     node::Node,
-    plan::{Replay, short_digest},
+    plan::short_digest,
+    replay::Replay,
 };
 use crate::worker::For;
 

@@ -148,9 +148,7 @@ impl Waiting {
     /// The package of a copy with the signatures that count of all copies; none if it has them itself.
     pub(super) fn joined(&self, package: &Package, copy: &Offered) -> Option<Package> {
         let held = self.held();
-        let known = held
-            .iter()
-            .find(|one| one.content_id == copy.content_id)?;
+        let known = held.iter().find(|one| one.content_id == copy.content_id)?;
         let lacks = |signer: &String| !copy.signatures.contains_key(signer);
         if !known.signatures.keys().any(lacks) {
             return None;
@@ -255,7 +253,10 @@ mod tests {
             assert!(held.holds(&again.segment, Duration::ZERO));
         }
         let told = held.told();
-        assert_eq!((&told[0]["epoch"], &told[1]["epoch"]), (&json!(7), &json!(8)));
+        assert_eq!(
+            (&told[0]["epoch"], &told[1]["epoch"]),
+            (&json!(7), &json!(8))
+        );
         assert_eq!(told.as_array().unwrap().len(), 2);
         assert_eq!(held.held()[1].copies.len(), COPIES_MAX);
         // It is judged again when its time is over, whatever came meanwhile.

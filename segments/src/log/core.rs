@@ -3,6 +3,7 @@
 //! and done by `seal.rs` beside it.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::event::{Event, INCARNATION};
@@ -1830,19 +1831,34 @@ pub(super) struct Recent {
 }
 
 impl Recent {
-    /// These, and what was sealed before them, up to `count` in all.
-    pub(super) fn with_sealed(
+    /// Shows these, and what was sealed before them, up to `count` in all, the newest first, until `visit` has
+    /// enough. One sealed segment is in memory at a time.
+    pub(super) fn newest_first(
         self,
         store: &Store,
         config: &LogConfig,
         count: usize,
-    ) -> Result<Vec<(u64, Vec<u8>)>, LogError> {
+        visit: &mut dyn FnMut(u64, Vec<u8>) -> ControlFlow<()>,
+    ) -> Result<(), LogError> {
         let Self {
-            mut records,
+            records,
             origin,
             next_sequence: mut sequence,
         } = self;
-        while records.len() < count && sequence > 0 {
+        let mut left = count;
+        let mut show = |records: &mut dyn Iterator<Item = (u64, Vec<u8>)>| {
+            let mut records = records.take(left);
+            records.try_for_each(|(index, record)| {
+                left -= 1;
+                visit(index, record)
+            })?;
+            match left {
+                0 => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            }
+        };
+        let mut more = show(&mut records.into_iter().rev());
+        while more.is_continue() && sequence > 0 {
             sequence -= 1;
             let Some(reference) = store.find(&origin, sequence) else {
                 break;
@@ -1855,11 +1871,9 @@ impl Recent {
                 Err(BodyError::Encrypted | BodyError::Crypt(_)) => break,
                 Err(error) => return Err(error.into()),
             };
-            for record in sealed.into_iter().rev().take(count - records.len()) {
-                records.push_front(record);
-            }
+            more = show(&mut sealed.into_iter().rev());
         }
-        Ok(records.into())
+        Ok(())
     }
 }
 

@@ -1,0 +1,404 @@
+//! Shadow replay: how the actions that were recorded lately come out with another bundle.
+//!
+//! What is looked at is a number of actions and not of records, and a fair share of it for each caller and each
+//! principal: nobody pushes the actions of others out by asking a lot, or by leaving records that are no actions.
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tidelock_interceptor::recorded_request;
+use tidelock_policy::{
+    Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle,
+    limits::{REPLAY_READ_BYTES_MAX, REPLAY_READ_FOR_EACH},
+};
+
+use super::node::Node;
+
+/// Decisions that come out otherwise and are listed one by one.
+const FLIPS_LISTED_MAX: usize = 50;
+
+/// What reading and asking may take. Policies have no deadline here as they have it for callers.
+const REPLAY_MAX: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// Asks both bundles what was asked lately. Engines are pure: nothing comes of it but the answer.
+    pub(super) fn replay(
+        &self,
+        before: Option<&VerifiedBundle>,
+        after: &VerifiedBundle,
+        last: u64,
+    ) -> Result<Replay, String> {
+        let begun = Instant::now();
+        let is_over = || begun.elapsed() >= REPLAY_MAX;
+        let mut reading = Reading::new(last);
+        let count = usize::try_from(reading.reads_max).unwrap_or(usize::MAX);
+        self.log
+            .newest_first(count, &mut |index, record| {
+                reading.ended_early = is_over();
+                match reading.ended_early {
+                    true => ControlFlow::Break(()),
+                    false => reading.read(index, record),
+                }
+            })
+            .map_err(|error| error.to_string())?;
+        let (mut seen, actions) = reading.chosen();
+        // The newest first: they are what matters if time runs out.
+        for (index, bytes) in actions {
+            seen.ended_early |= is_over();
+            if seen.ended_early {
+                break;
+            }
+            let record: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+            if let Ok(request) = recorded_request(&record) {
+                seen.ask(index, &record, &request, before, after);
+            }
+        }
+        Ok(seen)
+    }
+}
+
+/// A number of items, shared fairly among callers, and for each among the principals that it names. The newest
+/// come first, and where there is no room, whoever has most gives up its oldest.
+struct Window<T> {
+    most: usize,
+    held: usize,
+    callers: BTreeMap<String, Share<T>>,
+}
+
+struct Share<T> {
+    held: usize,
+    principals: BTreeMap<String, Vec<T>>,
+}
+
+impl<T> Window<T> {
+    fn new(most: usize) -> Self {
+        Self {
+            most,
+            held: 0,
+            callers: BTreeMap::new(),
+        }
+    }
+
+    /// Takes an item that is older than all before it, if its share has room; answers whether one was left out,
+    /// it or another.
+    fn take(&mut self, caller: &str, principal: &str, item: T) -> bool {
+        let is_full = self.held >= self.most;
+        if is_full && !self.make_room(caller, principal) {
+            return true;
+        }
+        let share = self.callers.entry(caller.to_owned()).or_insert(Share {
+            held: 0,
+            principals: BTreeMap::new(),
+        });
+        let items = share.principals.entry(principal.to_owned()).or_default();
+        items.push(item);
+        share.held += 1;
+        self.held += 1;
+        is_full
+    }
+
+    /// Gives up an item of the greatest share, if the one that comes has less even with it.
+    fn make_room(&mut self, caller: &str, principal: &str) -> bool {
+        let own = self.callers.get(caller).map_or(0, |share| share.held);
+        let greatest = self.callers.iter().max_by_key(|(_, share)| share.held);
+        let victim = match greatest {
+            Some((who, share)) if share.held > own + 1 => who.clone(),
+            _ => caller.to_owned(),
+        };
+        let Some(share) = self.callers.get_mut(&victim) else {
+            return false;
+        };
+        let own = match victim == caller {
+            true => share.principals.get(principal).map_or(0, Vec::len) + 1,
+            false => 0,
+        };
+        let greatest = share
+            .principals
+            .values_mut()
+            .max_by_key(|items| items.len());
+        let Some(items) = greatest.filter(|items| items.len() > own) else {
+            return false;
+        };
+        items.pop();
+        share.held -= 1;
+        self.held -= 1;
+        true
+    }
+
+    fn callers(&self) -> usize {
+        let has = |share: &&Share<T>| share.held > 0;
+        self.callers.values().filter(has).count()
+    }
+
+    fn into_items(self) -> impl Iterator<Item = T> {
+        let shares = self.callers.into_values();
+        shares.flat_map(|share| share.principals.into_values().flatten())
+    }
+}
+
+/// Records on their way into a replay.
+struct Reading {
+    reads_max: u64,
+    read: u64,
+    bytes: usize,
+    window: Window<(u64, Vec<u8>)>,
+    left_out: BTreeMap<&'static str, u64>,
+    older_unread: bool,
+    ended_early: bool,
+}
+
+impl Reading {
+    fn new(last: u64) -> Self {
+        Self {
+            reads_max: last.saturating_mul(REPLAY_READ_FOR_EACH),
+            read: 0,
+            bytes: 0,
+            window: Window::new(usize::try_from(last).unwrap_or(usize::MAX)),
+            left_out: BTreeMap::new(),
+            older_unread: false,
+            ended_early: false,
+        }
+    }
+
+    fn read(&mut self, index: u64, bytes: Vec<u8>) -> ControlFlow<()> {
+        self.bytes = self.bytes.saturating_add(bytes.len());
+        if self.bytes > REPLAY_READ_BYTES_MAX {
+            self.older_unread = true;
+            return ControlFlow::Break(());
+        }
+        self.read += 1;
+        self.older_unread = self.read >= self.reads_max && index > 0;
+        let record: Value = serde_json::from_slice(&bytes).unwrap_or_default();
+        let left_out = match recorded_request(&record) {
+            Err(why) => Some(why.as_str()),
+            Ok(_) => {
+                let who = |key: &str| record.get(key).map(who).unwrap_or_default();
+                let (caller, principal) = (who("caller"), who("principal"));
+                let is_full = self.window.take(&caller, &principal, (index, bytes));
+                is_full.then_some("share")
+            }
+        };
+        if let Some(why) = left_out {
+            *self.left_out.entry(why).or_default() += 1;
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// What is to be asked, the newest first.
+    fn chosen(self) -> (Replay, Vec<(u64, Vec<u8>)>) {
+        let seen = Replay {
+            read: self.read,
+            callers: self.window.callers(),
+            left_out: self.left_out,
+            older_unread: self.older_unread,
+            ended_early: self.ended_early,
+            ..Replay::default()
+        };
+        let mut actions: Vec<_> = self.window.into_items().collect();
+        actions.sort_by(|(one, _), (other, _)| other.cmp(one));
+        (seen, actions)
+    }
+}
+
+/// A name for a caller or principal, whatever door it came by.
+fn who(of: &Value) -> String {
+    json!([of.get("type"), of.get("id")]).to_string()
+}
+
+/// What a bundle says to a recorded request, as if it were new and its node well.
+fn asked(bundle: &VerifiedBundle, request: &PolicyRequest) -> Evaluation {
+    let mut request = request.clone();
+    match bundle.describe_node(&mut request, Posture::Normal, 0) {
+        Ok(()) => bundle.evaluate(&request),
+        Err(error) => Evaluation {
+            verdict: Verdict::Error,
+            policies: Vec::new(),
+            errors: vec![error],
+        },
+    }
+}
+
+/// How recorded actions come out.
+#[derive(Default)]
+pub(super) struct Replay {
+    /// Records that were looked at.
+    read: u64,
+    /// Whose actions were asked.
+    callers: usize,
+    same: u64,
+    flips: Vec<Value>,
+    to_allow: u64,
+    to_deny: u64,
+    left_out: BTreeMap<&'static str, u64>,
+    older_unread: bool,
+    ended_early: bool,
+}
+
+impl Replay {
+    fn ask(
+        &mut self,
+        index: u64,
+        record: &Value,
+        request: &PolicyRequest,
+        before: Option<&VerifiedBundle>,
+        after: &VerifiedBundle,
+    ) {
+        let now = before.map(|before| asked(before, request));
+        let then = asked(after, request);
+        let allowed = now
+            .as_ref()
+            .is_some_and(|now| now.verdict == Verdict::Permit);
+        let allows = then.verdict == Verdict::Permit;
+        match (allowed, allows) {
+            (false, true) => self.to_allow += 1,
+            (true, false) => self.to_deny += 1,
+            _ => {
+                self.same += 1;
+                return;
+            }
+        }
+        if self.flips.len() < FLIPS_LISTED_MAX {
+            let part = |key: &str| record.get(key).cloned().unwrap_or_default();
+            self.flips.push(json!({
+                "index": index,
+                "principal": part("principal"),
+                "action": part("action"),
+                "resource": part("resource"),
+                "before": now.map(|now| json!({"verdict": now.verdict, "policies": now.policies})),
+                "after": {"verdict": then.verdict, "policies": then.policies, "errors": then.errors},
+            }));
+        }
+    }
+
+    pub(super) fn to_allow(&self) -> u64 {
+        self.to_allow
+    }
+
+    pub(super) fn to_deny(&self) -> u64 {
+        self.to_deny
+    }
+
+    /// How many were asked.
+    pub(super) fn asked(&self) -> u64 {
+        self.same + self.to_allow + self.to_deny
+    }
+
+    /// Whether time ran out before all were asked.
+    pub(super) fn ended_early(&self) -> bool {
+        self.ended_early
+    }
+
+    /// How many came out otherwise.
+    pub(super) fn counts(self) -> Value {
+        json!({
+            "asked": self.asked(), "deny_to_allow": self.to_allow, "allow_to_deny": self.to_deny,
+            "ended_early": self.ended_early,
+        })
+    }
+
+    pub(super) fn told(self) -> Value {
+        json!({
+            "records_read": self.read,
+            "older_unread": self.older_unread,
+            "asked": self.asked(),
+            "callers": self.callers,
+            "same": self.same,
+            "deny_to_allow": self.to_allow,
+            "allow_to_deny": self.to_deny,
+            "flips": self.flips,
+            "not_asked": self.left_out,
+            "ended_early": self.ended_early,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of each caller and principal are left of a window.
+    fn filled(most: usize, items: &[(&str, &str, usize)]) -> Vec<(String, usize)> {
+        let mut window = Window::new(most);
+        let mut left_out = 0;
+        for (caller, principal, count) in items {
+            for _ in 0..*count {
+                let item = format!("{caller} {principal}");
+                left_out += usize::from(window.take(caller, principal, item));
+            }
+        }
+        let all: usize = items.iter().map(|(_, _, count)| count).sum();
+        let mut held: BTreeMap<String, usize> = BTreeMap::new();
+        for item in window.into_items() {
+            *held.entry(item).or_default() += 1;
+        }
+        assert_eq!(held.values().sum::<usize>() + left_out, all);
+        held.into_iter().collect()
+    }
+
+    fn of(counts: &[(&str, usize)]) -> Vec<(String, usize)> {
+        let named = |(who, count): &(&str, usize)| ((*who).to_owned(), *count);
+        counts.iter().map(named).collect()
+    }
+
+    #[test]
+    fn no_caller_pushes_the_actions_of_others_out() {
+        // The control: where there is room, all are taken.
+        let few = [("a", "x", 3), ("b", "y", 7)];
+        assert_eq!(filled(10, &few), of(&[("a x", 3), ("b y", 7)]));
+        assert_eq!(filled(10, &[("a", "x", 90)]), of(&[("a x", 10)]));
+        // One that asks a lot leaves the others their share, whether they came before it or after.
+        let flood = [("a", "x", 1_000), ("b", "y", 9), ("c", "z", 2)];
+        assert_eq!(
+            filled(12, &flood),
+            of(&[("a x", 5), ("b y", 5), ("c z", 2)])
+        );
+        let flood = [("c", "z", 2), ("b", "y", 9), ("a", "x", 1_000)];
+        assert_eq!(
+            filled(12, &flood),
+            of(&[("a x", 5), ("b y", 5), ("c z", 2)])
+        );
+    }
+
+    #[test]
+    fn who_names_many_principals_has_one_share_of_a_caller() {
+        let names: Vec<String> = (0..500).map(|n| format!("p{n:03}")).collect();
+        let mut items: Vec<(&str, &str, usize)> =
+            names.iter().map(|name| ("a", name.as_str(), 1)).collect();
+        items.push(("b", "y", 6));
+        let held = filled(12, &items);
+        let of_b = held.iter().find(|(who, _)| who == "b y").unwrap();
+        assert_eq!(of_b.1, 6);
+        // Nor do the principals behind one proxy push each other out.
+        let held = filled(12, &[("a", "x", 1_000), ("a", "y", 3)]);
+        assert_eq!(held, of(&[("a x", 9), ("a y", 3)]));
+    }
+
+    #[test]
+    fn inv_07_no_more_is_read_than_a_bound_and_that_is_told() {
+        let event = || json!({"type": "event"}).to_string().into_bytes();
+        let mut reading = Reading::new(2);
+        for index in (0..reading.reads_max).rev() {
+            assert!(reading.read(index, event()).is_continue());
+        }
+        let (seen, actions) = reading.chosen();
+        assert_eq!((seen.read, seen.older_unread), (40, false));
+        assert!(actions.is_empty());
+        assert_eq!(seen.left_out, BTreeMap::from([("no_decision", 40)]));
+        // The control: with one more there would have been something older.
+        let mut reading = Reading::new(2);
+        for index in (1..=reading.reads_max).rev() {
+            _ = reading.read(index, event());
+        }
+        assert!(reading.chosen().0.older_unread);
+        let mut reading = Reading::new(1_000);
+        let long = vec![b' '; REPLAY_READ_BYTES_MAX / 2];
+        assert!(reading.read(9, long.clone()).is_continue());
+        assert!(reading.read(8, long.clone()).is_continue());
+        assert!(reading.read(7, long).is_break());
+        assert!(reading.older_unread);
+    }
+}
