@@ -753,13 +753,30 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     assert_eq!(source(&site), (json!(2), json!("active")));
     let plan = site.json(&["policy", "plan", "site-3.tar", "--accept-flips"]);
     assert_eq!(plan["blocked"], Value::Null);
+    assert_eq!(plan["replay"]["deny_to_allow"], 1);
+    // Nor are others accepted than those that it showed.
+    assert_eq!(site.may_read("/etc/hosts").0, "deny");
+    activate(&plan, &["--accept-flips"])
+        .ended(1)
+        .says(&["PLAN_FLIPS", "/etc/hosts"]);
+    let named = plan["plan"].as_str().unwrap();
+    let forged = named.replace(named.rsplit('-').next().unwrap(), "0123456789abcdef");
+    activate(&json!({"plan": forged}), &["--accept-flips"])
+        .ended(1)
+        .says(&["PLAN_FLIPS"]);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    let plan = site.json(&["policy", "plan", "site-3.tar", "--accept-flips"]);
+    assert_eq!(plan["replay"]["deny_to_allow"], 2);
+    // The controls: what was shown is shown, however often it is asked, and what blocks nothing stops nothing.
+    assert_eq!(site.may_read("/etc/hosts").0, "deny");
+    assert_eq!(site.may_read("/srv/b.txt").0, "allow");
     activate(&plan, &["--accept-flips"]).ended(0);
     assert_eq!(source(&site), (json!(3), json!("active")));
     let activated = site.events("bundle_activated");
     let last = activated.last().unwrap();
     assert_eq!(
         last["accepted_flips"],
-        json!({"asked": 2, "deny_to_allow": 1, "allow_to_deny": 1, "ended_early": false})
+        json!({"asked": 5, "deny_to_allow": 3, "allow_to_deny": 2, "ended_early": false})
     );
     assert_eq!(activated[0]["accepted_flips"], Value::Null);
 }

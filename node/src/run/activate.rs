@@ -7,15 +7,15 @@
 //! nothing; what fails the self-check is set aside, and the last known good bundle serves.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::PoisonError,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, AsideCause, BlockOn, NotRead, Package, Role, VerifiedBundle,
-    Widening,
+    Activation, ActivationKind, ActivationRules, AsideCause, BlockOn, NotRead, Package, Role,
+    VerifiedBundle, Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
 use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
@@ -23,7 +23,8 @@ use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
 use super::{
     admit::Denied,
     node::Node,
-    replay::Replay,
+    plan::{AcceptedFlips, PlanName},
+    replay::{Replay, Span},
     rollback::undo_of,
     self_check::{Fault, Surroundings, self_check},
     waiting::{Offered, waits},
@@ -35,29 +36,55 @@ const SELF_CHECK_MAX: Duration = Duration::from_secs(2);
 /// Before a question is asked again.
 const SELF_CHECK_PAUSE: Duration = Duration::from_millis(100);
 
+/// Of a flip that a plan did not show.
+const FLIP_CHARS_SHOWN: usize = 600;
+
 /// On whose word a bundle is to be activated, and after which look.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Order<'a> {
     asker: For,
-    /// The plan that an operator looked at.
-    plan: Option<&'a str>,
+    look: Look<'a>,
     accepts_flips: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Look<'a> {
+    /// Nobody looked.
+    None,
+    /// The plan is being drawn.
+    Drawing,
+    /// The plan that an operator looked at.
+    Plan(&'a PlanName),
 }
 
 impl<'a> Order<'a> {
     pub(super) fn unlooked(asker: For) -> Self {
         Self {
             asker,
-            plan: None,
+            look: Look::None,
             accepts_flips: false,
         }
     }
 
-    pub(super) fn planned(plan: &'a str, accepts_flips: bool) -> Self {
+    pub(super) fn drawing(accepts_flips: bool) -> Self {
         Self {
             asker: For::Operator,
-            plan: Some(plan),
+            look: Look::Drawing,
             accepts_flips,
+        }
+    }
+
+    pub(super) fn planned(plan: &'a PlanName, accepts_flips: bool) -> Self {
+        Self {
+            look: Look::Plan(plan),
+            ..Self::drawing(accepts_flips)
+        }
+    }
+
+    fn plan(&self) -> Option<&'a PlanName> {
+        match self.look {
+            Look::Plan(plan) => Some(plan),
+            Look::None | Look::Drawing => None,
         }
     }
 }
@@ -67,7 +94,7 @@ pub(super) struct Passed {
     /// What is known of its permitting more than the one before.
     widening: Widening,
     /// Flips that would have blocked, and that an operator accepted.
-    accepted: Option<Replay>,
+    pub(super) accepted: Option<Replay>,
 }
 
 /// What storing a bundle's segment came to.
@@ -204,7 +231,7 @@ impl Node {
     /// What was set aside here comes back by an operator's plan alone.
     fn check_aside(&self, bundle: &VerifiedBundle, order: &Order<'_>) -> Result<(), Denied> {
         let aside = self.slots.aside();
-        if order.plan.is_some()
+        if !matches!(order.look, Look::None)
             || aside.is_none_or(|aside| aside.content_id != *bundle.content_id())
         {
             return Ok(());
@@ -216,18 +243,18 @@ impl Node {
     }
 
     fn check_plan(&self, bundle: &VerifiedBundle, order: &Order<'_>) -> Result<(), Denied> {
-        let now = |plan: &str| self.plan_of(bundle, order.accepts_flips) == plan;
-        if order.plan.is_none_or(now) {
+        let now = |plan: &PlanName| self.plan_of(bundle, order.accepts_flips) == plan.base;
+        if order.plan().is_none_or(now) {
             return Ok(());
         }
         Err(Denied::local(
             "PLAN_STALE",
-            "what would be activated, what it would replace, who signed it or which flips are accepted is \
+            "what would be activated, what it would replace, who signed it or whether flips are accepted is \
              not what the plan said: look at a new plan",
         ))
     }
 
-    fn activation_rules(&self) -> Result<tidelock_policy::ActivationRules, Denied> {
+    pub(super) fn activation_rules(&self) -> Result<ActivationRules, Denied> {
         Ok(*self.bundle_trust()?.activation())
     }
 
@@ -239,47 +266,107 @@ impl Node {
         order: &Order<'_>,
     ) -> Result<Option<Replay>, Denied> {
         let rules = self.activation_rules()?;
-        let current = self.slots.current();
         // Before the first bundle nothing was allowed: all that it allows would be a flip. And what is signed
         // for an emergency is signed to come out otherwise.
         let asks_nothing = rules.block_on == BlockOn::None || self.slots.floor().is_none();
         if asks_nothing || bundle.manifest().role == Role::BreakGlass {
             return Ok(None);
         }
-        let last = rules.replay_records.unwrap_or(REPLAY_RECORDS_MAX);
-        let replay = self
-            .replay(current.as_ref().map(|c| c.bundle()), bundle, last)
-            .map_err(|why| Denied::local("POLICY_REPLAY", not_replayed(&why)))?;
+        let accepted = order.plan().and_then(|plan| plan.flips.as_ref());
+        match accepted.filter(|_| order.accepts_flips) {
+            Some(accepted) => self.check_accepted(bundle, &rules, accepted).map(Some),
+            None => self.check_unaccepted(bundle, &rules, order),
+        }
+    }
+
+    fn replay_for(
+        &self,
+        bundle: &VerifiedBundle,
+        rules: &ActivationRules,
+        (after, up_to): (Option<u64>, Option<u64>),
+    ) -> Result<Replay, Denied> {
+        let span = Span {
+            last: rules.replay_records.unwrap_or(REPLAY_RECORDS_MAX),
+            after,
+            up_to,
+        };
+        let current = self.slots.current();
+        self.replay(current.as_ref().map(|c| c.bundle()), bundle, span)
+            .map_err(|why| Denied::local("POLICY_REPLAY", not_replayed(&why)))
+    }
+
+    fn check_unaccepted(
+        &self,
+        bundle: &VerifiedBundle,
+        rules: &ActivationRules,
+        order: &Order<'_>,
+    ) -> Result<Option<Replay>, Denied> {
+        let replay = self.replay_for(bundle, rules, (None, None))?;
+        let draws = order.accepts_flips && matches!(order.look, Look::Drawing);
+        let is_blocked = replay.blocking(rules.block_on).next().is_some();
+        if !replay.ended_early() && !is_blocked {
+            return Ok(None);
+        }
+        if draws {
+            return Ok(Some(replay));
+        }
         if replay.ended_early() {
-            if order.accepts_flips {
-                return Ok(Some(replay));
-            }
             let why = "it took too long; where the plan shows what is wanted, activate by one with --accept-flips";
             return Err(Denied::local("POLICY_REPLAY", not_replayed(why)));
         }
-        let blocking = match rules.block_on {
-            BlockOn::None => 0,
-            BlockOn::AnyFlip => replay.to_allow() + replay.to_deny(),
-            BlockOn::DenyToAllow => replay.to_allow(),
-        };
-        if blocking == 0 {
-            return Ok(None);
-        }
+        let (to_allow, to_deny) = replay.flips();
         if order.accepts_flips {
-            return Ok(Some(replay));
+            return Err(other_flips(&format!(
+                "it showed none that block, and there are {to_allow} to allow and {to_deny} to deny now"
+            )));
         }
         Err(Denied::local(
             "POLICY_FLIPS",
             format!(
-                "of {} recorded actions {} that were denied would be allowed and {} the other way round, and \
-                 the trust file says that this blocks ({}): look at tidelock policy plan FILE --accept-flips, \
-                 and where it is right, activate by that plan",
+                "of {} recorded actions {to_allow} that were denied would be allowed and {to_deny} the other way \
+                 round, and the trust file says that this blocks ({}): look at tidelock policy plan FILE \
+                 --accept-flips, and where it is right, activate by that plan",
                 replay.asked(),
-                replay.to_allow(),
-                replay.to_deny(),
                 rules.block_on.as_str()
             ),
         ))
+    }
+
+    /// Whether the flips are those that the plan showed: the same among the records that it was made of, and
+    /// no others in what was recorded since.
+    fn check_accepted(
+        &self,
+        bundle: &VerifiedBundle,
+        rules: &ActivationRules,
+        accepted: &AcceptedFlips,
+    ) -> Result<Replay, Denied> {
+        let newest = Some(accepted.newest);
+        let shown = self.replay_for(bundle, rules, (None, newest))?;
+        if shown.acceptable(rules.block_on).digest != accepted.digest {
+            return Err(other_flips(
+                "other actions come out otherwise among the records that it was made of",
+            ));
+        }
+        let since = self.replay_for(bundle, rules, (newest, None))?;
+        if shown.ended_early() {
+            return Ok(shown.and(since));
+        }
+        if since.ended_early() || since.older_unread() {
+            return Err(other_flips(
+                "more was recorded since than can be asked again",
+            ));
+        }
+        let known: BTreeSet<&String> = shown.blocking(rules.block_on).collect();
+        let other = since
+            .blocking(rules.block_on)
+            .find(|flip| !known.contains(flip));
+        match other {
+            Some(flip) => {
+                let shown: String = flip.chars().take(FLIP_CHARS_SHOWN).collect();
+                Err(other_flips(&format!("recorded since: {shown}")))
+            }
+            None => Ok(shown.and(since)),
+        }
     }
 
     /// Stores the segment that carries a bundle to others. The same content under further signatures is no
@@ -310,7 +397,7 @@ impl Node {
     /// Makes the rollback target, the bundle and the floor durable, in this order, then switches. Requests
     /// under way end with the bundle that they began with.
     fn switch_to(&self, bundle: VerifiedBundle, order: &Order<'_>) -> Result<Activation, Denied> {
-        let switched = match order.plan {
+        let switched = match order.plan() {
             Some(_) => self.slots.reinstate(bundle),
             None => self.slots.activate(bundle),
         };
@@ -470,6 +557,13 @@ impl Node {
 fn not_replayed(why: &str) -> String {
     format!(
         "the recorded actions could not be asked again, and the trust file says that flips block: {why}"
+    )
+}
+
+fn other_flips(why: &str) -> Denied {
+    Denied::local(
+        "PLAN_FLIPS",
+        format!("not the flips that the plan showed: {why}; look at a new plan"),
     )
 }
 

@@ -1,5 +1,7 @@
 //! What activating a bundle would change: the plan that an operator reads before it acts.
 
+use std::fmt;
+
 use aws_lc_rs::digest::{SHA256, digest};
 use serde_json::{Value, json};
 use tidelock_gateway::OperatorError;
@@ -10,6 +12,7 @@ use super::{
     admit::Denied,
     doors::{bad, field_bytes, refused},
     node::Node,
+    replay::Span,
 };
 use crate::worker::For;
 
@@ -28,12 +31,21 @@ impl Node {
                 .ok_or_else(|| bad(format!("`replay` is a number up to {REPLAY_RECORDS_MAX}")))?,
         };
         let accepts_flips = accepts_flips(body)?;
-        let plan = self.plan_of(&bundle, accepts_flips);
         // What the act would be refused for.
-        let gates = self.check_gates(&bundle, &Order::planned(&plan, accepts_flips));
-        let blocked = gates
-            .err()
-            .map(|denied| json!({"code": denied.code, "message": denied.message}));
+        let gates = self.check_gates(&bundle, &Order::drawing(accepts_flips));
+        let (accepted, blocked) = match gates {
+            Ok(passed) => (passed.accepted, None),
+            Err(denied) => (
+                None,
+                Some(json!({"code": denied.code, "message": denied.message})),
+            ),
+        };
+        let block_on = self.activation_rules().map_err(|denied| refused(&denied))?;
+        let block_on = block_on.block_on;
+        let plan = PlanName {
+            base: self.plan_of(&bundle, accepts_flips),
+            flips: accepted.as_ref().map(|replay| replay.acceptable(block_on)),
+        };
         let current = self.slots.current();
         let changes = current
             .as_ref()
@@ -45,16 +57,24 @@ impl Node {
             })
             .transpose()
             .map_err(|error| refused(&Denied::local(error.code(), error)))?;
-        let replay = self
-            .replay(current.as_ref().map(|c| c.bundle()), &bundle, last)
-            .map_err(|message| OperatorError {
-                status: 503,
-                code: "AUDIT_UNAVAILABLE".to_owned(),
-                message,
-            })?;
+        // What is accepted is what is shown.
+        let replay = match accepted {
+            Some(accepted) => accepted,
+            None => self
+                .replay(
+                    current.as_ref().map(|c| c.bundle()),
+                    &bundle,
+                    Span::newest(last),
+                )
+                .map_err(|message| OperatorError {
+                    status: 503,
+                    code: "AUDIT_UNAVAILABLE".to_owned(),
+                    message,
+                })?,
+        };
         let manifest = bundle.manifest();
         Ok(json!({
-            "plan": plan,
+            "plan": plan.to_string(),
             "accept_flips": accepts_flips,
             "blocked": blocked,
             "activate": {"name": manifest.name, "epoch": manifest.epoch, "version": manifest.version,
@@ -86,7 +106,8 @@ impl Node {
             .get("plan")
             .and_then(Value::as_str)
             .ok_or_else(|| bad("`plan` is required: the one that policy.plan answered"))?;
-        self.activate(&package, &Order::planned(plan, accepts_flips(body)?))
+        let plan = PlanName::parse(plan);
+        self.activate(&package, &Order::planned(&plan, accepts_flips(body)?))
             .map(|activated| activated.told())
             .map_err(|denied| {
                 self.reject_bundle(&denied);
@@ -117,6 +138,57 @@ impl Node {
     }
 }
 
+/// The name of a plan: what would be put in place of what, and which flips an operator accepts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct PlanName {
+    /// What [`Node::plan_of`] says.
+    pub(super) base: String,
+    /// Where some block that are accepted.
+    pub(super) flips: Option<AcceptedFlips>,
+}
+
+/// Flips that block and that an operator was shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct AcceptedFlips {
+    /// The newest record that was looked at for them.
+    pub(super) newest: u64,
+    /// Names them.
+    pub(super) digest: String,
+}
+
+impl PlanName {
+    /// Reads a name. What is none is the name of no plan.
+    pub(super) fn parse(text: &str) -> Self {
+        let mut parts = text.splitn(3, '-');
+        let base = parts.next().unwrap_or_default().to_owned();
+        let newest = parts.next().and_then(|newest| newest.parse().ok());
+        let flips = newest
+            .zip(parts.next())
+            .map(|(newest, digest)| AcceptedFlips {
+                newest,
+                digest: digest.to_owned(),
+            });
+        let name = Self { base, flips };
+        match name.to_string() == text {
+            true => name,
+            false => Self {
+                base: text.to_owned(),
+                flips: None,
+            },
+        }
+    }
+}
+
+impl fmt::Display for PlanName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.base)?;
+        match &self.flips {
+            None => Ok(()),
+            Some(AcceptedFlips { newest, digest }) => write!(f, "-{newest}-{digest}"),
+        }
+    }
+}
+
 fn accepts_flips(body: &Value) -> Result<bool, OperatorError> {
     match body.get("accept_flips") {
         None => Ok(false),
@@ -131,4 +203,24 @@ pub(super) fn short_digest(text: &str) -> String {
     let hash = digest(&SHA256, text.as_bytes());
     let short = hash.as_ref().iter().take(8);
     short.map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_plans_are_read_as_they_are_written() {
+        let named = |text: &str| {
+            let name = PlanName::parse(text);
+            assert_eq!(name.to_string(), text);
+            name.flips.map(|flips| (flips.newest, flips.digest))
+        };
+        assert_eq!(named("5f3c2a9be01d7744"), None);
+        let flips = named("5f3c2a9be01d7744-1042-91ab5f3c2a9be01d");
+        assert_eq!(flips, Some((1042, "91ab5f3c2a9be01d".to_owned())));
+        for none in ["", "-", "a-b-c", "a-1", "a-01-b", "a--1-b", "a-+1-b"] {
+            assert_eq!(named(none), None, "{none}");
+        }
+    }
 }

@@ -4,7 +4,7 @@
 //! principal: nobody pushes the actions of others out by asking a lot, or by leaving records that are no actions.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::ControlFlow,
     time::{Duration, Instant},
 };
@@ -12,11 +12,14 @@ use std::{
 use serde_json::{Value, json};
 use tidelock_interceptor::recorded_request;
 use tidelock_policy::{
-    Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle,
+    BlockOn, Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle,
     limits::{REPLAY_READ_BYTES_MAX, REPLAY_READ_FOR_EACH},
 };
 
-use super::node::Node;
+use super::{
+    node::Node,
+    plan::{AcceptedFlips, short_digest},
+};
 
 /// Decisions that come out otherwise and are listed one by one.
 const FLIPS_LISTED_MAX: usize = 50;
@@ -30,12 +33,16 @@ impl Node {
         &self,
         before: Option<&VerifiedBundle>,
         after: &VerifiedBundle,
-        last: u64,
+        span: Span,
     ) -> Result<Replay, String> {
         let begun = Instant::now();
         let is_over = || begun.elapsed() >= REPLAY_MAX;
-        let mut reading = Reading::new(last);
-        let count = usize::try_from(reading.reads_max).unwrap_or(usize::MAX);
+        let mut reading = Reading::new(span);
+        let newer = match span.up_to {
+            None => 0,
+            Some(newest) => self.log.size().saturating_sub(newest),
+        };
+        let count = usize::try_from(reading.reads_max.saturating_add(newer)).unwrap_or(usize::MAX);
         self.log
             .newest_first(count, &mut |index, record| {
                 reading.ended_early = is_over();
@@ -58,6 +65,27 @@ impl Node {
             }
         }
         Ok(seen)
+    }
+}
+
+/// Which actions are asked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Span {
+    /// At most so many.
+    pub(super) last: u64,
+    /// Of records after this one.
+    pub(super) after: Option<u64>,
+    /// Of records up to this one.
+    pub(super) up_to: Option<u64>,
+}
+
+impl Span {
+    pub(super) fn newest(last: u64) -> Self {
+        Self {
+            last,
+            after: None,
+            up_to: None,
+        }
     }
 }
 
@@ -142,7 +170,9 @@ impl<T> Window<T> {
 
 /// Records on their way into a replay.
 struct Reading {
+    span: Span,
     reads_max: u64,
+    newest: Option<u64>,
     read: u64,
     bytes: usize,
     window: Window<(u64, Vec<u8>)>,
@@ -152,12 +182,14 @@ struct Reading {
 }
 
 impl Reading {
-    fn new(last: u64) -> Self {
+    fn new(span: Span) -> Self {
         Self {
-            reads_max: last.saturating_mul(REPLAY_READ_FOR_EACH),
+            span,
+            reads_max: span.last.saturating_mul(REPLAY_READ_FOR_EACH),
+            newest: None,
             read: 0,
             bytes: 0,
-            window: Window::new(usize::try_from(last).unwrap_or(usize::MAX)),
+            window: Window::new(usize::try_from(span.last).unwrap_or(usize::MAX)),
             left_out: BTreeMap::new(),
             older_unread: false,
             ended_early: false,
@@ -165,11 +197,19 @@ impl Reading {
     }
 
     fn read(&mut self, index: u64, bytes: Vec<u8>) -> ControlFlow<()> {
+        if self.span.up_to.is_some_and(|newest| index > newest) {
+            return ControlFlow::Continue(());
+        }
+        if self.span.after.is_some_and(|after| index <= after) {
+            self.older_unread = false;
+            return ControlFlow::Break(());
+        }
         self.bytes = self.bytes.saturating_add(bytes.len());
-        if self.bytes > REPLAY_READ_BYTES_MAX {
+        if self.read >= self.reads_max || self.bytes > REPLAY_READ_BYTES_MAX {
             self.older_unread = true;
             return ControlFlow::Break(());
         }
+        self.newest = self.newest.or(Some(index));
         self.read += 1;
         self.older_unread = self.read >= self.reads_max && index > 0;
         let record: Value = serde_json::from_slice(&bytes).unwrap_or_default();
@@ -191,6 +231,7 @@ impl Reading {
     /// What is to be asked, the newest first.
     fn chosen(self) -> (Replay, Vec<(u64, Vec<u8>)>) {
         let seen = Replay {
+            newest: self.newest,
             read: self.read,
             callers: self.window.callers(),
             left_out: self.left_out,
@@ -225,17 +266,27 @@ fn asked(bundle: &VerifiedBundle, request: &PolicyRequest) -> Evaluation {
 /// How recorded actions come out.
 #[derive(Default)]
 pub(super) struct Replay {
+    /// The newest record that was looked at.
+    newest: Option<u64>,
     /// Records that were looked at.
     read: u64,
     /// Whose actions were asked.
     callers: usize,
     same: u64,
     flips: Vec<Value>,
-    to_allow: u64,
-    to_deny: u64,
+    to_allow: Flips,
+    to_deny: Flips,
     left_out: BTreeMap<&'static str, u64>,
     older_unread: bool,
     ended_early: bool,
+}
+
+/// Actions that come out otherwise in one direction.
+#[derive(Default)]
+struct Flips {
+    count: u64,
+    /// Each as it is shown. The same action again is no other flip.
+    shown: BTreeSet<String>,
 }
 
 impl Replay {
@@ -253,38 +304,35 @@ impl Replay {
             .as_ref()
             .is_some_and(|now| now.verdict == Verdict::Permit);
         let allows = then.verdict == Verdict::Permit;
-        match (allowed, allows) {
-            (false, true) => self.to_allow += 1,
-            (true, false) => self.to_deny += 1,
+        let flips = match (allowed, allows) {
+            (false, true) => &mut self.to_allow,
+            (true, false) => &mut self.to_deny,
             _ => {
                 self.same += 1;
                 return;
             }
+        };
+        let part = |key: &str| record.get(key).cloned().unwrap_or_default();
+        let mut flip = json!({
+            "principal": part("principal"),
+            "action": part("action"),
+            "resource": part("resource"),
+            "before": now.map(|now| json!({"verdict": now.verdict, "policies": now.policies})),
+            "after": {"verdict": then.verdict, "policies": then.policies, "errors": then.errors},
+        });
+        flips.count += 1;
+        flips.shown.insert(flip.to_string());
+        if self.flips.len() < FLIPS_LISTED_MAX
+            && let Some(fields) = flip.as_object_mut()
+        {
+            fields.insert("index".to_owned(), index.into());
+            self.flips.push(flip);
         }
-        if self.flips.len() < FLIPS_LISTED_MAX {
-            let part = |key: &str| record.get(key).cloned().unwrap_or_default();
-            self.flips.push(json!({
-                "index": index,
-                "principal": part("principal"),
-                "action": part("action"),
-                "resource": part("resource"),
-                "before": now.map(|now| json!({"verdict": now.verdict, "policies": now.policies})),
-                "after": {"verdict": then.verdict, "policies": then.policies, "errors": then.errors},
-            }));
-        }
-    }
-
-    pub(super) fn to_allow(&self) -> u64 {
-        self.to_allow
-    }
-
-    pub(super) fn to_deny(&self) -> u64 {
-        self.to_deny
     }
 
     /// How many were asked.
     pub(super) fn asked(&self) -> u64 {
-        self.same + self.to_allow + self.to_deny
+        self.same + self.to_allow.count + self.to_deny.count
     }
 
     /// Whether time ran out before all were asked.
@@ -292,10 +340,56 @@ impl Replay {
         self.ended_early
     }
 
+    /// Whether older records were left unread.
+    pub(super) fn older_unread(&self) -> bool {
+        self.older_unread
+    }
+
+    /// How many that were denied would be allowed, and the other way round.
+    pub(super) fn flips(&self) -> (u64, u64) {
+        (self.to_allow.count, self.to_deny.count)
+    }
+
+    /// Those that block by this rule, each as it is shown.
+    pub(super) fn blocking(&self, block_on: BlockOn) -> impl Iterator<Item = &String> {
+        let (to_allow, to_deny) = match block_on {
+            BlockOn::None => (None, None),
+            BlockOn::DenyToAllow => (Some(&self.to_allow), None),
+            BlockOn::AnyFlip => (Some(&self.to_allow), Some(&self.to_deny)),
+        };
+        let both = to_allow.into_iter().chain(to_deny);
+        both.flat_map(|flips| &flips.shown)
+    }
+
+    /// What an operator who accepts these accepts: up to which record, and a name of those that block.
+    pub(super) fn acceptable(&self, block_on: BlockOn) -> AcceptedFlips {
+        let text = match self.ended_early {
+            // Not all were shown, and more than was shown was accepted.
+            true => "ended early".to_owned(),
+            false => {
+                let lines = self.blocking(block_on).map(|flip| format!("{flip}\n"));
+                lines.collect()
+            }
+        };
+        AcceptedFlips {
+            newest: self.newest.unwrap_or_default(),
+            digest: short_digest(&text),
+        }
+    }
+
+    /// Together with what was recorded since.
+    pub(super) fn and(mut self, since: Self) -> Self {
+        self.same += since.same;
+        self.to_allow.count += since.to_allow.count;
+        self.to_deny.count += since.to_deny.count;
+        self.ended_early |= since.ended_early;
+        self
+    }
+
     /// How many came out otherwise.
     pub(super) fn counts(self) -> Value {
         json!({
-            "asked": self.asked(), "deny_to_allow": self.to_allow, "allow_to_deny": self.to_deny,
+            "asked": self.asked(), "deny_to_allow": self.to_allow.count, "allow_to_deny": self.to_deny.count,
             "ended_early": self.ended_early,
         })
     }
@@ -307,8 +401,8 @@ impl Replay {
             "asked": self.asked(),
             "callers": self.callers,
             "same": self.same,
-            "deny_to_allow": self.to_allow,
-            "allow_to_deny": self.to_deny,
+            "deny_to_allow": self.to_allow.count,
+            "allow_to_deny": self.to_deny.count,
             "flips": self.flips,
             "not_asked": self.left_out,
             "ended_early": self.ended_early,
@@ -380,7 +474,7 @@ mod tests {
     #[test]
     fn inv_07_no_more_is_read_than_a_bound_and_that_is_told() {
         let event = || json!({"type": "event"}).to_string().into_bytes();
-        let mut reading = Reading::new(2);
+        let mut reading = Reading::new(Span::newest(2));
         for index in (0..reading.reads_max).rev() {
             assert!(reading.read(index, event()).is_continue());
         }
@@ -389,16 +483,37 @@ mod tests {
         assert!(actions.is_empty());
         assert_eq!(seen.left_out, BTreeMap::from([("no_decision", 40)]));
         // The control: with one more there would have been something older.
-        let mut reading = Reading::new(2);
+        let mut reading = Reading::new(Span::newest(2));
         for index in (1..=reading.reads_max).rev() {
             _ = reading.read(index, event());
         }
         assert!(reading.chosen().0.older_unread);
-        let mut reading = Reading::new(1_000);
+        let mut reading = Reading::new(Span::newest(1_000));
         let long = vec![b' '; REPLAY_READ_BYTES_MAX / 2];
         assert!(reading.read(9, long.clone()).is_continue());
         assert!(reading.read(8, long.clone()).is_continue());
         assert!(reading.read(7, long).is_break());
         assert!(reading.older_unread);
+    }
+
+    #[test]
+    fn a_span_is_read_between_its_ends() {
+        let event = || json!({"type": "event"}).to_string().into_bytes();
+        let read = |after, up_to| {
+            let mut reading = Reading::new(Span {
+                after,
+                up_to,
+                ..Span::newest(1)
+            });
+            let mut indexes = (0..50).rev();
+            _ = indexes.try_for_each(|index| reading.read(index, event()));
+            (reading.newest, reading.read, reading.older_unread)
+        };
+        assert_eq!(read(None, None), (Some(49), 20, true));
+        assert_eq!(read(None, Some(9)), (Some(9), 10, false));
+        assert_eq!(read(Some(40), None), (Some(49), 9, false));
+        assert_eq!(read(Some(29), None), (Some(49), 20, false));
+        assert_eq!(read(Some(28), None), (Some(49), 20, true));
+        assert_eq!(read(Some(49), None), (None, 0, false));
     }
 }

@@ -16,7 +16,7 @@ use super::{
     doors::{bad, refused, unrecorded},
     node::Node,
     plan::short_digest,
-    replay::Replay,
+    replay::{Replay, Span},
 };
 use crate::worker::For;
 
@@ -94,7 +94,11 @@ impl Node {
             )
             .map_err(|error| refused(&Denied::local(error.code(), error)))?;
             // To go back must not depend on it.
-            let replay = self.replay(Some(current.bundle()), &standby, REPLAY_RECORDS_MAX);
+            let replay = self.replay(
+                Some(current.bundle()),
+                &standby,
+                Span::newest(REPLAY_RECORDS_MAX),
+            );
             return Ok(json!({
                 "plan": plan,
                 "sets_aside": sets_aside,
