@@ -781,6 +781,45 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     assert_eq!(activated[0]["accepted_flips"], Value::Null);
 }
 
+/// With nothing to stand in, everything that the next bundle allowed was a flip: none came in but by an operator.
+#[test]
+fn where_no_bundle_decides_flips_are_counted_against_what_the_last_one_said() {
+    let site = Site::new();
+    rules(&site, "block_on = \"any_flip\"");
+    turned(&site, &[3]);
+    site.bundle("site-2.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(2);
+    });
+    let node = site.start_deciding();
+    site.decides();
+    assert!(node.stop().success());
+    fs::remove_file(site.path("root/policy/active")).unwrap();
+    for segment in fs::read_dir(site.path("root/segments/policy")).unwrap() {
+        fs::remove_file(segment.unwrap().path()).unwrap();
+    }
+    let _node = site.start();
+    assert_eq!(site.status()["bundle"], Value::Null);
+    // What is denied for want of a bundle is no measure of the next one.
+    for path in ["/srv/a.txt", "/srv/b.txt", "/etc/hosts"] {
+        assert_eq!(site.may_read(path).1, "NO_POLICY");
+    }
+    let plan = site.json(&["policy", "plan", "site-3.tar"]);
+    assert_eq!(plan["blocked"]["code"], "POLICY_FLIPS");
+    let replay = &plan["replay"];
+    assert_eq!(
+        (&replay["asked"], &replay["deny_to_allow"]),
+        (&json!(2), &json!(1))
+    );
+    assert_eq!(replay["not_asked"]["no_verdict"], 3);
+    let install = |archive: &str| site.tidelock(&["bundle", "install", archive, "--apply"]);
+    install("site-3.tar").ended(1).says(&["POLICY_FLIPS"]);
+    assert_eq!(site.status()["bundle"], Value::Null);
+    // The control: what says the same as the last one comes in by itself.
+    install("site-2.tar").ended(0);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    site.decides();
+}
+
 #[test]
 fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
     let site = Site::new();

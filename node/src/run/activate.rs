@@ -14,8 +14,8 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, ActivationRules, AsideCause, BlockOn, NotRead, Package, Role,
-    VerifiedBundle, Widening,
+    Activation, ActivationKind, ActivationRules, ActivePolicy, AsideCause, BlockOn, NotRead,
+    Package, Role, VerifiedBundle, Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
 use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
@@ -24,7 +24,7 @@ use super::{
     admit::Denied,
     node::Node,
     plan::{AcceptedFlips, PlanName},
-    replay::{Replay, Span},
+    replay::{Before, Replay, Span},
     rollback::undo_of,
     self_check::{Fault, Surroundings, self_check},
     waiting::{Offered, waits},
@@ -279,6 +279,15 @@ impl Node {
         }
     }
 
+    /// What recorded actions are held against: what decides now, or where nothing does, what the newest bundle
+    /// said while it did. A node without policy would otherwise take none but by an operator's plan.
+    pub(super) fn measure<'a>(&self, current: Option<&'a ActivePolicy>) -> Before<'a> {
+        match current {
+            Some(current) => Before::Bundle(current.bundle()),
+            None => Before::Recorded(self.slots.floor().map(|floor| floor.content_id)),
+        }
+    }
+
     fn replay_for(
         &self,
         bundle: &VerifiedBundle,
@@ -291,7 +300,7 @@ impl Node {
             up_to,
         };
         let current = self.slots.current();
-        self.replay(current.as_ref().map(|c| c.bundle()), bundle, span)
+        self.replay(&self.measure(current.as_deref()), bundle, span)
             .map_err(|why| Denied::local("POLICY_REPLAY", not_replayed(&why)))
     }
 

@@ -62,7 +62,7 @@ impl Node {
             Some(accepted) => accepted,
             None => self
                 .replay(
-                    current.as_ref().map(|c| c.bundle()),
+                    &self.measure(current.as_deref()),
                     &bundle,
                     Span::newest(last),
                 )

@@ -10,9 +10,9 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tidelock_interceptor::recorded_request;
+use tidelock_interceptor::{NotReplayable, recorded_request};
 use tidelock_policy::{
-    BlockOn, Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle,
+    BlockOn, ContentId, Engine, Evaluation, PolicyRequest, Posture, Verdict, VerifiedBundle,
     limits::{REPLAY_READ_BYTES_MAX, REPLAY_READ_FOR_EACH},
 };
 
@@ -31,7 +31,7 @@ impl Node {
     /// Asks both bundles what was asked lately. Engines are pure: nothing comes of it but the answer.
     pub(super) fn replay(
         &self,
-        before: Option<&VerifiedBundle>,
+        before: &Before<'_>,
         after: &VerifiedBundle,
         span: Span,
     ) -> Result<Replay, String> {
@@ -48,7 +48,7 @@ impl Node {
                 reading.ended_early = is_over();
                 match reading.ended_early {
                     true => ControlFlow::Break(()),
-                    false => reading.read(index, record),
+                    false => reading.read(index, record, before),
                 }
             })
             .map_err(|error| error.to_string())?;
@@ -60,12 +60,65 @@ impl Node {
                 break;
             }
             let record: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-            if let Ok(request) = recorded_request(&record) {
-                seen.ask(index, &record, &request, before, after);
+            if let Ok(request) = recorded_request(&record)
+                && let Ok(now) = before.says(&record, &request)
+            {
+                seen.ask(index, &record, &now, &asked(after, &request));
             }
         }
         Ok(seen)
     }
+}
+
+/// What recorded actions come out like now.
+pub(super) enum Before<'a> {
+    /// As this bundle says.
+    Bundle(&'a VerifiedBundle),
+    /// As it was recorded while this content decided: none does now, and that nothing is allowed is no measure of
+    /// what may be. With no content, nothing was ever decided.
+    Recorded(Option<ContentId>),
+}
+
+impl Before<'_> {
+    fn says(&self, record: &Value, request: &PolicyRequest) -> Result<Evaluation, &'static str> {
+        match self {
+            Self::Bundle(bundle) => Ok(asked(bundle, request)),
+            Self::Recorded(content) => recorded(record, content.as_ref()),
+        }
+    }
+
+    /// Whether it has a word on this record.
+    fn measures(&self, record: &Value) -> Result<(), &'static str> {
+        match self {
+            Self::Bundle(_) => Ok(()),
+            Self::Recorded(content) => recorded(record, content.as_ref()).map(drop),
+        }
+    }
+}
+
+/// What the policies of this content said when it was recorded. What posture, quotas, time or the lack of a
+/// bundle decided is no word of theirs.
+fn recorded(record: &Value, content: Option<&ContentId>) -> Result<Evaluation, &'static str> {
+    let reason = record.get("reason").and_then(Value::as_str);
+    let verdict = match reason.unwrap_or_default() {
+        "POLICY_ALLOW" => Verdict::Permit,
+        "POLICY_DENY" => Verdict::Forbid,
+        "NO_MATCH" => Verdict::NoMatch,
+        "EVALUATION_ERROR" => Verdict::Error,
+        // A decision point is asked about what the policies permit.
+        reason if reason.starts_with("CONSULT_") => Verdict::Permit,
+        _ => return Err("no_verdict"),
+    };
+    let by = record.pointer("/bundle/hash").and_then(Value::as_str);
+    if content.is_none_or(|content| by != Some(content.as_str())) {
+        return Err("other_bundle");
+    }
+    let policies = record.get("policies").cloned().unwrap_or_default();
+    Ok(Evaluation {
+        verdict,
+        policies: serde_json::from_value(policies).unwrap_or_default(),
+        errors: Vec::new(),
+    })
 }
 
 /// Which actions are asked.
@@ -196,7 +249,7 @@ impl Reading {
         }
     }
 
-    fn read(&mut self, index: u64, bytes: Vec<u8>) -> ControlFlow<()> {
+    fn read(&mut self, index: u64, bytes: Vec<u8>, before: &Before<'_>) -> ControlFlow<()> {
         if self.span.up_to.is_some_and(|newest| index > newest) {
             return ControlFlow::Continue(());
         }
@@ -213,9 +266,10 @@ impl Reading {
         self.read += 1;
         self.older_unread = self.read >= self.reads_max && index > 0;
         let record: Value = serde_json::from_slice(&bytes).unwrap_or_default();
-        let left_out = match recorded_request(&record) {
-            Err(why) => Some(why.as_str()),
-            Ok(_) => {
+        let is_action = recorded_request(&record).map_err(NotReplayable::as_str);
+        let left_out = match is_action.and_then(|_| before.measures(&record)) {
+            Err(why) => Some(why),
+            Ok(()) => {
                 let who = |key: &str| record.get(key).map(who).unwrap_or_default();
                 let (caller, principal) = (who("caller"), who("principal"));
                 let is_full = self.window.take(&caller, &principal, (index, bytes));
@@ -290,21 +344,9 @@ struct Flips {
 }
 
 impl Replay {
-    fn ask(
-        &mut self,
-        index: u64,
-        record: &Value,
-        request: &PolicyRequest,
-        before: Option<&VerifiedBundle>,
-        after: &VerifiedBundle,
-    ) {
-        let now = before.map(|before| asked(before, request));
-        let then = asked(after, request);
-        let allowed = now
-            .as_ref()
-            .is_some_and(|now| now.verdict == Verdict::Permit);
-        let allows = then.verdict == Verdict::Permit;
-        let flips = match (allowed, allows) {
+    fn ask(&mut self, index: u64, record: &Value, now: &Evaluation, then: &Evaluation) {
+        let is_allowed = |said: &Evaluation| said.verdict == Verdict::Permit;
+        let flips = match (is_allowed(now), is_allowed(then)) {
             (false, true) => &mut self.to_allow,
             (true, false) => &mut self.to_deny,
             _ => {
@@ -317,7 +359,7 @@ impl Replay {
             "principal": part("principal"),
             "action": part("action"),
             "resource": part("resource"),
-            "before": now.map(|now| json!({"verdict": now.verdict, "policies": now.policies})),
+            "before": {"verdict": now.verdict, "policies": now.policies},
             "after": {"verdict": then.verdict, "policies": then.policies, "errors": then.errors},
         });
         flips.count += 1;
@@ -476,7 +518,11 @@ mod tests {
         let event = || json!({"type": "event"}).to_string().into_bytes();
         let mut reading = Reading::new(Span::newest(2));
         for index in (0..reading.reads_max).rev() {
-            assert!(reading.read(index, event()).is_continue());
+            assert!(
+                reading
+                    .read(index, event(), &Before::Recorded(None))
+                    .is_continue()
+            );
         }
         let (seen, actions) = reading.chosen();
         assert_eq!((seen.read, seen.older_unread), (40, false));
@@ -485,15 +531,46 @@ mod tests {
         // The control: with one more there would have been something older.
         let mut reading = Reading::new(Span::newest(2));
         for index in (1..=reading.reads_max).rev() {
-            _ = reading.read(index, event());
+            _ = reading.read(index, event(), &Before::Recorded(None));
         }
         assert!(reading.chosen().0.older_unread);
         let mut reading = Reading::new(Span::newest(1_000));
-        let long = vec![b' '; REPLAY_READ_BYTES_MAX / 2];
-        assert!(reading.read(9, long.clone()).is_continue());
-        assert!(reading.read(8, long.clone()).is_continue());
-        assert!(reading.read(7, long).is_break());
+        let read = |reading: &mut Reading, index| {
+            let long = vec![b' '; REPLAY_READ_BYTES_MAX / 2];
+            reading.read(index, long, &Before::Recorded(None))
+        };
+        assert!(read(&mut reading, 9).is_continue());
+        assert!(read(&mut reading, 8).is_continue());
+        assert!(read(&mut reading, 7).is_break());
         assert!(reading.older_unread);
+    }
+
+    #[test]
+    fn where_no_bundle_decides_the_word_of_the_last_one_is_the_measure() {
+        let content = ContentId::of(b"the newest");
+        let said = |reason: &str, by: &[u8]| {
+            let record =
+                json!({"reason": reason, "bundle": {"hash": ContentId::of(by)}, "policies": ["p"]});
+            recorded(&record, Some(&content)).map(|said| said.verdict)
+        };
+        for (reason, verdict) in [
+            ("POLICY_ALLOW", Ok(Verdict::Permit)),
+            ("POLICY_DENY", Ok(Verdict::Forbid)),
+            ("NO_MATCH", Ok(Verdict::NoMatch)),
+            ("EVALUATION_ERROR", Ok(Verdict::Error)),
+            ("CONSULT_DENIED", Ok(Verdict::Permit)),
+            ("NO_POLICY", Err("no_verdict")),
+            ("RATE_LIMIT_EXCEEDED", Err("no_verdict")),
+            ("POSTURE_CLOSED", Err("no_verdict")),
+            ("DEADLINE", Err("no_verdict")),
+        ] {
+            assert_eq!(said(reason, b"the newest"), verdict, "{reason}");
+        }
+        // What an older one said is not what the newest would have.
+        assert_eq!(said("POLICY_ALLOW", b"an older one"), Err("other_bundle"));
+        let record = json!({"reason": "POLICY_ALLOW"});
+        assert_eq!(recorded(&record, Some(&content)), Err("other_bundle"));
+        assert_eq!(recorded(&record, None), Err("other_bundle"));
     }
 
     #[test]
@@ -506,7 +583,7 @@ mod tests {
                 ..Span::newest(1)
             });
             let mut indexes = (0..50).rev();
-            _ = indexes.try_for_each(|index| reading.read(index, event()));
+            _ = indexes.try_for_each(|index| reading.read(index, event(), &Before::Recorded(None)));
             (reading.newest, reading.read, reading.older_unread)
         };
         assert_eq!(read(None, None), (Some(49), 20, true));

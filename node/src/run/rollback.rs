@@ -16,7 +16,7 @@ use super::{
     doors::{bad, refused, unrecorded},
     node::Node,
     plan::short_digest,
-    replay::{Replay, Span},
+    replay::{Before, Replay, Span},
 };
 use crate::worker::For;
 
@@ -95,7 +95,7 @@ impl Node {
             .map_err(|error| refused(&Denied::local(error.code(), error)))?;
             // To go back must not depend on it.
             let replay = self.replay(
-                Some(current.bundle()),
+                &Before::Bundle(current.bundle()),
                 &standby,
                 Span::newest(REPLAY_RECORDS_MAX),
             );
