@@ -8,14 +8,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::PoisonError,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 use tidelock_policy::{
-    Activation, ActivationKind, ActivationRules, ActivePolicy, AsideCause, BlockOn, NotRead,
-    Package, Role, VerifiedBundle, Widening,
+    Activation, ActivationKind, ActivationRules, ActivePolicy, AsideCause, BlockOn, ContentId,
+    Floor, Manifest, NotRead, Package, Role, SetAside, TrustFile, VerifiedBundle, Widening,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
 use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
@@ -27,6 +27,7 @@ use super::{
     replay::{Before, Replay, Span},
     rollback::undo_of,
     self_check::{Fault, Surroundings, self_check},
+    trust::no_trust,
     waiting::{Offered, waits},
 };
 use crate::worker::For;
@@ -38,6 +39,9 @@ const SELF_CHECK_PAUSE: Duration = Duration::from_millis(100);
 
 /// Of a flip that a plan did not show.
 const FLIP_CHARS_SHOWN: usize = 600;
+
+/// How often a bundle is looked at while what decides, or the trust, goes on changing under the look.
+const LOOKS_MAX: usize = 3;
 
 /// On whose word a bundle is to be activated, and after which look.
 #[derive(Debug, Clone, Copy)]
@@ -97,6 +101,58 @@ pub(super) struct Passed {
     pub(super) accepted: Option<Replay>,
 }
 
+/// Who looks at bundles: what may take long for one holds up none of the others.
+#[derive(Debug, Default)]
+pub(super) struct Looking {
+    urgent: Mutex<()>,
+    operator: Mutex<()>,
+    peer: Mutex<()>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    /// Emergencies, and what ought to decide already: neither is proved nor replayed.
+    Urgent,
+    Operator,
+    Peer,
+}
+
+impl Looking {
+    fn of(&self, lane: Lane) -> &Mutex<()> {
+        match lane {
+            Lane::Urgent => &self.urgent,
+            Lane::Operator => &self.operator,
+            Lane::Peer => &self.peer,
+        }
+    }
+}
+
+/// A bundle that was looked at, and what that holds against.
+struct Looked {
+    around: Surrounding,
+    bundle: VerifiedBundle,
+    passed: Passed,
+}
+
+/// What a look depends on and that changes only by turns.
+struct Surrounding {
+    trust: Arc<TrustFile>,
+    current: Option<Arc<ActivePolicy>>,
+    floor: Option<Floor>,
+    aside: Option<SetAside>,
+}
+
+impl PartialEq for Surrounding {
+    fn eq(&self, other: &Self) -> bool {
+        let ours = self.current.as_ref().map(Arc::as_ptr);
+        let theirs = other.current.as_ref().map(Arc::as_ptr);
+        Arc::ptr_eq(&self.trust, &other.trust)
+            && ours == theirs
+            && self.floor == other.floor
+            && self.aside == other.aside
+    }
+}
+
 /// What storing a bundle's segment came to.
 #[derive(Default)]
 struct Kept {
@@ -137,17 +193,71 @@ impl Node {
         self.activate(package, &Order::unlooked(asker))
     }
 
-    /// The pipeline. The turn is taken before the trust is read, so that no bundle is judged by a trust
-    /// file that a reload replaces meanwhile.
+    /// The pipeline. What takes long, compiling, proof and replay, is done before the turn is taken, for which
+    /// withdrawals, rollbacks and emergencies wait. It counts only if trust and what decides are still the same
+    /// then, so that no bundle is judged by a trust file that a reload replaced meanwhile.
     pub(super) fn activate(&self, package: &[u8], order: &Order<'_>) -> Result<Activated, Denied> {
-        self.prove_ahead(package, order)?;
-        let _turn = self
-            .activating
+        let (signed, manifest) = self.check_offer(package)?;
+        let _lane = self
+            .looking
+            .of(self.lane_of(&manifest, &signed.content_id(), order))
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..LOOKS_MAX {
+            let looked = self.look(package, order)?;
+            let _turn = self
+                .activating
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            if self.surroundings().is_some_and(|now| now == looked.around) {
+                return self.take(looked, order);
+            }
+        }
+        Err(Denied::local(
+            "ACTIVATION_BUSY",
+            "what decides here, or the trust, changed each time while the bundle was looked at: offer it again",
+        ))
+    }
+
+    /// INV-07: one bundle a lane is loaded at a time.
+    fn lane_of(&self, manifest: &Manifest, content_id: &ContentId, order: &Order<'_>) -> Lane {
+        let is_held = self.slots.wanted();
+        let is_held = is_held.is_some_and(|floor| floor.content_id == *content_id);
+        match order.asker {
+            _ if manifest.role == Role::BreakGlass || is_held => Lane::Urgent,
+            For::Slots => Lane::Urgent,
+            For::Operator => Lane::Operator,
+            For::Peer => Lane::Peer,
+        }
+    }
+
+    fn surroundings(&self) -> Option<Surrounding> {
+        Some(Surrounding {
+            trust: self.policy_trust.load_full()?,
+            current: self.slots.current(),
+            floor: self.slots.floor(),
+            aside: self.slots.aside(),
+        })
+    }
+
+    /// Everything before the switch that is not over at once.
+    fn look(&self, package: &[u8], order: &Order<'_>) -> Result<Looked, Denied> {
+        let around = self.surroundings().ok_or_else(no_trust)?;
         self.check_offer(package)?;
         let bundle = self.verify_package(package, order.asker)?;
         let passed = self.check_gates(&bundle, order)?;
+        Ok(Looked {
+            around,
+            bundle,
+            passed,
+        })
+    }
+
+    /// The switch and what comes with it; the turn is held.
+    fn take(&self, looked: Looked, order: &Order<'_>) -> Result<Activated, Denied> {
+        let Looked { bundle, passed, .. } = looked;
+        // The time may have come since.
+        self.check_floor(bundle.manifest(), bundle.content_id())?;
         let was_unusable = self.slots.wanted().is_some();
         let decided_already = self.decides(&bundle);
         let emergency = emergency(&bundle);
@@ -190,17 +300,6 @@ impl Node {
             self.offered(segment);
         }
         Ok(activated)
-    }
-
-    /// Has the proof made before the turn is taken, where one is demanded: it takes seconds, and rotations and
-    /// rollbacks wait for the turn. The gate then finds the verdict remembered.
-    fn prove_ahead(&self, package: &[u8], order: &Order<'_>) -> Result<(), Denied> {
-        if self.activation_rules()?.widening_threshold.is_none() {
-            return Ok(());
-        }
-        self.check_offer(package)?;
-        let bundle = self.verify_package(package, order.asker)?;
-        self.widening_gate(&bundle, order.asker).map(drop)
     }
 
     /// What stands between a verified bundle and the switch.

@@ -31,8 +31,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tidelock_gateway::{
-    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant,
-    RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
+    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayHandle, GatewayLimits, GatewayParts,
+    Grant, RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
 };
 use tidelock_quota::Rate;
 use tidelock_transport::tls::provider;
@@ -142,7 +142,17 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let mut slow = None;
     let mut papers = None;
     let mut slots = None;
+    let mut hung_up = false;
+    let mut reloading = None;
     loop {
+        if hung_up && !is_busy(reloading.as_ref()) {
+            hung_up = false;
+            reloading = Some(tokio::spawn(reload(
+                node.clone(),
+                doorkeeper.clone(),
+                certified.clone(),
+            )));
+        }
         tokio::select! {
             _ = ticks.tick() => {
                 count += 1;
@@ -155,26 +165,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
                     slots = read_slots_again(&node, slots);
                 }
             }
-            _ = hangup.recv() => {
-                let (reloading, doorkeeper) = (node.clone(), doorkeeper.clone());
-                let certified = certified.clone();
-                let reload = move || reloading.reload(|auth, papers, requests| {
-                        doorkeeper.set_auth(auth);
-                        doorkeeper.set_requests(requests);
-                        if let (Some(certified), Some(papers)) = (certified, papers) {
-                            certified.replace(papers);
-                        }
-                    });
-                match tokio::task::spawn_blocking(reload).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(failure)) => node.event("reload_refused", json!({"why": failure.message})),
-                    Err(error) => node.event("reload_refused", json!({"why": error.to_string()})),
-                }
-                // A node that decides is never stopped by its mesh; `doctor` shows why it is closed.
-                if let Err(failure) = hooks::ensure_mesh(&node).await {
-                    node.event("mesh_not_started", json!({"why": failure.message}));
-                }
-            }
+            _ = hangup.recv() => hung_up = true,
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
         }
@@ -182,6 +173,11 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
 
     tracing::info!("draining");
     let _ = stop.send(());
+    if let Some(reloading) = reloading
+        && tokio::time::timeout(DRAIN_LIMIT, reloading).await.is_err()
+    {
+        tracing::warn!("a reload was cut off at the deadline");
+    }
     if let Some(mesh) = node.mesh.get() {
         mesh.shutdown(DRAIN_LIMIT).await;
     }
@@ -191,6 +187,34 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     }
     tokio::task::spawn_blocking(move || node.close()).await?;
     Ok(Exit::Done)
+}
+
+/// Takes config and papers into use again, beside the loop: it may wait for a bundle that is taken just now, and
+/// no tick waits for that. A hang-up that comes meanwhile is answered by another one.
+async fn reload(
+    node: Arc<Node>,
+    doorkeeper: GatewayHandle,
+    certified: Option<Arc<callers::Certified>>,
+) {
+    let reloading = node.clone();
+    let reload = move || {
+        reloading.reload(|auth, papers, requests| {
+            doorkeeper.set_auth(auth);
+            doorkeeper.set_requests(requests);
+            if let (Some(certified), Some(papers)) = (certified, papers) {
+                certified.replace(papers);
+            }
+        })
+    };
+    match tokio::task::spawn_blocking(reload).await {
+        Ok(Ok(())) => {}
+        Ok(Err(failure)) => node.event("reload_refused", json!({"why": failure.message})),
+        Err(error) => node.event("reload_refused", json!({"why": error.to_string()})),
+    }
+    // A node that decides is never stopped by its mesh; `doctor` shows why it is closed.
+    if let Err(failure) = hooks::ensure_mesh(&node).await {
+        node.event("mesh_not_started", json!({"why": failure.message}));
+    }
 }
 
 /// Whether what was begun beside the loop has not ended.

@@ -36,6 +36,7 @@ use tidelock_transport::{
 };
 
 use super::{
+    activate::Looking,
     admit::{Denied, OwnAhead},
     callers::DoorPapers,
     consult::{ANSWERS_FILE, Consulting},
@@ -170,8 +171,11 @@ pub(super) struct Node {
     aside_recorded: Mutex<usize>,
     pub(super) disk_watch: Mutex<DiskWatch>,
     scrub_pace: Mutex<ScrubPace>,
-    /// Policy comes from the operator, from peers and from the store; one at a time.
+    /// Policy comes from the operator, from peers and from the store; one at a time. Held for what is over
+    /// soon: whoever withdraws something waits for it.
     pub(super) activating: Mutex<()>,
+    /// Taken before it, and never after.
+    pub(super) looking: Looking,
     /// Where a worker failed over the slots: when they are read again.
     pub(super) slots_again: Mutex<SlotsAgain>,
     /// Bundles of peers that this site's own rules keep out.
@@ -460,6 +464,7 @@ impl Node {
             disk_watch: Mutex::default(),
             scrub_pace: Mutex::new(ScrubPace::new(config.store.scrub_bytes_per_second)),
             activating: Mutex::default(),
+            looking: Looking::default(),
             slots_again: Mutex::default(),
             waiting: Waiting::default(),
             papers: Mutex::default(),

@@ -67,10 +67,12 @@ impl Node {
                 "`reason` has at most {MESSAGE_BYTES_MAX} bytes"
             )));
         }
-        let _turn = self
-            .activating
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        // A plan changes nothing, and replays.
+        let _turn = apply.then(|| {
+            self.activating
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+        });
         let trust = self
             .policy_trust
             .load_full()
