@@ -397,6 +397,9 @@ pub enum NotRead {
 pub struct Slots {
     storage: Arc<dyn SlotStorage>,
     current: ArcSwapOption<ActivePolicy>,
+    /// Whoever writes the slots has it, while a bundle loads and a disk syncs.
+    turn: Mutex<()>,
+    /// What is known of them: changed together with `current`, by whoever has the turn, and never held for long.
     held: Mutex<Held>,
     freshness: Mutex<Option<Freshness>>,
 }
@@ -442,6 +445,7 @@ impl Slots {
         let slots = Self {
             storage,
             current: ArcSwapOption::from(found.current.map(Arc::new)),
+            turn: Mutex::default(),
             held: Mutex::new(found.held),
             freshness: Mutex::new(found.freshness),
         };
@@ -458,8 +462,10 @@ impl Slots {
 
     /// [`reload`](Self::reload) where more stands before a bundle than [`VerifiedBundle::load`].
     pub fn reload_by(&self, trust: &TrustFile, load: &LoadPackage<'_>) -> Vec<SlotFault> {
+        let _turn = self.turn();
+        let known = self.lock().clone();
+        let found = read(self.storage.as_ref(), Some(known), trust, load);
         let mut held = self.lock();
-        let found = read(self.storage.as_ref(), Some(held.clone()), trust, load);
         *held = found.held;
         *self.held_freshness() = found.freshness;
         self.current.store(found.current.map(Arc::new));
@@ -546,7 +552,7 @@ impl Slots {
         signed: &SignedDocument,
         trust: &TrustFile,
     ) -> Result<Freshness, StatementError> {
-        let _turn = self.lock();
+        let _turn = self.turn();
         let freshness = Freshness::verify(signed, trust)?;
         self.check_confirms(&freshness)?;
         let written = self.storage.write(FRESHNESS, &signed.encode()?);
@@ -602,7 +608,23 @@ impl Slots {
     }
 
     fn put(&self, bundle: VerifiedBundle, lifts: bool) -> Result<Activation, ActivateError> {
+        let _turn = self.turn();
+        let mut next = self.lock().clone();
+        let written = self.write_bundle(&mut next, bundle, lifts);
+        // INV-16: what was raised counts, even if a write failed half-way.
         let mut held = self.lock();
+        *held = next;
+        let (activation, policy) = written?;
+        self.current.store(Some(Arc::new(policy)));
+        Ok(activation)
+    }
+
+    fn write_bundle(
+        &self,
+        held: &mut Held,
+        bundle: VerifiedBundle,
+        lifts: bool,
+    ) -> Result<(Activation, ActivePolicy), ActivateError> {
         let mut raised = Floor::of(&bundle);
         if let Some(known) = held.floor.as_ref() {
             check_forward(known, &raised)?;
@@ -638,7 +660,7 @@ impl Slots {
                 aside: held.marks.aside.clone(),
                 trial,
             };
-            self.write_marks(&mut held, marks)?;
+            self.write_marks(held, marks)?;
         }
         // What decided without fault until now becomes the last known good. A bundle that itself
         // only stands in is there already, and one that nobody has checked yet is none.
@@ -661,7 +683,7 @@ impl Slots {
         self.write(FLOOR, &encoded)?;
         if is_aside {
             let trial = held.marks.trial.clone();
-            self.write_marks(&mut held, Marks { aside: None, trial })?;
+            self.write_marks(held, Marks { aside: None, trial })?;
         }
         let activation = Activation {
             kind,
@@ -674,8 +696,7 @@ impl Slots {
         if let Some(freshness) = self.held_freshness().as_ref() {
             policy.confirm(freshness);
         }
-        self.current.store(Some(Arc::new(policy)));
-        Ok(activation)
+        Ok((activation, policy))
     }
 
     /// The bundle that decides has passed its self-check.
@@ -683,9 +704,12 @@ impl Slots {
     /// # Errors
     /// [`ActivateError::Storage`]: it decides, and is checked again at the next start.
     pub fn settle(&self) -> Result<(), ActivateError> {
-        let mut held = self.lock();
-        let aside = held.aside().cloned();
-        self.write_marks(&mut held, Marks { aside, trial: None })
+        let _turn = self.turn();
+        let mut next = self.lock().clone();
+        let aside = next.aside().cloned();
+        let written = self.write_marks(&mut next, Marks { aside, trial: None });
+        *self.lock() = next;
+        written
     }
 
     /// Whether what lies in the slots is what decides: the active bundle, the floor and what is marked.
@@ -693,7 +717,8 @@ impl Slots {
     /// # Errors
     /// The first slot that says something else, for people.
     pub fn check_reads_back(&self) -> Result<(), NotRead> {
-        let held = self.lock();
+        let _turn = self.turn();
+        let held = self.lock().clone();
         let read = |slot: &str| {
             let read = self.storage.read(slot);
             read.map_err(|error| NotRead::Storage(format!("slot `{slot}` cannot be read: {error}")))
@@ -726,7 +751,8 @@ impl Slots {
     /// # Errors
     /// [`ActivateError::NoFallback`] with the reason.
     pub fn read_standby_by(&self, load: &LoadPackage<'_>) -> Result<VerifiedBundle, ActivateError> {
-        self.load_standby(&self.lock(), load)
+        let held = self.lock().clone();
+        self.load_standby(&held, load)
     }
 
     fn load_standby(
@@ -778,14 +804,15 @@ impl Slots {
         at_unix_ms: u64,
         load: &LoadPackage<'_>,
     ) -> Result<Reverted, ActivateError> {
-        let mut held = self.lock();
+        let _turn = self.turn();
+        let mut next = self.lock().clone();
         let current = self
             .current()
             .filter(|current| current.source == Source::Active)
             .ok_or(ActivateError::NotActive)?;
         let by_operator = cause == AsideCause::Operator;
         // From its slot: what does not verify there would not serve after a restart either.
-        let standby = match self.load_standby(&held, load) {
+        let standby = match self.load_standby(&next, load) {
             Err(error) if by_operator => return Err(error),
             read => read.ok(),
         };
@@ -800,12 +827,12 @@ impl Slots {
             aside: Some(aside.clone()),
             trial: None,
         };
-        let not_kept = match self.write_marks(&mut held, marks.clone()) {
+        let not_kept = match self.write_marks(&mut next, marks.clone()) {
             Err(error) if by_operator => return Err(error),
             Err(error) => Some(error.to_string()),
             Ok(()) => None,
         };
-        held.marks = marks;
+        next.marks = marks;
         let serves = standby.as_ref().map(Standby::of);
         let policy = standby.map(|bundle| {
             let policy = ActivePolicy::new(bundle, Source::LastKnownGood);
@@ -814,6 +841,8 @@ impl Slots {
             }
             Arc::new(policy)
         });
+        let mut held = self.lock();
+        *held = next;
         self.current.store(policy);
         Ok(Reverted {
             aside,
@@ -848,6 +877,11 @@ impl Slots {
                 slot,
                 message: error.to_string(),
             })
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        // It holds nothing that a panic could leave half-done.
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {

@@ -8,8 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use proptest::prelude::*;
 use tidelock_policy::testing::{Authority, MemorySlots, NODE_VERSION, template_builder};
 use tidelock_policy::{
-    ActivateError, ActivationKind, AsideCause, BundleBuilder, BundleError, LoadContext, Posture,
-    Reverted, SlotFault, SlotStorage, Slots, Source, TrustFile, VerifiedBundle, WhenRestricted,
+    ActivateError, ActivationKind, AsideCause, BundleBuilder, BundleError, LoadContext, Package,
+    Posture, Reverted, SlotFault, SlotStorage, Slots, Source, TrustFile, VerifiedBundle,
+    WhenRestricted,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -633,6 +634,29 @@ fn a_bundle_that_nobody_has_checked_does_not_become_the_last_known_good() {
         let serves = reverted.serves.unwrap().epoch;
         assert_eq!(serves, if is_checked { 2 } else { 1 });
     }
+}
+
+/// Whoever asked what is held, a session for one, waited for a bundle that was loaded for a rollback.
+#[test]
+fn what_is_held_is_told_while_a_bundle_loads() {
+    let node = Node::with(&[1, 2]);
+    let slots = node.healthy();
+    let asked = AtomicUsize::new(0);
+    let load = |package: Package| {
+        assert_eq!(slots.floor().unwrap().epoch, 2);
+        assert!(slots.aside().is_none() && slots.wanted().is_none());
+        assert_eq!(slots.standby().unwrap().epoch, 1);
+        assert_eq!(serving(&slots), Some((2, Source::Active)));
+        asked.fetch_add(1, Ordering::SeqCst);
+        VerifiedBundle::load(package, &node.trust, &node.context)
+    };
+    slots.read_standby_by(&load).unwrap();
+    assert_eq!(slots.reload_by(&node.trust, &load), []);
+    slots
+        .set_aside_by(AsideCause::Operator, "", 0, &load)
+        .unwrap();
+    assert_eq!(asked.into_inner(), 4);
+    assert_eq!(serving(&slots), Some((1, Source::LastKnownGood)));
 }
 
 #[test]
