@@ -45,6 +45,10 @@ pub(crate) struct Marks {
     pub(crate) aside: Option<SetAside>,
     /// What was being activated and has not passed its self-check yet.
     pub(crate) trial: Option<ContentId>,
+    /// The last known good bundle until this trial, while the slot `lkg` is written over: a process that stops
+    /// before `active` is written has the same bundle in both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) behind: Option<ContentId>,
 }
 
 #[derive(Serialize, Deserialize)]

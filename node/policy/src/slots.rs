@@ -374,6 +374,21 @@ impl Held {
         self.marks.aside_of(self.floor.as_ref())
     }
 
+    /// The last known good bundle, before the slot is written over; that of an activation before this one that
+    /// was stopped there.
+    fn behind(&self) -> Option<ContentId> {
+        let is_floor = |lkg: &&Standby| self.is_floor(&lkg.content_id);
+        match self.lkg.as_ref().filter(|lkg| !is_floor(lkg)) {
+            Some(lkg) => Some(lkg.content_id.clone()),
+            None => self.marks.behind.clone(),
+        }
+    }
+
+    fn is_floor(&self, content_id: &ContentId) -> bool {
+        let floor = self.floor.as_ref();
+        floor.is_some_and(|floor| floor.content_id == *content_id)
+    }
+
     fn standby(&self) -> Option<&Standby> {
         let floor = self.floor.as_ref()?;
         self.lkg.as_ref().filter(|lkg| {
@@ -494,6 +509,36 @@ impl Slots {
     #[must_use]
     pub fn standby(&self) -> Option<Standby> {
         self.lock().standby().cloned()
+    }
+
+    /// The content that stood behind the active bundle, where an activation was stopped after it was written over
+    /// and before anything came in its place: to be looked for in the segment store and handed to
+    /// [`restore_standby`](Self::restore_standby).
+    #[must_use]
+    pub fn lost_standby(&self) -> Option<ContentId> {
+        let held = self.lock();
+        let lkg = held.lkg.as_ref()?;
+        let behind = held.marks.behind.as_ref()?;
+        (held.is_floor(&lkg.content_id) && !held.is_floor(behind)).then(|| behind.clone())
+    }
+
+    /// Puts back what stood behind the active bundle.
+    ///
+    /// # Errors
+    /// [`ActivateError`]: it is not [what was lost](Self::lost_standby), may not stand in, or cannot be written;
+    /// then nothing has changed.
+    pub fn restore_standby(&self, bundle: &VerifiedBundle) -> Result<Standby, ActivateError> {
+        let _turn = self.turn();
+        if self.lost_standby().as_ref() != Some(bundle.content_id()) {
+            return Err(ActivateError::NoFallback {
+                why: "it is not what was lost".to_owned(),
+            });
+        }
+        check_stands_in(bundle, self.floor().as_ref())?;
+        self.write(LKG, &bundle.package().encode()?)?;
+        let standby = Standby::of(bundle);
+        self.lock().lkg = Some(standby.clone());
+        Ok(standby)
     }
 
     /// Whether the bundle that decides has not passed its self-check: the process was stopped before.
@@ -659,6 +704,7 @@ impl Slots {
             let marks = Marks {
                 aside: held.marks.aside.clone(),
                 trial,
+                behind: held.behind(),
             };
             self.write_marks(held, marks)?;
         }
@@ -682,8 +728,11 @@ impl Slots {
         })?;
         self.write(FLOOR, &encoded)?;
         if is_aside {
-            let trial = held.marks.trial.clone();
-            self.write_marks(held, Marks { aside: None, trial })?;
+            let marks = Marks {
+                aside: None,
+                ..held.marks.clone()
+            };
+            self.write_marks(held, marks)?;
         }
         let activation = Activation {
             kind,
@@ -706,8 +755,11 @@ impl Slots {
     pub fn settle(&self) -> Result<(), ActivateError> {
         let _turn = self.turn();
         let mut next = self.lock().clone();
-        let aside = next.aside().cloned();
-        let written = self.write_marks(&mut next, Marks { aside, trial: None });
+        let marks = Marks {
+            aside: next.aside().cloned(),
+            ..Marks::default()
+        };
+        let written = self.write_marks(&mut next, marks);
         *self.lock() = next;
         written
     }
@@ -769,21 +821,7 @@ impl Slots {
         let bundle = Package::decode(&bytes)
             .and_then(load)
             .map_err(|error| none(format!("{}: {error}", error.code())))?;
-        if bundle.manifest().role == Role::BreakGlass {
-            return Err(none("it is an emergency bundle".to_owned()));
-        }
-        if let Some(floor) = &held.floor {
-            if bundle.epoch() < floor.min_fallback_epoch {
-                return Err(none(format!(
-                    "epoch {} may not stand in: the active bundle allows none below {}",
-                    bundle.epoch(),
-                    floor.min_fallback_epoch
-                )));
-            }
-            if *bundle.content_id() == floor.content_id {
-                return Err(none("no other bundle is kept beside this one".to_owned()));
-            }
-        }
+        check_stands_in(&bundle, held.floor.as_ref())?;
         Ok(bundle)
     }
 
@@ -825,7 +863,7 @@ impl Slots {
         };
         let marks = Marks {
             aside: Some(aside.clone()),
-            trial: None,
+            ..Marks::default()
         };
         let not_kept = match self.write_marks(&mut next, marks.clone()) {
             Err(error) if by_operator => return Err(error),
@@ -888,6 +926,28 @@ impl Slots {
         // Nothing panics while holding it; if something did, the floor in it is still the highest.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What may stand in for the newest bundle (ruling 14).
+fn check_stands_in(bundle: &VerifiedBundle, floor: Option<&Floor>) -> Result<(), ActivateError> {
+    let none = |why: String| Err(ActivateError::NoFallback { why });
+    if bundle.manifest().role == Role::BreakGlass {
+        return none("it is an emergency bundle".to_owned());
+    }
+    let Some(floor) = floor else {
+        return Ok(());
+    };
+    if bundle.epoch() < floor.min_fallback_epoch {
+        return none(format!(
+            "epoch {} may not stand in: the active bundle allows none below {}",
+            bundle.epoch(),
+            floor.min_fallback_epoch
+        ));
+    }
+    if *bundle.content_id() == floor.content_id {
+        return none("no other bundle is kept beside this one".to_owned());
+    }
+    Ok(())
 }
 
 /// INV-16: a lower epoch never, the same epoch only with the same content.

@@ -744,6 +744,19 @@ fn inv_16_stopped_at_any_write_a_node_has_the_old_bundle_or_the_new() {
                 step < 3,
                 "trial, target, then the bundle: {step}"
             );
+            // Between target and bundle the same one lies in both: what stood behind it is known by name.
+            let lost = slots.lost_standby();
+            assert_eq!(lost.is_some(), step == 2, "{step}");
+            if lost.is_some() {
+                assert!(slots.standby().is_none());
+                for other in [2, 3] {
+                    let refused = slots.restore_standby(&node.bundle(other));
+                    assert_eq!(refused.unwrap_err().code(), "POLICY_NO_FALLBACK");
+                }
+                slots.restore_standby(&node.bundle(1)).unwrap();
+                assert_eq!(node.healthy().standby().unwrap().epoch, 1);
+            }
+            assert_eq!(slots.lost_standby(), None);
             // Nobody has checked what was stopped before the end.
             assert_eq!(slots.is_on_trial(), epoch == 3 && step < 5, "{step}");
             if epoch == 3 {

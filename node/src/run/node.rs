@@ -506,6 +506,7 @@ impl Node {
             tracing::error!(%denied, "the bundle that was on trial");
         }
         node.restore_policy();
+        node.restore_standby();
         node.keep_passes();
         Ok(node)
     }

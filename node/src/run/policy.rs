@@ -9,10 +9,10 @@ use std::{
 use serde_json::json;
 use tidelock_policy::{BundleError, Manifest, Package, SlotFault, SlotStorage};
 use tidelock_segments::{
-    Charge, DomainId, FormatError, Origin, Root, SegmentHeader, seal_unsigned,
+    Charge, DomainId, FormatError, Kind, Origin, Root, SegmentHeader, seal_unsigned,
 };
 
-use super::node::Node;
+use super::{admit::Denied, node::Node};
 use crate::worker::{For, is_failure};
 
 /// How soon the slots are read again after a worker failed to judge what lies in them.
@@ -47,7 +47,7 @@ pub(super) fn policy_segment(
     manifest: &Manifest,
 ) -> Result<Vec<u8>, PolicySegmentError> {
     let header = SegmentHeader {
-        kind: tidelock_segments::Kind::Policy,
+        kind: Kind::Policy,
         domain: domain.clone(),
         origin: Origin::policy(&manifest.name)?,
         sequence: manifest.epoch,
@@ -109,6 +109,37 @@ impl Node {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .read(faults, now);
+    }
+
+    /// Puts back what stood behind the active bundle, where an activation was stopped between two writes. The
+    /// store holds it: nothing is dropped there before an activation is over.
+    pub(super) fn restore_standby(&self) {
+        let Some(content_id) = self.slots.lost_standby() else {
+            return;
+        };
+        let found = self.store.list(Some(Kind::Policy)).into_iter().find_map(|held| {
+            let segment = self.store.get(&held.id).ok()?;
+            let package = Package::decode(segment.body()).ok()?;
+            (package.content_id() == content_id).then_some(package)
+        });
+        let restored = self.bundle_trust().and_then(|trust| {
+            let package = found.ok_or_else(|| {
+                Denied::local("POLICY_NO_FALLBACK", "the segment store does not hold it")
+            })?;
+            self.load_package(package, &trust, For::Slots)
+                .map_err(|error| Denied::local(error.code(), error))
+                .and_then(|bundle| {
+                    let restored = self.slots.restore_standby(&bundle);
+                    restored.map_err(|error| Denied::local(error.code(), error))
+                })
+        });
+        match restored {
+            Ok(standby) => self.event("policy_standby_restored", json!(standby)),
+            Err(denied) => self.event(
+                "policy_standby_lost",
+                json!({"hash": content_id, "code": denied.code, "message": denied.message}),
+            ),
+        }
     }
 
     /// Reads the slots again if a worker failed over them. Told when it comes to an end, and not each time.
