@@ -642,6 +642,15 @@ impl Node {
         })
     }
 
+    /// Asks the peers again for bundles that may be taken by now.
+    pub(super) fn ask_for_waiting(&self) {
+        if self.waiting.is_due(self.clock.monotonic())
+            && let Some(mesh) = self.mesh.get()
+        {
+            mesh.refresh();
+        }
+    }
+
     /// What is told of policy beside the bundle that decides.
     pub(super) fn activation_json(&self) -> Value {
         let rules = self.activation_rules().unwrap_or_default();

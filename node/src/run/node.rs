@@ -904,6 +904,7 @@ impl Node {
         self.log.tick(self.clock.unix_ms());
         self.succeed_log();
         self.try_trial_again();
+        self.ask_for_waiting();
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();

@@ -117,11 +117,15 @@ impl Node {
         let Some(content_id) = self.slots.lost_standby() else {
             return;
         };
-        let found = self.store.list(Some(Kind::Policy)).into_iter().find_map(|held| {
-            let segment = self.store.get(&held.id).ok()?;
-            let package = Package::decode(segment.body()).ok()?;
-            (package.content_id() == content_id).then_some(package)
-        });
+        let found = self
+            .store
+            .list(Some(Kind::Policy))
+            .into_iter()
+            .find_map(|held| {
+                let segment = self.store.get(&held.id).ok()?;
+                let package = Package::decode(segment.body()).ok()?;
+                (package.content_id() == content_id).then_some(package)
+            });
         let restored = self.bundle_trust().and_then(|trust| {
             let package = found.ok_or_else(|| {
                 Denied::local("POLICY_NO_FALLBACK", "the segment store does not hold it")

@@ -5,7 +5,10 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -41,7 +44,11 @@ pub(super) struct Offered {
 
 /// What this site keeps out for now.
 #[derive(Default)]
-pub(super) struct Waiting(Mutex<VecDeque<WaitingBundle>>);
+pub(super) struct Waiting {
+    bundles: Mutex<VecDeque<WaitingBundle>>,
+    /// Some may be taken by now that no session asks for any more.
+    may_come: AtomicBool,
+}
 
 struct WaitingBundle {
     content_id: ContentId,
@@ -53,6 +60,8 @@ struct WaitingBundle {
     message: String,
     since_unix_ms: u64,
     until: Duration,
+    /// Whether it was asked for since.
+    is_asked_for: bool,
 }
 
 impl WaitingBundle {
@@ -83,7 +92,7 @@ pub(super) fn waits(denied: &Denied) -> bool {
 
 impl Waiting {
     fn held(&self) -> MutexGuard<'_, VecDeque<WaitingBundle>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.bundles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes a bundle that waits since this time, on the clocks of the wall and of the process. Whether it is
@@ -115,6 +124,7 @@ impl Waiting {
                     message: String::new(),
                     since_unix_ms: unix_ms,
                     until: now,
+                    is_asked_for: false,
                 };
                 (bundle, true)
             }
@@ -125,6 +135,7 @@ impl Waiting {
         if now >= bundle.until {
             // Not put off by whoever goes on bringing copies.
             bundle.until = now.saturating_add(WAITS);
+            bundle.is_asked_for = false;
         }
         while held.len() >= WAITING_MAX {
             held.pop_front();
@@ -177,12 +188,27 @@ impl Waiting {
     pub(super) fn judge_anew(&self) {
         for one in self.held().iter_mut() {
             one.until = Duration::ZERO;
+            one.is_asked_for = false;
         }
     }
 
     /// Other rules hold: each is judged anew when it is offered.
     pub(super) fn clear(&self) {
-        self.held().clear();
+        let mut held = self.held();
+        if !held.is_empty() {
+            self.may_come.store(true, Ordering::Relaxed);
+        }
+        held.clear();
+    }
+
+    /// Whether one is due that no session asks for by itself: what was refused is set aside there. Said once.
+    pub(super) fn is_due(&self, now: Duration) -> bool {
+        let mut is_due = self.may_come.swap(false, Ordering::Relaxed);
+        for one in self.held().iter_mut().filter(|one| now >= one.until) {
+            is_due |= !one.is_asked_for;
+            one.is_asked_for = true;
+        }
+        is_due
     }
 
     pub(super) fn told(&self) -> Value {
@@ -237,6 +263,31 @@ mod tests {
         assert!(!held.holds(&last, Duration::ZERO));
         held.clear();
         assert_eq!(held.told(), json!([]));
+    }
+
+    /// On a live session a bundle that was kept out never came again, whatever the trust file said by then.
+    #[test]
+    fn what_may_be_taken_by_now_is_asked_for_once() {
+        let held = Waiting::default();
+        let note = |now| {
+            held.note(&copy(1, 1, &["alice"]), ("site", 7), &flips(), (0, now));
+        };
+        let due = |now| (held.is_due(now), held.is_due(now));
+        assert_eq!(due(Duration::ZERO), (false, false));
+        note(Duration::ZERO);
+        assert_eq!(due(WAITS - Duration::from_secs(1)), (false, false));
+        assert_eq!(due(WAITS), (true, false));
+        // Refused again: again after the same time.
+        note(WAITS);
+        assert_eq!(due(WAITS), (false, false));
+        assert_eq!(due(WAITS * 2), (true, false));
+        note(WAITS * 2);
+        held.judge_anew();
+        assert_eq!(due(WAITS * 2), (true, false));
+        held.clear();
+        assert_eq!(due(WAITS * 2), (true, false));
+        held.clear();
+        assert_eq!(due(WAITS * 2), (false, false));
     }
 
     /// A peer that put junk beside the signature of a bundle made sixteen of it, which pushed all others out.
