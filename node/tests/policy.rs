@@ -10,7 +10,7 @@ mod common;
 
 use std::fs;
 
-use common::{Site, free_udp, until};
+use common::{Site, free_udp, openssl, until};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -781,6 +781,61 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     assert_eq!(activated[0]["accepted_flips"], Value::Null);
 }
 
+/// A replay of five seconds was made under the lock for which rollbacks waited, and a reload in the loop of ticks.
+#[test]
+fn a_long_replay_blocks_its_bundle_and_holds_up_no_rollback_no_reload_and_no_emergency() {
+    let site = Site::new();
+    rules(&site, "block_on = \"any_flip\"");
+    let trust = site.read("trust.toml");
+    let trust = trust
+        .replace("policy = 1\n", "policy = 1\nbreak-glass = 1\n")
+        .replace("[\"policy\"]", "[\"policy\", \"break-glass\"]");
+    site.write("trust.toml", &trust);
+    let node = site.start_deciding();
+    let epoch = |epoch: u64| move |manifest: &mut Value| manifest["epoch"] = json!(epoch);
+    site.bundle("site-2.tar", "policy.key", epoch(2));
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    let ahead = |hours: i64| {
+        let at = jiff::Timestamp::now().checked_add(jiff::SignedDuration::from_hours(hours));
+        json!(at.unwrap().to_string())
+    };
+    site.bundle("glass.tar", "policy.key", |m| {
+        m["epoch"] = json!(3);
+        m["role"] = json!("break-glass");
+        m["created_at"] = ahead(-2);
+        m["expires_at"] = ahead(2);
+    });
+    slow(&site);
+    rego(&site, "slow.tar", 9);
+    for file in 0..120 {
+        site.may_read(&format!("/srv/{file}.txt"));
+    }
+    let passed = || site.status()["policy_worker"]["counts"]["passed"].as_u64();
+    let before = passed();
+    std::thread::scope(|scope| {
+        let install = || site.tidelock(&["bundle", "install", "slow.tar", "--apply"]);
+        let installing = scope.spawn(install);
+        until("the compilation", || (passed() > before).then_some(()));
+        let plan = site.json(&["policy", "rollback"]);
+        let plan = plan["plan"].as_str().unwrap();
+        site.ok(&["policy", "rollback", "--plan", plan, "--apply"]);
+        assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+        node.reload("reloaded");
+        site.ok(&["bundle", "install", "glass.tar", "--apply"]);
+        assert_eq!(source(&site), (json!(3), json!("active")));
+        assert!(!installing.is_finished(), "all of it happened meanwhile");
+        let ran = installing.join().unwrap();
+        ran.ended(1).says(&["POLICY_REPLAY", "too long"]);
+    });
+    let rejected = site.events("bundle_rejected");
+    assert_eq!(rejected.last().unwrap()["code"], "POLICY_REPLAY");
+    // The control: the same policy with less to search is asked all of it in time, and blocks nothing.
+    site.write("policy/data.json", &json!({"text": "a"}).to_string());
+    rego(&site, "quick.tar", 10);
+    site.ok(&["bundle", "install", "quick.tar", "--apply"]);
+    assert_eq!(source(&site), (json!(10), json!("active")));
+}
+
 /// With nothing to stand in, everything that the next bundle allowed was a flip: none came in but by an operator.
 #[test]
 fn where_no_bundle_decides_flips_are_counted_against_what_the_last_one_said() {
@@ -886,6 +941,56 @@ fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
             fs::remove_file(segment.unwrap().path()).unwrap();
         }
     }
+}
+
+/// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
+#[test]
+fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_writes() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    site.bundle("site-2.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(2);
+    });
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    let standby = site.status()["activation"]["standby"].clone();
+    assert_eq!(standby["epoch"], 1);
+    assert!(node.stop().success());
+    fs::copy(
+        site.path("root/policy/active"),
+        site.path("root/policy/lkg"),
+    )
+    .unwrap();
+    let digest = |text: &str| {
+        site.write("text", text);
+        let told = openssl(&site.path(""), &["dgst", "-sha256", "-r", "text"]);
+        format!("sha256:{}", told.split(' ').next().unwrap())
+    };
+    let tried = digest("what was being activated");
+    let marked = |behind: &Value| {
+        let marks = json!({"aside": null, "behind": behind, "trial": tried});
+        let check = digest(&format!("{marks:#}\n"));
+        let slot = json!({"check": check, "format": 1, "marks": marks});
+        site.write("root/policy/aside", &slot.to_string());
+    };
+    // The control: a content that nobody has is not made up for.
+    marked(&json!(tried));
+    let node = site.start();
+    assert_eq!(site.events("policy_standby_lost").len(), 1);
+    assert_eq!(site.status()["activation"]["standby"], Value::Null);
+    site.tidelock(&["policy", "rollback"])
+        .ended(1)
+        .says(&["POLICY_NO_FALLBACK"]);
+    assert!(node.stop().success());
+    marked(&standby["content_id"]);
+    let _node = site.start();
+    assert_eq!(site.events("policy_standby_restored").len(), 1);
+    assert_eq!(site.status()["activation"]["standby"], standby);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    let plan = site.json(&["policy", "rollback"]);
+    let plan = plan["plan"].as_str().unwrap();
+    site.ok(&["policy", "rollback", "--plan", plan, "--apply"]);
+    assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+    site.decides();
 }
 
 #[test]
