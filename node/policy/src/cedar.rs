@@ -174,7 +174,8 @@ impl CedarEngine {
     }
 
     /// How many steps from entity to entity the policies look, and how many entities the bundle has.
-    pub(crate) fn reach(&self) -> (u32, usize) {
+    #[must_use]
+    pub fn reach(&self) -> (u32, usize) {
         (self.level, self.entities.iter().count())
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::clip;
 
 /// Member of the context that only the node states.
-pub(crate) const NODE_MEMBER: &str = "tidelock";
+pub const NODE_MEMBER: &str = "tidelock";
 
 /// One governed action as an engine sees it: normalised, parsed once, never the caller's bytes.
 ///

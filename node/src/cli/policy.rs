@@ -5,7 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
-use tidelock_policy::{Changes, Difference, Widening, compare_limits, difference};
+use tidelock_policy::{Changes, Difference, difference};
+use tidelock_prover::{Widening, compare_limits};
 
 use super::{
     ConfigArg, Exit, Failure, Output,

@@ -15,9 +15,10 @@ use std::{
 use serde_json::{Value, json};
 use tidelock_policy::{
     Activation, ActivationKind, ActivationRules, ActivePolicy, AsideCause, BlockOn, ContentId,
-    Floor, Manifest, NotRead, Package, Role, SetAside, TrustFile, VerifiedBundle, Widening,
+    Floor, Manifest, NotRead, Package, Role, SetAside, TrustFile, VerifiedBundle,
     limits::{REPLAY_RECORDS_MAX, SELF_CHECK_CASES_MAX},
 };
+use tidelock_prover::Widening;
 use tidelock_segments::{Charge, NodeId, SegmentRef, VerifiedSegment};
 
 use super::{

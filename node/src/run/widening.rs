@@ -8,9 +8,8 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tidelock_policy::{
-    ActivePolicy, AsideCause, Role, Source, VerifiedBundle, WhyUnproven, Widening,
-};
+use tidelock_policy::{ActivePolicy, AsideCause, Role, Source, VerifiedBundle};
+use tidelock_prover::{WhyUnproven, Widening};
 
 use super::{
     admit::Denied,

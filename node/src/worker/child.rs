@@ -5,7 +5,8 @@ use std::{
 };
 
 use serde_json::json;
-use tidelock_policy::{BundleError, LoadContext, Package, confirm, examine, inspect, questions};
+use tidelock_policy::{BundleError, LoadContext, Package, examine, inspect};
+use tidelock_prover::{confirm, questions};
 
 use super::{
     confine::{Confined, ToBe},

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tidelock_policy::limits::{PROOF_MODEL_BYTES_MAX, PROOF_QUESTION_BYTES_MAX};
+use tidelock_prover::limits::{PROOF_MODEL_BYTES_MAX, PROOF_QUESTION_BYTES_MAX};
 
 /// Milliseconds from the start of a worker to its end by force, where the config says nothing else. With what
 /// stands around it a refusal stays under two seconds. A thousand policies take a tenth of it on one

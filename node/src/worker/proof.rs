@@ -8,9 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tidelock_policy::{
-    ContentId, Questions, VerifiedBundle, WhyUnproven, Widening, compare_limits, settle,
-};
+use tidelock_policy::{ContentId, VerifiedBundle};
+use tidelock_prover::{Questions, WhyUnproven, Widening, compare_limits, settle};
 
 use super::{
     For, Terms,

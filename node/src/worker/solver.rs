@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::process::geteuid;
-use tidelock_policy::{WhyUnproven, Widening};
+use tidelock_prover::{WhyUnproven, Widening};
 
 use super::{
     limits::{CPU_SPARE_S, SOLVER_OUTPUT_BYTES_MAX},

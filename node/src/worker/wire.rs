@@ -7,10 +7,8 @@ use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tidelock_policy::{
-    Counterexample, Examined, Questions,
-    limits::{ARCHIVE_BYTES_MAX, PROOF_MODEL_BYTES_MAX},
-};
+use tidelock_policy::{Examined, limits::ARCHIVE_BYTES_MAX};
+use tidelock_prover::{Counterexample, Questions, limits::PROOF_MODEL_BYTES_MAX};
 
 /// What a worker is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -10,9 +10,12 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, NODE_VERSION};
 use tidelock_policy::{
-    BundleBuilder, Counterexample, Engine as _, LoadContext, PolicyRequest, Question, Questions,
-    Role, TrustFile, Verdict, VerifiedBundle, WhyUnproven, Widening, compare_limits, confirm,
-    questions, settle,
+    BundleBuilder, Engine as _, LoadContext, PolicyRequest, Role, TrustFile, Verdict,
+    VerifiedBundle,
+};
+use tidelock_prover::{
+    Counterexample, Question, Questions, WhyUnproven, Widening, compare_limits, confirm, questions,
+    settle,
 };
 
 const SCHEMA: &str = r#"

@@ -1,0 +1,29 @@
+//! Every bound of a proof, with what it costs in the worst case.
+
+/// Kinds of request (type of principal, action, type of resource) of a bundle that is proved not to permit more.
+/// Each costs one compilation of all policies: a hundred policies take about 10 ms.
+pub const PROOF_REQUEST_KINDS_MAX: usize = 256;
+
+/// Bytes of all questions to the solver about two bundles. Held by the worker, then by the node: 12 MiB.
+pub const PROOF_QUESTION_BYTES_MAX: usize = 6 * 1024 * 1024;
+
+/// Kinds of request of which it is open what is permitted newly, and a model is asked for.
+pub const PROOF_OPEN_MAX: usize = 8;
+
+/// Models of one kind of request that a solver is asked for.
+pub const PROOF_MODELS_MAX: usize = 4;
+
+/// Bytes of one model.
+pub const PROOF_MODEL_BYTES_MAX: usize = 1024 * 1024;
+
+/// Characters of an answer of the solver that is none, as they are told.
+pub const ANSWER_SHOWN_CHARS_MAX: usize = 128;
+
+/// What a proof leaves out as impossible, and entities that a counterexample supposes.
+pub const PROOF_SUPPOSED_MAX: usize = 256;
+
+/// Stack of the thread that makes the questions, in a worker only. Terms nest deeper than policies.
+pub const PROVER_STACK_BYTES: usize = 64 * 1024 * 1024;
+
+/// Seconds that a bundle may be made ahead of the clock and still count as not wider: clocks differ.
+pub const CREATED_AHEAD_S_MAX: u64 = 24 * 3600;
