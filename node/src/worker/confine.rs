@@ -251,6 +251,8 @@ fn solver_rules(architecture: TargetArch) -> Value {
     let mut calls = vec![
         only("write", 1),
         only("write", 2),
+        // Of itself only: limits of other processes of its user are not its business, to read or to set.
+        only("prlimit64", 0),
         json!({"syscall": "openat",
                "args": [{"index": 2, "type": "dword", "op": {"masked_eq": WRITING}, "val": 0}]}),
         json!({"syscall": "clone",
@@ -273,7 +275,6 @@ fn solver_rules(architecture: TargetArch) -> Value {
         "mprotect",
         "newfstatat",
         "pread64",
-        "prlimit64",
         "read",
         "readlinkat",
         "set_tid_address",
@@ -292,7 +293,37 @@ fn solver_rules(architecture: TargetArch) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use rustix::{
+        io::Errno,
+        process::{Pid, prlimit},
+    };
+
     use super::*;
+
+    /// The filter holds for one thread, so the test does without a process of its own.
+    #[test]
+    fn a_solver_asks_for_the_limits_of_itself_and_of_nobody_else() {
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let pid = Pid::from_child(&other);
+        let limits = getrlimit(Resource::Nofile);
+        let of = |whom: Option<Pid>| prlimit(whom, Resource::Nofile, limits).map(|_| ());
+        let seen = std::thread::scope(|scope| {
+            let confined = scope.spawn(|| {
+                // The control: what is refused below is possible here.
+                let before = [of(None), of(Some(pid))];
+                set_no_new_privs(true).unwrap();
+                filter(0, ToBe::Solver).unwrap();
+                (before, [of(None), of(Some(pid))])
+            });
+            confined.join().unwrap()
+        });
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(seen, ([Ok(()); 2], [Ok(()), Err(Errno::NOSYS)]));
+    }
 
     /// The names must exist on every machine that the program is built for.
     #[test]
