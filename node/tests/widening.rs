@@ -32,6 +32,9 @@ fn site() -> Site {
     site
 }
 
+/// Debian's libfaketime, which tells a process another wall clock; its monotonic clocks stay.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
 fn prove(site: &Site, after: &str, more: &[&str]) -> Ran {
     let all = [&["policy", "prove", "site-1.tar", after, "--json"], more].concat();
     site.tidelock(&all)
@@ -88,6 +91,41 @@ fn a_solver_that_hangs_dies_or_says_nonsense_proves_nothing() {
     assert_eq!(said.json()["reason"], "no_solver");
 }
 
+/// A trust file that demands two signatures of bundles that are not proved, and knows a key for emergencies.
+fn demand_two_signatures(site: &Site) {
+    let mut named = Vec::new();
+    for (key, role) in [
+        ("policy", "policy"),
+        ("second", "policy"),
+        ("glass", "break-glass"),
+    ] {
+        if key != "policy" {
+            site.signing_key(&format!("{key}.key"));
+        }
+        let file = format!("{key}.key");
+        let public = openssl(&site.path(""), &["pkey", "-in", &file, "-pubout"]);
+        site.write(&format!("{key}.pub"), &public);
+        named.extend(["--key".to_owned(), format!("{key}-key={key}.pub:{role}")]);
+    }
+    fs::remove_file(site.path("trust.toml")).unwrap();
+    let named: Vec<&str> = named.iter().map(String::as_str).collect();
+    let init = [
+        "trust",
+        "init",
+        "--domain",
+        "harbour",
+        "--threshold",
+        "policy=1",
+    ];
+    site.ok(&[&init, &named[..], &["--out", "trust.toml"]].concat());
+    let trust = site.read("trust.toml");
+    let (head, keys) = trust.split_once("[[keys]]").unwrap();
+    site.write(
+        "trust.toml",
+        &format!("{head}[activation]\nwidening_signatures = 2\n\n[[keys]]{keys}"),
+    );
+}
+
 #[test]
 fn a_bundle_is_proved_or_needs_the_second_signature() {
     if !has_solver("a_bundle_is_proved_or_needs_the_second_signature") {
@@ -111,35 +149,7 @@ fn a_bundle_is_proved_or_needs_the_second_signature() {
         .says(&["no more for a bundle that permits more", "cvc5"]);
 
     // Two signatures are demanded.
-    site.signing_key("second.key");
-    for key in ["policy", "second"] {
-        let public = openssl(
-            &site.path(""),
-            &["pkey", "-in", &format!("{key}.key"), "-pubout"],
-        );
-        site.write(&format!("{key}.pub"), &public);
-    }
-    fs::remove_file(site.path("trust.toml")).unwrap();
-    site.ok(&[
-        "trust",
-        "init",
-        "--domain",
-        "harbour",
-        "--key",
-        "first=policy.pub:policy",
-        "--key",
-        "second=second.pub:policy",
-        "--threshold",
-        "policy=1",
-        "--out",
-        "trust.toml",
-    ]);
-    let trust = site.read("trust.toml");
-    let (head, keys) = trust.split_once("[[keys]]").unwrap();
-    site.write(
-        "trust.toml",
-        &format!("{head}[activation]\nwidening_signatures = 2\n\n[[keys]]{keys}"),
-    );
+    demand_two_signatures(&site);
     node.reload("reloaded");
     let install = |archive: &str, more: &[&str]| {
         let all = [&["bundle", "install", archive, "--apply"], more].concat();
@@ -200,4 +210,110 @@ fn a_bundle_is_proved_or_needs_the_second_signature() {
     site.configure("\nsolver = \"nothing\"", "");
     node.reload("reloaded");
     install("site-4.tar", &[]).ended(0);
+}
+
+/// What was for an emergency, or is past its end, is no measure of what may go on: a bundle that permits no more than it
+/// does is no less new.
+#[test]
+fn what_was_for_an_emergency_or_has_ended_is_never_the_base() {
+    const TEST: &str = "what_was_for_an_emergency_or_has_ended_is_never_the_base";
+    if !has_solver(TEST) {
+        return;
+    }
+    if !Path::new(FAKETIME).exists() {
+        not_run(TEST, "libfaketime is not installed");
+        return;
+    }
+    let site = Site::new();
+    site.write("policy/tests/base.json", "[]");
+    let policy = site.read("policy/policies/base.cedar");
+    let permits = |path: &str| {
+        let changed = policy.replace("\"/srv/*\"", path);
+        site.write("policy/policies/base.cedar", &changed);
+    };
+    let at = |seconds: i64| {
+        let then = jiff::Timestamp::now().checked_add(jiff::SignedDuration::from_secs(seconds));
+        json!(then.unwrap().to_string())
+    };
+    let (made, ends) = (at(-7_200), at(7_200));
+    let bundle = |name: &str, epoch: u64, key: &str, end: Option<&Value>| {
+        site.bundle(name, key, |manifest| {
+            manifest["epoch"] = json!(epoch);
+            manifest["created_at"] = made.clone();
+            if key == "glass.key" {
+                manifest["role"] = json!("break-glass");
+            }
+            if let Some(end) = end {
+                manifest["expires_at"] = end.clone();
+            }
+        });
+    };
+    demand_two_signatures(&site);
+    permits("\"/srv/*\"");
+    bundle("regular.tar", 1, "policy.key", None);
+    permits("\"/*\"");
+    bundle("glass.tar", 2, "glass.key", Some(&ends));
+    permits("\"/etc/*\"");
+    bundle("after.tar", 3, "policy.key", None);
+    permits("\"/srv/pub/*\"");
+    bundle("narrow.tar", 3, "policy.key", None);
+
+    let node = site.start();
+    let install = |archive: &str, more: &[&str]| {
+        site.tidelock(&[&["bundle", "install", archive, "--apply"], more].concat())
+    };
+    let verdict = |archive: &str| {
+        let widening = site.json(&["policy", "plan", archive])["widening"].clone();
+        let reason = widening["reason"].as_str().map(str::to_owned);
+        reason.unwrap_or_else(|| widening["verdict"].as_str().unwrap().to_owned())
+    };
+    let twice = |archive: &str| {
+        let second = format!("{archive}.second.sig");
+        site.ok(&[
+            "bundle",
+            "sign",
+            archive,
+            "--key",
+            "second.key",
+            "--out",
+            &second,
+        ]);
+        let first = format!("{archive}.sig");
+        install(archive, &["--sig", &first, "--sig", &second]).ended(0);
+    };
+    // The control: what is an ordinary bundle measures the next one.
+    twice("regular.tar");
+    assert_eq!(verdict("narrow.tar"), "not_wider");
+    assert_eq!(verdict("after.tar"), "wider");
+    // An emergency needs neither proof nor signatures, and lends what it permits to nobody.
+    install("glass.tar", &[]).ended(0);
+    for archive in ["after.tar", "narrow.tar"] {
+        assert_eq!(verdict(archive), "base_ended", "{archive}");
+        install(archive, &[]).ended(1).says(&["WIDENING_UNPROVEN"]);
+    }
+    assert_eq!(site.status()["bundle"]["epoch"], 2);
+
+    // Until its end a bundle measures what ends no later than it.
+    permits("\"/srv/*\"");
+    bundle("ending.tar", 3, "policy.key", Some(&ends));
+    twice("ending.tar");
+    permits("\"/srv/pub/*\"");
+    bundle("sooner.tar", 4, "policy.key", Some(&ends));
+    bundle("endless.tar", 4, "policy.key", None);
+    assert_eq!(verdict("sooner.tar"), "not_wider");
+    assert_eq!(verdict("endless.tar"), "wider");
+    node.stop();
+    let later = [
+        ("LD_PRELOAD", FAKETIME),
+        ("FAKETIME", "+3h"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ("NO_FAKE_STAT", "1"),
+    ];
+    let node = site.start_with(&later);
+    assert_eq!(site.status()["bundle"]["epoch"], 3);
+    assert_eq!(verdict("endless.tar"), "base_ended");
+    install("endless.tar", &[])
+        .ended(1)
+        .says(&["WIDENING_UNPROVEN"]);
+    node.stop();
 }
