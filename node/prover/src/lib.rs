@@ -20,6 +20,7 @@ mod questions;
 mod scribe;
 mod settle;
 mod shapes;
+mod shortcuts;
 mod terms;
 mod widening;
 mod worlds;

@@ -1,7 +1,7 @@
 //! Every bound of a proof, with what it costs in the worst case.
 
 /// Kinds of request (type of principal, action, type of resource) of a bundle that is proved not to permit more.
-/// Each costs one compilation of all policies: a hundred policies take about 10 ms.
+/// Each costs one compilation of all policies at worst: a hundred policies take about 10 ms.
 pub const PROOF_REQUEST_KINDS_MAX: usize = 256;
 
 /// Bytes of all questions to the solver about two bundles. Held by the worker, then by the node: 12 MiB.

@@ -1,11 +1,11 @@
 //! Two bundles, and the questions about each kind of request.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use cedar_policy::{Policy, PolicyId, PolicySet, RequestEnv, Schema};
+use cedar_policy::{Effect, Policy, PolicyId, PolicySet, RequestEnv, Schema};
 use cedar_policy_symcc::{
-    CompiledPolicy, CompiledPolicySet, SymEnv, err::Error, never_errors_asserts,
-    never_matches_asserts,
+    CompiledPolicy, CompiledPolicySet, SymEnv, err::Error, never_matches_asserts, term::Term,
 };
 use tidelock_policy::{BundleError, CedarEngine, Contents, SCHEMA, limits::REACHED_ENTITIES_MAX};
 
@@ -13,7 +13,8 @@ use crate::limits::PROOF_REQUEST_KINDS_MAX;
 use crate::questions::{Question, Refusal, describe, unsupported};
 use crate::scribe::{Scribe, at_once, compiler};
 use crate::shapes::Shapes;
-use crate::terms::{Each, Terms, is_false};
+use crate::shortcuts::{Own, apart, bearing};
+use crate::terms::{Stronger, Terms, is_false};
 use crate::widening::WhyUnproven;
 use crate::worlds::Worlds;
 
@@ -21,7 +22,7 @@ use crate::worlds::Worlds;
 pub(crate) struct Side {
     pub(crate) contents: Contents,
     pub(crate) engine: CedarEngine,
-    pub(crate) policies: PolicySet,
+    policies: PolicySet,
 }
 
 impl Side {
@@ -44,8 +45,7 @@ impl Side {
 pub(crate) struct Pair {
     pub(crate) older: Side,
     pub(crate) newer: Side,
-    /// What makes a policy the same decision for every request: effect and condition. Those of both.
-    common: BTreeSet<String>,
+    parts: Parts,
     /// The schema of the newer one: policies of both are checked against it.
     schema: Schema,
     pub(crate) shapes: Shapes,
@@ -56,9 +56,39 @@ pub(crate) struct Pair {
     shared: BTreeSet<RequestEnv>,
 }
 
+/// The policies of two bundles: those that are the same decision for every request, and the others.
+struct Parts {
+    common: Vec<Policy>,
+    older_own: Vec<Policy>,
+    newer_own: Vec<Policy>,
+}
+
+impl Parts {
+    fn of(older: &Side, newer: &Side) -> Self {
+        let both: BTreeSet<String> = older.keys().intersection(&newer.keys()).cloned().collect();
+        let part = |side: &Side| -> (Vec<Policy>, Vec<Policy>) {
+            let policies = side.policies.policies().cloned();
+            policies.partition(|policy| both.contains(&key(policy)))
+        };
+        let (common, newer_own) = part(newer);
+        Self {
+            common,
+            older_own: part(older).1,
+            newer_own,
+        }
+    }
+}
+
 impl Pair {
+    /// The questions are whole ones from here on.
+    #[cfg(test)]
+    pub(crate) fn take_nothing_as_common(&mut self) {
+        let common = std::mem::take(&mut self.parts.common);
+        self.parts.older_own.extend(common.iter().cloned());
+        self.parts.newer_own.extend(common);
+    }
+
     pub(crate) fn of(older: Side, newer: Side) -> Result<Self, Refusal> {
-        let common = older.keys().intersection(&newer.keys()).cloned().collect();
         let [(old_level, old_entities), (new_level, _)] =
             [older.engine.reach(), newer.engine.reach()];
         // The older one would look further, and refuse requests that reach too much.
@@ -99,9 +129,9 @@ impl Pair {
             .cloned()
             .collect();
         Ok(Self {
+            parts: Parts::of(&older, &newer),
             older,
             newer,
-            common,
             schema,
             shapes,
             relaxed,
@@ -124,15 +154,15 @@ impl Pair {
             .map_err(|error| unsupported(&error))
     }
 
-    fn compile_each(
+    fn compile_each<'p>(
         &self,
-        policies: &PolicySet,
+        policies: impl IntoIterator<Item = &'p Policy>,
         kind: &RequestEnv,
         symbols: &SymEnv,
-    ) -> Result<Vec<Each>, Refusal> {
-        let each = policies.policies().map(|policy| {
-            Ok(Each {
-                in_both: self.common.contains(&key(policy)),
+    ) -> Result<Vec<Own<'p>>, Refusal> {
+        let each = policies.into_iter().map(|policy| {
+            Ok(Own {
+                policy,
                 compiled: self.compile(policy, kind, symbols)?,
             })
         });
@@ -149,90 +179,142 @@ impl Pair {
             .map_err(|error| unsupported(&error))
     }
 
-    /// The terms of one kind of request, or nothing where no policy that differs bears on it.
-    pub(crate) fn terms(&self, kind: &RequestEnv) -> Result<Option<Terms>, Refusal> {
-        let symbols = self.symbols(kind)?;
-        let (before, after) = (&self.older.policies, &self.newer.policies);
+    /// The own policies of the older bundle; `None` where it permits nothing that it would know.
+    fn older_own(
+        &self,
+        kind: &RequestEnv,
+        symbols: &SymEnv,
+    ) -> Result<Option<Vec<Own<'_>>>, Refusal> {
         // Where the older bundle does not know the request as the newer one does, it permits nothing.
-        let is_shared = self.shared.contains(kind);
-        let older = is_shared
-            .then(|| self.compile_each(before, kind, &symbols))
-            .transpose();
-        let older = match older {
-            Ok(older) => older,
-            // It names what the newer schema has not: then the two are not comparable here.
-            Err(_) if self.older.contents.file(SCHEMA) != self.newer.contents.file(SCHEMA) => None,
-            Err(refusal) => return Err(refusal),
-        };
-        let newer = self.compile_each(after, kind, &symbols)?;
-        if let Some(older) = &older {
-            let bears = |each: &Each| {
-                let never = is_false(&never_matches_asserts(&each.compiled))
-                    && is_false(&never_errors_asserts(&each.compiled));
-                !each.in_both && !never
-            };
-            if !older.iter().chain(&newer).any(bears) {
-                return Ok(None);
-            }
+        if !self.shared.contains(kind) {
+            return Ok(None);
         }
-        let worlds = Worlds::of([before, after], &self.shapes, kind);
-        let with = |base: &PolicySet, texts: &[String]| {
-            let mut policies = base.clone();
-            for text in texts {
-                let id = PolicyId::new(format!("no node meets {text}"));
-                let text = format!("forbid(principal, action, resource) when {{ {text} }};");
-                let Ok(policy) = Policy::parse(Some(id), text) else {
-                    continue;
-                };
-                // One that has no sense for this kind of request is left out, which only loses precision.
-                let Ok(compiled) = self.compile(&policy, kind, &symbols) else {
-                    continue;
-                };
-                if !is_false(&never_matches_asserts(&compiled)) {
-                    let _ = policies.add(policy);
-                }
+        match self.compile_each(&self.parts.older_own, kind, symbols) {
+            Ok(own) => Ok(Some(own)),
+            // It names what the newer schema has not: then the two are not comparable here.
+            Err(_) if self.older.contents.file(SCHEMA) != self.newer.contents.file(SCHEMA) => {
+                Ok(None)
             }
-            policies
-        };
-        let compile = |policies: &PolicySet| self.compile_set(policies, kind, &symbols);
-        let realistic = with(after, &worlds.impossible);
-        let permitted = compile(&realistic)?;
-        let described = compile(&with(&realistic, &worlds.strangers))?;
-        let strangers = compile(&with(&realistic, &worlds.described))?;
-        let older_set = match &older {
-            Some(_) => Some(compile(before)?),
-            None => None,
-        };
-        let errs = |each: &Each| !is_false(&never_errors_asserts(&each.compiled));
-        let newer_erring = newer.into_iter().filter(errs);
-        // One that is in both errs in both, and then the newer bundle permits nothing either.
-        let older_erring = older.into_iter().flatten();
-        let older_erring = older_erring.filter(|each| !each.in_both).filter(errs);
-        Ok(Some(Terms {
-            symbols,
-            permitted,
-            described,
-            strangers,
-            older: older_set,
-            newer_erring: newer_erring.map(|each| each.compiled).collect(),
-            older_erring: older_erring.map(|each| each.compiled).collect(),
-        }))
+            Err(refusal) => Err(refusal),
+        }
     }
 
+    /// The terms of one kind of request, or nothing where no request of it can be permitted newly.
+    pub(crate) fn terms(&self, kind: &RequestEnv) -> Result<Option<Terms>, Refusal> {
+        let symbols = self.symbols(kind)?;
+        let Some(older) = self.older_own(kind, &symbols)? else {
+            let all = self.parts.newer_own.iter().chain(&self.parts.common);
+            let newer = self.compile_each(all, kind, &symbols)?;
+            return self.compared(kind, symbols, None, &newer, &[]).map(Some);
+        };
+        let newer = self.compile_each(&self.parts.newer_own, kind, &symbols)?;
+        let bearing = bearing(&older, &newer);
+        if bearing.is_empty() {
+            return Ok(None);
+        }
+        let near = self.parts.common.iter();
+        let near = near.filter(|policy| !bearing.iter().all(|other| apart(policy, other)));
+        let mut common = self.compile_each(near, kind, &symbols)?;
+        common.retain(|own| own.may_match() || own.may_err());
+        self.compared(kind, symbols, Some(&older), &newer, &common)
+            .map(Some)
+    }
+
+    fn compared(
+        &self,
+        kind: &RequestEnv,
+        symbols: SymEnv,
+        older_own: Option<&[Own<'_>]>,
+        newer_own: &[Own<'_>],
+        common: &[Own<'_>],
+    ) -> Result<Terms, Refusal> {
+        let compile = |policies: &PolicySet| self.compile_set(policies, kind, &symbols);
+        let before = set(older_own.into_iter().flatten().chain(common));
+        let after = set(newer_own.iter().chain(common));
+        let worlds = Worlds::of([&before, &after], &self.shapes, kind);
+        let with =
+            |base: &PolicySet, texts: &[String]| self.forbidding(base, texts, kind, &symbols);
+        let realistic = with(&after, &worlds.impossible);
+        let stronger = match older_own {
+            Some(older_own) if !common.is_empty() => {
+                let newer = set(newer_own);
+                let mut open = newer.clone();
+                open.add(anything()?).map_err(|error| unsupported(&error))?;
+                Some(Stronger {
+                    newer: compile(&with(&newer, &worlds.impossible))?,
+                    open: compile(&with(&open, &worlds.impossible))?,
+                    older: compile(&set(older_own))?,
+                    older_forbids: forbids(older_own),
+                    newer_erring: erring(newer_own),
+                })
+            }
+            _ => None,
+        };
+        Ok(Terms {
+            permitted: compile(&realistic)?,
+            described: compile(&with(&realistic, &worlds.strangers))?,
+            strangers: compile(&with(&realistic, &worlds.described))?,
+            older: older_own.is_some().then(|| compile(&before)).transpose()?,
+            newer_erring: erring(newer_own.iter().chain(common)),
+            // One that is in both errs in both, and then the newer bundle permits nothing either.
+            older_erring: erring(older_own.into_iter().flatten()),
+            stronger,
+            symbols,
+        })
+    }
+
+    /// These policies, and a forbid for each condition.
+    fn forbidding(
+        &self,
+        base: &PolicySet,
+        conditions: &[String],
+        kind: &RequestEnv,
+        symbols: &SymEnv,
+    ) -> PolicySet {
+        let mut policies = base.clone();
+        for condition in conditions {
+            let id = PolicyId::new(format!("no node meets {condition}"));
+            let text = format!("forbid(principal, action, resource) when {{ {condition} }};");
+            let Ok(policy) = Policy::parse(Some(id), text) else {
+                continue;
+            };
+            // One that has no sense for this kind of request is left out, which only loses precision.
+            let Ok(compiled) = self.compile(&policy, kind, symbols) else {
+                continue;
+            };
+            if !is_false(&never_matches_asserts(&compiled)) {
+                let _ = policies.add(policy);
+            }
+        }
+        policies
+    }
+
+    /// The question about one kind of request, or nothing where it is known without one that nothing of it is permitted
+    /// newly.
     pub(crate) fn question(&self, kind: &RequestEnv) -> Result<Option<Question>, Refusal> {
         let Some(terms) = self.terms(kind)? else {
             return Ok(None);
         };
-        let mut solver = Scribe::default();
-        let script = {
+        let ask = |asserts: Arc<Vec<Term>>| {
+            let mut solver = Scribe::default();
             let mut compiler = compiler(&mut solver)?;
-            let asked = compiler.check_unsat_raw(terms.widened(), &terms.symbols);
+            let asked = compiler.check_unsat_raw(asserts, &terms.symbols);
             match at_once(asked)? {
-                Ok(true) => return Ok(None),
-                Ok(false) => String::new(),
-                Err(Error::SolverUnknown) => solver.take()?,
-                Err(error) => return Err(unsupported(&error)),
+                Ok(true) => Ok(None),
+                Ok(false) => Ok(Some(String::new())),
+                Err(Error::SolverUnknown) => solver.take().map(Some),
+                Err(error) => Err(unsupported(&error)),
             }
+        };
+        let mut first = String::new();
+        if let Some(stronger) = &terms.stronger {
+            match ask(stronger.widened(&terms.older_erring))? {
+                Some(script) => first = script,
+                None => return Ok(None),
+            }
+        }
+        let Some(script) = ask(terms.widened())? else {
+            return Ok(None);
         };
         let mut models = Vec::new();
         for asserts in terms.models() {
@@ -246,6 +328,7 @@ impl Pair {
         }
         Ok(Some(Question {
             about: describe(kind),
+            first,
             script,
             models,
             otherwise: match terms.older {
@@ -254,6 +337,35 @@ impl Pair {
             },
         }))
     }
+}
+
+/// A set of these policies, whatever their ids.
+fn set<'p>(policies: impl IntoIterator<Item = &'p Own<'p>>) -> PolicySet {
+    let mut set = PolicySet::new();
+    for (number, own) in policies.into_iter().enumerate() {
+        // Two numbers are never the same.
+        let _ = set.add(own.policy.new_id(PolicyId::new(number.to_string())));
+    }
+    set
+}
+
+/// A permit of everything.
+fn anything() -> Result<Policy, Refusal> {
+    let id = PolicyId::new("anything");
+    Policy::parse(Some(id), "permit(principal, action, resource);")
+        .map_err(|error| unsupported(&error))
+}
+
+fn erring<'p>(policies: impl IntoIterator<Item = &'p Own<'p>>) -> Vec<CompiledPolicy> {
+    let erring = policies.into_iter().filter(|own| own.may_err());
+    erring.map(|own| own.compiled.clone()).collect()
+}
+
+fn forbids(policies: &[Own<'_>]) -> Vec<CompiledPolicy> {
+    let forbids = policies
+        .iter()
+        .filter(|own| own.policy.effect() == Effect::Forbid && own.may_match());
+    forbids.map(|own| own.compiled.clone()).collect()
 }
 
 /// What makes a policy the same decision for every request, whatever its id.

@@ -48,6 +48,9 @@ pub enum Questions {
 pub struct Question {
     /// The kind of request, for people.
     pub about: String,
+    /// A script that is asked first, because it is shorter: where it is `unsat`, so is the next one. Empty where there
+    /// is none.
+    pub first: String,
     /// Ends with `(check-sat)`: `unsat` proves that nothing new is permitted. Empty where it is known that
     /// the answer is `sat`.
     pub script: String,
@@ -78,7 +81,8 @@ pub fn questions(before: &[u8], after: &[u8]) -> Result<Questions, BundleError> 
                     return Ok(Questions::None { reason, detail });
                 }
             };
-            bytes += question.script.len() + question.models.iter().map(String::len).sum::<usize>();
+            bytes += question.first.len() + question.script.len();
+            bytes += question.models.iter().map(String::len).sum::<usize>();
             if bytes > PROOF_QUESTION_BYTES_MAX {
                 return Ok(Questions::None {
                     reason: WhyUnproven::TooLarge,

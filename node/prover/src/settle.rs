@@ -24,37 +24,72 @@ pub fn settle(questions: &Questions, solve: &mut Solve<'_>, confirm: &mut Confir
     }
 }
 
+/// What a solver says of one script.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Answer {
+    Unsat,
+    Sat,
+    Unknown,
+}
+
+/// One answer for each question, of one of its scripts; all of them are asked in one go. Where a script is empty, it is
+/// known that the answer is `sat`.
+fn answers_of(
+    asked: &[&Question],
+    script: impl Fn(&Question) -> &String,
+    solve: &mut Solve<'_>,
+) -> Result<Vec<Answer>, Widening> {
+    let mut whole = String::new();
+    for question in asked.iter().filter(|question| !script(question).is_empty()) {
+        whole.push_str(script(question));
+        whole.push('\n');
+    }
+    let said = match whole.is_empty() {
+        true => String::new(),
+        false => solve(&whole)?,
+    };
+    let mut said = said.lines();
+    let mut answers = Vec::new();
+    for question in asked {
+        answers.push(match script(question).is_empty() {
+            true => Answer::Sat,
+            false => match said.next() {
+                Some("unsat") => Answer::Unsat,
+                Some("sat") => Answer::Sat,
+                Some("unknown") => Answer::Unknown,
+                other => return Err(misunderstood(other.unwrap_or("nothing more"))),
+            },
+        });
+    }
+    match said.next() {
+        None => Ok(answers),
+        Some(surplus) => Err(misunderstood(surplus)),
+    }
+}
+
 fn settle_asked(
     asked: &[Question],
     solve: &mut Solve<'_>,
     confirm: &mut Confirm<'_>,
 ) -> Result<Widening, Widening> {
-    let mut script = String::new();
-    for question in asked {
-        script.push_str(&question.script);
-        script.push('\n');
-    }
-    let mut answers = Vec::new();
-    if asked.iter().any(|question| !question.script.is_empty()) {
-        answers.extend(solve(&script)?.lines().map(str::to_owned));
-    }
-    let mut answers = answers.into_iter();
+    // What the first script does not settle, the whole one does, or nothing.
+    let all: Vec<&Question> = asked.iter().collect();
+    let answers = answers_of(&all, |question| &question.first, solve)?;
+    let left: Vec<&Question> = all
+        .into_iter()
+        .zip(answers)
+        .filter(|(_, answer)| *answer != Answer::Unsat)
+        .map(|(question, _)| question)
+        .collect();
+    let answers = answers_of(&left, |question| &question.script, solve)?;
     let mut open = Vec::new();
     let mut unknown = None;
-    for question in asked {
-        let answer = match question.script.is_empty() {
-            true => Some("sat".to_owned()),
-            false => answers.next(),
-        };
-        match answer.as_deref() {
-            Some("unsat") => {}
-            Some("sat") => open.push(question),
-            Some("unknown") => unknown = unknown.or(Some(question)),
-            other => return Err(misunderstood(other.unwrap_or("nothing more"))),
+    for (question, answer) in left.into_iter().zip(answers) {
+        match answer {
+            Answer::Unsat => {}
+            Answer::Sat => open.push(question),
+            Answer::Unknown => unknown = unknown.or(Some(question)),
         }
-    }
-    if let Some(surplus) = answers.next() {
-        return Err(misunderstood(&surplus));
     }
     for question in open.iter().take(PROOF_OPEN_MAX) {
         for (number, script) in question.models.iter().enumerate() {

@@ -4,18 +4,12 @@ use std::sync::Arc;
 
 use cedar_policy_symcc::{
     CompiledPolicy, CompiledPolicySet, SymEnv, WellFormedAsserts, always_denies_asserts,
-    implies_asserts, never_errors_asserts,
+    implies_asserts, never_errors_asserts, never_matches_asserts,
     term::Term,
     term_factory::{and, not, or},
 };
 
 use crate::limits::PROOF_MODELS_MAX;
-
-/// One policy in terms.
-pub(crate) struct Each {
-    pub(crate) in_both: bool,
-    pub(crate) compiled: CompiledPolicy,
-}
 
 /// Terms of one kind of request.
 pub(crate) struct Terms {
@@ -29,6 +23,37 @@ pub(crate) struct Terms {
     pub(crate) older: Option<CompiledPolicySet>,
     pub(crate) newer_erring: Vec<CompiledPolicy>,
     pub(crate) older_erring: Vec<CompiledPolicy>,
+    /// What the question without common policies is made of, where there are any.
+    pub(crate) stronger: Option<Stronger>,
+}
+
+/// Terms of each bundle's own policies alone: the third shortcut of `shortcuts.rs`.
+pub(crate) struct Stronger {
+    /// Those of the newer bundle, and what cannot be as further forbids.
+    pub(crate) newer: CompiledPolicySet,
+    /// The same and a permit of everything: what no own forbid of the newer bundle forbids.
+    pub(crate) open: CompiledPolicySet,
+    pub(crate) older: CompiledPolicySet,
+    pub(crate) older_forbids: Vec<CompiledPolicy>,
+    pub(crate) newer_erring: Vec<CompiledPolicy>,
+}
+
+impl Stronger {
+    /// What is satisfiable wherever something new is permitted.
+    pub(crate) fn widened(&self, older_erring: &[CompiledPolicy]) -> Arc<Vec<Term>> {
+        let own_permit = all(&implies_asserts(&self.newer, &self.older));
+        let forbids = self.older_forbids.iter();
+        let denies = forbids.map(|policy| all(&never_matches_asserts(policy)));
+        let errs = older_erring.iter();
+        let denies = denies.chain(errs.map(|policy| all(&never_errors_asserts(policy))));
+        let denied = and(
+            all(&always_denies_asserts(&self.open)),
+            denies.fold(false.into(), or),
+        );
+        let mut asserts = no_error(&self.newer_erring);
+        asserts.push(or(own_permit, denied));
+        Arc::new(asserts)
+    }
 }
 
 impl Terms {
@@ -36,9 +61,7 @@ impl Terms {
     /// the entities of its own terms is true of every entity, so it may stand, or be missing, anywhere.
     pub(crate) fn widened(&self) -> Arc<Vec<Term>> {
         let mut asserts: Vec<Term> = always_denies_asserts(&self.permitted).asserts().to_vec();
-        for policy in &self.newer_erring {
-            asserts.push(not(all(&never_errors_asserts(policy))));
-        }
+        asserts.extend(no_error(&self.newer_erring));
         if let Some(older) = &self.older {
             let denied = all(&implies_asserts(&self.permitted, older));
             let errs = self.older_erring.iter();
@@ -69,6 +92,14 @@ impl Terms {
         models.truncate(PROOF_MODELS_MAX);
         models
     }
+}
+
+/// That none of these policies errs.
+fn no_error(policies: &[CompiledPolicy]) -> Vec<Term> {
+    let policies = policies.iter();
+    policies
+        .map(|policy| not(all(&never_errors_asserts(policy))))
+        .collect()
 }
 
 fn all(asserts: &WellFormedAsserts<'_>) -> Term {
