@@ -7,12 +7,13 @@ use tidelock_policy::{BundleError, CedarEngine, Engine as _, NODE_MEMBER, Policy
 
 use crate::limits::PROOF_SUPPOSED_MAX;
 use crate::pair::{Pair, Side};
-use crate::questions::{Refusal, describe, on_stack, unsupported};
+use crate::questions::{ModelOf, Refusal, describe, on_stack, unsupported};
 use crate::scribe::{Scribe, at_once, compiler};
+use crate::terms::First;
 use crate::widening::Counterexample;
 use crate::worlds::POSTURES;
 
-/// The request that a solver's answer to the model script `number` about this kind of request stands
+/// The request that a model, the solver's answer about this kind of request, stands
 /// for, if `after` permits it and `before` does not when both are asked.
 ///
 /// # Errors
@@ -21,7 +22,7 @@ pub fn confirm(
     before: &[u8],
     after: &[u8],
     about: &str,
-    number: usize,
+    whose: ModelOf,
     model: &str,
 ) -> Result<Option<Counterexample>, BundleError> {
     on_stack(|| {
@@ -29,7 +30,7 @@ pub fn confirm(
             return Ok(None);
         };
         let kind = pair.kinds.iter().find(|kind| describe(kind) == about);
-        let env = kind.and_then(|kind| pair.solution(kind, number, model).ok().flatten());
+        let env = kind.and_then(|kind| pair.solution(kind, whose, model).ok().flatten());
         Ok(env.and_then(|env| pair.confirmed(&env)))
     })
 }
@@ -39,13 +40,17 @@ impl Pair {
     pub(crate) fn solution(
         &self,
         kind: &RequestEnv,
-        number: usize,
+        whose: ModelOf,
         model: &str,
     ) -> Result<Option<Env>, Refusal> {
         let Some(terms) = self.terms(kind)? else {
             return Ok(None);
         };
-        let Some(asserts) = terms.models().into_iter().nth(number) else {
+        let asserts = match whose {
+            ModelOf::First(number) => terms.first.get(number).and_then(First::model),
+            ModelOf::Whole(number) => terms.models().into_iter().nth(number),
+        };
+        let Some(asserts) = asserts else {
             return Ok(None);
         };
         let mut solver = Scribe::answering(model);

@@ -27,6 +27,6 @@ mod worlds;
 
 pub use compare::compare_limits;
 pub use counterexample::confirm;
-pub use questions::{Question, Questions, questions};
+pub use questions::{ModelOf, Part, Question, Questions, questions};
 pub use settle::{Confirm, Solve, settle};
 pub use widening::{Counterexample, WhyUnproven, Widening};

@@ -10,6 +10,13 @@ pub const PROOF_QUESTION_BYTES_MAX: usize = 6 * 1024 * 1024;
 /// Kinds of request of which it is open what is permitted newly, and a model is asked for.
 pub const PROOF_OPEN_MAX: usize = 8;
 
+/// Models of the parts that are asked first: each costs a solver and a worker, and may show nothing.
+pub const PROOF_FIRST_MODELS_MAX: usize = 2;
+
+/// Policies in the parts that are asked first about one kind of request, roughly; where there would be more, it is one
+/// part.
+pub const PROOF_FIRST_POLICIES_MAX: usize = 2_048;
+
 /// Models of one kind of request that a solver is asked for.
 pub const PROOF_MODELS_MAX: usize = 4;
 

@@ -1,20 +1,21 @@
 //! Two bundles, and the questions about each kind of request.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cedar_policy::{Effect, Policy, PolicyId, PolicySet, RequestEnv, Schema};
 use cedar_policy_symcc::{
-    CompiledPolicy, CompiledPolicySet, SymEnv, err::Error, never_matches_asserts, term::Term,
+    CompiledPolicy, CompiledPolicySet, SymEnv, WellFormedAsserts, err::Error,
+    never_matches_asserts, term::Term,
 };
 use tidelock_policy::{BundleError, CedarEngine, Contents, SCHEMA, limits::REACHED_ENTITIES_MAX};
 
-use crate::limits::PROOF_REQUEST_KINDS_MAX;
-use crate::questions::{Question, Refusal, describe, unsupported};
+use crate::limits::{PROOF_FIRST_POLICIES_MAX, PROOF_REQUEST_KINDS_MAX};
+use crate::questions::{Part, Question, Refusal, describe, unsupported};
 use crate::scribe::{Scribe, at_once, compiler};
 use crate::shapes::Shapes;
-use crate::shortcuts::{Own, apart, bearing};
-use crate::terms::{Stronger, Terms, is_false};
+use crate::shortcuts::{Own, apart, bearing, by_scope};
+use crate::terms::{First, Terms, is_false};
 use crate::widening::WhyUnproven;
 use crate::worlds::Worlds;
 
@@ -229,64 +230,101 @@ impl Pair {
         common: &[Own<'_>],
     ) -> Result<Terms, Refusal> {
         let compile = |policies: &PolicySet| self.compile_set(policies, kind, &symbols);
-        let before = set(older_own.into_iter().flatten().chain(common));
-        let after = set(newer_own.iter().chain(common));
+        let before = set(all_of(older_own.into_iter().flatten().chain(common)));
+        let after = set(all_of(newer_own.iter().chain(common)));
         let worlds = Worlds::of([&before, &after], &self.shapes, kind);
-        let with =
-            |base: &PolicySet, texts: &[String]| self.forbidding(base, texts, kind, &symbols);
-        let realistic = with(&after, &worlds.impossible);
-        let stronger = match older_own {
-            Some(older_own) if !common.is_empty() => {
-                let newer = set(newer_own);
-                let mut open = newer.clone();
-                open.add(anything()?).map_err(|error| unsupported(&error))?;
-                Some(Stronger {
-                    newer: compile(&with(&newer, &worlds.impossible))?,
-                    open: compile(&with(&open, &worlds.impossible))?,
-                    older: compile(&set(older_own))?,
-                    older_forbids: forbids(older_own),
-                    newer_erring: erring(newer_own),
-                })
-            }
-            _ => None,
+        let forbids = |texts: &[String]| self.forbids(texts, kind, &symbols);
+        let impossible = forbids(&worlds.impossible);
+        let (strangers, described) = (forbids(&worlds.strangers), forbids(&worlds.described));
+        let realistic = |more: &[Policy]| {
+            let newer = all_of(newer_own.iter().chain(common));
+            compile(&set(newer.chain(&impossible).chain(more)))
+        };
+        let first = match older_own {
+            Some(older_own) => self.first(
+                older_own,
+                newer_own,
+                common,
+                [&impossible, &strangers],
+                &compile,
+            )?,
+            None => Vec::new(),
         };
         Ok(Terms {
-            permitted: compile(&realistic)?,
-            described: compile(&with(&realistic, &worlds.strangers))?,
-            strangers: compile(&with(&realistic, &worlds.described))?,
+            permitted: realistic(&[])?,
+            described: realistic(&strangers)?,
+            strangers: realistic(&described)?,
             older: older_own.is_some().then(|| compile(&before)).transpose()?,
             newer_erring: erring(newer_own.iter().chain(common)),
             // One that is in both errs in both, and then the newer bundle permits nothing either.
             older_erring: erring(older_own.into_iter().flatten()),
-            stronger,
+            first,
             symbols,
         })
     }
 
-    /// These policies, and a forbid for each condition.
-    fn forbidding(
+    /// The parts of the stronger question, the third shortcut of `shortcuts.rs`; none where they would be the whole one.
+    fn first(
         &self,
-        base: &PolicySet,
-        conditions: &[String],
-        kind: &RequestEnv,
-        symbols: &SymEnv,
-    ) -> PolicySet {
-        let mut policies = base.clone();
-        for condition in conditions {
-            let id = PolicyId::new(format!("no node meets {condition}"));
-            let text = format!("forbid(principal, action, resource) when {{ {condition} }};");
-            let Ok(policy) = Policy::parse(Some(id), text) else {
-                continue;
-            };
-            // One that has no sense for this kind of request is left out, which only loses precision.
-            let Ok(compiled) = self.compile(&policy, kind, symbols) else {
-                continue;
-            };
-            if !is_false(&never_matches_asserts(&compiled)) {
-                let _ = policies.add(policy);
-            }
+        older: &[Own<'_>],
+        newer: &[Own<'_>],
+        common: &[Own<'_>],
+        [impossible, strangers]: [&[Policy]; 2],
+        compile: &dyn Fn(&PolicySet) -> Result<CompiledPolicySet, Refusal>,
+    ) -> Result<Vec<First>, Refusal> {
+        let is_permit = |own: &&Own<'_>| own.policy.effect() == Effect::Permit;
+        let forbids: Vec<&Own<'_>> = newer.iter().filter(|own| !is_permit(own)).collect();
+        let mut scopes = by_scope(newer.iter().filter(is_permit));
+        if scopes.len() * (1 + forbids.len() + impossible.len()) > PROOF_FIRST_POLICIES_MAX {
+            scopes = BTreeMap::from([(String::new(), newer.iter().filter(is_permit).collect())]);
         }
-        policies
+        if common.is_empty() && scopes.len() < 2 {
+            return Ok(Vec::new());
+        }
+        let mut before = by_scope(older.iter().filter(is_permit));
+        if scopes.contains_key("") {
+            before = BTreeMap::from([(String::new(), older.iter().filter(is_permit).collect())]);
+        }
+        let mut first = Vec::new();
+        for (scope, permits) in scopes {
+            let own = || all_of(permits.iter().chain(&forbids).copied());
+            let older = before.remove(&scope).unwrap_or_default();
+            first.push(First::Permits {
+                newer: compile(&set(own().chain(impossible)))?,
+                described: compile(&set(own().chain(impossible).chain(strangers)))?,
+                older: compile(&set(all_of(older)))?,
+                erring: erring(permits.iter().chain(&forbids).copied()),
+            });
+        }
+        let denying = older
+            .iter()
+            .filter(|own| !is_permit(own) && own.may_match());
+        let denying: Vec<CompiledPolicy> = denying.map(|own| own.compiled.clone()).collect();
+        let older_erring = erring(older);
+        if !denying.is_empty() || !older_erring.is_empty() {
+            let anything = anything()?;
+            let open = all_of(newer).chain([&anything]).chain(impossible);
+            first.push(First::Denies {
+                open: compile(&set(open))?,
+                denying,
+                older_erring,
+                erring: erring(newer),
+            });
+        }
+        Ok(first)
+    }
+
+    /// A forbid for each condition. One that has no sense for this kind of request is left out, which only loses precision.
+    fn forbids(&self, conditions: &[String], kind: &RequestEnv, symbols: &SymEnv) -> Vec<Policy> {
+        let policies = conditions.iter().filter_map(|condition| {
+            let text = format!("forbid(principal, action, resource) when {{ {condition} }};");
+            Policy::parse(None, text).ok()
+        });
+        let has_sense = |policy: &Policy| {
+            let compiled = self.compile(policy, kind, symbols);
+            compiled.is_ok_and(|compiled| !is_false(&never_matches_asserts(&compiled)))
+        };
+        policies.filter(has_sense).collect()
     }
 
     /// The question about one kind of request, or nothing where it is known without one that nothing of it is permitted
@@ -306,26 +344,29 @@ impl Pair {
                 Err(error) => Err(unsupported(&error)),
             }
         };
-        let mut first = String::new();
-        if let Some(stronger) = &terms.stronger {
-            match ask(stronger.widened(&terms.older_erring))? {
-                Some(script) => first = script,
-                None => return Ok(None),
+        let mut first = Vec::new();
+        for (number, part) in terms.first.iter().enumerate() {
+            if let Some(script) = ask(part.widened())? {
+                let model = part
+                    .model()
+                    .map(|asserts| model_script(&asserts))
+                    .transpose()?;
+                first.push(Part {
+                    number,
+                    script,
+                    model,
+                });
             }
+        }
+        if first.is_empty() && !terms.first.is_empty() {
+            return Ok(None);
         }
         let Some(script) = ask(terms.widened())? else {
             return Ok(None);
         };
-        let mut models = Vec::new();
-        for asserts in terms.models() {
-            let mut solver = Scribe::default();
-            let asked = at_once(compiler(&mut solver)?.check_sat(&asserts))?;
-            models.push(match asked {
-                Err(Error::SolverUnknown) => solver.take()?,
-                // Nothing has to be asked: any model does, or none.
-                _ => String::new(),
-            });
-        }
+        let models = terms.models();
+        let models = models.iter().map(model_script);
+        let models = models.collect::<Result<_, _>>()?;
         Ok(Some(Question {
             about: describe(kind),
             first,
@@ -339,14 +380,27 @@ impl Pair {
     }
 }
 
+/// What a solver has to be asked for a model of these; empty where nothing has to be asked: any model does, or none.
+fn model_script(asserts: &WellFormedAsserts<'_>) -> Result<String, Refusal> {
+    let mut solver = Scribe::default();
+    match at_once(compiler(&mut solver)?.check_sat(asserts))? {
+        Err(Error::SolverUnknown) => solver.take(),
+        _ => Ok(String::new()),
+    }
+}
+
 /// A set of these policies, whatever their ids.
-fn set<'p>(policies: impl IntoIterator<Item = &'p Own<'p>>) -> PolicySet {
+fn set<'p>(policies: impl IntoIterator<Item = &'p Policy>) -> PolicySet {
     let mut set = PolicySet::new();
-    for (number, own) in policies.into_iter().enumerate() {
+    for (number, policy) in policies.into_iter().enumerate() {
         // Two numbers are never the same.
-        let _ = set.add(own.policy.new_id(PolicyId::new(number.to_string())));
+        let _ = set.add(policy.new_id(PolicyId::new(number.to_string())));
     }
     set
+}
+
+fn all_of<'p>(own: impl IntoIterator<Item = &'p Own<'p>>) -> impl Iterator<Item = &'p Policy> {
+    own.into_iter().map(|own| own.policy)
 }
 
 /// A permit of everything.
@@ -359,13 +413,6 @@ fn anything() -> Result<Policy, Refusal> {
 fn erring<'p>(policies: impl IntoIterator<Item = &'p Own<'p>>) -> Vec<CompiledPolicy> {
     let erring = policies.into_iter().filter(|own| own.may_err());
     erring.map(|own| own.compiled.clone()).collect()
-}
-
-fn forbids(policies: &[Own<'_>]) -> Vec<CompiledPolicy> {
-    let forbids = policies
-        .iter()
-        .filter(|own| own.policy.effect() == Effect::Forbid && own.may_match());
-    forbids.map(|own| own.compiled.clone()).collect()
 }
 
 /// What makes a policy the same decision for every request, whatever its id.

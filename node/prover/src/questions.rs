@@ -48,9 +48,8 @@ pub enum Questions {
 pub struct Question {
     /// The kind of request, for people.
     pub about: String,
-    /// A script that is asked first, because it is shorter: where it is `unsat`, so is the next one. Empty where there
-    /// is none.
-    pub first: String,
+    /// What is asked first, because it is shorter: where all parts are `unsat`, so is the script. There may be none.
+    pub first: Vec<Part>,
     /// Ends with `(check-sat)`: `unsat` proves that nothing new is permitted. Empty where it is known that
     /// the answer is `sat`.
     pub script: String,
@@ -58,6 +57,34 @@ pub struct Question {
     pub models: Vec<String>,
     /// What it means if no model does.
     pub otherwise: WhyUnproven,
+}
+
+/// A part of what is asked first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// Which one it is.
+    pub number: usize,
+    /// Ends with `(check-sat)`. Empty where it is known that the answer is `sat`.
+    pub script: String,
+    /// Ends with `(get-model)`: what may show a request that is permitted newly.
+    pub model: Option<String>,
+}
+
+impl Part {
+    fn bytes(&self) -> usize {
+        self.script.len() + self.model.as_ref().map_or(0, String::len)
+    }
+}
+
+/// Whose solution a model is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelOf {
+    /// That of the part of this number.
+    First(usize),
+    /// That of the model script in this place.
+    Whole(usize),
 }
 
 /// What has to be asked so that `after` is proved to permit nothing that `before` does not.
@@ -81,7 +108,8 @@ pub fn questions(before: &[u8], after: &[u8]) -> Result<Questions, BundleError> 
                     return Ok(Questions::None { reason, detail });
                 }
             };
-            bytes += question.first.len() + question.script.len();
+            bytes += question.first.iter().map(Part::bytes).sum::<usize>();
+            bytes += question.script.len();
             bytes += question.models.iter().map(String::len).sum::<usize>();
             if bytes > PROOF_QUESTION_BYTES_MAX {
                 return Ok(Questions::None {

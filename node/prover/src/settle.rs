@@ -1,16 +1,15 @@
 //! What the solver's answers come to.
 
-use crate::limits::{ANSWER_SHOWN_CHARS_MAX, PROOF_OPEN_MAX};
-use crate::questions::{Question, Questions};
+use crate::limits::{ANSWER_SHOWN_CHARS_MAX, PROOF_FIRST_MODELS_MAX, PROOF_OPEN_MAX};
+use crate::questions::{ModelOf, Question, Questions};
 use crate::widening::{Counterexample, WhyUnproven, Widening};
 
 /// What runs scripts: what the solver wrote, or why there is nothing.
 pub type Solve<'a> = dyn FnMut(&str) -> Result<String, Widening> + 'a;
 
-/// What tells whether a model, the solver's answer to the model script of this number, stands for a request
-/// that is permitted newly.
+/// What tells whether a model that the solver has found stands for a request that is permitted newly.
 pub type Confirm<'a> =
-    dyn FnMut(&Question, usize, &str) -> Result<Option<Counterexample>, Widening> + 'a;
+    dyn FnMut(&Question, ModelOf, &str) -> Result<Option<Counterexample>, Widening> + 'a;
 
 /// Asks a solver what [`questions`](crate::questions()) found, and makes a verdict of the answers.
 /// Nothing but one `unsat` for each question is a proof; a model counts if it is confirmed.
@@ -32,26 +31,18 @@ enum Answer {
     Unknown,
 }
 
-/// One answer for each question, of one of its scripts; all of them are asked in one go. Where a script is empty, it is
-/// known that the answer is `sat`.
-fn answers_of(
-    asked: &[&Question],
-    script: impl Fn(&Question) -> &String,
-    solve: &mut Solve<'_>,
-) -> Result<Vec<Answer>, Widening> {
-    let mut whole = String::new();
-    for question in asked.iter().filter(|question| !script(question).is_empty()) {
-        whole.push_str(script(question));
-        whole.push('\n');
-    }
+/// One answer for each script; all of them are asked in one go. Where one is empty, it is known that the answer is `sat`.
+fn answers(scripts: &[&str], solve: &mut Solve<'_>) -> Result<Vec<Answer>, Widening> {
+    let asked = scripts.iter().filter(|script| !script.is_empty());
+    let whole: String = asked.flat_map(|script| [*script, "\n"]).collect();
     let said = match whole.is_empty() {
         true => String::new(),
         false => solve(&whole)?,
     };
     let mut said = said.lines();
     let mut answers = Vec::new();
-    for question in asked {
-        answers.push(match script(question).is_empty() {
+    for script in scripts {
+        answers.push(match script.is_empty() {
             true => Answer::Sat,
             false => match said.next() {
                 Some("unsat") => Answer::Unsat,
@@ -67,21 +58,61 @@ fn answers_of(
     }
 }
 
+/// The request that a model of this script stands for, if there is one that is permitted newly.
+fn shown(
+    (question, whose, script): (&Question, ModelOf, &str),
+    solve: &mut Solve<'_>,
+    confirm: &mut Confirm<'_>,
+) -> Result<Option<Widening>, Widening> {
+    // What needs no solver has no answer.
+    let answer = match script.is_empty() {
+        true => "sat".to_owned(),
+        false => solve(script)?,
+    };
+    let (word, model) = answer.split_once('\n').unwrap_or((&answer, ""));
+    if word != "sat" {
+        return Ok(None);
+    }
+    let found = confirm(question, whose, model)?;
+    Ok(found.map(|found| Widening::Wider {
+        looser: Vec::new(),
+        counterexample: Some(Box::new(found)),
+    }))
+}
+
 fn settle_asked(
     asked: &[Question],
     solve: &mut Solve<'_>,
     confirm: &mut Confirm<'_>,
 ) -> Result<Widening, Widening> {
-    // What the first script does not settle, the whole one does, or nothing.
-    let all: Vec<&Question> = asked.iter().collect();
-    let answers = answers_of(&all, |question| &question.first, solve)?;
-    let left: Vec<&Question> = all
-        .into_iter()
-        .zip(answers)
-        .filter(|(_, answer)| *answer != Answer::Unsat)
-        .map(|(question, _)| question)
+    // What the parts do not settle, the whole script does, or nothing.
+    let scripts = asked.iter().flat_map(|question| &question.first);
+    let scripts: Vec<&str> = scripts.map(|part| part.script.as_str()).collect();
+    let mut said = answers(&scripts, solve)?.into_iter();
+    let mut left = Vec::new();
+    let mut may_show = Vec::new();
+    for question in asked {
+        let said: Vec<Answer> = said.by_ref().take(question.first.len()).collect();
+        let is_settled = !said.is_empty() && said.iter().all(|answer| *answer == Answer::Unsat);
+        if !is_settled {
+            left.push(question);
+        }
+        for (part, answer) in question.first.iter().zip(said) {
+            if let (Answer::Sat, Some(model)) = (answer, &part.model) {
+                may_show.push((question, ModelOf::First(part.number), model.as_str()));
+            }
+        }
+    }
+    for one in may_show.into_iter().take(PROOF_FIRST_MODELS_MAX) {
+        if let Some(wider) = shown(one, solve, confirm)? {
+            return Ok(wider);
+        }
+    }
+    let scripts: Vec<&str> = left
+        .iter()
+        .map(|question| question.script.as_str())
         .collect();
-    let answers = answers_of(&left, |question| &question.script, solve)?;
+    let answers = answers(&scripts, solve)?;
     let mut open = Vec::new();
     let mut unknown = None;
     for (question, answer) in left.into_iter().zip(answers) {
@@ -93,20 +124,9 @@ fn settle_asked(
     }
     for question in open.iter().take(PROOF_OPEN_MAX) {
         for (number, script) in question.models.iter().enumerate() {
-            // What needs no solver has no answer.
-            let answer = match script.is_empty() {
-                true => "sat".to_owned(),
-                false => solve(script)?,
-            };
-            let (word, model) = answer.split_once('\n').unwrap_or((&answer, ""));
-            if word != "sat" {
-                continue;
-            }
-            if let Some(found) = confirm(question, number, model)? {
-                return Ok(Widening::Wider {
-                    looser: Vec::new(),
-                    counterexample: Some(Box::new(found)),
-                });
+            let one = (*question, ModelOf::Whole(number), script.as_str());
+            if let Some(wider) = shown(one, solve, confirm)? {
+                return Ok(wider);
             }
         }
     }

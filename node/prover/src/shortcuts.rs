@@ -13,12 +13,16 @@
 //!    that one of these bears on, its scope does not match: it neither decides nor errs. And what the two
 //!    smaller bundles decide differently, one of these bears on as well, by the same argument: the smaller question has
 //!    the same answer as the whole one, in both directions.
-//! 3. *Without any common policy the question is stronger*: is a request permitted by the own policies of the newer bundle
-//!    alone and not by those of the older one alone, or does an own policy of the older one err, or an own forbid of it
-//!    match, where no own forbid of the newer one does? Whatever is newly permitted is an answer to it, by the
-//!    three reasons above. `unsat` settles the matter, any other word settles nothing, and the whole question is asked.
+//! 3. *Without any common policy the question is stronger, and falls into parts*: for each scope, an own permit of the
+//!    newer bundle of that scope matches, no own forbid of it does, and no own permit of the older one of the same
+//!    scope; and, as one part, an own policy of the older bundle errs, or an own forbid of it matches, where no own
+//!    forbid of the newer one does. Whatever is newly permitted is an answer to one of them, by the three reasons above.
+//!    `unsat` of all settles the matter. Any other word settles nothing: a model is worth asking both bundles about, and
+//!    if it is none, the whole question is asked.
 //!
 //! The whole question is what is left if nothing is common; the tests hold the one against the other.
+
+use std::collections::BTreeMap;
 
 use cedar_policy::{Effect, EntityUid, Policy, PrincipalConstraint, ResourceConstraint};
 use cedar_policy_symcc::{CompiledPolicy, never_errors_asserts, never_matches_asserts};
@@ -52,6 +56,22 @@ pub(crate) fn bearing<'p>(older: &[Own<'p>], newer: &[Own<'p>]) -> Vec<&'p Polic
         .iter()
         .filter(|own| own.may_be(Effect::Forbid) || own.may_err());
     permits.chain(denies).map(|own| own.policy).collect()
+}
+
+/// Policies by their scopes, the action aside: it is the same for all that bear on one kind of request.
+pub(crate) fn by_scope<'a, 'p>(
+    policies: impl Iterator<Item = &'a Own<'p>>,
+) -> BTreeMap<String, Vec<&'a Own<'p>>>
+where
+    'p: 'a,
+{
+    let mut scopes: BTreeMap<String, Vec<&Own<'_>>> = BTreeMap::new();
+    for own in policies.filter(|own| own.may_match()) {
+        let principal = own.policy.principal_constraint();
+        let scope = format!("{principal:?} {:?}", own.policy.resource_constraint());
+        scopes.entry(scope).or_default().push(own);
+    }
+    scopes
 }
 
 /// Whether no request matches the scopes of both. Scopes come first and never err, so what one of them excludes is not

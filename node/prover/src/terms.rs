@@ -23,36 +23,75 @@ pub(crate) struct Terms {
     pub(crate) older: Option<CompiledPolicySet>,
     pub(crate) newer_erring: Vec<CompiledPolicy>,
     pub(crate) older_erring: Vec<CompiledPolicy>,
-    /// What the question without common policies is made of, where there are any.
-    pub(crate) stronger: Option<Stronger>,
+    /// The parts of the question that is asked first.
+    pub(crate) first: Vec<First>,
 }
 
-/// Terms of each bundle's own policies alone: the third shortcut of `shortcuts.rs`.
-pub(crate) struct Stronger {
-    /// Those of the newer bundle, and what cannot be as further forbids.
-    pub(crate) newer: CompiledPolicySet,
-    /// The same and a permit of everything: what no own forbid of the newer bundle forbids.
-    pub(crate) open: CompiledPolicySet,
-    pub(crate) older: CompiledPolicySet,
-    pub(crate) older_forbids: Vec<CompiledPolicy>,
-    pub(crate) newer_erring: Vec<CompiledPolicy>,
+/// One part of the stronger question, in terms of each bundle's own policies: the third shortcut of `shortcuts.rs`.
+/// What is permitted newly satisfies one of them.
+pub(crate) enum First {
+    /// An own permit of one scope matches where no own permit of that scope did.
+    Permits {
+        /// The permits and all own forbids of the newer bundle, and what cannot be as further forbids.
+        newer: CompiledPolicySet,
+        /// The same where every entity is described.
+        described: CompiledPolicySet,
+        /// Permits of the older bundle, and nothing else.
+        older: CompiledPolicySet,
+        /// Policies of `newer` that may err.
+        erring: Vec<CompiledPolicy>,
+    },
+    /// An own policy of the older bundle denied what no own forbid of the newer one forbids.
+    Denies {
+        /// A permit of everything, the own policies of the newer bundle, and what cannot be as further forbids.
+        open: CompiledPolicySet,
+        /// Own forbids of the older bundle.
+        denying: Vec<CompiledPolicy>,
+        /// Own policies of the older bundle that may err.
+        older_erring: Vec<CompiledPolicy>,
+        /// Own policies of the newer bundle that may err.
+        erring: Vec<CompiledPolicy>,
+    },
 }
 
-impl Stronger {
-    /// What is satisfiable wherever something new is permitted.
-    pub(crate) fn widened(&self, older_erring: &[CompiledPolicy]) -> Arc<Vec<Term>> {
-        let own_permit = all(&implies_asserts(&self.newer, &self.older));
-        let forbids = self.older_forbids.iter();
-        let denies = forbids.map(|policy| all(&never_matches_asserts(policy)));
-        let errs = older_erring.iter();
-        let denies = denies.chain(errs.map(|policy| all(&never_errors_asserts(policy))));
-        let denied = and(
-            all(&always_denies_asserts(&self.open)),
-            denies.fold(false.into(), or),
-        );
-        let mut asserts = no_error(&self.newer_erring);
-        asserts.push(or(own_permit, denied));
+impl First {
+    /// What is unsatisfiable if nothing is permitted newly for this reason.
+    pub(crate) fn widened(&self) -> Arc<Vec<Term>> {
+        let (erring, reason) = match self {
+            Self::Permits {
+                newer,
+                older,
+                erring,
+                ..
+            } => (erring, all(&implies_asserts(newer, older))),
+            Self::Denies {
+                open,
+                denying,
+                older_erring,
+                erring,
+            } => {
+                let matches = denying
+                    .iter()
+                    .map(|policy| all(&never_matches_asserts(policy)));
+                let errs = older_erring.iter();
+                let errs = errs.map(|policy| all(&never_errors_asserts(policy)));
+                let denied = matches.chain(errs).fold(false.into(), or);
+                (erring, and(all(&always_denies_asserts(open)), denied))
+            }
+        };
+        let mut asserts = no_error(erring);
+        asserts.push(reason);
         Arc::new(asserts)
+    }
+
+    /// What to look for a model of, where both bundles are worth asking about it.
+    pub(crate) fn model(&self) -> Option<WellFormedAsserts<'_>> {
+        match self {
+            Self::Permits {
+                described, older, ..
+            } => Some(implies_asserts(described, older)),
+            Self::Denies { .. } => None,
+        }
     }
 }
 

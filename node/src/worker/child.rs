@@ -89,12 +89,12 @@ fn judge(ask: &Ask, archive: Vec<u8>) -> Result<Verdict, BundleError> {
             before_bytes,
             after_bytes,
             about,
-            number,
+            whose,
         } => {
             let (before, rest) = split(&archive, *before_bytes)?;
             let (after, model) = split(rest, *after_bytes)?;
             let model = String::from_utf8_lossy(model);
-            confirm(before, after, about, *number, &model)
+            confirm(before, after, about, *whose, &model)
                 .map(|found| Verdict::Confirmed(found.map(Box::new)))
         }
         Ask::Inspect => {

@@ -151,12 +151,12 @@ pub(crate) fn prove_policies(before: &[u8], after: &[u8], terms: &ProofTerms) ->
         };
         found.run(script, left())
     };
-    settle(&questions, &mut solve, &mut |question, number, model| {
+    settle(&questions, &mut solve, &mut |question, whose, model| {
         let asked = Ask::Confirm {
             before_bytes: before.len(),
             after_bytes: after.len(),
             about: question.about.clone(),
-            number,
+            whose,
         };
         let all = [both.as_slice(), model.as_bytes()].concat();
         match worked(&asked, &all, left())? {

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tidelock_policy::{Examined, limits::ARCHIVE_BYTES_MAX};
-use tidelock_prover::{Counterexample, Questions, limits::PROOF_MODEL_BYTES_MAX};
+use tidelock_prover::{Counterexample, ModelOf, Questions, limits::PROOF_MODEL_BYTES_MAX};
 
 /// What a worker is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +39,7 @@ pub(crate) enum Ask {
         /// The question.
         about: String,
         /// Which of its models.
-        number: usize,
+        whose: ModelOf,
     },
     /// Nothing but to say how it is confined.
     Probe,
