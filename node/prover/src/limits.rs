@@ -4,7 +4,10 @@
 /// Each costs one compilation of all policies at worst: a hundred policies take about 10 ms.
 pub const PROOF_REQUEST_KINDS_MAX: usize = 256;
 
-/// Bytes of all questions to the solver about two bundles. Held by the worker, then by the node: 12 MiB.
+/// Bytes of the parts that are asked first, of all questions about two bundles. Those beyond it go without.
+pub const PROOF_FIRST_BYTES_MAX: usize = 1024 * 1024;
+
+/// Bytes of all questions to the solver about two bundles, but for those parts. Held by the worker, then by the node: 14 MiB.
 pub const PROOF_QUESTION_BYTES_MAX: usize = 6 * 1024 * 1024;
 
 /// Kinds of request of which it is open what is permitted newly, and a model is asked for.
@@ -15,7 +18,7 @@ pub const PROOF_FIRST_MODELS_MAX: usize = 2;
 
 /// Policies in the parts that are asked first about one kind of request, roughly; where there would be more, it is one
 /// part.
-pub const PROOF_FIRST_POLICIES_MAX: usize = 2_048;
+pub const PROOF_FIRST_POLICIES_MAX: usize = 1_024;
 
 /// Models of one kind of request that a solver is asked for.
 pub const PROOF_MODELS_MAX: usize = 4;

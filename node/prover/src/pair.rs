@@ -285,6 +285,7 @@ impl Pair {
         if scopes.contains_key("") {
             before = BTreeMap::from([(String::new(), older.iter().filter(is_permit).collect())]);
         }
+        let compile = |policies: &PolicySet| compile(policies).map(Box::new);
         let mut first = Vec::new();
         for (scope, permits) in scopes {
             let own = || all_of(permits.iter().chain(&forbids).copied());
@@ -303,7 +304,7 @@ impl Pair {
         let older_erring = erring(older);
         if !denying.is_empty() || !older_erring.is_empty() {
             let anything = anything()?;
-            let open = all_of(newer).chain([&anything]).chain(impossible);
+            let open = all_of(forbids).chain([&anything]).chain(impossible);
             first.push(First::Denies {
                 open: compile(&set(open))?,
                 denying,

@@ -23,7 +23,7 @@ use cedar_policy::RequestEnv;
 use serde::{Deserialize, Serialize};
 use tidelock_policy::BundleError;
 
-use crate::limits::{PROOF_QUESTION_BYTES_MAX, PROVER_STACK_BYTES};
+use crate::limits::{PROOF_FIRST_BYTES_MAX, PROOF_QUESTION_BYTES_MAX, PROVER_STACK_BYTES};
 use crate::pair::{Pair, Side};
 use crate::widening::WhyUnproven;
 
@@ -98,9 +98,9 @@ pub fn questions(before: &[u8], after: &[u8]) -> Result<Questions, BundleError> 
             Err((reason, detail)) => return Ok(Questions::None { reason, detail }),
         };
         let mut asked = Vec::new();
-        let mut bytes = 0;
+        let (mut bytes, mut first_bytes) = (0, 0);
         for kind in &pair.kinds {
-            let question = match pair.question(kind) {
+            let mut question = match pair.question(kind) {
                 Ok(Some(question)) => question,
                 Ok(None) => continue,
                 Err((reason, detail)) => {
@@ -108,7 +108,13 @@ pub fn questions(before: &[u8], after: &[u8]) -> Result<Questions, BundleError> 
                     return Ok(Questions::None { reason, detail });
                 }
             };
-            bytes += question.first.iter().map(Part::bytes).sum::<usize>();
+            let parts: usize = question.first.iter().map(Part::bytes).sum();
+            first_bytes += parts;
+            if first_bytes > PROOF_FIRST_BYTES_MAX {
+                // The whole one does without them.
+                question.first.clear();
+                first_bytes -= parts;
+            }
             bytes += question.script.len();
             bytes += question.models.iter().map(String::len).sum::<usize>();
             if bytes > PROOF_QUESTION_BYTES_MAX {

@@ -33,18 +33,18 @@ pub(crate) enum First {
     /// An own permit of one scope matches where no own permit of that scope did.
     Permits {
         /// The permits and all own forbids of the newer bundle, and what cannot be as further forbids.
-        newer: CompiledPolicySet,
+        newer: Box<CompiledPolicySet>,
         /// The same where every entity is described.
-        described: CompiledPolicySet,
+        described: Box<CompiledPolicySet>,
         /// Permits of the older bundle, and nothing else.
-        older: CompiledPolicySet,
+        older: Box<CompiledPolicySet>,
         /// Policies of `newer` that may err.
         erring: Vec<CompiledPolicy>,
     },
     /// An own policy of the older bundle denied what no own forbid of the newer one forbids.
     Denies {
-        /// A permit of everything, the own policies of the newer bundle, and what cannot be as further forbids.
-        open: CompiledPolicySet,
+        /// A permit of everything, the own forbids of the newer bundle, and what cannot be as further forbids.
+        open: Box<CompiledPolicySet>,
         /// Own forbids of the older bundle.
         denying: Vec<CompiledPolicy>,
         /// Own policies of the older bundle that may err.

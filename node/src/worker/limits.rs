@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use tidelock_prover::limits::{PROOF_MODEL_BYTES_MAX, PROOF_QUESTION_BYTES_MAX};
+use tidelock_prover::limits::{
+    PROOF_FIRST_BYTES_MAX, PROOF_MODEL_BYTES_MAX, PROOF_QUESTION_BYTES_MAX,
+};
 
 /// Milliseconds from the start of a worker to its end by force, where the config says nothing else. With what
 /// stands around it a refusal stays under two seconds. A thousand policies take a tenth of it on one
@@ -75,7 +77,7 @@ pub(super) const PROOFS_KEPT_MAX: usize = 16;
 
 const _: () = assert!(*PROOF_DEADLINE_MS_RANGE.start() <= PROOF_DEADLINE_MS);
 const _: () = assert!(PROOF_DEADLINE_MS <= *PROOF_DEADLINE_MS_RANGE.end());
-const _: () = assert!(PROOF_QUESTION_BYTES_MAX < ANSWER_BYTES_MAX);
+const _: () = assert!(PROOF_QUESTION_BYTES_MAX + PROOF_FIRST_BYTES_MAX < ANSWER_BYTES_MAX);
 const _: () = assert!(*DEADLINE_MS_RANGE.start() <= DEADLINE_MS);
 const _: () = assert!(DEADLINE_MS <= *DEADLINE_MS_RANGE.end());
 const _: () = assert!(FAILED_FOR.as_secs() <= REFUSED_FOR.as_secs());
