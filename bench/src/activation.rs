@@ -1,7 +1,8 @@
 //! Activation and going back, with slots on a real disk, while requests are decided.
 //!
 //! From the bytes of a signed package to the switch: signatures, compilation, the bundle's own checks, durable slots.
-//! Not in it: the child process that compiles a bundle before the node does, and the proof of the widening gate.
+//! Not in it: the child process that compiles a bundle before the node does, and the proof of the widening gate, which
+//! `proof.rs` measures.
 
 use std::{
     io,

@@ -8,6 +8,7 @@ mod decide;
 mod doors;
 mod peers;
 mod policy;
+mod proof;
 mod report;
 mod segments;
 mod transport;

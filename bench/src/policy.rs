@@ -28,10 +28,11 @@ const STRANGERS: usize = 10;
 
 type Group = fn(&Path) -> Vec<Row>;
 
-const GROUPS: [(&str, Group); 5] = [
+const GROUPS: [(&str, Group); 6] = [
     ("in-process", |_| in_process()),
     ("rego", |_| rego()),
     ("activation", |_| crate::activation::rows()),
+    ("proof", crate::proof::rows),
     ("http", doors::over_http),
     ("start", doors::start),
 ];
@@ -170,8 +171,12 @@ impl Ours {
 
     pub fn decide(&self, bytes: &[u8]) -> bool {
         let action = Action::parse(bytes, &self.caller).expect("an action");
-        let evaluation = self.bundle.evaluate(&PolicyRequest::from(&action));
-        evaluation.verdict == Verdict::Permit
+        self.permits(&PolicyRequest::from(&action))
+    }
+
+    /// A request whose attributes are given, where the parser would derive them.
+    pub fn permits(&self, request: &PolicyRequest) -> bool {
+        self.bundle.evaluate(request).verdict == Verdict::Permit
     }
 }
 
