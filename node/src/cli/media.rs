@@ -13,6 +13,7 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, ValueHint};
 use serde_json::{Value, json};
+use tidelock_policy::TRUST_ORIGIN;
 use tidelock_segments::{
     AgeIdentity, AgeRecipients, DomainId, Kind, NodeId, Origin, SegmentId,
     limits::{MAX_VOLUME_BYTES, MIN_VOLUME_BYTES},
@@ -841,11 +842,12 @@ impl Export<'_> {
 
 // ---- import -------------------------------------------------------------------------------------
 
-/// The order in which entries take effect: what revokes before what could be revoked (INV-11). Receipts
-/// give room back before audit takes it.
+/// The order in which entries take effect: what revokes before what could be revoked (INV-11). Who may sign
+/// bundles before the bundles. Receipts give room back before audit takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Class {
     Revocation,
+    Trust,
     Policy,
     Witness,
     Receipt,
@@ -853,8 +855,9 @@ enum Class {
 }
 
 impl Class {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Revocation,
+        Self::Trust,
         Self::Policy,
         Self::Witness,
         Self::Receipt,
@@ -866,6 +869,7 @@ impl Class {
             EntryMark::Receipt(_) => Self::Receipt,
             EntryMark::Segment(reference) => match reference.kind {
                 Kind::Revocation => Self::Revocation,
+                Kind::Policy if reference.origin.policy_name() == Some(TRUST_ORIGIN) => Self::Trust,
                 Kind::Policy => Self::Policy,
                 Kind::Witness => Self::Witness,
                 Kind::Audit => Self::Audit,
