@@ -911,6 +911,11 @@ impl ConsultNote {
         self.fallback != "none"
     }
 
+    /// By what summarised denials are counted: who was asked, what was said, what stood in for it.
+    pub(crate) fn counted(&self) -> (&str, &'static str, &'static str) {
+        (&self.upstream, self.outcome, self.fallback)
+    }
+
     /// What the answer to the caller tells of it. Of a failure it is the word only: the text may name
     /// addresses and files, which are for the operator.
     pub(crate) fn told(&self) -> Consulted {

@@ -25,8 +25,8 @@ use crate::{
     caller::Caller,
     clock::{BucketClock, Clock},
     consult::{
-        Asked, Begun, ConsultFailure, ConsultStats, Consults, KeptAnswers, Question, Under,
-        UpstreamAnswer, Upstreams, weigh,
+        Asked, Begun, ConsultFailure, ConsultNote, ConsultStats, Consults, KeptAnswers, Question,
+        Under, UpstreamAnswer, Upstreams, weigh,
     },
     engines::{Engines, Evaluated},
     envoy, explain,
@@ -716,7 +716,8 @@ impl Inner {
 
         let effective = mode == Mode::Decide && answer.decision == Decision::Allow;
         if !effective && !inner.may_record_denial(caller, rendered.bytes.len()) {
-            answer.window = Some(inner.summarise(caller, mode, answer.reason));
+            let note = judgement.findings.consult.as_deref();
+            answer.window = Some(inner.summarise(caller, mode, (answer.reason, note)));
             Self::answer(
                 inner,
                 done,
@@ -1060,7 +1061,7 @@ impl Inner {
         let record = record::refused(at, caller, refused).ok();
         let record = record.filter(|record| inner.may_record_denial(caller, record.len()));
         let Some(record) = record else {
-            inner.summarise_as(caller, summed);
+            inner.summarise_as(caller, (summed, None));
             return done();
         };
         let shared = Arc::clone(inner);
@@ -1184,7 +1185,7 @@ impl Inner {
             return done(Err(SearchRefused::Unrecorded(Reason::AuditUnavailable)));
         };
         if !inner.may_record_denial(caller, record.len()) {
-            found.window = Some(inner.summarise_as(caller, "SEARCH"));
+            found.window = Some(inner.summarise_as(caller, ("SEARCH", None)));
             return done(Ok(found));
         }
         inner.recorder.submit(
@@ -1398,25 +1399,32 @@ impl Inner {
         self.denial_bytes.check(&denial_key(caller), cost).is_ok()
     }
 
-    fn summarise(&self, caller: &Caller, mode: Mode, reason: Reason) -> String {
-        self.summarise_as(
-            caller,
-            match mode {
-                Mode::Decide => reason.as_str(),
-                Mode::Explain => "EXPLAIN",
-            },
-        )
+    fn summarise(
+        &self,
+        caller: &Caller,
+        mode: Mode,
+        (reason, note): (Reason, Option<&ConsultNote>),
+    ) -> String {
+        let what = match mode {
+            Mode::Decide => reason.as_str(),
+            Mode::Explain => "EXPLAIN",
+        };
+        self.summarise_as(caller, (what, note))
     }
 
-    fn summarise_as(&self, caller: &Caller, what: &'static str) -> String {
+    fn summarise_as(
+        &self,
+        caller: &Caller,
+        counted: (&'static str, Option<&ConsultNote>),
+    ) -> String {
         add(&self.counters.summarised, 1);
         let (kind, id) = denial_key(caller);
         let shown = (
             crate::redact::message(&kind, crate::limits::MAX_TYPE_BYTES),
             crate::redact::message(&id, crate::limits::MAX_PRINCIPAL_ID_BYTES),
         );
-        self.summary()
-            .count(shown, what, self.clock.now(), self.clock.unix_ms())
+        let times = (self.clock.now(), self.clock.unix_ms());
+        self.summary().count(shown, counted, times)
     }
 
     /// Tells the caller, or the log, what a wait came to.

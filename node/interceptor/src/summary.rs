@@ -10,9 +10,15 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Map, Value, json};
 
-use crate::limits::MAX_SUMMARY_PRINCIPALS;
+use crate::{
+    consult::ConsultNote,
+    limits::{MAX_SUMMARY_CONSULTS, MAX_SUMMARY_PRINCIPALS},
+};
 
 type Counts = BTreeMap<&'static str, u64>;
+
+/// What came of questions: the decision point, what it said or why it did not, and what stood in for it.
+type Consulted = (String, &'static str, &'static str);
 
 /// What happened between two moments.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +34,8 @@ pub(crate) struct Window {
     other: Counts,
     /// Answers that have no record of their own, by reason, of all principals together.
     unrecorded: Counts,
+    /// Counted denials after a decision point was asked, of all principals together.
+    consults: BTreeMap<Consulted, u64>,
 }
 
 /// The open window, and the way to the next.
@@ -48,13 +56,13 @@ impl Summary {
         }
     }
 
-    /// Counts one denial of this principal; returns the id of the window that it is counted in.
+    /// Counts one denial of this principal, and what a decision point had to do with it; returns the id of
+    /// the window that it is counted in.
     pub(crate) fn count(
         &mut self,
         principal: (String, String),
-        what: &'static str,
-        now: Duration,
-        unix_ms: u64,
+        (what, note): (&'static str, Option<&ConsultNote>),
+        (now, unix_ms): (Duration, u64),
     ) -> String {
         let window = self.window(now, unix_ms);
         let full = window.principals.len() >= MAX_SUMMARY_PRINCIPALS;
@@ -64,6 +72,14 @@ impl Summary {
             window.principals.entry(principal).or_default()
         };
         *counts.entry(what).or_default() += 1;
+        if let Some(note) = note {
+            let (upstream, outcome, fallback) = note.counted();
+            count_one(
+                &mut window.consults,
+                (upstream.to_owned(), outcome, fallback),
+                1,
+            );
+        }
         let last = window.last;
         self.id(last)
     }
@@ -90,6 +106,7 @@ impl Summary {
                 principals: BTreeMap::new(),
                 other: Counts::new(),
                 unrecorded: Counts::new(),
+                consults: BTreeMap::new(),
             }
         });
         window.to_unix_ms = window.to_unix_ms.max(unix_ms);
@@ -120,6 +137,9 @@ impl Summary {
         open.to_unix_ms = open.to_unix_ms.max(failed.to_unix_ms);
         merge(&mut open.other, failed.other);
         merge(&mut open.unrecorded, failed.unrecorded);
+        for (consulted, count) in failed.consults {
+            count_one(&mut open.consults, consulted, count);
+        }
         for (principal, counts) in failed.principals {
             let full = open.principals.len() >= MAX_SUMMARY_PRINCIPALS;
             if full && !open.principals.contains_key(&principal) {
@@ -149,8 +169,26 @@ impl Summary {
         fields.insert("principals".to_owned(), principals.into());
         fields.insert("other".to_owned(), json!(window.other));
         fields.insert("unrecorded".to_owned(), json!(window.unrecorded));
+        if !window.consults.is_empty() {
+            let consults: Vec<Value> = window
+                .consults
+                .iter()
+                .map(|((upstream, outcome, fallback), count)| {
+                    json!({"upstream": upstream, "outcome": outcome, "fallback": fallback, "count": count})
+                })
+                .collect();
+            fields.insert("consults".to_owned(), consults.into());
+        }
         fields
     }
+}
+
+/// Counts a denial by its decision point, all of those beyond the limit together, under no name.
+fn count_one(into: &mut BTreeMap<Consulted, u64>, mut consulted: Consulted, count: u64) {
+    if into.len() >= MAX_SUMMARY_CONSULTS && !into.contains_key(&consulted) {
+        consulted.0 = String::new();
+    }
+    *into.entry(consulted).or_default() += count;
 }
 
 fn merge(into: &mut Counts, from: Counts) {
@@ -173,7 +211,7 @@ mod tests {
     fn counts_are_exact_and_windows_have_ids() {
         let mut summary = Summary::new(0xabc);
         for n in 0..10 {
-            let id = summary.count(principal(n % 2), "NO_MATCH", S, 100 + n as u64);
+            let id = summary.count(principal(n % 2), ("NO_MATCH", None), (S, 100 + n as u64));
             assert_eq!(id, "abc-1");
         }
         summary.count_unrecorded("AUDIT_UNAVAILABLE", S, 200);
@@ -191,16 +229,17 @@ mod tests {
                 "other": {}, "unrecorded": {"AUDIT_UNAVAILABLE": 1},
             })
         );
-        assert_eq!(summary.count(principal(0), "NO_MATCH", S * 7, 300), "abc-2");
+        let next = summary.count(principal(0), ("NO_MATCH", None), (S * 7, 300));
+        assert_eq!(next, "abc-2");
     }
 
     #[test]
     fn a_window_that_could_not_be_written_is_merged_into_the_next() {
         let mut summary = Summary::new(1);
-        summary.count(principal(1), "NO_MATCH", S, 10);
+        summary.count(principal(1), ("NO_MATCH", None), (S, 10));
         let first = summary.take_due(S * 9, S).unwrap();
-        summary.count(principal(1), "NO_MATCH", S * 10, 20);
-        summary.count(principal(2), "POLICY_DENY", S * 10, 30);
+        summary.count(principal(1), ("NO_MATCH", None), (S * 10, 20));
+        summary.count(principal(2), ("POLICY_DENY", None), (S * 10, 30));
         summary.put_back(first, S * 10);
         let merged = summary.take_due(S * 20, S).unwrap();
         let fields = summary.fields(&merged);
@@ -227,6 +266,22 @@ mod tests {
     }
 
     #[test]
+    fn inv_07_a_window_holds_a_bounded_number_of_decision_points_and_loses_no_count() {
+        let mut consults = BTreeMap::new();
+        let all = MAX_SUMMARY_CONSULTS * 3;
+        for n in 0..all {
+            count_one(&mut consults, (format!("up-{n}"), "deny", "none"), 1);
+        }
+        count_one(&mut consults, ("up-0".to_owned(), "deny", "none"), 4);
+        assert_eq!(consults.len(), MAX_SUMMARY_CONSULTS + 1);
+        assert_eq!(consults.values().sum::<u64>(), all as u64 + 4);
+        let nameless = (String::new(), "deny", "none");
+        let beyond = (all - MAX_SUMMARY_CONSULTS) as u64;
+        assert_eq!(consults.get(&nameless), Some(&beyond));
+        assert_eq!(consults.get(&("up-0".to_owned(), "deny", "none")), Some(&5));
+    }
+
+    #[test]
     fn inv_07_a_window_holds_a_bounded_number_of_principals_and_loses_no_count() {
         let mut summary = Summary::new(1);
         let all = MAX_SUMMARY_PRINCIPALS * 3;
@@ -239,13 +294,13 @@ mod tests {
                 .sum::<u64>()
         };
         for n in 0..all {
-            summary.count(principal(n), "NO_MATCH", S, 1);
+            summary.count(principal(n), ("NO_MATCH", None), (S, 1));
         }
         let window = summary.take_due(S * 2, S).unwrap();
         assert_eq!(window.principals.len(), MAX_SUMMARY_PRINCIPALS);
         assert_eq!(total(&window), all as u64);
         for n in all..all * 2 {
-            summary.count(principal(n), "NO_MATCH", S * 2, 1);
+            summary.count(principal(n), ("NO_MATCH", None), (S * 2, 1));
         }
         summary.put_back(window, S * 2);
         let merged = summary.take_due(S * 4, S).unwrap();

@@ -314,6 +314,35 @@ fn a_local_permit_stands_only_with_the_word_of_its_decision_point() {
 }
 
 #[test]
+fn denials_that_are_summarised_are_counted_by_what_the_decision_point_said() {
+    let site = Site::new("deny");
+    let line = |outcome: &str, fallback: &str, count: u64| json!({"upstream": "authority", "outcome": outcome, "fallback": fallback, "count": count});
+    let (mut denied, mut invalid) = (0, 0);
+    // As long as they have records of their own nothing is counted.
+    while denied < 5 || invalid < 5 {
+        let outcome = site.decide(|authority| authority.says(&no()));
+        denied += u64::from(outcome.answer.window.is_some());
+        let outcome = site.decide(|authority| authority.says(&json!({"decision": "perhaps"})));
+        invalid += u64::from(outcome.answer.window.is_some());
+        assert!(
+            site.records().len() < 10_000,
+            "the budget of denials has an end"
+        );
+    }
+    site.clock.advance(site.interceptor.config().summary_window);
+    site.interceptor.tick();
+    let record = site.last_record();
+    assert_eq!(record["type"], "denials");
+    assert_eq!(
+        record["consults"],
+        json!([
+            line("deny", "none", denied),
+            line("invalid", "denied", invalid)
+        ])
+    );
+}
+
+#[test]
 fn what_is_no_local_permit_is_final_and_nobody_is_asked() {
     let site = Site::new("cached");
     assert_eq!(
