@@ -280,6 +280,18 @@ fn an_emergency_bundle_is_short_loud_and_recorded() {
     site.tidelock(&["bundle", "install", "over.tar", "--apply"])
         .ended(1)
         .says(&["BUNDLE_EXPIRED"]);
+    // It is signed for now: it does not wait for its time, as a regular one does.
+    site.bundle("later.tar", "glass.key", |m| {
+        m["epoch"] = json!(2);
+        m["role"] = json!("break-glass");
+        m["created_at"] = seconds(-60);
+        m["not_before"] = seconds(3_600);
+        m["expires_at"] = seconds(7_200);
+    });
+    site.tidelock(&["bundle", "install", "later.tar", "--apply"])
+        .ended(1)
+        .says(&["BUNDLE_NOT_YET"]);
+    assert_eq!(site.status()["activation"]["scheduled"], json!([]));
     glass("glass.tar", 2, 7_200);
     site.ok(&["bundle", "install", "glass.tar", "--apply"]);
     let status = site.status();

@@ -511,6 +511,21 @@ fn node(args: &ConfigArg, config: &Config, findings: &mut Findings) {
         );
         findings.add("policy", Grade::Note, text);
     }
+    let scheduled = status
+        .pointer("/activation/scheduled")
+        .and_then(Value::as_array);
+    for bundle in scheduled.into_iter().flatten() {
+        if let Some(code) = bundle.pointer("/refused/code").and_then(Value::as_str) {
+            let epoch = bundle
+                .get("epoch")
+                .map(Value::to_string)
+                .unwrap_or_default();
+            let text = format!(
+                "the time of epoch {epoch} has come, and it is refused ({code}): tidelock policy status"
+            );
+            findings.add("policy", Grade::Bad, text);
+        }
+    }
     if status
         .pointer("/activation/widening_signatures")
         .is_none_or(Value::is_null)

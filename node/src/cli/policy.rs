@@ -283,6 +283,21 @@ fn activation_rows(told: &Value) -> Vec<Vec<String>> {
             format!("{name} epoch {epoch}: {code}: {message}"),
         ]);
     }
+    for scheduled in part("scheduled").as_array().into_iter().flatten() {
+        let (name, epoch) = (word(scheduled, "name"), word(scheduled, "epoch"));
+        let refused = |key: &str| scheduled.pointer(&format!("/refused/{key}")).map(text);
+        let refused = match (refused("code"), refused("message")) {
+            (Some(code), Some(message)) => format!(", refused since then: {code}: {message}"),
+            _ => String::new(),
+        };
+        rows.push(vec![
+            "scheduled".to_owned(),
+            format!(
+                "{name} epoch {epoch}: from {}{refused}",
+                word(scheduled, "not_before")
+            ),
+        ]);
+    }
     for key in ["block_on", "widening_signatures"] {
         let rule = part(key);
         if !rule.is_null() {
@@ -295,8 +310,17 @@ fn activation_rows(told: &Value) -> Vec<Vec<String>> {
     rows
 }
 
-/// What was just activated, and how to undo it.
+/// What was just activated, and how to undo it; or what waits for its time.
 pub(super) fn describe_activated(answer: &Value) -> String {
+    if let Some(scheduled) = answer.get("scheduled") {
+        return format!(
+            "{} epoch {} is in place and begins to decide at {}, by the node's clock; look at it with \
+             tidelock policy status, and take its place by a newer epoch",
+            word(scheduled, "name"),
+            word(scheduled, "epoch"),
+            word(scheduled, "not_before")
+        );
+    }
     let mut rows = answer.clone();
     let undo = rows.as_object_mut().and_then(|rows| rows.remove("undo"));
     let undo = match undo.as_ref().and_then(Value::as_str) {

@@ -660,6 +660,7 @@ impl Node {
             ("standby", json!(self.slots.standby())),
             ("on_trial", json!(self.slots.is_on_trial())),
             ("waiting", self.waiting.told()),
+            ("scheduled", self.scheduled.told()),
             ("block_on", json!(rules.block_on)),
             ("widening_signatures", json!(rules.widening_threshold)),
         ]);

@@ -94,7 +94,7 @@ impl From<PartialError> for PartialDenied {
 
 /// Who is to blame for a bundle. A peer that passes on what another authority signed, or what needs a newer
 /// node, has done nothing wrong; one that passes on what is no bundle has.
-fn judge(error: BundleError) -> Denied {
+pub(super) fn judge(error: BundleError) -> Denied {
     match error.code() {
         code @ ("BUNDLE_FORMAT" | "BUNDLE_DIGEST") => Denied::bringer(code, error),
         code => Denied::local(code, error),
@@ -275,7 +275,16 @@ impl Node {
                 .check_now(self.clock.unix_ms())
                 .map_err(|error| Denied::local(error.code(), error))?;
         }
-        let Some(floor) = floor else {
+        self.check_epoch(manifest, content_id)
+    }
+
+    /// The same, whatever the time.
+    pub(super) fn check_epoch(
+        &self,
+        manifest: &Manifest,
+        content_id: &ContentId,
+    ) -> Result<(), Denied> {
+        let Some(floor) = self.slots.floor() else {
             return Ok(());
         };
         let epoch = manifest.epoch;
@@ -431,7 +440,7 @@ impl Node {
     /// process does not yet. Nobody else waits for it meanwhile. Answers the package to install: with the
     /// signatures that count of copies that wait, if there are any.
     fn check_policy(&self, segment: &VerifiedSegment) -> Result<Vec<u8>, Denied> {
-        let (package, manifest) = self.check_offer(segment.body())?;
+        let (package, manifest) = self.check_arrival(segment.body())?;
         if self.own_policy_segment(&package, &manifest)?.id() != segment.id() {
             return Err(Denied::bringer(
                 "BUNDLE_FORMAT",
@@ -457,7 +466,7 @@ impl Node {
 
     fn admit_policy(&self, peer: &NodeId, segment: &VerifiedSegment) -> Result<(), Denied> {
         self.check_policy(segment)
-            .and_then(|package| self.install_bundle(&package, For::Peer))
+            .and_then(|package| self.install_or_schedule(&package, For::Peer))
             .map(drop)
             .inspect_err(|denied| {
                 self.note_bundle_refused(peer, segment, denied);

@@ -220,12 +220,17 @@ impl Node {
         let package = field_bytes(body, "package")?;
         if apply {
             return self
-                .install_bundle(&package, For::Operator)
-                .map(|activated| activated.told())
+                .install_or_schedule(&package, For::Operator)
                 .map_err(|denied| {
                     self.reject_bundle(&denied);
                     refused(&denied)
                 });
+        }
+        if let Some(plan) = self
+            .plan_ahead(&package)
+            .map_err(|denied| refused(&denied))?
+        {
+            return Ok(plan);
         }
         let order = Order::unlooked(For::Operator);
         let bundle = self

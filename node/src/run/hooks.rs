@@ -93,7 +93,9 @@ impl MeshHooks for Hooks {
 
     fn wants(&self, reference: &SegmentRef) -> bool {
         let now = self.0.clock.monotonic();
-        !self.0.waiting.holds(&reference.id, now) && self.0.wants(reference)
+        !self.0.waiting.holds(&reference.id, now)
+            && !self.0.scheduled.holds(reference)
+            && self.0.wants(reference)
     }
 
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {

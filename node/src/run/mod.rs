@@ -21,6 +21,7 @@ mod quotas;
 mod rejections;
 mod replay;
 mod rollback;
+mod scheduled;
 mod seen;
 mod self_check;
 mod trust;
@@ -162,7 +163,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
                 }
                 if count.is_multiple_of(PAPER_TICKS) {
                     papers = watch_papers(&node, papers);
-                    slots = read_slots_again(&node, slots);
+                    slots = tend_policy(&node, slots);
                 }
             }
             _ = hangup.recv() => hung_up = true,
@@ -244,17 +245,19 @@ fn watch_papers(
     }))
 }
 
-/// Reads the policy slots again beside the loop where that is due; a worker may take its time over them.
-fn read_slots_again(
+/// Reads the policy slots again and activates what has waited for its time, beside the loop and where that is
+/// due; a worker may take its time over it.
+fn tend_policy(
     node: &Arc<Node>,
     running: Option<tokio::task::JoinHandle<()>>,
 ) -> Option<tokio::task::JoinHandle<()>> {
     if is_busy(running.as_ref()) {
         return running;
     }
-    let reading = node.clone();
+    let tending = node.clone();
     Some(tokio::task::spawn_blocking(move || {
-        reading.read_slots_again()
+        tending.read_slots_again();
+        tending.tend_schedule();
     }))
 }
 

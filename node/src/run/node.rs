@@ -47,6 +47,7 @@ use super::{
     policy::{RootSlots, SlotsAgain},
     quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
     rejections::Rejections,
+    scheduled::Scheduled,
     seen::Seen,
     trust::{keep_chain, missing_trust, open_chain},
     waiting::Waiting,
@@ -180,6 +181,8 @@ pub(super) struct Node {
     pub(super) slots_again: Mutex<SlotsAgain>,
     /// Bundles of peers that this site's own rules keep out.
     pub(super) waiting: Waiting,
+    /// Bundles that wait for their time.
+    pub(super) scheduled: Scheduled,
     pub(super) papers: Mutex<Papers>,
     /// Held by whoever takes config or papers into use.
     pub(super) reloading: Mutex<()>,
@@ -467,6 +470,7 @@ impl Node {
             looking: Looking::default(),
             slots_again: Mutex::default(),
             waiting: Waiting::default(),
+            scheduled: Scheduled::default(),
             papers: Mutex::default(),
             reloading: Mutex::default(),
             parts: Mutex::default(),
@@ -507,6 +511,7 @@ impl Node {
         }
         node.restore_policy();
         node.restore_standby();
+        node.review_schedule();
         node.keep_passes();
         Ok(node)
     }

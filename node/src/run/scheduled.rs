@@ -1,0 +1,634 @@
+//! Bundles that wait for their time: verified and stored when they come, activated at their `not_before`
+//! without any contact.
+//!
+//! They lie in the segment store, so they go on to peers and outlive a restart; the schedule itself is made
+//! from the store. It holds a few bundles, each of a higher epoch and a later time than the one before. When
+//! the time of one has come by the trusted clock, it goes through the pipeline like any other
+//! ([`Node::activate`]): signatures, compiler, tests and gates are asked again by the trust of that moment.
+//! A clock in doubt activates nothing (INV-18).
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tidelock_policy::{ContentId, Manifest, Package, Role, TrustFile, signed_manifest};
+use tidelock_segments::{Charge, Kind, SegmentRef};
+
+use super::{
+    activate::Order,
+    admit::{Denied, judge},
+    node::Node,
+    trust::is_statement,
+};
+use crate::worker::For;
+
+/// Bundles that wait for their time (INV-07): 4 MiB of disk each at most, none of it from the reserve, and
+/// about 600 bytes of memory.
+const SCHEDULED_MAX: usize = 4;
+
+/// How soon a bundle whose time has come and that was refused is tried again; each wait is twice the one
+/// before, up to [`AGAIN_MOST`].
+const AGAIN_FIRST: Duration = Duration::from_secs(15);
+const AGAIN_MOST: Duration = Duration::from_secs(600);
+
+/// A package whose time has not come, signed by those who may.
+pub(super) struct Ahead {
+    package: Package,
+    manifest: Manifest,
+    start: Start,
+}
+
+/// The time of a bundle.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Start {
+    unix_ms: u64,
+    /// As the manifest writes it.
+    text: String,
+}
+
+impl Start {
+    /// Of a bundle that may wait for it: an emergency is signed for no time that has not come.
+    fn of(manifest: &Manifest) -> Option<Self> {
+        (manifest.role == Role::Policy).then_some(())?;
+        Some(Self {
+            unix_ms: manifest.validity.not_before_unix_ms?,
+            text: manifest.not_before.clone()?,
+        })
+    }
+}
+
+/// What is known of a bundle that waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    segment: SegmentRef,
+    content_id: ContentId,
+    start: Start,
+    since_unix_ms: u64,
+    /// Why it does not decide although its time has come: the code and a text.
+    refused: Option<(&'static str, String)>,
+    again_at: Duration,
+    wait: Duration,
+}
+
+/// What a new bundle would do to the schedule.
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// It has one, and these lose theirs: it comes into force before them.
+    Free(Vec<SegmentRef>),
+    /// It has it already.
+    Taken,
+}
+
+/// The bundles that wait, by epoch.
+#[derive(Debug, Default)]
+struct Schedule {
+    entries: BTreeMap<u64, Entry>,
+    /// By which trust they were judged.
+    trust: Option<Arc<TrustFile>>,
+}
+
+impl Schedule {
+    /// Where a bundle of this epoch, content and time belongs. Epochs and times rise together: what would
+    /// come into force after a higher epoch has no use.
+    fn place(&self, epoch: u64, content_id: &ContentId, at_unix_ms: u64) -> Result<Place, Denied> {
+        if let Some(held) = self.entries.get(&epoch) {
+            if held.content_id == *content_id {
+                return Ok(Place::Taken);
+            }
+            return Err(Denied::local(
+                "BUNDLE_CONFLICT",
+                format!(
+                    "epoch {epoch} is taken by {}, which waits for its time; give the changed content a new \
+                     epoch",
+                    held.content_id
+                ),
+            ));
+        }
+        let mut above = self.entries.range(epoch..);
+        if let Some((higher, _)) = above.find(|(_, held)| held.start.unix_ms <= at_unix_ms) {
+            return Err(Denied::local(
+                "BUNDLE_EPOCH",
+                format!(
+                    "epoch {higher} comes into force before epoch {epoch} would; build a newer epoch"
+                ),
+            ));
+        }
+        let below = self.entries.range(..epoch);
+        let loses = below.filter(|(_, held)| held.start.unix_ms >= at_unix_ms);
+        let loses: Vec<SegmentRef> = loses.map(|(_, held)| held.segment.clone()).collect();
+        if self.entries.len() - loses.len() >= SCHEDULED_MAX {
+            return Err(Denied::local(
+                "BUNDLE_NOT_YET",
+                format!(
+                    "{SCHEDULED_MAX} bundles wait for their time already; offer it again later"
+                ),
+            ));
+        }
+        Ok(Place::Free(loses))
+    }
+
+    fn forget(&mut self, segment: &SegmentRef) {
+        let is_it = |entry: &Entry| entry.segment.id == segment.id;
+        if self.entries.get(&segment.sequence).is_some_and(is_it) {
+            self.entries.remove(&segment.sequence);
+        }
+    }
+
+    /// The bundles to be tried now, the highest epoch first.
+    fn due(&self, trusted_unix_ms: u64, now: Duration) -> Vec<SegmentRef> {
+        let all = self.entries.values().rev();
+        let due =
+            all.filter(|entry| entry.start.unix_ms <= trusted_unix_ms && entry.again_at <= now);
+        due.map(|entry| entry.segment.clone()).collect()
+    }
+
+    /// Notes that a bundle was refused at its time; whether that is news.
+    fn note_refused(&mut self, epoch: u64, denied: &Denied, now: Duration) -> bool {
+        let Some(entry) = self.entries.get_mut(&epoch) else {
+            return false;
+        };
+        entry.wait = (entry.wait * 2).clamp(AGAIN_FIRST, AGAIN_MOST);
+        entry.again_at = now.saturating_add(entry.wait);
+        let before = entry.refused.replace((denied.code, denied.message.clone()));
+        before.is_none_or(|(code, _)| code != denied.code)
+    }
+
+    fn is_judged_by(&self, trust: &Arc<TrustFile>) -> bool {
+        let judged_by = self.trust.as_ref();
+        judged_by.is_some_and(|judged_by| Arc::ptr_eq(judged_by, trust))
+    }
+
+    fn told(&self) -> Value {
+        let told = self.entries.iter().map(|(epoch, entry)| {
+            let refused = entry.refused.as_ref();
+            json!({
+                "segment": entry.segment.id, "name": entry.segment.origin.policy_name(), "epoch": epoch,
+                "hash": entry.content_id,
+                "not_before": entry.start.text, "since_unix_ms": entry.since_unix_ms,
+                "refused": refused.map(|(code, message)| json!({"code": code, "message": message})),
+            })
+        });
+        told.collect()
+    }
+}
+
+/// Content and time of a stored bundle, or why it may not wait.
+type Judged = Result<(ContentId, Option<Start>), Denied>;
+
+/// INV-16: below which epoch nothing is activated by nobody's word where the floor is not known, because it was
+/// lost or nothing has decided yet: the newest that may have decided tells.
+fn lost_floor(judged: &[(SegmentRef, Option<Judged>)], trusted_unix_ms: u64) -> u64 {
+    let is_ahead = |judged: &Option<Judged>| match judged {
+        Some(Ok((_, Some(start)))) => start.unix_ms > trusted_unix_ms,
+        _ => false,
+    };
+    let decided = judged.iter().filter(|(_, judged)| !is_ahead(judged));
+    let newest = decided.map(|(segment, _)| segment.sequence).max();
+    newest.map_or(0, |newest| newest.saturating_sub(1))
+}
+
+/// The schedule of one node.
+#[derive(Default)]
+pub(super) struct Scheduled(Mutex<Schedule>);
+
+impl Scheduled {
+    fn held(&self) -> MutexGuard<'_, Schedule> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a bundle of this one's epoch waits here.
+    pub(super) fn holds(&self, reference: &SegmentRef) -> bool {
+        reference.kind == Kind::Policy
+            && !is_statement(&reference.origin)
+            && self.held().entries.contains_key(&reference.sequence)
+    }
+
+    pub(super) fn told(&self) -> Value {
+        self.held().told()
+    }
+}
+
+impl Node {
+    /// A package of the policy authority whose time has not come; nothing, where it is to be activated now or
+    /// refused. What has decided here does so again without waiting (ruling 13).
+    pub(super) fn ahead(&self, package: &[u8]) -> Result<Option<Ahead>, Denied> {
+        let trust = self.bundle_trust()?;
+        let package = Package::decode(package).map_err(judge)?;
+        let manifest = signed_manifest(&package, &trust, &self.context).map_err(judge)?;
+        let floor = self.slots.floor();
+        let has_decided = floor.is_some_and(|floor| floor.content_id == package.content_id());
+        let now = self.clock.unix_ms();
+        let start = Start::of(&manifest).filter(|start| !has_decided && start.unix_ms > now);
+        Ok(start.map(|start| Ahead {
+            package,
+            manifest,
+            start,
+        }))
+    }
+
+    /// What can be said before anything is compiled of a package that is activated or waits for its time.
+    pub(super) fn check_arrival(&self, package: &[u8]) -> Result<(Package, Manifest), Denied> {
+        match self.ahead(package)? {
+            None => self.check_offer(package),
+            Some(ahead) => {
+                self.check_place(&ahead)?;
+                Ok((ahead.package, ahead.manifest))
+            }
+        }
+    }
+
+    pub(super) fn check_place(&self, ahead: &Ahead) -> Result<(), Denied> {
+        self.place_of(ahead).map(drop)
+    }
+
+    fn place_of(&self, ahead: &Ahead) -> Result<Place, Denied> {
+        let content_id = ahead.package.content_id();
+        self.check_epoch(&ahead.manifest, &content_id)?;
+        let epoch = ahead.manifest.epoch;
+        self.scheduled
+            .held()
+            .place(epoch, &content_id, ahead.start.unix_ms)
+    }
+
+    /// Activates a bundle, or puts it in place where its time has not come; what that did.
+    pub(super) fn install_or_schedule(&self, package: &[u8], asker: For) -> Result<Value, Denied> {
+        match self.ahead(package)? {
+            None => self
+                .install_bundle(package, asker)
+                .map(|activated| activated.told()),
+            Some(ahead) => self.schedule(package, &ahead, asker),
+        }
+    }
+
+    /// What putting a package in place would do, if its time has not come.
+    pub(super) fn plan_ahead(&self, package: &[u8]) -> Result<Option<Value>, Denied> {
+        let Some(ahead) = self.ahead(package)? else {
+            return Ok(None);
+        };
+        self.check_place(&ahead)?;
+        let bundle = self.verify_package(package, For::Operator)?;
+        let manifest = bundle.manifest();
+        Ok(Some(json!({
+            "schedule": format!("{} epoch {}", manifest.name, manifest.epoch),
+            "not_before": manifest.not_before,
+            "hash": bundle.content_id(),
+            "signers": bundle.signers(),
+            "expires_at": manifest.expires_at,
+        })))
+    }
+
+    /// Compiles and tests a bundle as if it were to decide now, and stores it.
+    fn schedule(&self, package: &[u8], ahead: &Ahead, asker: For) -> Result<Value, Denied> {
+        self.check_place(ahead)?;
+        self.verify_package(package, asker)?;
+        let _turn = self
+            .activating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        // Compiling took its time: the trust and what decides may be others by now.
+        let trust = self.bundle_trust()?;
+        signed_manifest(&ahead.package, &trust, &self.context).map_err(judge)?;
+        let told = json!({
+            "name": ahead.manifest.name, "epoch": ahead.manifest.epoch,
+            "hash": ahead.package.content_id(), "not_before": ahead.start.text,
+        });
+        let Place::Free(loses) = self.place_of(ahead)? else {
+            return Ok(json!({"scheduled": told}));
+        };
+        let segment = self.own_policy_segment(&ahead.package, &ahead.manifest)?;
+        // Not from the reserve: what is ahead of its time never takes the room of what is due.
+        self.store
+            .put(&segment, Charge::Normal)
+            .map_err(|error| Denied::local("STORE", error))?;
+        self.keep_passes();
+        let content_id = ahead.package.content_id();
+        let start = (ahead.start.clone(), self.clock.unix_ms());
+        self.enter(segment.reference(), loses, content_id, start);
+        self.event("bundle_scheduled", told.clone());
+        self.offered(segment.reference());
+        Ok(json!({"scheduled": told}))
+    }
+
+    /// Gives a stored bundle its place, and takes it from those that come into force after it.
+    fn enter(
+        &self,
+        segment: SegmentRef,
+        loses: Vec<SegmentRef>,
+        content_id: ContentId,
+        (start, since_unix_ms): (Start, u64),
+    ) {
+        for lost in loses {
+            self.withdraw(
+                &lost,
+                "BUNDLE_EPOCH",
+                "a newer epoch comes into force before it",
+            );
+        }
+        let entry = Entry {
+            content_id,
+            start,
+            since_unix_ms,
+            refused: None,
+            again_at: Duration::ZERO,
+            wait: Duration::ZERO,
+            segment,
+        };
+        let epoch = entry.segment.sequence;
+        self.scheduled.held().entries.insert(epoch, entry);
+    }
+
+    /// Takes a bundle out of the schedule and the store, and says why.
+    fn withdraw(&self, segment: &SegmentRef, code: &str, why: &str) {
+        self.scheduled.held().forget(segment);
+        if let Err(error) = self.store.remove(&segment.id) {
+            tracing::warn!(%error, id = %segment.id, "a policy segment that waited stays");
+        }
+        self.event(
+            "bundle_unscheduled",
+            json!({
+                "name": segment.origin.policy_name(), "epoch": segment.sequence, "segment": segment.id,
+                "code": code, "why": why,
+            }),
+        );
+    }
+
+    /// Once a second, beside the loop: drops what may not wait any more, and activates what is due.
+    pub(super) fn tend_schedule(&self) {
+        self.review_schedule();
+        let trusted = self.clock.trusted();
+        // INV-18: by a clock in doubt nobody's time has come.
+        if trusted.suspect {
+            return;
+        }
+        let now = self.clock.monotonic();
+        let due = self.scheduled.held().due(trusted.unix_ms, now);
+        for segment in due {
+            let read = self.store.get(&segment.id);
+            let activated = read
+                .map_err(|error| Denied::local("STORE", error))
+                .and_then(|read| self.activate(read.body(), &Order::unlooked(For::Peer)));
+            match activated {
+                Ok(_) => break,
+                Err(denied) => self.not_activated_at_its_time(&segment, &denied),
+            }
+        }
+        self.review_schedule();
+    }
+
+    fn not_activated_at_its_time(&self, segment: &SegmentRef, denied: &Denied) {
+        if denied.code == "BUNDLE_EXPIRED" {
+            return self.withdraw(segment, denied.code, &denied.message);
+        }
+        let now = self.clock.monotonic();
+        let epoch = segment.sequence;
+        let is_news = self.scheduled.held().note_refused(epoch, denied, now);
+        if is_news {
+            self.event(
+                "bundle_rejected",
+                json!({
+                    "epoch": epoch, "code": denied.code, "message": denied.message, "by": "schedule",
+                }),
+            );
+        }
+    }
+
+    /// Drops what may not wait any more, and judges all of it anew where another trust holds.
+    pub(super) fn review_schedule(&self) {
+        let _turn = self
+            .activating
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.drop_what_is_over();
+        // Without trust nothing is activated; what waits is judged when there is one again.
+        let Some(trust) = self.policy_trust.load_full() else {
+            return;
+        };
+        if !self.scheduled.held().is_judged_by(&trust) {
+            self.judge_schedule(&trust);
+            self.scheduled.held().trust = Some(trust);
+        }
+    }
+
+    fn drop_what_is_over(&self) {
+        let floor = self.slots.floor();
+        let standby = self.slots.standby().map(|standby| standby.content_id);
+        let entries: Vec<Entry> = self.scheduled.held().entries.values().cloned().collect();
+        for entry in entries {
+            let segment = &entry.segment;
+            let floor = floor.as_ref();
+            let is_over = floor.is_some_and(|floor| floor.epoch >= segment.sequence);
+            let has_decided = floor.is_some_and(|floor| floor.content_id == entry.content_id)
+                || standby.as_ref() == Some(&entry.content_id);
+            if !self.store.contains(&segment.id) {
+                self.withdraw(segment, "STORE", "the store has lost it");
+            } else if is_over && has_decided {
+                self.scheduled.held().forget(segment);
+            } else if is_over {
+                let why = "another bundle decides at or above its epoch";
+                self.withdraw(segment, "BUNDLE_EPOCH", why);
+            }
+        }
+    }
+
+    /// Makes the schedule from what the store holds above the floor and this trust lets wait.
+    fn judge_schedule(&self, trust: &TrustFile) {
+        let before = std::mem::take(&mut self.scheduled.held().entries);
+        let mut stored = self.store.list(Some(Kind::Policy));
+        stored.retain(|segment| !is_statement(&segment.origin));
+        let judged = stored.into_iter().map(|segment| {
+            let judged = self.judge_stored(&segment, trust);
+            (segment, judged)
+        });
+        let judged: Vec<(SegmentRef, Option<Judged>)> = judged.collect();
+        let has_floor = self.slots.floor().is_some();
+        let floor = match self.slots.floor() {
+            Some(floor) => floor.epoch,
+            None => lost_floor(&judged, self.clock.unix_ms()),
+        };
+        for (segment, judged) in judged {
+            if segment.sequence <= floor {
+                continue;
+            }
+            let known = before.get(&segment.sequence);
+            let known = known.filter(|known| known.segment == segment);
+            let placed = match judged {
+                Some(Ok((content_id, Some(start)))) => {
+                    let since_unix_ms = known.map(|known| known.since_unix_ms);
+                    self.place_again(&segment, content_id, (start, since_unix_ms))
+                }
+                // It waits for no time: a stop came between storing and activating it.
+                Some(Ok((_, None))) => Ok(()),
+                Some(Err(denied)) if has_floor || known.is_some() => Err(denied),
+                Some(Err(_)) => Ok(()),
+                // Told where it was read; what the store has lost is withdrawn by the next look.
+                None => {
+                    let known = known.cloned().map(|known| (segment.sequence, known));
+                    self.scheduled.held().entries.extend(known);
+                    Ok(())
+                }
+            };
+            if let Err(denied) = placed {
+                self.withdraw(&segment, denied.code, &denied.message);
+            }
+        }
+    }
+
+    /// Content and time of a stored bundle, if this trust takes it; nothing, where it cannot be read now.
+    fn judge_stored(&self, segment: &SegmentRef, trust: &TrustFile) -> Option<Judged> {
+        let read = self.store.get(&segment.id).ok()?;
+        let judged = Package::decode(read.body()).and_then(|package| {
+            let manifest = signed_manifest(&package, trust, &self.context)?;
+            Ok((package.content_id(), Start::of(&manifest)))
+        });
+        Some(judged.map_err(judge))
+    }
+
+    fn place_again(
+        &self,
+        segment: &SegmentRef,
+        content_id: ContentId,
+        (start, since_unix_ms): (Start, Option<u64>),
+    ) -> Result<(), Denied> {
+        let place = self
+            .scheduled
+            .held()
+            .place(segment.sequence, &content_id, start.unix_ms)?;
+        if let Place::Free(loses) = place {
+            let since_unix_ms = since_unix_ms.unwrap_or_else(|| self.clock.unix_ms());
+            self.enter(segment.clone(), loses, content_id, (start, since_unix_ms));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tidelock_segments::{Origin, SegmentId};
+
+    use super::*;
+
+    const DAY_MS: u64 = 86_400_000;
+
+    fn content(number: u8) -> ContentId {
+        let text = format!("\"sha256:{}\"", format!("{number:02x}").repeat(32));
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn segment(epoch: u64) -> SegmentRef {
+        SegmentRef {
+            id: SegmentId::from_bytes([u8::try_from(epoch).unwrap(); 32]),
+            kind: Kind::Policy,
+            origin: Origin::policy("site").unwrap(),
+            sequence: epoch,
+            size_bytes: 1,
+            prev: None,
+        }
+    }
+
+    fn put(schedule: &mut Schedule, epoch: u64, at_unix_ms: u64) -> Result<Vec<u64>, &'static str> {
+        let number = u8::try_from(epoch).unwrap();
+        let place = schedule.place(epoch, &content(number), at_unix_ms);
+        let Place::Free(loses) = place.map_err(|denied| denied.code)? else {
+            return Ok(vec![epoch]);
+        };
+        for lost in &loses {
+            schedule.forget(lost);
+        }
+        let entry = Entry {
+            segment: segment(epoch),
+            content_id: content(number),
+            start: Start {
+                unix_ms: at_unix_ms,
+                text: String::new(),
+            },
+            since_unix_ms: 0,
+            refused: None,
+            again_at: Duration::ZERO,
+            wait: Duration::ZERO,
+        };
+        schedule.entries.insert(epoch, entry);
+        Ok(loses.into_iter().map(|lost| lost.sequence).collect())
+    }
+
+    fn epochs(due: Vec<SegmentRef>) -> Vec<u64> {
+        due.into_iter().map(|segment| segment.sequence).collect()
+    }
+
+    #[test]
+    fn epochs_and_times_of_what_waits_rise_together() {
+        let mut schedule = Schedule::default();
+        assert_eq!(put(&mut schedule, 5, 10 * DAY_MS), Ok(vec![]));
+        assert_eq!(put(&mut schedule, 7, 20 * DAY_MS), Ok(vec![]));
+        // Again, the same; and other content of an epoch that is taken.
+        assert_eq!(put(&mut schedule, 5, 10 * DAY_MS), Ok(vec![5]));
+        let conflict = schedule.place(5, &content(99), 10 * DAY_MS).unwrap_err();
+        assert_eq!(conflict.code, "BUNDLE_CONFLICT");
+        // A higher epoch would be in force before it.
+        assert_eq!(put(&mut schedule, 6, 20 * DAY_MS), Err("BUNDLE_EPOCH"));
+        assert_eq!(put(&mut schedule, 6, 19 * DAY_MS), Ok(vec![]));
+        // And what this one is in force before.
+        assert_eq!(put(&mut schedule, 8, 15 * DAY_MS), Ok(vec![6, 7]));
+        let now = Duration::ZERO;
+        assert!(schedule.due(10 * DAY_MS - 1, now).is_empty());
+        assert_eq!(epochs(schedule.due(10 * DAY_MS, now)), [5]);
+        assert_eq!(epochs(schedule.due(15 * DAY_MS, now)), [8, 5]);
+    }
+
+    #[test]
+    fn inv_16_without_a_floor_nothing_older_than_what_may_have_decided_comes_back_by_itself() {
+        let at = |days: Option<u64>| {
+            let start = days.map(|days| Start {
+                unix_ms: days * DAY_MS,
+                text: String::new(),
+            });
+            Some(Ok((content(1), start)))
+        };
+        let lost = |stored: Vec<(u64, Option<Judged>)>| {
+            let stored = stored
+                .into_iter()
+                .map(|(epoch, judged)| (segment(epoch), judged));
+            lost_floor(&stored.collect::<Vec<_>>(), 10 * DAY_MS)
+        };
+        // A first bundle that waits, and others after it.
+        assert_eq!(lost(vec![(3, at(Some(11))), (4, at(Some(12)))]), 0);
+        // The newest whose time has come may be activated, what is below it not.
+        assert_eq!(
+            lost(vec![(3, at(Some(8))), (4, at(Some(9))), (5, at(Some(11)))]),
+            3
+        );
+        // One without a time of its own has decided, and so has one that cannot be read or is not trusted.
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, at(None))]), 6);
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, None)]), 6);
+        let denied = || Some(Err(Denied::local("BUNDLE_SIGNATURE", "why")));
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, denied())]), 6);
+    }
+
+    #[test]
+    fn inv_07_few_bundles_wait_and_a_refused_one_is_tried_ever_more_seldom() {
+        let mut schedule = Schedule::default();
+        for epoch in 1..=4 {
+            assert_eq!(put(&mut schedule, epoch, epoch * DAY_MS), Ok(vec![]));
+        }
+        assert_eq!(put(&mut schedule, 5, 5 * DAY_MS), Err("BUNDLE_NOT_YET"));
+        assert_eq!(put(&mut schedule, 5, 4 * DAY_MS), Ok(vec![4]));
+        let denied = |code| Denied::local(code, "why");
+        let mut now = Duration::ZERO;
+        assert!(schedule.note_refused(1, &denied("POLICY_FLIPS"), now));
+        assert!(schedule.told()[0]["refused"]["code"] == "POLICY_FLIPS");
+        for wait_s in [15, 30, 60, 120, 240, 480, 600, 600] {
+            let wait = Duration::from_secs(wait_s);
+            let early = now + wait - Duration::from_millis(1);
+            assert!(schedule.due(DAY_MS, early).is_empty());
+            now += wait;
+            assert_eq!(epochs(schedule.due(DAY_MS, now)), [1]);
+            assert!(
+                !schedule.note_refused(1, &denied("POLICY_FLIPS"), now),
+                "told once"
+            );
+        }
+        assert!(schedule.note_refused(1, &denied("POLICY_REPLAY"), now));
+    }
+}

@@ -1,0 +1,317 @@
+//! Bundles that are put in place ahead of their time: they wait on the node, over restarts and without any
+//! contact, and begin to decide by its trusted clock.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "helper functions of tests, which the lint does not see as tests"
+)]
+
+mod common;
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use common::{Node, Site, not_run, until};
+use jiff::{SignedDuration, Timestamp};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+/// A time so many seconds from now, as manifests write it.
+fn ahead(seconds: i64) -> Timestamp {
+    let at = Timestamp::now().checked_add(SignedDuration::from_secs(seconds));
+    let at = at.unwrap().as_second();
+    Timestamp::from_second(at).unwrap()
+}
+
+/// A bundle `site-EPOCH.tar` that allows `/etc` instead of `/srv`, from this time on.
+fn turned(site: &Site, epoch: u64, not_before: Timestamp) {
+    let policy = site.read("policy/policies/base.cedar");
+    let tests = site.read("policy/tests/base.json");
+    site.write("policy/tests/base.json", "[]");
+    site.write(
+        "policy/policies/base.cedar",
+        &policy.replace("\"/srv/*\"", "\"/etc/*\""),
+    );
+    plain(site, &format!("site-{epoch}.tar"), epoch, not_before);
+    site.write("policy/policies/base.cedar", &policy);
+    site.write("policy/tests/base.json", &tests);
+}
+
+/// The same bundle as ever, from this time on.
+fn plain(site: &Site, archive: &str, epoch: u64, not_before: Timestamp) {
+    site.bundle(archive, "policy.key", |manifest| {
+        manifest["epoch"] = json!(epoch);
+        manifest["not_before"] = json!(not_before.to_string());
+    });
+}
+
+fn install(site: &Site, archive: &str) {
+    site.ok(&["bundle", "install", archive, "--apply"]);
+}
+
+fn epoch(site: &Site) -> Value {
+    site.status()["bundle"]["epoch"].clone()
+}
+
+fn scheduled(site: &Site) -> Vec<Value> {
+    let scheduled = site.status()["activation"]["scheduled"].clone();
+    scheduled.as_array().unwrap().clone()
+}
+
+/// The epochs that wait.
+fn waits(site: &Site) -> Vec<u64> {
+    let waits = scheduled(site);
+    waits
+        .iter()
+        .map(|one| one["epoch"].as_u64().unwrap())
+        .collect()
+}
+
+/// How many policy segments the running node holds of bundles.
+fn segments(site: &Site) -> usize {
+    let listed = site.json(&["segment", "ls", "--origin", "policy/site"]);
+    listed["segments"].as_array().unwrap().len()
+}
+
+fn allows(site: &Site, path: &str) -> bool {
+    site.may_read(path).0 == "allow"
+}
+
+#[test]
+fn a_bundle_ahead_of_its_time_outlives_a_kill_and_begins_to_decide_by_itself() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let start = ahead(20);
+    turned(&site, 2, start);
+    let plan = site.ok(&["bundle", "install", "site-2.tar"]);
+    plan.says(&["schedule", "site epoch 2", "--apply"]);
+    assert_eq!(waits(&site), [0_u64; 0], "only planned");
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"])
+        .says(&["in place", &start.to_string()]);
+    assert_eq!(waits(&site), [2]);
+    assert_eq!(site.events("bundle_scheduled")[0]["epoch"], 2);
+    // Again, the same; and by a plan it is not to be had before its time.
+    install(&site, "site-2.tar");
+    assert_eq!((waits(&site), segments(&site)), (vec![2], 2));
+    site.tidelock(&["policy", "plan", "site-2.tar"])
+        .ended(1)
+        .says(&["BUNDLE_NOT_YET"]);
+    site.ok(&["policy", "status"])
+        .says(&["scheduled", "site epoch 2", &start.to_string()]);
+    node.end(Signal::KILL);
+
+    let node = site.start();
+    assert_eq!(waits(&site), [2]);
+    assert!(
+        Timestamp::now() < start,
+        "this machine is too slow for the test"
+    );
+    site.decides();
+    let begun = Instant::now();
+    while epoch(&site) == 1 {
+        assert!(begun.elapsed() < Duration::from_secs(60), "waited in vain");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(epoch(&site), 2);
+    assert!(allows(&site, "/etc/shadow") && !allows(&site, "/srv/a.txt"));
+    let activated = site.records().into_iter().map(|r| r["record"].clone());
+    let mut activated = activated.filter(|r| r["type"] == "bundle_activated");
+    let activated = activated.next_back().unwrap();
+    assert_eq!(activated["detail"]["epoch"], 2);
+    let at = activated["at"].as_i64().unwrap();
+    assert!(at >= start.as_millisecond(), "not a moment before its time");
+    until("an empty schedule", || {
+        waits(&site).is_empty().then_some(())
+    });
+    assert_eq!(
+        segments(&site),
+        2,
+        "the one that decides, and the one behind it"
+    );
+    assert!(node.stop().success());
+    let node = site.start();
+    assert_eq!((epoch(&site), waits(&site)), (json!(2), vec![]));
+    assert!(node.stop().success());
+}
+
+#[test]
+fn what_waits_gives_way_to_newer_epochs_and_goes_with_the_trust_in_its_signer() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    for (epoch, hours) in [(3, 1), (5, 2), (6, 3)] {
+        plain(
+            &site,
+            &format!("site-{epoch}.tar"),
+            epoch,
+            ahead(hours * 3_600),
+        );
+        install(&site, &format!("site-{epoch}.tar"));
+    }
+    assert_eq!((waits(&site), segments(&site)), (vec![3, 5, 6], 4));
+    let refused = |epoch: u64, hours: i64, code: &str| {
+        plain(&site, "bad.tar", epoch, ahead(hours * 3_600));
+        for apply in [&["--apply"][..], &[]] {
+            let install = [&["bundle", "install", "bad.tar"][..], apply].concat();
+            site.tidelock(&install).ended(1).says(&[code]);
+        }
+    };
+    refused(5, 4, "BUNDLE_CONFLICT");
+    refused(4, 4, "BUNDLE_EPOCH");
+    plain(&site, "site-8.tar", 8, ahead(4 * 3_600));
+    install(&site, "site-8.tar");
+    refused(9, 5, "BUNDLE_NOT_YET");
+    // A newer epoch that comes into force before some of them takes their place.
+    plain(&site, "site-7.tar", 7, ahead(2 * 3_600 - 60));
+    install(&site, "site-7.tar");
+    assert_eq!((waits(&site), segments(&site)), (vec![3, 7, 8], 4));
+    // One that decides at once takes those below it away, within a second.
+    site.bundle("site-4.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(4)
+    });
+    install(&site, "site-4.tar");
+    until("epoch 3 to go", || (waits(&site) == [7, 8]).then_some(()));
+    assert_eq!((epoch(&site), segments(&site)), (json!(4), 4));
+    let gone = || -> Vec<u64> {
+        let events = site.events("bundle_unscheduled");
+        let epochs = events.iter().map(|e| e["epoch"].as_u64().unwrap());
+        epochs.collect()
+    };
+    assert_eq!(gone(), [5, 6, 3]);
+
+    // Another key is trusted: what the first one signed waits no more, nor after the first one is back.
+    site.signing_key("second.key");
+    let first = site.read("trust.toml");
+    site.write("trust.toml", &site.trust("second.key"));
+    node.reload("reloaded");
+    until("the schedule to go", || {
+        waits(&site).is_empty().then_some(())
+    });
+    assert_eq!(gone(), [5, 6, 3, 7, 8]);
+    assert_eq!(
+        site.events("bundle_unscheduled")[3]["code"],
+        "BUNDLE_SIGNATURE"
+    );
+    site.write("trust.toml", &first);
+    node.reload("reloaded");
+    site.decides();
+    assert_eq!(waits(&site), [0_u64; 0]);
+    assert!(node.stop().success());
+    let node = site.start();
+    assert_eq!(waits(&site), [0_u64; 0]);
+    // The control: they were good for nothing but that.
+    install(&site, "site-7.tar");
+    assert_eq!(waits(&site), [7]);
+    assert!(node.stop().success());
+}
+
+#[test]
+fn a_bundle_whose_time_has_come_passes_the_gates_of_that_moment() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    site.decides();
+    let text = site.trust("policy.key").replace("format = 1", "format = 2");
+    let text = text.replace(
+        "threshold = 1\n",
+        "[thresholds]\npolicy = 1\n\n[activation]\nblock_on = \"any_flip\"\nreplay_records = 200\n",
+    );
+    let text = text.replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
+    site.write("trust.toml", &text);
+    node.reload("reloaded");
+    turned(&site, 2, ahead(10));
+    install(&site, "site-2.tar");
+    assert_eq!(scheduled(&site)[0]["refused"], Value::Null);
+    let refused = until("its time to come", || {
+        let one = scheduled(&site).pop()?;
+        one["refused"]["code"].as_str().map(str::to_owned)
+    });
+    assert_eq!((refused.as_str(), epoch(&site)), ("POLICY_FLIPS", json!(1)));
+    site.decides();
+    assert_eq!(site.events("bundle_rejected").len(), 1);
+    site.ok(&["policy", "status"])
+        .says(&["refused since then", "POLICY_FLIPS"]);
+    site.tidelock(&["doctor"])
+        .ended(1)
+        .says(&["the time of epoch 2 has come"]);
+    // The operator's word, by a plan.
+    let plan = site.json(&["policy", "plan", "site-2.tar", "--accept-flips"]);
+    let plan = plan["plan"].as_str().unwrap();
+    let act = ["--accept-flips", "--plan", plan, "--apply"];
+    site.ok(&[&["policy", "activate", "site-2.tar"], &act[..]].concat());
+    until("an empty schedule", || {
+        waits(&site).is_empty().then_some(())
+    });
+    assert_eq!(epoch(&site), 2);
+    assert_eq!(site.events("bundle_unscheduled").len(), 0);
+    assert!(node.stop().success());
+}
+
+/// Debian's libfaketime, which tells a process another wall clock; its monotonic clocks stay.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
+
+fn start_at<'s>(site: &'s Site, at: &str) -> Node<'s> {
+    let fake = [
+        ("LD_PRELOAD", FAKETIME),
+        ("FAKETIME", at),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ("NO_FAKE_STAT", "1"),
+    ];
+    site.start_with(&fake)
+}
+
+#[test]
+fn inv_18_a_clock_in_doubt_activates_nothing_before_its_time() {
+    let name = "inv_18_a_clock_in_doubt_activates_nothing_before_its_time";
+    if !Path::new(FAKETIME).exists() {
+        not_run(name, "libfaketime is not installed");
+        return;
+    }
+    let site = Site::new();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    fs::create_dir(site.path("m")).unwrap();
+    let a = site.read("tidelock.toml");
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    turned(&site, 2, ahead(3_600));
+    let node = site.start_deciding();
+    install(&site, "site-2.tar");
+    // It goes on to others before its time, and waits there too.
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+    assert!(node.stop().success());
+    site.write("tidelock.toml", &b);
+    let node = site.start();
+    let plan = site.json(&["segment", "import", "m"]);
+    assert_eq!(plan["fates"]["new"]["policy"], 2, "{plan}");
+    let taken = site.json(&["segment", "import", "m", "--apply"]);
+    assert_eq!(taken["fates"]["new"]["policy"], 2, "{taken}");
+    assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![2]));
+    assert!(node.stop().success());
+
+    // Far ahead: closed, and nothing of it comes into force. It stays so with a clock that is right again.
+    for at in ["@2100-01-02 00:00:00", "+2h"] {
+        let node = start_at(&site, at);
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(site.status()["clock"]["suspect"], true, "{at}");
+        assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![2]), "{at}");
+        assert!(node.stop().success());
+    }
+    // The control: the same clock, when an operator has accepted it.
+    let node = start_at(&site, "+2h");
+    site.ok(&["clock", "accept", "--apply"]);
+    until("its time to count", || (epoch(&site) == 2).then_some(()));
+    assert!(allows(&site, "/etc/shadow"));
+    assert!(node.stop().success());
+    // And at the other node, without a doubt: what came due while it was off.
+    site.write("tidelock.toml", &a);
+    let node = start_at(&site, "+2h");
+    until("what came due meanwhile", || {
+        (epoch(&site) == 2).then_some(())
+    });
+    assert!(node.stop().success());
+}
