@@ -419,6 +419,9 @@ fn decision(answer: &Answer) -> AuthzenEvaluation {
     if answer.decision == Decision::Hold {
         add("hold", Some(true.into()));
     }
+    if !answer.reason.is_judged() {
+        add("not_judged", Some(true.into()));
+    }
     add(
         "consult",
         answer

@@ -22,7 +22,11 @@ use crate::{
     action::{Action, Fields, InvalidCode, InvalidRequest, Parts},
     caller::Caller,
     json,
-    limits::{MAX_EVALUATIONS, MAX_INHERITED_BYTES, MAX_PAGE_TOKEN_BYTES, MAX_SEARCH_RESULTS},
+    limits::{
+        MAX_CONSULT_HOPS, MAX_EVALUATIONS, MAX_INHERITED_BYTES, MAX_PAGE_TOKEN_BYTES,
+        MAX_SEARCH_RESULTS, MAX_TYPE_BYTES,
+    },
+    redact,
 };
 
 /// Where policies find what the caller says of the subject.
@@ -35,6 +39,22 @@ const RESOURCE_PROPERTIES: &str = "resource_properties";
 pub struct Evaluation {
     pub(crate) parts: Result<Parts, InvalidRequest>,
     pub(crate) body_bytes: usize,
+    /// The nodes that it has come through, where it is the question of a node.
+    pub(crate) via: Vec<String>,
+}
+
+/// The nodes that a question has come through, the one that asks last. It can only deny, so what is not in
+/// the form that nodes give it is ignored like any key that the protocol does not know.
+fn came_through(request: &mut Fields) -> Vec<String> {
+    let Some(Value::Object(said)) = request.take("tidelock") else {
+        return Vec::new();
+    };
+    let via = said.get("via").and_then(Value::as_array);
+    let nodes = via.into_iter().flatten().chain(said.get("node"));
+    let names = nodes.filter_map(Value::as_str).take(MAX_CONSULT_HOPS);
+    names
+        .map(|name| redact::message(name, MAX_TYPE_BYTES))
+        .collect()
 }
 
 impl Evaluation {
@@ -42,8 +62,10 @@ impl Evaluation {
     /// other request is.
     #[must_use]
     pub fn read(bytes: &[u8], request_id: Option<&str>) -> Self {
+        let mut via = Vec::new();
         let parts = json::parse(bytes).and_then(|value| {
             let mut request = Fields::new("request", value)?;
+            via = came_through(&mut request);
             let parts = Tuple::take(&mut request)?.parts(request_id);
             request.finish_ignoring(&["subject", "action", "resource", "context"])?;
             parts
@@ -51,6 +73,7 @@ impl Evaluation {
         Self {
             parts,
             body_bytes: bytes.len(),
+            via,
         }
     }
 
@@ -100,6 +123,7 @@ impl Evaluations {
             Self::One(Box::new(Evaluation {
                 parts: Err(error),
                 body_bytes,
+                via: Vec::new(),
             }))
         })
     }
@@ -113,6 +137,7 @@ impl Evaluations {
             Some(_) => return Err(wrong_type("evaluations", "an array")),
         };
         let semantic = semantic(request.take("options"))?;
+        let via = came_through(&mut request);
         let defaults = Tuple::take(&mut request)?;
         request.finish_ignoring(&[
             "subject",
@@ -126,6 +151,7 @@ impl Evaluations {
             return Ok(Self::One(Box::new(Evaluation {
                 parts: defaults.parts(request_id),
                 body_bytes,
+                via,
             })));
         }
         if items.len() > MAX_EVALUATIONS {
@@ -158,6 +184,7 @@ impl Evaluations {
                     tuple.parts(request_id)
                 }),
                 body_bytes,
+                via: via.clone(),
             })
             .collect();
         Ok(Self::Batch(semantic, evaluations))

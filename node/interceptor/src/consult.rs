@@ -32,7 +32,7 @@ use crate::{
     limits::{
         CONSULT_BREAKER, CONSULT_BREAKER_TIMEOUT_MIN, CONSULT_GRACE, MAX_CONSULT_ANSWER_BYTES,
         MAX_CONSULT_CACHE_BYTES, MAX_CONSULT_CACHE_BYTES_PER_PRINCIPAL, MAX_CONSULT_CACHED,
-        MAX_CONSULT_OBLIGATIONS, MAX_CONSULT_SIGNED_BYTES, MAX_CONSULT_WAITING,
+        MAX_CONSULT_HOPS, MAX_CONSULT_OBLIGATIONS, MAX_CONSULT_SIGNED_BYTES, MAX_CONSULT_WAITING,
         MAX_CONSULTS_PER_CALLER, MAX_CONSULTS_PER_UPSTREAM, MAX_MESSAGE_BYTES, MAX_TYPE_BYTES,
     },
     reason::{Decision, Reason},
@@ -64,17 +64,23 @@ impl Question {
         action: &Action,
         (bundle, posture, node): (&BundleInfo, Posture, &str),
         (terms, identity): (&ConsultTerms, Option<UpstreamIdentity>),
-        deadline: Duration,
+        (via, deadline): (&[String], Duration),
     ) -> Result<Self, InvalidRequest> {
         let named = |kind: &str, id: &str| json!({"type": kind, "id": id});
         // The last member is none of the protocol's, so others ignore it; with it the digest of the question
         // names all that the answer depends on (ruling 16).
+        let mut said = json!({
+            "bundle": bundle, "node": node, "posture": posture, "upstream": terms.upstream,
+        });
+        if let (false, Some(said)) = (via.is_empty(), said.as_object_mut()) {
+            said.insert("via".to_owned(), json!(via));
+        }
         let body = canonical_bytes(&json!({
             "subject": named(action.principal().kind(), action.principal().id()),
             "action": {"name": action.name(), "properties": action.params()},
             "resource": named(action.resource_type(), action.resource_id()),
             "context": action.context(),
-            "tidelock": {"bundle": bundle, "node": node, "posture": posture, "upstream": terms.upstream},
+            "tidelock": said,
         }))?;
         Ok(Self {
             upstream: terms.upstream.clone(),
@@ -91,6 +97,15 @@ impl Question {
         let parts = [self.digest.to_string(), identity.unwrap_or_default()];
         Sha256Hash::of_parts(&parts.each_ref().map(|part| part.as_bytes()))
     }
+}
+
+/// Why a question that has come through these nodes is not sent on by this one. Nodes that ask each other
+/// would do so for ever, one action holding a place at each, until the first of them gives up.
+pub(crate) fn goes_round(via: &[String], node: &str) -> Option<ConsultFailure> {
+    let comes_again = via.iter().any(|earlier| earlier == node);
+    let is_long = via.len() >= MAX_CONSULT_HOPS;
+    (comes_again || is_long)
+        .then(|| ConsultFailure::Loop(redact::message(&via.join(", "), MAX_MESSAGE_BYTES)))
 }
 
 /// Which decision point a name in the config stands for.
@@ -121,6 +136,12 @@ pub enum ConsultFailure {
     /// bring that about, so it is no absence.
     #[error("it has no answer now: status {0}")]
     NotNow(u16),
+    /// Another node was reached that could not judge the action, for this reason. As above.
+    #[error("it could not judge the action: {0}")]
+    NotJudged(String),
+    /// The question has come through this very node, or through too many.
+    #[error("the question goes round: {0}")]
+    Loop(String),
     /// The node's config has no such upstream.
     #[error("no upstream of this name is configured")]
     Unconfigured,
@@ -134,7 +155,8 @@ impl ConsultFailure {
             Self::Unreachable(_) => "unreachable",
             Self::Timeout => "timeout",
             Self::Invalid(_) => "invalid",
-            Self::Busy | Self::NotNow(_) => "busy",
+            Self::Busy | Self::NotNow(_) | Self::NotJudged(_) => "busy",
+            Self::Loop(_) => "loop",
             Self::Unconfigured => "unconfigured",
         }
     }
@@ -143,8 +165,8 @@ impl ConsultFailure {
         match self {
             Self::Unreachable(_) | Self::Unconfigured => Reason::ConsultUnreachable,
             Self::Timeout => Reason::ConsultTimeout,
-            Self::Invalid(_) => Reason::ConsultInvalid,
-            Self::Busy | Self::NotNow(_) => Reason::ConsultBusy,
+            Self::Invalid(_) | Self::Loop(_) => Reason::ConsultInvalid,
+            Self::Busy | Self::NotNow(_) | Self::NotJudged(_) => Reason::ConsultBusy,
         }
     }
 
@@ -186,6 +208,7 @@ impl UpstreamAnswer {
     ///
     /// # Errors
     /// [`ConsultFailure::NotNow`] for the statuses that say "too much" or "not now",
+    /// [`ConsultFailure::NotJudged`] for a deny that says nothing of the action, and
     /// [`ConsultFailure::Invalid`] for everything else that is no answer.
     pub fn read(
         question: &Question,
@@ -235,6 +258,11 @@ impl UpstreamAnswer {
         }
         let why = member("reason").and_then(Value::as_str);
         let mut why = why.map(|why| redact::message(why, MAX_MESSAGE_BYTES));
+        // Where answers are signed this stands beside what is.
+        let is_judged = verify.is_some() || member("not_judged") != Some(&Value::Bool(true));
+        if !allowed && !is_judged {
+            return Err(ConsultFailure::NotJudged(why.unwrap_or_default()));
+        }
         let (obligations, unknown) = obligations(owed.as_ref())?;
         let decision = match (allowed, unknown) {
             (true, Some(unknown)) => {

@@ -26,7 +26,7 @@ use crate::{
     clock::{BucketClock, Clock},
     consult::{
         Asked, Begun, ConsultFailure, ConsultNote, ConsultStats, Consults, KeptAnswers, Question,
-        Under, UpstreamAnswer, Upstreams, weigh,
+        Under, UpstreamAnswer, Upstreams, goes_round, weigh,
     },
     engines::{Engines, Evaluated},
     envoy, explain,
@@ -69,6 +69,14 @@ impl Ask<'_> {
             Self::Native(bytes) => Action::parse(bytes, caller),
             Self::Evaluation(evaluation) => Action::from_parts(evaluation.parts.clone()?, caller),
             Self::Check(check) => Action::from_parts(check.parts.clone()?, caller),
+        }
+    }
+
+    /// The nodes that it has come through.
+    fn via(self) -> Vec<String> {
+        match self {
+            Self::Evaluation(evaluation) => evaluation.via.clone(),
+            Self::Native(_) | Self::Check(_) => Vec::new(),
         }
     }
 
@@ -185,6 +193,8 @@ struct Waiter {
     /// When it is too late to ask once more.
     until: Duration,
     rounds: usize,
+    /// The nodes that the action has come through to this one.
+    via: Vec<String>,
 }
 
 impl fmt::Debug for Interceptor {
@@ -616,6 +626,7 @@ impl Inner {
                     stage: Arc::clone(&stage),
                     until: inner.clock.now().saturating_add(CONSULT_WAIT),
                     rounds: 0,
+                    via: ask.via(),
                 };
                 Self::consult(inner, judgement, terms, waiter);
                 Some(stage)
@@ -786,7 +797,7 @@ impl Inner {
         let left = waiter.until.saturating_sub(now);
         let deadline = Duration::from_millis(terms.deadline_ms).min(left);
         let is_too_late = deadline.is_zero() || waiter.rounds >= JUDGED_AT_MOST;
-        let question = inner.question(&judgement, &terms, deadline);
+        let question = inner.question(&judgement, &terms, (&waiter.via, deadline));
         let Some(question) = question.filter(|_| !is_too_late) else {
             judgement.findings = Findings {
                 errors: vec!["the policy changed each time that it was asked".to_owned()],
@@ -800,6 +811,9 @@ impl Inner {
             terms,
             waiter,
         });
+        if let Some(failure) = goes_round(&referred.waiter.via, inner.node()) {
+            return Self::weigh_in(inner, referred, &Err(failure));
+        }
         let upstreams = inner.upstreams.get();
         let upstreams = upstreams.filter(|_| referred.question.identity.is_some());
         let (Some(upstreams), Some(asked)) = (upstreams, referred.asked()) else {
@@ -825,7 +839,7 @@ impl Inner {
         &self,
         judgement: &Judgement,
         terms: &ConsultTerms,
-        deadline: Duration,
+        asked: (&[String], Duration),
     ) -> Option<Question> {
         let (Request::Action(action), Some((bundle, _))) = (&judgement.request, &judgement.bundle)
         else {
@@ -834,7 +848,7 @@ impl Inner {
         let node = (bundle, judgement.findings.posture, self.node());
         let upstreams = self.upstreams.get();
         let identity = upstreams.and_then(|upstreams| upstreams.identity(&terms.upstream));
-        Question::new(action, node, (terms, identity), deadline).ok()
+        Question::new(action, node, (terms, identity), asked).ok()
     }
 
     /// A question came to its end. INV-14 and ruling 17: whoever waited for it is judged again before the
@@ -863,7 +877,8 @@ impl Inner {
                 referred.conclude(inner);
                 continue;
             };
-            let question = inner.question(&referred.judgement, &terms, Duration::ZERO);
+            let asked = (referred.waiter.via.as_slice(), Duration::ZERO);
+            let question = inner.question(&referred.judgement, &terms, asked);
             if question.is_some_and(|now| now.key() == referred.question.key())
                 && terms == referred.terms
             {

@@ -175,6 +175,9 @@ pub const MAX_CONSULTS_PER_CALLER: usize = MAX_EVALUATIONS;
 /// KiB usually, about 200 KiB for a hostile one.
 pub const MAX_CONSULT_WAITING: usize = 1_024;
 
+/// Nodes that one question comes through, each asking the next one; each holds a place and waits.
+pub const MAX_CONSULT_HOPS: usize = 4;
+
 /// Bytes of an upstream's answer.
 pub const MAX_CONSULT_ANSWER_BYTES: usize = 16 * 1024;
 

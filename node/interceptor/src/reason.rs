@@ -147,6 +147,25 @@ impl Reason {
         }
     }
 
+    /// Whether it says something of the action. What does not says that this node could not judge it now, for
+    /// want of time, disk or a decision point: whoever asks a lot can bring that about.
+    #[must_use]
+    pub fn is_judged(self) -> bool {
+        !matches!(
+            self,
+            Self::Deadline
+                | Self::EngineExhausted
+                | Self::RateLimitExceeded
+                | Self::AuditUnavailable
+                | Self::AuditCapacity
+                | Self::UpstreamUnavailable
+                | Self::ConsultUnreachable
+                | Self::ConsultTimeout
+                | Self::ConsultInvalid
+                | Self::ConsultBusy
+        )
+    }
+
     /// One sentence for a human.
     #[must_use]
     pub fn message(self) -> &'static str {

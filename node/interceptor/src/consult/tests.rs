@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::authzen::Evaluations;
 
 const NOW_MS: u64 = 1_700_000_000_000;
 
@@ -185,6 +186,77 @@ fn statuses_and_the_request_id_are_checked_before_the_body_is_looked_at() {
 }
 
 #[test]
+fn a_deny_that_says_nothing_of_the_action_is_no_answer_and_an_allow_is_never_read_so() {
+    let read = |body: &str, verify: Option<VerifySigned<'_>>| {
+        let heard = Heard {
+            status: 200,
+            echoed_id: Some(b"id-1"),
+            body: body.as_bytes(),
+        };
+        UpstreamAnswer::read(&question(), "id-1", heard, verify)
+    };
+    let busy = r#"{"decision":false,"context":{"reason":"DEADLINE","not_judged":true}}"#;
+    let not_judged = Err(ConsultFailure::NotJudged("DEADLINE".to_owned()));
+    assert_eq!(read(busy, None), not_judged);
+    for body in [
+        r#"{"decision":false,"context":{"not_judged":"true"}}"#,
+        r#"{"decision":false,"context":{"not_judged":false}}"#,
+    ] {
+        assert_eq!(read(body, None).unwrap().decision(), Decision::Deny);
+    }
+    let odd = r#"{"decision":true,"context":{"not_judged":true}}"#;
+    assert_eq!(read(odd, None).unwrap().decision(), Decision::Allow);
+    // Beside what is signed anybody could put it.
+    let refused = read(busy, Some(&|_: &str| Err("it is not signed".to_owned())));
+    assert!(matches!(refused, Err(ConsultFailure::Invalid(_))));
+}
+
+#[test]
+fn a_question_that_comes_again_or_from_far_goes_no_further() {
+    let via = |names: &[&str]| -> Vec<String> { names.iter().map(|n| (*n).to_owned()).collect() };
+    assert_eq!(goes_round(&[], "a"), None);
+    assert_eq!(goes_round(&via(&["b", "c", "d"]), "a"), None);
+    for names in [
+        &["a"][..],
+        &["a", "b"],
+        &["b", "a", "c"],
+        &["b", "c", "d", "e"],
+    ] {
+        let failure = goes_round(&via(names), "a").unwrap();
+        assert_eq!(failure, ConsultFailure::Loop(names.join(", ")));
+        assert!(!failure.is_absence(), "no earlier answer serves");
+    }
+}
+
+#[test]
+fn the_nodes_of_a_question_are_read_and_what_is_no_list_of_them_is_ignored() {
+    for (said, expected) in [
+        (json!({"node": "a"}), &["a"][..]),
+        (json!({"node": "b", "via": ["a"]}), &["a", "b"]),
+        (
+            json!({"node": "f", "via": ["a", "b", "c", "d", "e"]}),
+            &["a", "b", "c", "d"],
+        ),
+        (json!({"node": 1, "via": "a"}), &[]),
+        (json!("a"), &[]),
+    ] {
+        let named = |kind: &str| json!({"type": kind, "id": "x"});
+        let body = json!({
+            "subject": named("Agent"), "action": {"name": "fs.read"}, "resource": named("File"),
+            "tidelock": said,
+        });
+        let body = body.to_string();
+        let evaluation = crate::authzen::Evaluation::read(body.as_bytes(), None);
+        assert!(evaluation.parts.is_ok(), "{body}");
+        assert_eq!(evaluation.via, expected);
+        let Evaluations::One(one) = Evaluations::read(body.as_bytes(), None) else {
+            panic!("{body}");
+        };
+        assert_eq!(one.via, expected);
+    }
+}
+
+#[test]
 fn an_obligation_that_must_be_met_and_is_not_known_denies() {
     let with = |obligations: &str| {
         let body = format!(r#"{{"decision": true, "context": {{"obligations": {obligations}}}}}"#);
@@ -308,6 +380,8 @@ fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
         ConsultFailure::Invalid(String::new()),
         ConsultFailure::Busy,
         ConsultFailure::NotNow(503),
+        ConsultFailure::NotJudged(String::new()),
+        ConsultFailure::Loop(String::new()),
         ConsultFailure::Unconfigured,
     ];
     let answers = [Decision::Allow, Decision::Deny, Decision::Hold].map(said);
