@@ -421,6 +421,31 @@ fn basic_refusals(tcp: SocketAddr) {
     // The control: the request that they were made from.
     assert_eq!(ask(tcp, "/access/v1/evaluation", &good).1["decision"], true);
 
+    // What the schema does not declare is a deny, and named: who sends it can be found by it.
+    for (undeclared, named) in [
+        (
+            with("context", json!({"colour": "red"})),
+            "no attribute `colour`",
+        ),
+        (
+            with(
+                "subject",
+                json!({"type": "user", "id": "alice", "properties": {"shoe_size": 43}}),
+            ),
+            "no attribute `shoe_size`",
+        ),
+    ] {
+        let (status, answer) = ask_as(tcp, PEP, "/access/v1/evaluation", undeclared.as_bytes());
+        assert_eq!(
+            (status, &answer["decision"]),
+            (200, &json!(false)),
+            "{answer}"
+        );
+        assert_eq!(answer["context"]["reason"], "EVALUATION_ERROR", "{answer}");
+        let message = answer["context"]["message"].as_str().unwrap();
+        assert!(message.contains(named), "{message}");
+    }
+
     let bearer = format!("authorization: Bearer {PEP}");
     let body = good.to_string();
     let raw = |kind: &str| {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tidelock_policy::{
-    ActivePolicy, Engine, Evaluation, PolicyNote, PolicyRequest, Verdict,
+    ActivePolicy, Engine, Evaluation, Failure, PolicyNote, PolicyRequest, Verdict,
     limits::COMPILE_STACK_BYTES,
 };
 
@@ -41,6 +41,14 @@ impl Engine for Explaining {
             errors: Vec::new(),
         }
     }
+}
+
+/// What is wrong with the request itself, if that is what this error of an engine says. It names what the
+/// caller sent, so the caller may have it without asking for an explanation.
+pub(crate) fn of_request(error: &str) -> Option<&str> {
+    [Failure::Request, Failure::UnknownAction]
+        .into_iter()
+        .find_map(|failure| error.strip_prefix(failure.code())?.strip_prefix(": "))
 }
 
 fn nearest(

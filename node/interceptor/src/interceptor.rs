@@ -692,6 +692,14 @@ impl Inner {
         {
             answer.message.clone_from(spent);
         }
+        let mut faults = rendered.errors.iter();
+        let fault = faults.find_map(|text| explain::of_request(text));
+        if answer.reason == Reason::EvaluationError
+            && let Some(fault) = fault
+        {
+            answer.message =
+                format!("the request is not what the bundle's schema declares: {fault}");
+        }
         answer.policies = rendered.policies;
         answer.action_hash = rendered.action_hash;
         answer.request_id = rendered.request_id;
