@@ -107,6 +107,7 @@ pub fn rows() -> Vec<Row> {
         principal_id: "bench".into(),
         may_act_as: true,
         door: "bench",
+        stated_by: None,
     };
     let all = requests(FEW);
     // The longest request since it was last read, in nanoseconds.

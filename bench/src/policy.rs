@@ -165,6 +165,7 @@ impl Ours {
             principal_id: "bench".into(),
             may_act_as: true,
             door: "bench",
+            stated_by: None,
         };
         Self { bundle, caller }
     }

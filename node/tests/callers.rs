@@ -651,6 +651,18 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
         headers
     };
     assert_eq!(send(&stated(&["ops-1"]), &action).0, 200);
+    // The record has both: the name, and whose word it is.
+    let records = site.records();
+    let callers: Vec<&Value> = records
+        .iter()
+        .filter(|entry| entry["record"]["type"] == "decision")
+        .map(|entry| &entry["record"]["caller"])
+        .collect();
+    let by = json!({"type": "Service", "id": "envoy-1", "door": "tcp"});
+    let both = json!({"type": "Agent", "id": "ops-1", "door": "proxy", "stated_by": by});
+    assert_eq!(callers.last(), Some(&&both), "{records:#?}");
+    let itself = json!({"type": "Agent", "id": "ops-1", "door": "tcp"});
+    assert!(callers.contains(&&itself), "the control: {records:#?}");
     refused(&stated(&[]), &action, "IDENTITY_HEADER_ABSENT");
     refused(
         &stated(&["ops-1", "ops-2"]),

@@ -150,6 +150,7 @@ fn caller() -> Caller {
         principal_id: "story".to_owned(),
         may_act_as: true,
         door: "unix",
+        stated_by: None,
     }
 }
 

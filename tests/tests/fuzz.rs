@@ -176,6 +176,7 @@ fn action(bytes: &[u8]) -> Verdict {
         principal_id: "fuzz".to_owned(),
         may_act_as: true,
         door: "tcp",
+        stated_by: None,
     };
     Action::parse(bytes, &caller).map_or(Verdict::Refused, |action| {
         Verdict::Normal(action.canonical().to_vec())

@@ -64,6 +64,7 @@ fn permit(action: &str, path: &str) -> Permit {
         principal_id: "coder-1".into(),
         may_act_as: false,
         door: "test",
+        stated_by: None,
     };
     let outcome = interceptor().decide_wait(request.to_string().as_bytes(), &caller, Mode::Decide);
     outcome

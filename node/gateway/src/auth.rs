@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use hyper::HeaderMap;
 use hyper::header::{AUTHORIZATION, HeaderName};
-use tidelock_interceptor::{Caller, Principal};
+use tidelock_interceptor::{Caller, Principal, StatedBy};
 
 use crate::credentials::{CallerTime, CredentialFault, Pattern};
 use crate::limits::{DYNAMIC_CALLERS_MAX, JWT_BYTES_MAX, TOKEN_BYTES_MAX, UNIX_PEERS_MAX};
@@ -291,6 +291,7 @@ impl Identity {
             principal_id: grant.principal_id.clone(),
             may_act_as: grant.scopes.act_as,
             door,
+            stated_by: None,
         };
         Self {
             scopes: grant.scopes,
@@ -557,7 +558,12 @@ impl Authenticator {
             .map_err(|_| CredentialFault::HeaderRefused)?;
         let mut identity = Identity::new(&grant, Arc::clone(&hop.in_flight));
         for caller in [&mut identity.tcp, &mut identity.tls, &mut identity.unix] {
-            caller.door = DOOR_PROXY;
+            let door = std::mem::replace(&mut caller.door, DOOR_PROXY);
+            caller.stated_by = Some(Box::new(StatedBy {
+                principal_type: proxy.hop_type.clone(),
+                principal_id: proxy.hop_id.clone(),
+                door,
+            }));
         }
         Ok(Stated::Principal(Arc::new(identity)))
     }
@@ -814,6 +820,10 @@ mod tests {
                     assert!(Arc::ptr_eq(&identity.in_flight, &hop.in_flight));
                     assert!(!caller.may_act_as && !identity.scopes.act_as);
                     let (kind, id) = (&caller.principal_type, &caller.principal_id);
+                    let by = caller.stated_by.as_ref().unwrap();
+                    let (by_kind, by_id) = (&by.principal_type, &by.principal_id);
+                    assert_eq!((by_kind.as_str(), by_id.as_str(), by.door), ("Agent", "a", DOOR_TCP));
+                    assert_eq!(hop.caller(TCP).stated_by, None, "its own name is nobody's word");
                     format!("{kind}::{id} at {}", caller.door)
                 }
                 Ok(Stated::Ignored) => "ignored".to_owned(),

@@ -117,6 +117,7 @@ fn the_document_s_request_is_one_that_the_interceptor_takes() {
         principal_id: "a".to_owned(),
         may_act_as: true,
         door: "tcp",
+        stated_by: None,
     };
     let mut request = DecideRequest {
         id: Some("job-17/step-3".to_owned()),

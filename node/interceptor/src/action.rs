@@ -582,6 +582,7 @@ mod tests {
             principal_id: "coder".to_owned(),
             may_act_as: false,
             door: "test",
+            stated_by: None,
         }
     }
 

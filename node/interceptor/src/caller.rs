@@ -59,6 +59,19 @@ pub struct Caller {
     pub may_act_as: bool,
     /// How it came in, for instance `tcp` or `unix`.
     pub door: &'static str,
+    /// Whose word the name is, where the caller did not authenticate itself.
+    pub stated_by: Option<Box<StatedBy>>,
+}
+
+/// The authenticated principal that has stated a caller's name: a proxy, which records must show.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StatedBy {
+    /// Type of its principal.
+    pub principal_type: String,
+    /// Id of its principal.
+    pub principal_id: String,
+    /// How it came in itself.
+    pub door: &'static str,
 }
 
 impl Caller {

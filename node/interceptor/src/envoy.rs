@@ -397,6 +397,7 @@ mod tests {
             principal_id: "edge".to_owned(),
             may_act_as,
             door: "test",
+            stated_by: None,
         }
     }
 

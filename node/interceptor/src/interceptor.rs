@@ -1441,13 +1441,9 @@ impl Inner {
         counted: (&'static str, Option<&ConsultNote>),
     ) -> String {
         add(&self.counters.summarised, 1);
-        let (kind, id) = denial_key(caller);
-        let shown = (
-            crate::redact::message(&kind, crate::limits::MAX_TYPE_BYTES),
-            crate::redact::message(&id, crate::limits::MAX_PRINCIPAL_ID_BYTES),
-        );
         let times = (self.clock.now(), self.clock.unix_ms());
-        self.summary().count(shown, counted, times)
+        self.summary()
+            .count(record::counted(caller), counted, times)
     }
 
     /// Tells the caller, or the log, what a wait came to.

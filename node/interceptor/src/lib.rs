@@ -45,7 +45,7 @@ pub use answer::{
     Answer, BundleInfo, Done, Explanation, Mode, Outcome, Provenance, RecordPosition,
 };
 pub use authzen::{Evaluation, Evaluations, Search, SearchFor, Semantic};
-pub use caller::{Caller, Principal};
+pub use caller::{Caller, Principal, StatedBy};
 pub use clock::{Clock, ThreadCpu};
 pub use consult::{
     AnswerDone, ConsultCount, ConsultFailure, ConsultStats, Consulted, Heard, KeptAnswer,

@@ -80,13 +80,13 @@ pub const MAX_PRINCIPALS: usize = 8_192;
 pub const MAX_PENDING: usize = 16_384;
 
 /// Principals that one summary window tells apart; what comes beyond is counted under `other`.
-/// A summary line is at most about 700 bytes, so a window's record stays below the record limit.
+/// A summary line is at most about 1,100 bytes, so a window's record stays below the record limit.
 pub const MAX_SUMMARY_PRINCIPALS: usize = 32;
 
 /// Decision points, with what they said and what stood in for it, that one summary window tells apart; what
 /// comes beyond is counted without the name, at most once for each outcome and stand-in. A line is at most
 /// 512 bytes, one without a name 128.
-pub const MAX_SUMMARY_CONSULTS: usize = 32;
+pub const MAX_SUMMARY_CONSULTS: usize = 16;
 
 /// Allows whose outcome can be reported; about 300 bytes each, 5 MiB in all. The oldest of whoever has
 /// the most goes.
@@ -248,7 +248,7 @@ const _: () = assert!(
 const _: () = assert!(3 * 71 + MAX_ACTION_NAME_BYTES + 63 + 352 < MAX_SHORT_RECORD_BYTES);
 const _: () = assert!(MAX_EVENT_BYTES + 4096 < MAX_RECORD_BYTES);
 const _: () = assert!(
-    MAX_SUMMARY_PRINCIPALS * 1024 + MAX_SUMMARY_CONSULTS * (512 + 128) + 4096 < MAX_RECORD_BYTES
+    MAX_SUMMARY_PRINCIPALS * 1536 + MAX_SUMMARY_CONSULTS * (512 + 128) + 4096 < MAX_RECORD_BYTES
 );
 const _: () = assert!(MAX_INLINE_BYTES <= MAX_BODY_BYTES);
 // A single denial must be able to pass a full budget.

@@ -22,6 +22,7 @@ use crate::{
     },
     reason::Reason,
     redact,
+    summary::Counted,
 };
 
 /// Version of the record layout.
@@ -384,11 +385,34 @@ pub(crate) fn search(
 }
 
 pub(crate) fn caller_of(caller: &Caller) -> Value {
-    let mut from = principal(&caller.principal_type, &caller.principal_id);
-    if let Value::Object(fields) = &mut from {
-        fields.insert("door".to_owned(), caller.door.into());
+    let at_door = |kind: &str, id: &str, door: &'static str| {
+        let mut from = principal(kind, id);
+        if let Value::Object(fields) = &mut from {
+            fields.insert("door".to_owned(), door.into());
+        }
+        from
+    };
+    let mut from = at_door(&caller.principal_type, &caller.principal_id, caller.door);
+    if let (Some(by), Value::Object(fields)) = (&caller.stated_by, &mut from) {
+        let by = at_door(&by.principal_type, &by.principal_id, by.door);
+        fields.insert("stated_by".to_owned(), by);
     }
     from
+}
+
+/// A caller as summaries count it: by whom it is and whose word that is, whatever the door.
+pub(crate) fn counted(caller: &Caller) -> Counted {
+    let shown = |kind: &str, id: &str| {
+        (
+            redact::message(kind, MAX_TYPE_BYTES),
+            redact::message(id, MAX_PRINCIPAL_ID_BYTES),
+        )
+    };
+    let stated_by = caller.stated_by.as_ref();
+    Counted {
+        who: shown(&caller.principal_type, &caller.principal_id),
+        stated_by: stated_by.map(|by| shown(&by.principal_type, &by.principal_id)),
+    }
 }
 
 fn bundle_of(bundle: &BundleInfo, source: Source) -> Value {

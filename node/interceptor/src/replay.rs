@@ -64,6 +64,7 @@ pub fn recorded_request(record: &Value) -> Result<PolicyRequest, NotReplayable> 
         principal_id: "replay".to_owned(),
         may_act_as: true,
         door: "replay",
+        stated_by: None,
     };
     let bytes = json!(request).to_string();
     let action = Action::parse(bytes.as_bytes(), &caller).map_err(|_| NotReplayable::Changed)?;

@@ -178,7 +178,7 @@ impl Report {
 pub(crate) enum For {
     /// Hash of type and id.
     Principal(Sha256Hash),
-    /// Hash of type, id and door: all that a record of the short form has.
+    /// Hash of type, id, door and whose word it is: all that a record of the short form has.
     AtDoor(Sha256Hash),
 }
 
@@ -501,6 +501,7 @@ mod tests {
             principal_id: id.to_owned(),
             may_act_as: false,
             door,
+            stated_by: None,
         }
     }
 

@@ -20,6 +20,27 @@ type Counts = BTreeMap<&'static str, u64>;
 /// What came of questions: the decision point, what it said or why it did not, and what stood in for it.
 type Consulted = (String, &'static str, &'static str);
 
+/// Whose denials are counted together.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Counted {
+    /// Type and id of the caller.
+    pub(crate) who: (String, String),
+    /// Those of the proxy whose word that is.
+    pub(crate) stated_by: Option<(String, String)>,
+}
+
+impl Counted {
+    /// One line of a window's record.
+    fn line(&self, counts: &Counts) -> Value {
+        let (kind, id) = &self.who;
+        let mut line = json!({"type": kind, "id": id, "counts": counts});
+        if let (Some((kind, id)), Value::Object(fields)) = (&self.stated_by, &mut line) {
+            fields.insert("stated_by".to_owned(), json!({"type": kind, "id": id}));
+        }
+        line
+    }
+}
+
 /// What happened between two moments.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Window {
@@ -29,7 +50,7 @@ pub(crate) struct Window {
     opened: Duration,
     from_unix_ms: u64,
     to_unix_ms: u64,
-    principals: BTreeMap<(String, String), Counts>,
+    principals: BTreeMap<Counted, Counts>,
     /// Principals beyond the limit, together.
     other: Counts,
     /// Answers that have no record of their own, by reason, of all principals together.
@@ -60,7 +81,7 @@ impl Summary {
     /// the window that it is counted in.
     pub(crate) fn count(
         &mut self,
-        principal: (String, String),
+        principal: Counted,
         (what, note): (&'static str, Option<&ConsultNote>),
         (now, unix_ms): (Duration, u64),
     ) -> String {
@@ -159,7 +180,7 @@ impl Summary {
         let principals: Vec<Value> = window
             .principals
             .iter()
-            .map(|((kind, id), counts)| json!({"type": kind, "id": id, "counts": counts}))
+            .map(|(principal, counts)| principal.line(counts))
             .collect();
         let mut fields = Map::new();
         fields.insert("first_window".to_owned(), self.id(window.first).into());
@@ -203,8 +224,32 @@ mod tests {
 
     const S: Duration = Duration::from_secs(1);
 
-    fn principal(n: usize) -> (String, String) {
-        ("Agent".to_owned(), format!("a{n:05}"))
+    fn principal(n: usize) -> Counted {
+        Counted {
+            who: ("Agent".to_owned(), format!("a{n:05}")),
+            stated_by: None,
+        }
+    }
+
+    #[test]
+    fn a_name_that_a_proxy_stated_is_counted_beside_the_same_name_of_its_own() {
+        let mut summary = Summary::new(1);
+        let stated = Counted {
+            stated_by: Some(("Service".to_owned(), "envoy-1".to_owned())),
+            ..principal(1)
+        };
+        for counted in [principal(1), stated.clone(), stated] {
+            summary.count(counted, "NO_MATCH", S, 10);
+        }
+        let window = summary.take_due(S * 9, S).unwrap();
+        assert_eq!(
+            summary.fields(&window)["principals"],
+            json!([
+                {"type": "Agent", "id": "a00001", "counts": {"NO_MATCH": 1}},
+                {"type": "Agent", "id": "a00001", "counts": {"NO_MATCH": 2},
+                 "stated_by": {"type": "Service", "id": "envoy-1"}},
+            ])
+        );
     }
 
     #[test]

@@ -233,6 +233,7 @@ fn caller() -> Caller {
         principal_id: "coder".to_owned(),
         may_act_as: true,
         door: "test",
+        stated_by: None,
     }
 }
 

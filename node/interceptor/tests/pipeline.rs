@@ -18,7 +18,7 @@ use std::{
 use serde_json::{Value, json};
 use tidelock_interceptor::{
     Action, Caller, Decision, Evaluations, Interceptor, InterceptorConfig, InterceptorConfigError,
-    InvalidCode, Mode, NotReplayable, Outcome, Pending, QuotaRates, Reason,
+    InvalidCode, Mode, NotReplayable, Outcome, Pending, QuotaRates, Reason, StatedBy,
     limits::{
         ENGINE_WORKERS_PER_CALLER, MAX_BODY_BYTES, MAX_INHERITED_BYTES, MAX_PENDING,
         MAX_RECORD_BYTES,
@@ -171,6 +171,7 @@ fn caller_named(id: &str) -> Caller {
         principal_id: id.to_owned(),
         may_act_as: false,
         door: "test",
+        stated_by: None,
     }
 }
 
@@ -227,6 +228,32 @@ fn an_allow_carries_answer_record_and_permit() {
     assert_eq!(canonical["record"]["index"], 0);
     assert_eq!(canonical["reason"], "POLICY_ALLOW");
     assert_eq!(canonical["decision"], "allow");
+}
+
+#[test]
+fn a_record_has_the_name_that_a_proxy_stated_and_the_proxy() {
+    let site = Site::new();
+    let by_itself = json!({"type": "Agent", "id": "coder", "door": "test"});
+    site.ask("fs.read");
+    assert_eq!(site.last_record()["caller"], by_itself, "the control");
+    let stated = Caller {
+        door: "proxy",
+        stated_by: Some(Box::new(StatedBy {
+            principal_type: "Service".to_owned(),
+            principal_id: "envoy-1".to_owned(),
+            door: "tls",
+        })),
+        ..caller()
+    };
+    site.ask_as(&stated, Mode::Decide, &request("fs.read"));
+    let record = site.last_record();
+    let by = json!({"type": "Service", "id": "envoy-1", "door": "tls"});
+    assert_eq!(
+        record["caller"],
+        json!({"type": "Agent", "id": "coder", "door": "proxy", "stated_by": by})
+    );
+    assert_eq!(record["principal"]["id"], "coder", "it asks for itself");
+    assert_eq!(record["v"], 1, "a further key");
 }
 
 #[test]

@@ -109,6 +109,7 @@ fn caller(id: &str) -> Caller {
         principal_id: id.to_owned(),
         may_act_as: true,
         door: "test",
+        stated_by: None,
     }
 }
 
