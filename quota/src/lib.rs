@@ -14,6 +14,7 @@
 //! and a `governor` [`Clock`] gives the same to the buckets. Wall time is never used here, so a
 //! clock that is set back or forward neither grants nor takes quota.
 
+mod address;
 mod breaker;
 mod bucket;
 mod clock;
@@ -22,6 +23,7 @@ pub mod limits;
 mod retry;
 mod volume;
 
+pub use address::AddressBlock;
 pub use breaker::{Breaker, BreakerConfig, BreakerConfigError, BreakerOpen, BreakerState, Call};
 pub use bucket::{Rate, RateError, Refused, TokenBuckets};
 pub use clock::{ManualClock, MonotonicClock};

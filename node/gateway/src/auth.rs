@@ -132,6 +132,10 @@ impl Grant {
     pub fn scopes(&self) -> Scopes {
         self.scopes
     }
+
+    pub(crate) fn who(&self) -> Who {
+        (self.principal_type.clone(), self.principal_id.clone())
+    }
 }
 
 /// Who may call, through which door. Nobody, until something is added.
@@ -304,7 +308,7 @@ impl Identity {
 }
 
 /// A principal, by type and id.
-type Who = (String, String);
+pub(crate) type Who = (String, String);
 
 /// One counter of decisions in flight a principal, however many credentials it has.
 #[derive(Debug, Default)]
@@ -317,13 +321,13 @@ struct Counters {
 
 impl Counters {
     fn of_named(&mut self, grant: &Grant) -> Arc<Counter> {
-        let who = (grant.principal_type.clone(), grant.principal_id.clone());
+        let who = grant.who();
         Arc::clone(self.named.entry(who).or_default())
     }
 
     // INV-07: as many as are active, up to the limit.
     fn of_any(&self, grant: &Grant) -> Result<Arc<Counter>, CredentialFault> {
-        let who = (grant.principal_type.clone(), grant.principal_id.clone());
+        let who = grant.who();
         if let Some(counter) = self.named.get(&who) {
             return Ok(Arc::clone(counter));
         }
@@ -600,10 +604,14 @@ mod tests {
     use super::*;
     use crate::refusals::RefusalKind;
     use hyper::header::HeaderValue;
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::Ipv4Addr;
+    use tidelock_quota::AddressBlock;
 
-    const TCP: Source = Source::Tcp(IpAddr::V4(Ipv4Addr::LOCALHOST));
     const OWN_UID: u32 = 4711;
+
+    fn tcp() -> Source {
+        Source::Tcp(AddressBlock::of(Ipv4Addr::LOCALHOST.into()))
+    }
 
     fn grant(id: &str) -> Grant {
         Grant::new(
@@ -673,8 +681,8 @@ mod tests {
     fn a_token_is_its_principal_and_any_other_is_nobody() {
         let auth = ready(AuthConfig::default().tokens(tokens()));
         let known = |id: &str| Ok(("Agent".to_owned(), id.to_owned(), DOOR_TCP));
-        assert_eq!(who(&auth, TCP, &["Bearer right-a"]), known("a"));
-        assert_eq!(who(&auth, TCP, &["bearer right-b"]), known("b"));
+        assert_eq!(who(&auth, tcp(), &["Bearer right-a"]), known("a"));
+        assert_eq!(who(&auth, tcp(), &["bearer right-b"]), known("b"));
         for wrong in [
             "Bearer right-A",
             "Bearer right-a ",
@@ -685,16 +693,19 @@ mod tests {
             "right-a",
         ] {
             assert_eq!(
-                who(&auth, TCP, &[wrong]),
+                who(&auth, tcp(), &[wrong]),
                 Err(RefusalKind::BadCredentials),
                 "{wrong}"
             );
         }
         let long = format!("Bearer {}", "x".repeat(TOKEN_BYTES_MAX + 1));
-        assert_eq!(who(&auth, TCP, &[&long]), Err(RefusalKind::BadCredentials));
-        assert_eq!(who(&auth, TCP, &[]), Err(RefusalKind::NoCredentials));
+        assert_eq!(
+            who(&auth, tcp(), &[&long]),
+            Err(RefusalKind::BadCredentials)
+        );
+        assert_eq!(who(&auth, tcp(), &[]), Err(RefusalKind::NoCredentials));
         let two = ["Bearer right-a", "Bearer right-b"];
-        assert_eq!(who(&auth, TCP, &two), Err(RefusalKind::BadCredentials));
+        assert_eq!(who(&auth, tcp(), &two), Err(RefusalKind::BadCredentials));
     }
 
     #[test]
@@ -708,11 +719,11 @@ mod tests {
         let unix = Source::Unix(1000);
 
         // Positive controls: without a token both get in.
-        assert_eq!(who(&auth, TCP, &[]).unwrap().1, "anonymous");
+        assert_eq!(who(&auth, tcp(), &[]).unwrap().1, "anonymous");
         assert_eq!(who(&auth, unix, &[]).unwrap().1, "mapped");
 
         assert_eq!(
-            who(&auth, TCP, &["Bearer no"]),
+            who(&auth, tcp(), &["Bearer no"]),
             Err(RefusalKind::BadCredentials)
         );
         assert_eq!(
@@ -736,12 +747,12 @@ mod tests {
         assert_eq!(found(OWN_UID).unwrap().1, "uid-4711");
         assert_eq!(found(1001), Err(RefusalKind::NoCredentials));
         // The mapping means nothing at the other door.
-        assert_eq!(who(&auth, TCP, &[]), Err(RefusalKind::NoCredentials));
+        assert_eq!(who(&auth, tcp(), &[]), Err(RefusalKind::NoCredentials));
 
         assert!(
             is_operator(Source::Unix(0), OWN_UID) && is_operator(Source::Unix(OWN_UID), OWN_UID)
         );
-        assert!(!is_operator(Source::Unix(1000), OWN_UID) && !is_operator(TCP, OWN_UID));
+        assert!(!is_operator(Source::Unix(1000), OWN_UID) && !is_operator(tcp(), OWN_UID));
     }
 
     #[test]
@@ -774,9 +785,9 @@ mod tests {
             .unix_peer(1000, grant("a"))
             .unwrap();
         let auth = ready(config);
-        let by_token = ask(&auth, TCP, &with(&["Bearer right-a"])).unwrap();
+        let by_token = ask(&auth, tcp(), &with(&["Bearer right-a"])).unwrap();
         let by_uid = ask(&auth, Source::Unix(1000), &HeaderMap::new()).unwrap();
-        let other = ask(&auth, TCP, &with(&["Bearer right-b"])).unwrap();
+        let other = ask(&auth, tcp(), &with(&["Bearer right-b"])).unwrap();
         assert!(Arc::ptr_eq(&by_token.in_flight, &by_uid.in_flight));
         assert!(!Arc::ptr_eq(&by_token.in_flight, &other.in_flight));
     }
@@ -809,21 +820,28 @@ mod tests {
         });
         let auth = ready(config);
         let stated = |token: &str, values: &[&str]| {
-            let hop = ask(&auth, TCP, &with(&[token])).unwrap();
+            let hop = ask(&auth, tcp(), &with(&[token])).unwrap();
             let mut headers = HeaderMap::new();
             for value in values {
                 headers.append(&header, HeaderValue::from_bytes(value.as_bytes()).unwrap());
             }
             match auth.stated(&hop, &headers) {
                 Ok(Stated::Principal(identity)) => {
-                    let caller = identity.caller(TCP);
+                    let caller = identity.caller(tcp());
                     assert!(Arc::ptr_eq(&identity.in_flight, &hop.in_flight));
                     assert!(!caller.may_act_as && !identity.scopes.act_as);
                     let (kind, id) = (&caller.principal_type, &caller.principal_id);
                     let by = caller.stated_by.as_ref().unwrap();
                     let (by_kind, by_id) = (&by.principal_type, &by.principal_id);
-                    assert_eq!((by_kind.as_str(), by_id.as_str(), by.door), ("Agent", "a", DOOR_TCP));
-                    assert_eq!(hop.caller(TCP).stated_by, None, "its own name is nobody's word");
+                    assert_eq!(
+                        (by_kind.as_str(), by_id.as_str(), by.door),
+                        ("Agent", "a", DOOR_TCP)
+                    );
+                    assert_eq!(
+                        hop.caller(tcp()).stated_by,
+                        None,
+                        "its own name is nobody's word"
+                    );
                     format!("{kind}::{id} at {}", caller.door)
                 }
                 Ok(Stated::Ignored) => "ignored".to_owned(),

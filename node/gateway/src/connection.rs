@@ -21,6 +21,7 @@ use hyper::rt::{Read, ReadBufCursor, Write};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::Notify;
 
+use crate::auth::Who;
 use crate::refusals::Source;
 
 /// Why the gateway closed a connection.
@@ -55,7 +56,8 @@ pub(crate) struct Connection {
     // What the client presented in its handshake, at a door that speaks TLS.
     certificates: OnceLock<Vec<CertificateDer<'static>>>,
     opened: Instant,
-    known: AtomicBool,
+    // Who has made it known; the connection counts to this one's share.
+    known_by: OnceLock<Who>,
     // Set once a request came as HTTP/2: bytes between requests are then pings and window
     // updates, not the beginning of a slow head.
     multiplexed: AtomicBool,
@@ -76,7 +78,7 @@ impl Connection {
             source,
             certificates: OnceLock::new(),
             opened: Instant::now(),
-            known: AtomicBool::new(false),
+            known_by: OnceLock::new(),
             multiplexed: AtomicBool::new(false),
             reading_head: AtomicBool::new(true),
             requests: AtomicUsize::new(0),
@@ -164,7 +166,7 @@ impl Connection {
         if self.requests.load(Ordering::Acquire) > 0 {
             return None;
         }
-        if !self.known.load(Ordering::Acquire) && over(0, patience.stranger) {
+        if self.known_by.get().is_none() && over(0, patience.stranger) {
             return Some(CloseCause::Stranger);
         }
         let since = self.since_ms.load(Ordering::Acquire);
@@ -186,10 +188,22 @@ impl Drop for Busy {
     }
 }
 
+/// What became of a connection that has presented valid credentials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It has a place among the known ones.
+    Taken,
+    /// All of them are taken, or it was evicted a moment ago.
+    None,
+    /// Its caller has its whole share of them.
+    NoneOfThisCaller,
+}
+
 /// All open connections of one door.
 #[derive(Debug)]
 pub(crate) struct Registry {
     known_max: usize,
+    known_of_one_max: usize,
     strangers_max: usize,
     strangers_of_one_max: usize,
     open: Mutex<Open>,
@@ -199,6 +213,8 @@ pub(crate) struct Registry {
 struct Open {
     next_id: u64,
     known: BTreeMap<u64, Arc<Connection>>,
+    // How many of the known ones each caller has; those without any are not in it.
+    held: BTreeMap<Who, usize>,
     strangers: BTreeMap<u64, Arc<Connection>>,
 }
 
@@ -206,6 +222,8 @@ impl Registry {
     pub(crate) fn new(known_max: usize, strangers_max: usize) -> Self {
         Self {
             known_max,
+            // INV-13: no caller keeps the others out.
+            known_of_one_max: known_max.div_ceil(2),
             strangers_max,
             strangers_of_one_max: strangers_max,
             open: Mutex::default(),
@@ -259,30 +277,41 @@ impl Registry {
         (connection, evicted)
     }
 
-    /// Notes that a connection has presented valid credentials. False when there is no room for
-    /// another such one, or it was evicted a moment ago.
-    pub(crate) fn make_known(&self, connection: &Connection) -> bool {
-        if connection.known.load(Ordering::Acquire) {
-            return true;
+    /// Notes that a connection has presented valid credentials of this caller.
+    pub(crate) fn make_known(&self, connection: &Connection, caller: &Who) -> Place {
+        if connection.known_by.get().is_some() {
+            return Place::Taken;
         }
         let mut open = self.lock();
         if open.known.contains_key(&connection.id) {
-            return true;
+            return Place::Taken;
+        }
+        // The share first: who is over it learns that, whoever else is there.
+        if open
+            .held
+            .get(caller)
+            .is_some_and(|held| *held >= self.known_of_one_max)
+        {
+            return Place::NoneOfThisCaller;
         }
         if open.known.len() >= self.known_max {
-            return false;
+            return Place::None;
         }
         let Some(stranger) = open.strangers.remove(&connection.id) else {
-            return false;
+            return Place::None;
         };
-        connection.known.store(true, Ordering::Release);
+        // Under the lock, so it is set once.
+        let _ = connection.known_by.set(caller.clone());
+        *open.held.entry(caller.clone()).or_default() += 1;
         open.known.insert(connection.id, stranger);
-        true
+        Place::Taken
     }
 
     pub(crate) fn forget(&self, connection: &Connection) {
         let mut open = self.lock();
-        open.known.remove(&connection.id);
+        if open.known.remove(&connection.id).is_some() {
+            release(&mut open.held, connection);
+        }
         open.strangers.remove(&connection.id);
     }
 
@@ -290,24 +319,46 @@ impl Registry {
     pub(crate) fn sweep(&self, patience: &Patience, mut closed: impl FnMut(CloseCause)) {
         let mut open = self.lock();
         let Open {
-            known, strangers, ..
+            known,
+            held,
+            strangers,
+            ..
         } = &mut *open;
-        for set in [known, strangers] {
-            set.retain(|_, connection| match connection.overdue(patience) {
-                None => true,
-                Some(cause) => {
-                    connection.close.notify_one();
-                    closed(cause);
-                    false
-                }
-            });
-        }
+        let mut stays = |connection: &Connection| match connection.overdue(patience) {
+            None => true,
+            Some(cause) => {
+                connection.close.notify_one();
+                closed(cause);
+                false
+            }
+        };
+        known.retain(|_, connection| {
+            let stays = stays(connection);
+            if !stays {
+                release(held, connection);
+            }
+            stays
+        });
+        strangers.retain(|_, connection| stays(connection));
     }
 
     /// How many are open: known ones, strangers.
     pub(crate) fn count(&self) -> (usize, usize) {
         let open = self.lock();
         (open.known.len(), open.strangers.len())
+    }
+}
+
+/// Gives a known connection's place back to its caller's share.
+fn release(held: &mut BTreeMap<Who, usize>, connection: &Connection) {
+    let Some(caller) = connection.known_by.get() else {
+        return;
+    };
+    if let Some(count) = held.get_mut(caller) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            held.remove(caller);
+        }
     }
 }
 
@@ -386,6 +437,10 @@ mod tests {
         write: Duration::MAX,
     };
 
+    fn who(id: &str) -> Who {
+        ("Agent".to_owned(), id.to_owned())
+    }
+
     fn told(connection: &Connection) -> bool {
         let mut told = Box::pin(connection.told_to_close());
         let waker = std::task::Waker::noop();
@@ -398,7 +453,7 @@ mod tests {
     fn inv_07_strangers_make_room_for_strangers_only() {
         let registry = Registry::new(2, 3);
         let (caller, _) = registry.admit(Source::Unix(1));
-        assert!(registry.make_known(&caller));
+        assert_eq!(registry.make_known(&caller, &who("a")), Place::Taken);
 
         let (first, evicted) = registry.admit(Source::Unix(2));
         assert!(!evicted);
@@ -408,16 +463,52 @@ mod tests {
         assert_eq!(registry.count(), (1, 3));
         assert!(told(&first), "the oldest stranger went");
         assert!(!told(&caller), "the caller stayed");
-        assert!(!registry.make_known(&first), "what was evicted is gone");
+        let gone = registry.make_known(&first, &who("b"));
+        assert_eq!(gone, Place::None, "what was evicted is gone");
 
         // A caller that authenticates gets in during the flood, up to the limit.
         let (late, _) = registry.admit(Source::Unix(1));
-        assert!(registry.make_known(&late) && registry.make_known(&late));
+        for _ in 0..2 {
+            assert_eq!(registry.make_known(&late, &who("b")), Place::Taken);
+        }
         let (over, _) = registry.admit(Source::Unix(1));
-        assert!(!registry.make_known(&over));
+        assert_eq!(registry.make_known(&over, &who("c")), Place::None);
         registry.forget(&late);
-        assert!(registry.make_known(&over));
+        assert_eq!(registry.make_known(&over, &who("c")), Place::Taken);
         assert_eq!(registry.count().0, 2);
+    }
+
+    #[test]
+    fn inv_13_no_caller_has_more_than_half_of_the_known_connections() {
+        let registry = Registry::new(5, 8);
+        let known = |caller: &str| {
+            let (connection, _) = registry.admit(Source::Unix(1));
+            let place = registry.make_known(&connection, &who(caller));
+            (connection, place)
+        };
+        let (first, _) = known("greedy");
+        let (second, _) = known("greedy");
+        assert_eq!(known("greedy").1, Place::Taken);
+        assert_eq!(known("greedy").1, Place::NoneOfThisCaller);
+        // The control: another has room, until all is taken.
+        assert_eq!(known("modest").1, Place::Taken);
+        assert_eq!(known("modest").1, Place::Taken);
+        assert_eq!(known("modest").1, Place::None);
+        // What ends is given back, however it ends.
+        registry.forget(&first);
+        registry.forget(&first);
+        assert_eq!(known("greedy").1, Place::Taken);
+        assert_eq!(known("greedy").1, Place::NoneOfThisCaller);
+        drop(second.begin_request(false));
+        std::thread::sleep(Duration::from_millis(3));
+        let idle = Patience {
+            head: Duration::MAX,
+            idle: Duration::ZERO,
+            ..ZERO
+        };
+        registry.sweep(&idle, |_| {});
+        assert_eq!(known("greedy").1, Place::Taken);
+        assert_eq!(known("greedy").1, Place::NoneOfThisCaller);
     }
 
     #[test]

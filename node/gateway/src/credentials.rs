@@ -175,6 +175,8 @@ faults! {
     TokenLifetime = "TOKEN_LIFETIME", "the workload token is valid for longer than this node takes";
     /// The TLS door without a certificate.
     CertificateAbsent = "CERT_ABSENT", "a client certificate is needed at this door";
+    /// More handshakes from one address than there may be; told to nobody, the connection is closed.
+    HandshakeRate = "HANDSHAKE_RATE", "this address begins more handshakes than it may";
     /// A certificate that was not taken; its own code was counted.
     CertificateRefused = "CERT_REFUSED", "the client certificate is not taken";
     /// Signature headers that are not written as the profile has them.
@@ -212,7 +214,7 @@ impl CredentialFault {
     pub(crate) fn kind(self) -> RefusalKind {
         match self {
             Self::None => RefusalKind::NoCredentials,
-            Self::NonceWindowFull => RefusalKind::RateLimited,
+            Self::NonceWindowFull | Self::HandshakeRate => RefusalKind::RateLimited,
             Self::CallersFull => RefusalKind::Busy,
             _ => RefusalKind::BadCredentials,
         }

@@ -45,7 +45,8 @@ pub const H2_CONNECTION_WINDOW_BYTES: u32 = 64 * 1024;
 /// Bytes of responses that HTTP/2 buffers for one stream whose peer does not read.
 pub const H2_SEND_BUFFER_BYTES: usize = 64 * 1024;
 
-/// Connections of one door that have presented valid credentials, default.
+/// Connections of one door that have presented valid credentials, default. No caller has more than half
+/// of them.
 pub const CONNECTIONS_DEFAULT: usize = 256;
 
 /// Connections of one door that have not (yet) presented valid credentials, default. When they
@@ -188,6 +189,16 @@ pub const UNIX_PEERS_MAX: usize = 1024;
 /// there can be tokens and user ids, so that none is forgotten.
 pub const GUARD_CALLERS_MAX: usize = 4096;
 
+/// Addresses whose handshakes are counted: about 150 bytes each.
+pub const HANDSHAKE_ADDRESSES_MAX: usize = 4096;
+
+/// Handshakes that one address may begin at the TLS door, default: at half a millisecond each a twentieth
+/// of a core, and a burst in which all connections that there may be can be made anew.
+pub const HANDSHAKES_DEFAULT: Rate = Rate {
+    per_second: 100,
+    burst: 400,
+};
+
 /// Requests of one caller, default.
 pub const REQUESTS_DEFAULT: Rate = Rate {
     per_second: 10_000,
@@ -236,6 +247,7 @@ const _: () = assert!(
 );
 const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);
+const _: () = assert!(HANDSHAKES_DEFAULT.burst as usize >= CONNECTIONS_DEFAULT + STRANGERS_DEFAULT);
 const _: () = assert!(JWT_BYTES_MAX < HEAD_BYTES_MAX);
 const _: () =
     assert!(NONCES_PER_KEY_MAX < NONCES_MAX && NONCES_MAX.is_multiple_of(NONCES_PER_KEY_MAX));

@@ -6,21 +6,21 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Serialize, Serializer};
+use tidelock_quota::AddressBlock;
 
 use crate::limits::REFUSAL_SOURCES_MAX;
 
 /// Where a request came from, as far as the kernel knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
-    /// A TCP client, by address: the port changes with every connection and says nothing.
-    Tcp(IpAddr),
-    /// A client of the TLS door, by address.
-    Tls(IpAddr),
+    /// A TCP client, by address, IPv6 by its /64: the port changes with every connection and says nothing.
+    Tcp(AddressBlock),
+    /// A client of the TLS door, in the same way.
+    Tls(AddressBlock),
     /// A client of the Unix socket, by the user id that the kernel vouches for.
     Unix(u32),
 }
@@ -228,7 +228,9 @@ mod tests {
     #[test]
     fn the_widest_window_fits_one_audit_record() {
         let widest = SourceRefusals {
-            source: Source::Tls("1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap()),
+            source: Source::Tls(AddressBlock::of(
+                "1111:2222:3333:4444:5555:6666:7777:8888".parse().unwrap(),
+            )),
             counts: RefusalCounts {
                 no_credentials: u64::MAX,
                 bad_credentials: u64::MAX,

@@ -23,7 +23,7 @@ use tokio::time::timeout;
 
 use crate::auth::{Authenticator, Identity, Known, Scopes, Stated, is_operator};
 use crate::authzen;
-use crate::connection::{Connection, Registry};
+use crate::connection::{Connection, Place, Registry};
 use crate::credentials::CredentialFault;
 use crate::doors::GiveUp;
 use crate::envoy::{self, AnyReply};
@@ -645,15 +645,14 @@ impl Visit<'_> {
         };
         let Known { identity, body } =
             identity.map_err(|fault| Box::new(self.unauthenticated(fault)))?;
-        if !self.registry.make_known(self.connection) {
-            return Err(Box::new(closing(self.busy())));
-        }
         let caller = identity.caller(self.source);
-        let guarded = self
-            .app
-            .guard
-            .check(&caller.principal_type, &caller.principal_id);
-        if let Err(wait) = guarded {
+        let who = (caller.principal_type.clone(), caller.principal_id.clone());
+        match self.registry.make_known(self.connection, &who) {
+            Place::Taken => {}
+            Place::None => return Err(Box::new(closing(self.busy()))),
+            Place::NoneOfThisCaller => return Err(Box::new(closing(self.too_many_connections()))),
+        }
+        if let Err(wait) = self.app.guard.check(who) {
             return Err(Box::new(self.too_often(wait)));
         }
         let is_signed = body.is_some();
@@ -742,6 +741,12 @@ impl Visit<'_> {
     pub(crate) fn busy(&self) -> Reply {
         self.refuse(RefusalKind::Busy);
         let message = "as many requests are in progress as there may be, retry";
+        rate_limited(message, BUSY_RETRY)
+    }
+
+    fn too_many_connections(&self) -> Reply {
+        self.refuse(RefusalKind::Busy);
+        let message = "this caller has as many connections open as one caller may, use those";
         rate_limited(message, BUSY_RETRY)
     }
 

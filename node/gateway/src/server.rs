@@ -18,25 +18,27 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use tidelock_quota::{Rate, RateError};
+use tidelock_quota::{AddressBlock, Rate, RateError};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-use crate::auth::{AuthConfig, Authenticator};
+use crate::auth::{AuthConfig, Authenticator, Who};
 use crate::connection::{CloseCause, Connection, Patience, Registry, Watched};
+use crate::credentials::CredentialFault;
 use crate::doors::{Decider, Operator};
 use crate::envoy::Proxies;
 use crate::guard::Guard;
 use crate::limits::{
     ADMIN_SLOTS, BODY_TIMEOUT_DEFAULT, CONNECTIONS_DEFAULT, CONNECTIONS_MAX,
-    DECISION_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_DEFAULT, H2_CONNECTION_WINDOW_BYTES,
-    H2_SEND_BUFFER_BYTES, H2_STREAM_WINDOW_BYTES, H2_STREAMS_MAX, HEAD_BYTES_MAX,
-    HEAD_LIST_BYTES_MAX, HEAD_TIMEOUT_DEFAULT, IDLE_TIMEOUT_DEFAULT, REFUSAL_WINDOW_DEFAULT,
-    REQUESTS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX, SLOTS_PER_PRINCIPAL_DEFAULT,
-    STRANGER_TIMEOUT_DEFAULT, STRANGERS_DEFAULT, TIMEOUT_MAX, WRITE_TIMEOUT_DEFAULT,
+    DECISION_TIMEOUT_DEFAULT, DRAIN_TIMEOUT_DEFAULT, GUARD_CALLERS_MAX, H2_CONNECTION_WINDOW_BYTES,
+    H2_SEND_BUFFER_BYTES, H2_STREAM_WINDOW_BYTES, H2_STREAMS_MAX, HANDSHAKE_ADDRESSES_MAX,
+    HANDSHAKES_DEFAULT, HEAD_BYTES_MAX, HEAD_LIST_BYTES_MAX, HEAD_TIMEOUT_DEFAULT,
+    IDLE_TIMEOUT_DEFAULT, REFUSAL_WINDOW_DEFAULT, REQUESTS_DEFAULT, SLOTS_DEFAULT, SLOTS_MAX,
+    SLOTS_PER_PRINCIPAL_DEFAULT, STRANGER_TIMEOUT_DEFAULT, STRANGERS_DEFAULT, TIMEOUT_MAX,
+    WRITE_TIMEOUT_DEFAULT,
 };
 use crate::listen::{self, ListenError, UnixDoor, UnixSocket};
 use crate::nonces::NonceWindow;
@@ -78,6 +80,8 @@ pub struct GatewayLimits {
     pub refusal_window: Duration,
     /// Requests of one caller, whatever they ask for.
     pub requests: Rate,
+    /// Handshakes that one address may begin at the TLS door, IPv6 by its /64.
+    pub handshakes: Rate,
 }
 
 impl Default for GatewayLimits {
@@ -96,6 +100,7 @@ impl Default for GatewayLimits {
             drain_timeout: DRAIN_TIMEOUT_DEFAULT,
             refusal_window: REFUSAL_WINDOW_DEFAULT,
             requests: REQUESTS_DEFAULT,
+            handshakes: HANDSHAKES_DEFAULT,
         }
     }
 }
@@ -221,9 +226,9 @@ pub enum GatewayError {
         /// What it was.
         value: Duration,
     },
-    /// A rate of requests that lets nothing pass.
-    #[error("requests of one caller: {0}")]
-    Requests(#[from] RateError),
+    /// A rate that lets nothing pass.
+    #[error("requests of one caller, or handshakes of one address: {0}")]
+    Rate(#[from] RateError),
     /// A door does not open.
     #[error(transparent)]
     Listen(#[from] ListenError),
@@ -241,7 +246,9 @@ pub(crate) struct App {
     nonces: Arc<NonceWindow>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) admin_slots: Arc<Slots>,
-    pub(crate) guard: Guard,
+    /// Of principals as they are authenticated.
+    pub(crate) guard: Guard<Who>,
+    handshakes: Guard<AddressBlock>,
     pub(crate) refusals: RefusalLedger,
     pub(crate) counters: Stats,
     pub(crate) own_uid: u32,
@@ -279,6 +286,23 @@ impl App {
             &self.tls_connections,
             &self.unix_connections,
         ]
+    }
+
+    /// Whether this source may begin another handshake; at a door without any it may.
+    // INV-13: what is refused here has cost one packet each way and a look into a map.
+    fn may_shake_hands(&self, source: Source) -> bool {
+        let Source::Tls(from) = source else {
+            return true;
+        };
+        if self.handshakes.check(from).is_ok() {
+            return true;
+        }
+        let fault = CredentialFault::HandshakeRate;
+        self.refusals.count(source, fault.kind());
+        self.refusals.count_code(fault.code());
+        self.counters.refused(fault.kind()).up();
+        self.counters.credentials_refused(fault.code());
+        false
     }
 
     /// Counts a handshake that failed; nothing of it is recorded by itself (ruling 20).
@@ -393,7 +417,8 @@ impl Gateway {
             nonces,
             slots: Slots::new(limits.slots, limits.slots_per_principal),
             admin_slots: Slots::new(ADMIN_SLOTS, usize::MAX),
-            guard: Guard::new(limits.requests)?,
+            guard: Guard::new(limits.requests, GUARD_CALLERS_MAX)?,
+            handshakes: Guard::new(limits.handshakes, HANDSHAKE_ADDRESSES_MAX)?,
             refusals: RefusalLedger::default(),
             counters: Stats::default(),
             own_uid,
@@ -568,8 +593,7 @@ impl Door for TlsListener {
     async fn accept(&self) -> io::Result<(TcpStream, Source)> {
         let (stream, from) = self.listener.accept().await?;
         stream.set_nodelay(true)?;
-        // An address has one form, whatever family the socket is of.
-        Ok((stream, Source::Tls(from.ip().to_canonical())))
+        Ok((stream, Source::Tls(AddressBlock::of(from.ip()))))
     }
 
     fn acceptor(&self) -> Option<TlsAcceptor> {
@@ -583,7 +607,7 @@ impl Door for TcpListener {
     async fn accept(&self) -> io::Result<(TcpStream, Source)> {
         let (stream, from) = TcpListener::accept(self).await?;
         stream.set_nodelay(true)?;
-        Ok((stream, Source::Tcp(from.ip())))
+        Ok((stream, Source::Tcp(AddressBlock::of(from.ip()))))
     }
 }
 
@@ -605,6 +629,7 @@ async fn attend<D: Door>(app: Arc<App>, door: D, mut stopped: watch::Receiver<bo
             _ = stopped.changed() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
             accepted = door.accept() => match accepted {
+                Ok((_, source)) if !app.may_shake_hands(source) => {}
                 Ok((stream, source)) => {
                     app.counters.accepted.up();
                     connections.spawn(converse(
@@ -670,7 +695,11 @@ async fn converse<S>(
             connection.certified(chain.to_vec());
             // It has shown who it is: strangers that come after it do not take its place. Where there is no
             // room among the known, its requests say so.
-            registry.make_known(&connection);
+            if let Some(callers) = app.certified.get()
+                && let Ok(grant) = callers.judge(connection.certificates())
+            {
+                registry.make_known(&connection, &grant.who());
+            }
             Box::pin(speak(&app, stream, &connection, stopped)).await;
         }
         Err(error) => app.handshake_failed(source, &error),

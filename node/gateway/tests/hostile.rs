@@ -22,7 +22,7 @@ use serde_json::json;
 use tidelock_gateway::GatewayLimits;
 use tidelock_gateway::limits::{BODY_BYTES_MAX, HEAD_BYTES_MAX};
 use tidelock_gateway::refusals::{RefusalCounts, Source};
-use tidelock_quota::Rate;
+use tidelock_quota::{AddressBlock, Rate};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -134,7 +134,7 @@ async fn inv_07_a_flood_of_strangers_takes_no_slot_and_is_counted_exactly() {
     assert_eq!(windows[0].sources.len(), 1);
     assert_eq!(
         windows[0].sources[0].source,
-        Source::Tcp("127.0.0.1".parse().unwrap())
+        Source::Tcp(AddressBlock::of("127.0.0.1".parse().unwrap()))
     );
     let expected = RefusalCounts {
         no_credentials: half,
@@ -255,30 +255,37 @@ async fn inv_07_a_batch_holds_its_slot_until_it_ends_though_its_caller_is_gone()
 }
 
 #[tokio::test]
-async fn known_connections_have_a_limit_too() {
+async fn inv_13_known_connections_have_a_limit_and_no_caller_has_more_than_half() {
     let node = start(GatewayLimits {
-        connections: 2,
+        connections: 3,
         ..quick()
     })
     .await;
-    let ask = |client: tidelock_gateway::Client| async move {
-        let answer = client
-            .post_json("/v1/decide", "\"POLICY_ALLOW\"")
-            .await
-            .unwrap();
-        (client, answer.0)
+    let ask = |token: &'static str| {
+        let client = node.client(Some(token));
+        async move {
+            let asked = client.post_json("/v1/decide", "\"POLICY_ALLOW\"").await;
+            (client, asked.unwrap())
+        }
     };
-    let (first, status) = ask(node.client(Some(FULL))).await;
-    assert_eq!(status, 200);
-    let (_second, status) = ask(node.client(Some(FULL))).await;
-    assert_eq!(status, 200);
-    let (_third, status) = ask(node.client(Some(FULL))).await;
-    assert_eq!(status, 429);
+    let (first, answer) = ask(FULL).await;
+    assert_eq!(answer.0, 200);
+    let (_second, answer) = ask(FULL).await;
+    assert_eq!(answer.0, 200);
+    let (_third, answer) = ask(FULL).await;
+    assert_eq!(answer.0, 429);
+    let told = String::from_utf8_lossy(&answer.1).into_owned();
+    assert!(told.contains("one caller may"), "{told}");
+    // The control: the place that is left is another's.
+    let (_others, answer) = ask(OTHER).await;
+    assert_eq!(answer.0, 200);
+    let (_more, answer) = ask(OTHER).await;
+    assert_eq!(answer.0, 429);
     drop(first);
     let handle = &node.handle;
-    until(|| handle.stats().connections_known == 1).await;
-    let (_third, status) = ask(node.client(Some(FULL))).await;
-    assert_eq!(status, 200);
+    until(|| handle.stats().connections_known == 2).await;
+    let (_third, answer) = ask(FULL).await;
+    assert_eq!(answer.0, 200);
 }
 
 #[tokio::test]

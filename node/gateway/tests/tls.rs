@@ -28,6 +28,7 @@ use tidelock_gateway::{
     GatewayLimits, GatewayParts, Grant, RefusalWindow, RefusedCertificate, Scopes, TlsDoor,
     UnixDoor,
 };
+use tidelock_quota::Rate;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -388,4 +389,38 @@ async fn inv_07_handshakes_that_stall_end_and_keep_no_caller_out() {
     let mut rest = Vec::new();
     let _ = soon(last.read_to_end(&mut rest)).await;
     node.stop().await;
+}
+
+#[tokio::test]
+async fn inv_13_the_handshakes_of_one_address_have_a_rate_and_cost_next_to_nothing_beyond_it() {
+    let limits = GatewayLimits {
+        handshakes: Rate {
+            per_second: 1,
+            burst: 3,
+        },
+        ..quick()
+    };
+    let node = start(limits).await;
+    // The control: within the burst a caller gets in, and what it has goes on.
+    let mut stream = node.connect(Some(&node.known)).await.unwrap();
+    assert_eq!(status(&ask(&mut stream, "").await.unwrap()), 200);
+    let mut refused = 0_u64;
+    for _ in 0..12 {
+        refused += u64::from(node.connect(Some(&node.known)).await.is_err());
+    }
+    assert!(refused >= 6, "{refused}");
+    let stats = node.handle.stats();
+    assert!(stats.accepted + refused == 13, "{stats:?}");
+    let counted = |rows: &[(&str, u64)], name: &str| {
+        rows.iter().find(|(row, _)| *row == name).map(|row| row.1)
+    };
+    assert_eq!(counted(&stats.credentials, "HANDSHAKE_RATE"), Some(refused));
+    assert_eq!(counted(&stats.refused, "rate_limited"), Some(refused));
+    assert_eq!(status(&ask(&mut stream, "").await.unwrap()), 200);
+    // The bucket fills again.
+    tokio::time::sleep(Duration::from_millis(2_100)).await;
+    let mut later = node.connect(Some(&node.known)).await.unwrap();
+    assert_eq!(status(&ask(&mut later, "").await.unwrap()), 200);
+    let windows = node.stop().await;
+    assert!(windows[0].codes["HANDSHAKE_RATE"] >= refused, "{windows:?}");
 }

@@ -43,6 +43,8 @@ pub struct TlsSection {
     pub certificate: PathBuf,
     /// Its key, mode 0600 or tighter.
     pub key: PathBuf,
+    /// Handshakes that one address may begin in a second, and four times as many at once.
+    pub handshakes_per_second: u32,
     /// Whose certificates are taken.
     pub trust_domains: Vec<TrustDomainSection>,
 }
@@ -88,6 +90,11 @@ pub(super) fn tls(gateway: &mut Section<'_>) -> Option<TlsSection> {
     let listen = s.address("listen");
     let certificate = s.required_path("certificate");
     let key = s.required_path("key");
+    let handshakes_per_second = s.number32(
+        "handshakes_per_second",
+        limits::HANDSHAKES_DEFAULT.per_second,
+        1..=10_000,
+    );
     let mut trust_domains: Vec<TrustDomainSection> = Vec::new();
     let mut listed = 0;
     for mut domain in s.tables("trust_domains") {
@@ -142,6 +149,7 @@ pub(super) fn tls(gateway: &mut Section<'_>) -> Option<TlsSection> {
         listen: listen?,
         certificate: certificate?,
         key: key?,
+        handshakes_per_second,
         trust_domains,
     })
 }

@@ -34,6 +34,7 @@ use serde_json::json;
 use tidelock_gateway::{
     AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayHandle, GatewayLimits, GatewayParts,
     Grant, RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
+    limits::HANDSHAKES_DEFAULT,
 };
 use tidelock_quota::Rate;
 use tidelock_transport::tls::provider;
@@ -333,6 +334,10 @@ fn gateway_config(
         limits: GatewayLimits {
             slots: usize::try_from(section.concurrent_max).unwrap_or(usize::MAX),
             requests,
+            handshakes: section.tls.as_ref().map_or(HANDSHAKES_DEFAULT, |tls| Rate {
+                per_second: tls.handshakes_per_second,
+                burst: tls.handshakes_per_second.saturating_mul(4),
+            }),
             ..GatewayLimits::default()
         },
         auth: auth_config(config, time)?,

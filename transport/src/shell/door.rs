@@ -5,12 +5,12 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
-    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
 
 use quinn::Incoming;
+use tidelock_quota::AddressBlock;
 use tokio::sync::mpsc;
 
 use super::{Shared, driver};
@@ -22,7 +22,7 @@ const WAIT_TENTHS: u32 = 6;
 
 /// A call that waits for a place.
 struct Call<T> {
-    from: IpAddr,
+    from: AddressBlock,
     /// When it is sent away.
     due: Duration,
     call: T,
@@ -32,7 +32,7 @@ struct Call<T> {
 struct Line<T> {
     patience: Duration,
     waiting: VecDeque<Call<T>>,
-    going: BTreeMap<IpAddr, usize>,
+    going: BTreeMap<AddressBlock, usize>,
 }
 
 impl<T> Line<T> {
@@ -44,13 +44,13 @@ impl<T> Line<T> {
         }
     }
 
-    fn going(&self, from: IpAddr) -> usize {
+    fn going(&self, from: AddressBlock) -> usize {
         self.going.get(&from).copied().unwrap_or_default()
     }
 
     /// Takes a call in. What has no room any more comes back: the last call of the address that has
     /// most, which may be the one that came.
-    fn push(&mut self, from: IpAddr, now: Duration, call: T) -> Option<T> {
+    fn push(&mut self, from: AddressBlock, now: Duration, call: T) -> Option<T> {
         let due = now + self.patience;
         self.waiting.push_back(Call { from, due, call });
         // INV-07
@@ -71,7 +71,7 @@ impl<T> Line<T> {
     }
 
     /// The next call that has a place, if one is free for it.
-    fn next(&mut self) -> Option<(IpAddr, T)> {
+    fn next(&mut self) -> Option<(AddressBlock, T)> {
         // INV-07
         if self.going.values().sum::<usize>() >= MAX_HANDSHAKES {
             return None;
@@ -92,7 +92,7 @@ impl<T> Line<T> {
     }
 
     /// A handshake of this address is over.
-    fn over(&mut self, from: IpAddr) {
+    fn over(&mut self, from: AddressBlock) {
         if let Some(going) = self.going.get_mut(&from) {
             *going = going.saturating_sub(1);
             if *going == 0 {
@@ -116,8 +116,8 @@ impl<T> Line<T> {
 
 /// A place for a handshake, given back when it is dropped.
 struct Place {
-    from: IpAddr,
-    over: mpsc::Sender<IpAddr>,
+    from: AddressBlock,
+    over: mpsc::Sender<AddressBlock>,
 }
 
 impl Drop for Place {
@@ -142,7 +142,7 @@ pub(super) async fn accept_all(shared: Arc<Shared>) {
             incoming = shared.endpoint.accept() => {
                 let Some(incoming) = incoming else { break };
                 let Some(incoming) = answered(&shared, incoming) else { continue };
-                let from = incoming.remote_address().ip();
+                let from = AddressBlock::of(incoming.remote_address().ip());
                 if let Some(incoming) = line.push(from, shared.now(), incoming) {
                     shared.refused(|counts| counts.busy += 1);
                     incoming.refuse();
@@ -177,7 +177,8 @@ fn answered(shared: &Shared, incoming: Incoming) -> Option<Incoming> {
         }
         return None;
     }
-    if !shared.quotas.handshake(incoming.remote_address().ip()) {
+    let from = AddressBlock::of(incoming.remote_address().ip());
+    if !shared.quotas.handshake(from) {
         shared.refused(|counts| counts.address_quota += 1);
         incoming.ignore();
         return None;
@@ -224,8 +225,9 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(3);
 
-    fn address(number: usize) -> IpAddr {
-        Ipv4Addr::from(u32::try_from(0x7f00_0000 + number).unwrap()).into()
+    fn address(number: usize) -> AddressBlock {
+        let number = u32::try_from(0x7f00_0000 + number).unwrap();
+        AddressBlock::of(Ipv4Addr::from(number).into())
     }
 
     fn line() -> Line<usize> {
@@ -233,7 +235,7 @@ mod tests {
     }
 
     /// Begins whatever may begin, and says from where it came.
-    fn begun(line: &mut Line<usize>) -> Vec<IpAddr> {
+    fn begun(line: &mut Line<usize>) -> Vec<AddressBlock> {
         std::iter::from_fn(|| line.next())
             .map(|(from, _)| from)
             .collect()
@@ -291,7 +293,7 @@ mod tests {
         assert_eq!(line.going(flood), MAX_HANDSHAKES_ADDRESS);
         assert_eq!(line.waiting.len(), MAX_CALLS_WAITING);
         let places = MAX_HANDSHAKES - MAX_HANDSHAKES_ADDRESS;
-        let honest: Vec<IpAddr> = (2..2 + places + MAX_CALLS_WAITING).map(address).collect();
+        let honest: Vec<AddressBlock> = (2..2 + places + MAX_CALLS_WAITING).map(address).collect();
         let mut taken = Vec::new();
         for (from, call) in honest.iter().zip(10_000..) {
             let sent_away = line.push(*from, Duration::ZERO, call);

@@ -3,12 +3,13 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
-use tidelock_quota::{Clock, DailyVolume, MonotonicClock, Rate, Refused, TokenBuckets};
+use tidelock_quota::{
+    AddressBlock, Clock, DailyVolume, MonotonicClock, Rate, Refused, TokenBuckets,
+};
 use tidelock_segments::{NodeId, SegmentRef};
 
 use super::{MeshError, lock, millis};
@@ -36,7 +37,7 @@ pub struct QuotaConfig {
     pub out_kib: Rate,
     /// Bytes of witness and audit taken from a peer in a day.
     pub daily_in_bytes: u64,
-    /// Handshakes of one validated address, before TLS.
+    /// Handshakes of one validated address, IPv6 by its /64, before TLS.
     pub handshakes_per_address: Rate,
 }
 
@@ -225,7 +226,7 @@ pub(super) struct Quotas<C: Ticks = MonotonicClock> {
     clock: C,
     waits: Mutex<BTreeMap<NodeId, BTreeMap<&'static str, Waits>>>,
     urgent_in: TokenBuckets<NodeId, C>,
-    handshakes: TokenBuckets<IpAddr, C>,
+    handshakes: TokenBuckets<AddressBlock, C>,
     common: Arc<Buckets<C>>,
     /// Of peers for which an operator has set a quota.
     own: Mutex<Own<C>>,
@@ -409,8 +410,8 @@ impl<C: Ticks> Quotas<C> {
     }
 
     /// One handshake of an address.
-    pub(super) fn handshake(&self, address: IpAddr) -> bool {
-        self.handshakes.check(&address, 1).is_ok()
+    pub(super) fn handshake(&self, from: AddressBlock) -> bool {
+        self.handshakes.check(&from, 1).is_ok()
     }
 
     /// A segment that is about to be asked for.
