@@ -490,8 +490,11 @@ fn an_svid_is_its_workload_at_the_tls_door_and_every_other_certificate_is_nobody
     assert_eq!(told["principal"], "Agent::ops-1");
     let refused = site.tidelock(&["caller", "check", "--certificate", "wl/gone.crt"]);
     refused.ended(1).says(&["CERT_REVOKED"]);
-    site.tidelock(&["doctor"])
-        .says(&["certificate of the door", "CRL of"]);
+    site.tidelock(&["doctor"]).says(&[
+        "door certificate of gateway.tls",
+        "door ca of site.example",
+        "door crl of site.example",
+    ]);
 
     // An older CRL brings nobody back.
     let newer = site.read("wl/site.crl");
@@ -515,6 +518,100 @@ fn an_svid_is_its_workload_at_the_tls_door_and_every_other_certificate_is_nobody
     wl.crl(&[]);
     node.reload("reloaded");
     assert_eq!(wl.curl(address, "ops", &[]).0, 200);
+}
+
+/// The files of the TLS door and of issuers were read again by a signal only, nobody was told of their
+/// ends, and after a restart an older CRL brought back whom a newer one had revoked.
+#[test]
+fn inv_16_papers_of_callers_are_watched_told_of_and_no_older_crl_counts_after_a_restart() {
+    let site = Site::new();
+    let wl = Workloads::new(&site);
+    let key = rsa_jwk(&site, "ci-1", 2048);
+    site.write("ci.json", &json!({"keys": [key]}).to_string());
+    chmod(&site.path("ci.json"), 0o644);
+    let (address, tcp) = (free_tcp(), free_tcp());
+    site.configure(
+        "[gateway]\n",
+        &format!(
+            "[[gateway.oidc]]\nissuer = \"https://ci.example\"\naudience = \"harbour\"\n\
+             jwks = \"ci.json\"\nprincipal_type = \"Agent\"\n\n\
+             [[gateway.oidc.rules]]\nsubject = \"ops-*\"\nscopes = [\"decide\"]\n\n\
+             [gateway.tls]\nlisten = \"{address}\"\ncertificate = \"wl/door.crt\"\nkey = \"wl/door.key\"\n\n\
+             [[gateway.tls.trust_domains]]\nname = \"site.example\"\nca = \"wl/ca.crt\"\ncrls = [\"wl/site.crl\"]\n\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/prod/*\"\n\
+             principal = \"Machine::ops-1\"\nscopes = [\"explain\"]\n\n[gateway]\ntcp = \"{tcp}\"\n"
+        ),
+    );
+    wl.svid("ops", "ns/prod/sa/ops", &[]);
+    wl.svid("gone", "ns/prod/sa/gone", &[]);
+    let node = site.start_deciding();
+    // Known, but without the scope: what counts here is who gets through the handshake.
+    let knows = |name: &str| wl.curl(address, name, &[]).0 == 403;
+    assert!(knows("ops") && knows("gone"), "the control");
+
+    // The CRL ends within three days, the certificate of the door too.
+    let told: Vec<String> = site
+        .events("paper_ends")
+        .iter()
+        .map(|ending| format!("{} of {}", ending["paper"], ending["name"]).replace('"', ""))
+        .collect();
+    for paper in [
+        "door certificate of gateway.tls",
+        "door crl of site.example: CN=ca",
+    ] {
+        assert!(told.iter().any(|told| told == paper), "{paper}: {told:?}");
+        site.ok(&["status"]).says(&[paper]);
+    }
+    let metrics = over_unix(&site.path("s"), &request("GET", "/metrics", &[], b"")).unwrap();
+    for paper in ["door certificate", "door ca", "door crl"] {
+        let line = format!("tidelock_paper_ends_timestamp_seconds{{paper=\"{paper}\"");
+        assert!(metrics.1.contains(&line), "{}", metrics.1);
+    }
+
+    // Without a signal: a key set, a revocation beside a file that is broken, and the mended file.
+    let second = rsa_jwk(&site, "ci-2", 2048);
+    let next = token(&site, "ci-2", &claims("ops-1"));
+    assert_eq!(bearing(tcp, &next).0, 401, "the control");
+    site.write("ci.json", &json!({"keys": [second]}).to_string());
+    until("the new key set", || {
+        (bearing(tcp, &next).0 == 200).then_some(())
+    });
+    let (first, door) = (site.read("wl/site.crl"), site.read("wl/door.crt"));
+    wl.revoke("gone");
+    wl.crl(&[]);
+    site.write("wl/door.crt", "no certificate");
+    until("the revocation", || (!knows("gone")).then_some(()));
+    assert!(knows("ops"), "the old set is in use");
+    let refused = until("the word of the faulty set", || {
+        let refused = site.status()["papers"]["refused"].clone();
+        refused.as_str().map(str::to_owned)
+    });
+    assert!(refused.starts_with("door: "), "{refused}");
+    site.write("wl/door.crt", &door);
+    until("the mended set", || {
+        site.status()["papers"]["refused"].is_null().then_some(())
+    });
+    let sets = |kind: &str| -> Vec<Value> {
+        site.events(kind)
+            .iter()
+            .map(|event| event["set"].clone())
+            .collect()
+    };
+    assert_eq!(sets("papers_refused"), [json!("door")]);
+    assert!(sets("papers_taken").contains(&json!("callers")));
+    assert!(sets("papers_taken").contains(&json!("door")));
+
+    // Over a restart no number goes back: the issuer has nobody until its newest CRL is there.
+    node.stop();
+    let newer = site.read("wl/site.crl");
+    site.write("wl/site.crl", &first);
+    let _node = site.start();
+    assert!(!knows("gone") && !knows("ops"));
+    let why = site.events("crl_not_loaded")[0]["why"].to_string();
+    assert!(why.contains("older than"), "{why}");
+    site.write("wl/site.crl", &newer);
+    until("the newest CRL", || knows("ops").then_some(()));
+    assert!(!knows("gone"));
 }
 
 /// The headers of a request to decide `body`, signed by openssl with the key `name`.

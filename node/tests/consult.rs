@@ -524,6 +524,28 @@ fn who_cannot_prove_who_they_are_is_not_reached_and_unsigned_answers_are_none() 
     site.write("tidelock.toml", &listed);
     node.reload("reloaded");
     reads(&site, "/srv/listed.txt", "POLICY_ALLOW");
+    // Its files are watched, and their ends are told.
+    let endings = site.status()["papers"]["endings"].clone();
+    for paper in ["upstream certificate", "upstream ca", "upstream crl"] {
+        let mut papers = endings.as_array().unwrap().iter();
+        let ending = papers.find(|ending| ending["paper"] == paper);
+        let name = ending.unwrap()["name"].as_str().unwrap();
+        assert!(name.starts_with("authority"), "{endings}");
+    }
+    let lists = [site.read("revoked.crl"), site.read("good.crl")];
+    for (list, expected) in lists.iter().zip(["CONSULT_UNREACHABLE", "POLICY_ALLOW"]) {
+        let taken = || {
+            let taken = site.events("papers_taken");
+            taken
+                .iter()
+                .filter(|event| event["set"] == "upstreams")
+                .count()
+        };
+        let before = taken();
+        site.write("good.crl", list);
+        until("the other list", || (taken() > before).then_some(()));
+        reads(&site, &format!("/srv/watched-{expected}.txt"), expected);
+    }
 
     // Signed answers.
     openssl(

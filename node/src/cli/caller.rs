@@ -15,7 +15,10 @@ use super::{ConfigArg, Exit, Failure, Output};
 use crate::{
     clock::wall_unix_ms,
     config::Config,
-    run::{auth_config, callers::DoorPapers},
+    run::{
+        auth_config,
+        callers::{CrlFloors, DoorPapers},
+    },
 };
 
 /// Longest file of a token that is read.
@@ -139,7 +142,7 @@ fn by_certificate(config: &Config, path: &Path, now_unix_ms: u64) -> Result<Judg
     };
     let pem = fs::read(path).map_err(|e| Failure::at(path, &e))?;
     let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>()?;
-    let papers = DoorPapers::load(tls, now_unix_ms)?;
+    let papers = DoorPapers::load(tls, now_unix_ms, &CrlFloors::default())?;
     let judged = papers.judge(&chain, now_unix_ms);
     Ok(judged.map_err(|refused| (refused.code, refused.message)))
 }

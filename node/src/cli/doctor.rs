@@ -16,7 +16,11 @@ use super::{ConfigArg, Exit, Failure, Output, node::Door, output::table};
 use crate::{
     clock::wall_unix_ms,
     config::Config,
-    run::callers::DoorPapers,
+    run::{
+        callers::{CrlFloors, DoorPapers},
+        consult::endings,
+        papers::Ending,
+    },
     sealing::key_bytes,
     worker::{Solver, Terms, limits::MEMORY_BYTES, probe, solver_version},
 };
@@ -267,24 +271,35 @@ fn callers(config: &Config, findings: &mut Findings) {
         return;
     };
     let now_unix_ms = wall_unix_ms();
-    match DoorPapers::load(tls, now_unix_ms) {
+    match DoorPapers::load(tls, now_unix_ms, &CrlFloors::default()) {
         Err(failure) => findings.add("callers", Grade::Bad, failure.message),
         Ok(papers) => {
-            for (name, ends_unix_ms) in papers.endings(now_unix_ms) {
-                let (grade, left) = until(ends_unix_ms);
-                findings.add("callers", grade, format!("{name}: {left}"));
+            for ending in papers.endings(now_unix_ms) {
+                ends(findings, "callers", &ending);
             }
         }
     }
 }
 
+/// When a paper ends, graded.
+fn ends(findings: &mut Findings, about: &'static str, ending: &Ending) {
+    let (grade, left) = until(ending.ends_unix_ms);
+    let text = format!("{} of {}: {left}", ending.paper, ending.name);
+    findings.add(about, grade, text);
+}
+
 /// What the files of decision points are good for.
 fn upstream_files(config: &Config, findings: &mut Findings) {
     for upstream in &config.consult.upstreams {
+        let credentials = Credentials::load(&upstream.certificate, &upstream.key, &upstream.ca);
+        if let Ok(credentials) = &credentials {
+            for ending in endings(&upstream.name, credentials) {
+                ends(findings, "consult", &ending);
+            }
+        }
         findings.result(
             "consult",
-            Credentials::load(&upstream.certificate, &upstream.key, &upstream.ca)
-                .map_err(|error| format!("{}: {error}", upstream.name)),
+            credentials.map_err(|error| format!("{}: {error}", upstream.name)),
             |_| {
                 let signed = match upstream.answer_key {
                     Some(_) => "must be signed",

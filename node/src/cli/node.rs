@@ -461,7 +461,7 @@ fn paper_warnings(papers: &Value) -> Vec<String> {
     let mut warnings = Vec::new();
     if let Some(why) = at(papers, "/refused").as_str() {
         warnings.push(format!(
-            "warning: the files of certificate, key and CA were changed and not taken; the old set is in use: {why}"
+            "warning: files were changed and not taken, so that the old ones are in use: {why}"
         ));
     }
     for ending in at(papers, "/endings").as_array().into_iter().flatten() {

@@ -1,13 +1,19 @@
 //! Who callers are, beside tokens and user ids: what the config names is read and joined.
 
-use std::{fmt, fs, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt, fs,
+    path::Path,
+    sync::{Arc, PoisonError},
+};
 
 use arc_swap::ArcSwap;
 use hyper::header::HeaderName;
 use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
+use serde_json::json;
 use tidelock_gateway::{
-    AuthConfig, CallerTime, CertifiedCallers, Grant, Jwks, Moment, OidcIssuer, Proxy,
-    RefusedCertificate,
+    AuthConfig, CallerTime, CertifiedCallers, GatewayHandle, Grant, Jwks, Moment, OidcIssuer,
+    Proxy, RefusedCertificate,
 };
 use tidelock_transport::{
     revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crls_in_file},
@@ -18,6 +24,7 @@ use tidelock_transport::{
 
 use x509_parser::{certificate::X509Certificate, prelude::FromDer as _};
 
+use super::{node::Node, papers::Ending};
 use crate::{
     cli::Failure,
     clock::NodeClock,
@@ -90,62 +97,106 @@ impl PapersFault {
 pub(crate) fn papers_mistakes(tls: &TlsSection) -> Vec<PapersFault> {
     let own = load_certified(&tls.certificate, &tls.key).err();
     let own = own.map(|error| PapersFault::at("gateway.tls.certificate", &tls.certificate, error));
-    let domains = tls
-        .trust_domains
-        .iter()
-        .filter_map(|domain| TrustedDomain::load(domain, 0).err());
+    let domains = tls.trust_domains.iter().filter_map(|domain| {
+        TrustedDomain::load(domain, 0, &BTreeMap::new(), &mut Vec::new()).err()
+    });
     own.into_iter().chain(domains).collect()
 }
+
+/// The highest number of a CRL that was in force at the TLS door, by trust domain and issuer. Kept below
+/// the root.
+pub(crate) type CrlFloors = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// The TLS door's own papers, and whose it takes. Replaced as one.
 pub(crate) struct DoorPapers {
     certified: Arc<CertifiedKey>,
     domains: Vec<TrustedDomain>,
+    /// CRLs that were left out because a higher number has been in force.
+    older: Vec<String>,
 }
 
 impl DoorPapers {
     /// Reads them; nothing where there is no TLS door.
-    pub(super) fn of(section: &GatewaySection, now_unix_ms: u64) -> Result<Option<Self>, Failure> {
+    pub(super) fn of(
+        section: &GatewaySection,
+        now_unix_ms: u64,
+        floors: &CrlFloors,
+    ) -> Result<Option<Self>, Failure> {
         match &section.tls {
             None => Ok(None),
-            Some(tls) => Ok(Some(Self::load(tls, now_unix_ms)?)),
+            Some(tls) => Ok(Some(Self::load(tls, now_unix_ms, floors)?)),
         }
     }
 
-    pub(crate) fn load(tls: &TlsSection, now_unix_ms: u64) -> Result<Self, Failure> {
+    /// Reads them. A CRL below the floor of its issuer does not count.
+    pub(crate) fn load(
+        tls: &TlsSection,
+        now_unix_ms: u64,
+        floors: &CrlFloors,
+    ) -> Result<Self, Failure> {
+        let none = BTreeMap::new();
+        let mut older = Vec::new();
+        let mut domains = Vec::new();
+        for section in &tls.trust_domains {
+            let floors = floors.get(&section.name).unwrap_or(&none);
+            domains.push(TrustedDomain::load(
+                section,
+                now_unix_ms,
+                floors,
+                &mut older,
+            )?);
+        }
         Ok(Self {
             certified: load_certified(&tls.certificate, &tls.key)?,
-            domains: tls
-                .trust_domains
-                .iter()
-                .map(|domain| TrustedDomain::load(domain, now_unix_ms))
-                .collect::<Result<_, _>>()?,
+            domains,
+            older,
         })
     }
 
-    /// When the door's certificate, each authority and each CRL ends, Unix milliseconds.
-    pub(crate) fn endings(&self, now_unix_ms: u64) -> Vec<(String, u64)> {
+    /// When the door's certificate, each authority and each CRL ends.
+    pub(crate) fn endings(&self, now_unix_ms: u64) -> Vec<Ending> {
         let own = self.certified.cert.first().and_then(|leaf| {
             let (_, leaf) = X509Certificate::from_der(leaf).ok()?;
             let ends_s = u64::try_from(leaf.validity().not_after.timestamp()).ok()?;
-            Some((
-                "certificate of the door".to_owned(),
-                ends_s.saturating_mul(1_000),
-            ))
+            Some(Ending {
+                paper: "door certificate",
+                name: "gateway.tls".to_owned(),
+                ends_unix_ms: ends_s.saturating_mul(1_000),
+            })
         });
         let domains = self.domains.iter().flat_map(|domain| {
-            let authorities = domain.trust.authorities().iter().map(|authority| {
-                let name = format!("{}: authority {}", domain.name, authority.name());
-                (name, authority.not_after_unix_ms())
+            let authorities = domain.trust.authorities().iter();
+            let authorities = authorities.map(|authority| Ending {
+                paper: "door ca",
+                name: format!("{}: {}", domain.name, authority.name()),
+                ends_unix_ms: authority.not_after_unix_ms(),
             });
             let crls = domain.revocation.state().issuers(now_unix_ms);
             let crls = crls.into_iter().filter_map(|crl| {
-                let name = format!("{}: CRL of {}", domain.name, crl.name);
-                Some((name, crl.next_update_unix_ms?))
+                Some(Ending {
+                    paper: "door crl",
+                    name: format!("{}: {}", domain.name, crl.name),
+                    ends_unix_ms: crl.next_update_unix_ms?,
+                })
             });
             authorities.chain(crls).collect::<Vec<_>>()
         });
         own.into_iter().chain(domains).collect()
+    }
+
+    /// The highest numbers: those that are in force, and those that were before.
+    // INV-16: a number from the future is not in force, and may be a mistake of the CA's clock.
+    fn raise(&self, floors: &mut CrlFloors, now_unix_ms: u64) {
+        for domain in &self.domains {
+            for issuer in domain.revocation.state().issuers(now_unix_ms) {
+                let Some(number) = issuer.number else {
+                    continue;
+                };
+                let floors = floors.entry(domain.name.clone()).or_default();
+                let floor = floors.entry(issuer.issuer.to_string()).or_default();
+                *floor = number.max(*floor);
+            }
+        }
     }
 
     /// Judges a chain, leaf first.
@@ -199,7 +250,12 @@ struct TrustedDomain {
 }
 
 impl TrustedDomain {
-    fn load(section: &TrustDomainSection, now_unix_ms: u64) -> Result<Self, PapersFault> {
+    fn load(
+        section: &TrustDomainSection,
+        now_unix_ms: u64,
+        floors: &BTreeMap<String, u64>,
+        older: &mut Vec<String>,
+    ) -> Result<Self, PapersFault> {
         const CA: &str = "gateway.tls.trust_domains.ca";
         const CRLS: &str = "gateway.tls.trust_domains.crls";
         let pem = fs::read(&section.ca).map_err(|e| PapersFault::at(CA, &section.ca, e))?;
@@ -213,6 +269,16 @@ impl TrustedDomain {
             let bytes = fs::read(path).map_err(|e| fault(&e))?;
             for der in crls_in_file(&bytes).map_err(|e| fault(&e))? {
                 let crl = VerifiedCrl::verify(&der, &trust).map_err(|e| fault(&e))?;
+                // INV-16: over restarts too. Its issuer then has no callers until a newer one is there.
+                let floor = floors.get(&crl.issuer().to_string());
+                if let Some(floor) = floor.filter(|floor| crl.number() < **floor) {
+                    let (name, number) = (crl.issuer_name(), crl.number());
+                    let path = path.display();
+                    older.push(format!(
+                        "{path}: CRL {number} of {name} is older than {floor}, which was in force: give the newest one"
+                    ));
+                    continue;
+                }
                 revocation.import(crl, now_unix_ms).map_err(|e| fault(&e))?;
             }
         }
@@ -225,24 +291,104 @@ impl TrustedDomain {
     }
 }
 
+/// Where the highest numbers of the door's CRLs lie below the root.
+pub(super) const CRL_FLOORS_FILE: &str = "state/door-crls";
+
 /// The callers of the TLS door.
 pub(super) struct Certified {
     clock: Arc<NodeClock>,
     papers: ArcSwap<DoorPapers>,
 }
 
-/// The callers of the TLS door, where there is one.
-pub(super) fn certified(
-    section: &GatewaySection,
-    clock: &Arc<NodeClock>,
-) -> Result<Option<Arc<Certified>>, Failure> {
-    let papers = DoorPapers::of(section, clock.unix_ms())?;
-    Ok(papers.map(|papers| {
-        Arc::new(Certified {
-            clock: clock.clone(),
-            papers: ArcSwap::from_pointee(papers),
-        })
-    }))
+/// What a running node holds of its gateway, to take other callers into use.
+pub(super) struct Doorkeeper {
+    pub(super) gateway: GatewayHandle,
+    pub(super) certified: Option<Arc<Certified>>,
+}
+
+impl Doorkeeper {
+    pub(super) fn endings(&self, now_unix_ms: u64) -> Vec<Ending> {
+        let papers = self.certified.as_ref().map(|door| door.papers.load());
+        papers.map_or_else(Vec::new, |papers| papers.endings(now_unix_ms))
+    }
+
+    /// Takes what the CRL files of the door have, by the authorities that it has already.
+    pub(super) fn take_crls(&self, tls: &TlsSection, now_unix_ms: u64) {
+        let Some(door) = &self.certified else { return };
+        for domain in &door.papers.load().domains {
+            let mut sections = tls.trust_domains.iter();
+            let section = sections.find(|section| section.name == domain.name);
+            let files = section.into_iter().flat_map(|section| &section.crls);
+            let read = files.filter_map(|path| crls_in_file(&fs::read(path).ok()?).ok());
+            for der in read.flatten() {
+                // What is faulty was told with the set that was refused.
+                let crl = VerifiedCrl::verify(&der, &domain.trust);
+                let _ = crl.and_then(|crl| domain.revocation.import(crl, now_unix_ms));
+            }
+        }
+    }
+}
+
+impl Node {
+    /// The callers of the TLS door, where there is one.
+    pub(super) fn open_door(
+        &self,
+        section: &GatewaySection,
+    ) -> Result<Option<Arc<Certified>>, Failure> {
+        let papers = DoorPapers::of(section, self.clock.unix_ms(), &self.crl_floors())?;
+        Ok(papers.map(|papers| {
+            self.tell_older(&papers);
+            Arc::new(Certified {
+                clock: self.clock.clone(),
+                papers: ArcSwap::from_pointee(papers),
+            })
+        }))
+    }
+
+    /// Takes other papers of the TLS door into use.
+    pub(super) fn take_door(&self, papers: Option<DoorPapers>) {
+        let certified = self
+            .doorkeeper
+            .get()
+            .and_then(|keeper| keeper.certified.as_ref());
+        if let (Some(certified), Some(papers)) = (certified, papers) {
+            self.tell_older(&papers);
+            certified.replace(papers);
+        }
+        self.keep_crl_floors();
+    }
+
+    fn tell_older(&self, papers: &DoorPapers) {
+        for why in &papers.older {
+            self.event("crl_not_loaded", json!({"why": why}));
+        }
+    }
+
+    pub(super) fn crl_floors(&self) -> CrlFloors {
+        let kept = self.kept_crl_floors.lock();
+        kept.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps the highest numbers of the door's CRLs for the next start.
+    pub(super) fn keep_crl_floors(&self) {
+        let Some(Doorkeeper {
+            certified: Some(certified),
+            ..
+        }) = self.doorkeeper.get()
+        else {
+            return;
+        };
+        let mut kept = self
+            .kept_crl_floors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut floors = kept.clone();
+        let papers = certified.papers.load();
+        papers.raise(&mut floors, self.clock.unix_ms());
+        if *kept != floors && self.write_state(CRL_FLOORS_FILE, &floors) {
+            *kept = floors;
+        }
+    }
 }
 
 impl Certified {

@@ -35,13 +35,16 @@ use tidelock_interceptor::{
 use tidelock_policy::WhenUnreachable;
 use tidelock_segments::{Root, Sha256Hash};
 use tidelock_transport::{
-    revocation::crls_in_file,
+    revocation::{VerifiedCrl, crls_in_file},
     tls::{Credentials, CredentialsError, WallClock},
 };
 use tokio::{runtime::Handle, time::timeout};
 use x509_parser::{pem::Pem, prelude::FromDer as _, x509::SubjectPublicKeyInfo};
 
-use super::node::{Node, write_state};
+use super::{
+    node::{Node, write_state},
+    papers::Ending,
+};
 use crate::{cli::Failure, config::UpstreamSection};
 
 /// Where answers that may serve again lie below the root.
@@ -55,6 +58,7 @@ pub(super) struct Upstream {
     client: Client,
     path: String,
     key: Option<AnswerKey>,
+    endings: Vec<Ending>,
 }
 
 impl Upstream {
@@ -63,6 +67,8 @@ impl Upstream {
             detail: format!("{}: {detail}", path.display()),
         };
         let credentials = Credentials::load(&section.certificate, &section.key, &section.ca)?;
+        let endings = endings(&section.name, &credentials);
+        let mut endings: Vec<Ending> = endings.collect();
         let mut crls = Vec::new();
         for path in &section.crls {
             let bytes = std::fs::read(path).map_err(|error| CredentialsError::Read {
@@ -70,6 +76,15 @@ impl Upstream {
                 kind: error.kind(),
             })?;
             let found = crls_in_file(&bytes).map_err(|error| unusable(path, error.to_string()))?;
+            endings.extend(found.iter().filter_map(|der| {
+                // Of an issuer that is no authority of ours nothing depends on it.
+                let crl = VerifiedCrl::verify(der, credentials.trust()).ok()?;
+                Some(Ending {
+                    paper: "upstream crl",
+                    name: format!("{}: {}", section.name, crl.issuer_name()),
+                    ends_unix_ms: crl.next_update_unix_ms(),
+                })
+            }));
             crls.extend(found.into_iter().map(|der| der.to_vec()));
         }
         let tls = credentials
@@ -99,6 +114,7 @@ impl Upstream {
             client,
             path: section.path.clone(),
             key,
+            endings,
         })
     }
 
@@ -133,6 +149,25 @@ impl Upstream {
             None => UpstreamAnswer::read(question, &id, heard, None),
         }
     }
+}
+
+/// When the own certificate at this decision point ends, and each authority of it.
+pub(crate) fn endings<'a>(
+    name: &'a str,
+    credentials: &'a Credentials,
+) -> impl Iterator<Item = Ending> + 'a {
+    let own = credentials.not_after_unix_ms().map(|ends_unix_ms| Ending {
+        paper: "upstream certificate",
+        name: name.to_owned(),
+        ends_unix_ms,
+    });
+    let authorities = credentials.trust().authorities().iter();
+    own.into_iter()
+        .chain(authorities.map(move |authority| Ending {
+            paper: "upstream ca",
+            name: format!("{name}: {}", authority.name()),
+            ends_unix_ms: authority.not_after_unix_ms(),
+        }))
 }
 
 /// Fresh for each question, so that an answer to another one is told apart.
@@ -332,6 +367,16 @@ impl Consulting {
         is_written
     }
 
+    /// When their papers end, of those that can be asked.
+    pub(super) fn endings(&self) -> Vec<Ending> {
+        let upstreams = self.upstreams.load();
+        let opened = upstreams.values();
+        let usable = opened.filter_map(|opened| opened.upstream.as_ref().ok());
+        usable
+            .flat_map(|upstream| upstream.endings.clone())
+            .collect()
+    }
+
     /// Those that cannot be asked, and why.
     pub(super) fn faults(&self) -> BTreeMap<String, String> {
         let upstreams = self.upstreams.load();
@@ -379,6 +424,16 @@ impl Upstreams for Consulting {
 }
 
 impl Node {
+    /// Takes decision points into use. What others said under their names is forgotten.
+    pub(super) fn take_upstreams(&self, opened: Opened) {
+        let others = self.consulting.take(opened);
+        if !others.is_empty() {
+            self.interceptor.forget_answers_of(&others);
+            self.keep_answers(true);
+        }
+        self.interceptor.try_upstreams_again();
+    }
+
     /// Writes the answers that may serve after a restart, if they have changed and it is time.
     pub(super) fn keep_answers(&self, at_once: bool) {
         let now = self.clock.monotonic();

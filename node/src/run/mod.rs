@@ -6,7 +6,7 @@
 mod activate;
 mod admit;
 pub(crate) mod callers;
-mod consult;
+pub(crate) mod consult;
 mod disk;
 mod doors;
 mod hooks;
@@ -14,7 +14,7 @@ mod journal;
 mod links;
 pub(crate) mod media;
 mod node;
-mod papers;
+pub(crate) mod papers;
 mod plan;
 mod policy;
 mod quotas;
@@ -32,7 +32,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tidelock_gateway::{
-    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayHandle, GatewayLimits, GatewayParts,
+    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayLimits, GatewayParts,
     Grant, RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
     limits::HANDSHAKES_DEFAULT,
 };
@@ -41,7 +41,7 @@ use tidelock_transport::tls::provider;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use self::{doors::Doors, node::Node};
+use self::{callers::Doorkeeper, doors::Doors, node::Node};
 use crate::{
     cli::{Exit, Failure},
     config::{Config, LogSection},
@@ -53,7 +53,7 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(8);
 const TICK: Duration = Duration::from_millis(25);
 /// Between two slow ticks, in ticks.
 const SLOW_TICKS: u64 = 8;
-/// Ticks between two looks at the files of certificate, key, CA and CRLs: a second.
+/// Ticks between two looks at the files of papers: a second.
 const PAPER_TICKS: u64 = 40;
 /// Between two minute ticks, in ticks.
 const MINUTE_TICKS: u64 = 2_400;
@@ -103,7 +103,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     let node = tokio::task::spawn_blocking(move || Node::open(&path, config)).await??;
     let doors = Arc::new(Doors(node.clone()));
     let refused_node = node.clone();
-    let certified = callers::certified(&gateway_section, &node.clock)?;
+    let certified = node.open_door(&gateway_section)?;
     let mut gateway = Gateway::bind(
         gateway_config(&node.config.load(), requests, callers::time(&node.clock))?,
         GatewayParts {
@@ -125,7 +125,14 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
         };
         gateway.open_tls(door).await?;
     }
-    let doorkeeper = gateway.handle();
+    let keeper = Doorkeeper {
+        gateway: gateway.handle(),
+        certified,
+    };
+    // There is one gateway a run.
+    let _ = node.doorkeeper.set(keeper);
+    node.keep_crl_floors();
+    node.warn_of_endings();
     hooks::ensure_mesh(&node).await?;
     links::watch(&node);
     node.event(
@@ -149,11 +156,7 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
     loop {
         if hung_up && !is_busy(reloading.as_ref()) {
             hung_up = false;
-            reloading = Some(tokio::spawn(reload(
-                node.clone(),
-                doorkeeper.clone(),
-                certified.clone(),
-            )));
+            reloading = Some(tokio::spawn(reload(node.clone())));
         }
         tokio::select! {
             _ = ticks.tick() => {
@@ -193,21 +196,9 @@ async fn run(config_path: &Path, config: Config) -> Result<Exit, Failure> {
 
 /// Takes config and papers into use again, beside the loop: it may wait for a bundle that is taken just now, and
 /// no tick waits for that. A hang-up that comes meanwhile is answered by another one.
-async fn reload(
-    node: Arc<Node>,
-    doorkeeper: GatewayHandle,
-    certified: Option<Arc<callers::Certified>>,
-) {
+async fn reload(node: Arc<Node>) {
     let reloading = node.clone();
-    let reload = move || {
-        reloading.reload(|auth, papers, requests| {
-            doorkeeper.set_auth(auth);
-            doorkeeper.set_requests(requests);
-            if let (Some(certified), Some(papers)) = (certified, papers) {
-                certified.replace(papers);
-            }
-        })
-    };
+    let reload = move || reloading.reload();
     match tokio::task::spawn_blocking(reload).await {
         Ok(Ok(())) => {}
         Ok(Err(failure)) => node.event("reload_refused", json!({"why": failure.message})),

@@ -15,7 +15,6 @@ use std::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
-use tidelock_gateway::AuthConfig;
 use tidelock_interceptor::{
     Clock, Interceptor, InterceptorConfig, KeptAnswers, QuotaRates, ThreadCpu,
 };
@@ -38,7 +37,7 @@ use tidelock_transport::{
 use super::{
     activate::Looking,
     admit::{Denied, OwnAhead},
-    callers::DoorPapers,
+    callers::{CRL_FLOORS_FILE, CrlFloors, DoorPapers, Doorkeeper},
     consult::{ANSWERS_FILE, Consulting},
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
@@ -184,6 +183,9 @@ pub(super) struct Node {
     /// Bundles that wait for their time.
     pub(super) scheduled: Scheduled,
     pub(super) papers: Mutex<Papers>,
+    /// Set once the gateway is there.
+    pub(super) doorkeeper: OnceLock<Doorkeeper>,
+    pub(super) kept_crl_floors: Mutex<CrlFloors>,
     /// Held by whoever takes config or papers into use.
     pub(super) reloading: Mutex<()>,
     /// A long segment on its way in from media.
@@ -359,6 +361,7 @@ impl Node {
         let kept_quotas: State<KeptQuotas> = read_state(&root, QUOTAS_FILE);
         let kept_passes: State<KeptPasses> = read_state(&root, PASSES_FILE);
         let kept_answers: State<KeptAnswers> = read_state(&root, ANSWERS_FILE);
+        let kept_floors: State<CrlFloors> = read_state(&root, CRL_FLOORS_FILE);
         let mut damaged = Vec::new();
         for (path, why) in [
             (PASSES_FILE, damage(&kept_passes)),
@@ -367,6 +370,7 @@ impl Node {
             (ACCEPTED_LOGS_FILE, damage(&accepted)),
             (QUOTAS_FILE, damage(&kept_quotas)),
             (ANSWERS_FILE, damage(&kept_answers)),
+            (CRL_FLOORS_FILE, damage(&kept_floors)),
         ] {
             damaged.extend(why.map(|why| (path, why)));
         }
@@ -472,6 +476,8 @@ impl Node {
             waiting: Waiting::default(),
             scheduled: Scheduled::default(),
             papers: Mutex::default(),
+            doorkeeper: OnceLock::new(),
+            kept_crl_floors: Mutex::new(kept_floors.value_or_default()),
             reloading: Mutex::default(),
             parts: Mutex::default(),
             config: ArcSwap::from_pointee(config),
@@ -748,10 +754,7 @@ impl Node {
 
     /// Reads config, certificate, key, CA, CRLs, trust file and tokens again. All or nothing: where
     /// one of them is unusable, all of the old stays. Who may call goes to `take_auth`.
-    pub(super) fn reload(
-        &self,
-        take_callers: impl FnOnce(AuthConfig, Option<DoorPapers>, Rate),
-    ) -> Result<(), Failure> {
+    pub(super) fn reload(&self) -> Result<(), Failure> {
         let _turn = self
             .reloading
             .lock()
@@ -804,7 +807,7 @@ impl Node {
         let looks = PaperLooks::of(&new);
         let credentials = load_credentials(&new)?;
         let auth = super::auth_config(&new, super::callers::time(&self.clock))?;
-        let papers = DoorPapers::of(&new.gateway, self.clock.unix_ms())?;
+        let papers = DoorPapers::of(&new.gateway, self.clock.unix_ms(), &self.crl_floors())?;
         let upstreams = self.consulting.prepare(&new.consult.upstreams)?;
         // No bundle is judged by the old trust file meanwhile, and no key is replaced.
         let turn = self
@@ -825,13 +828,12 @@ impl Node {
             .set_quotas(&action_quotas(&new.quota))
             .map_err(|error| Failure::cannot_run(error.to_string()))?;
         // From here on nothing can fail.
-        take_callers(auth, papers, rate(new.quota.requests));
-        let others = self.consulting.take(upstreams);
-        if !others.is_empty() {
-            self.interceptor.forget_answers_of(&others);
-            self.keep_answers(true);
+        if let Some(keeper) = self.doorkeeper.get() {
+            keeper.gateway.set_auth(auth);
+            keeper.gateway.set_requests(rate(new.quota.requests));
         }
-        self.interceptor.try_upstreams_again();
+        self.take_door(papers);
+        self.take_upstreams(upstreams);
         let trust = chain.current().clone();
         if let Err(why) = keep_chain(&RootSlots(self.root.clone()), &chain) {
             tracing::error!(why, "the trust chain is kept in memory only");
@@ -981,6 +983,7 @@ impl Node {
         self.warn_of_endings();
         self.drop_stale_parts();
         self.keep_quotas();
+        self.keep_crl_floors();
         self.record_put_aside();
         if self.revoked_receipts_wait.load(Ordering::Relaxed) {
             self.drop_receipts_of_the_revoked();

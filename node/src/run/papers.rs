@@ -1,5 +1,5 @@
-//! The node's papers: certificate, key, CA file and CRL files are read again when they change on the
-//! disk, and their ends are told in time.
+//! The papers of the node, of its callers' doors and of decision points: files are read again when they
+//! change on the disk, and their ends are told in time.
 
 use std::{
     collections::BTreeMap,
@@ -10,8 +10,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::node::{Node, load_credentials};
-use crate::config::Config;
+use super::{
+    callers::DoorPapers,
+    node::{Node, load_credentials},
+};
+use crate::{cli::Failure, config::Config};
 
 /// From so many days before its end on a paper is worth a word, and again from each later number.
 const WARN_DAYS: [u64; 6] = [30, 14, 7, 3, 1, 0];
@@ -53,15 +56,36 @@ fn look<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Looks {
 pub(super) struct PaperLooks {
     identity: Looks,
     crls: Looks,
+    callers: Looks,
+    door: Looks,
+    upstreams: Looks,
 }
 
 impl PaperLooks {
     /// To be taken before the files are read: what is written after it is seen by the next look.
     pub(super) fn of(config: &Config) -> Self {
-        let identity = &config.identity;
+        let (identity, gateway) = (&config.identity, &config.gateway);
+        let tls = gateway.tls.iter();
+        let domains = tls.clone().flat_map(|tls| &tls.trust_domains);
+        let upstreams = config.consult.upstreams.iter();
         Self {
             identity: look([&identity.certificate, &identity.key, &identity.ca]),
             crls: look(&config.revocation.crls),
+            callers: look(
+                gateway
+                    .tokens
+                    .iter()
+                    .chain(gateway.oidc.iter().map(|oidc| &oidc.jwks)),
+            ),
+            door: look(
+                tls.flat_map(|tls| [&tls.certificate, &tls.key])
+                    .chain(domains.flat_map(|domain| domain.crls.iter().chain([&domain.ca]))),
+            ),
+            upstreams: look(upstreams.flat_map(|upstream| {
+                let own = [&upstream.certificate, &upstream.key, &upstream.ca];
+                let more = upstream.crls.iter().chain(&upstream.answer_key);
+                own.into_iter().chain(more)
+            })),
         }
     }
 }
@@ -95,12 +119,13 @@ impl FileWatch {
 
 /// A paper that ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Ending {
-    /// `certificate`, `ca`, `crl` or `signing key`.
-    paper: &'static str,
+pub(crate) struct Ending {
+    /// `certificate`, `ca`, `crl` or `signing key`; of the TLS door or a decision point with `door` or
+    /// `upstream` before it.
+    pub(crate) paper: &'static str,
     /// Whose.
-    name: String,
-    ends_unix_ms: u64,
+    pub(crate) name: String,
+    pub(crate) ends_unix_ms: u64,
 }
 
 impl Ending {
@@ -136,8 +161,11 @@ impl Ending {
 pub(super) struct Papers {
     identity: FileWatch,
     crls: FileWatch,
-    /// Why the set that lies there now was not taken.
-    refused: Option<String>,
+    callers: FileWatch,
+    door: FileWatch,
+    upstreams: FileWatch,
+    /// Why what lies there now was not taken, by set.
+    refused: BTreeMap<&'static str, String>,
     /// The step at which the end of a paper was told last.
     told: BTreeMap<(&'static str, String, u64), u64>,
 }
@@ -153,12 +181,15 @@ impl Node {
         let mut papers = self.papers();
         papers.identity.taking(looks.identity);
         papers.crls.taking(looks.crls);
-        papers.refused = None;
+        papers.callers.taking(looks.callers);
+        papers.door.taking(looks.door);
+        papers.upstreams.taking(looks.upstreams);
+        papers.refused.clear();
     }
 
-    /// Reads changed papers again. Certificate, key and CA file are taken as one or not at all; CRL
-    /// files are judged one by one, for a revocation must not wait for another file to be mended.
-    /// Tells whether the mesh may have to be started.
+    /// Reads changed papers again. Each set is taken as one or not at all, the node's certificate, key and
+    /// CA file say; CRLs are judged one by one, for a revocation must not wait for another file to be
+    /// mended. Tells whether the mesh may have to be started.
     pub(super) fn watch_papers(&self) -> bool {
         // A reload by signal and this one never mix.
         let _turn = self
@@ -170,26 +201,35 @@ impl Node {
         let mut papers = self.papers();
         let new_identity = papers.identity.settled(looks.identity);
         let new_crls = papers.crls.settled(looks.crls);
+        let new_callers = papers.callers.settled(looks.callers);
+        let new_door = papers.door.settled(looks.door);
+        let new_upstreams = papers.upstreams.settled(looks.upstreams);
         drop(papers);
+        if new_callers {
+            self.took("callers", self.take_changed_callers(&config));
+        }
+        if new_door {
+            self.took("door", self.take_changed_door(&config));
+        }
+        if new_upstreams {
+            let opened = self.consulting.prepare(&config.consult.upstreams);
+            self.took(
+                "upstreams",
+                opened.map(|opened| self.take_upstreams(opened)),
+            );
+        }
         if !new_identity && !new_crls {
             return false;
         }
         let mut taken = false;
         if new_identity {
-            match load_credentials(&config) {
-                Ok(credentials) => {
-                    self.papers().refused = None;
-                    self.take_identity(Ok(credentials));
-                    taken = true;
-                    self.event("papers_taken", json!({}));
-                }
-                Err(error) => {
-                    // INV-01: the old set stays, whole.
-                    let why = format!("{}: {error}", error.code());
-                    self.event("papers_refused", json!({"why": why}));
-                    self.papers().refused = Some(why);
-                }
-            }
+            let loaded = load_credentials(&config).map(|credentials| {
+                self.take_identity(Ok(credentials));
+                taken = true;
+            });
+            let outcome =
+                loaded.map_err(|error| Failure::cannot_run(format!("{}: {error}", error.code())));
+            self.took("identity", outcome);
         }
         self.load_crls();
         if taken && let Some(mesh) = self.mesh.get() {
@@ -198,8 +238,53 @@ impl Node {
         taken
     }
 
+    /// Tells what came of a set of files that had changed.
+    fn took(&self, set: &'static str, outcome: Result<(), Failure>) {
+        match outcome {
+            Ok(()) => {
+                self.papers().refused.remove(set);
+                self.event("papers_taken", json!({"set": set}));
+            }
+            Err(failure) => {
+                // INV-01: the old set stays, whole.
+                let why = failure.message;
+                self.event("papers_refused", json!({"set": set, "why": why}));
+                self.papers().refused.insert(set, why);
+            }
+        }
+    }
+
+    /// Tokens and key sets, which are one: what a reload would make of them.
+    fn take_changed_callers(&self, config: &Config) -> Result<(), Failure> {
+        let auth = super::auth_config(config, super::callers::time(&self.clock))?;
+        if let Some(keeper) = self.doorkeeper.get() {
+            keeper.gateway.set_auth(auth);
+        }
+        Ok(())
+    }
+
+    fn take_changed_door(&self, config: &Config) -> Result<(), Failure> {
+        match DoorPapers::of(&config.gateway, self.clock.unix_ms(), &self.crl_floors()) {
+            Ok(papers) => {
+                self.take_door(papers);
+                Ok(())
+            }
+            Err(failure) => {
+                // The other files stay as they were; what is revoked is revoked all the same.
+                if let (Some(keeper), Some(tls)) = (self.doorkeeper.get(), &config.gateway.tls) {
+                    keeper.take_crls(tls, self.clock.unix_ms());
+                    self.keep_crl_floors();
+                }
+                Err(failure)
+            }
+        }
+    }
+
     fn endings(&self, now_unix_ms: u64) -> Vec<Ending> {
-        let mut endings = Vec::new();
+        let mut endings = self.consulting.endings();
+        if let Some(keeper) = self.doorkeeper.get() {
+            endings.extend(keeper.endings(now_unix_ms));
+        }
         if let Some(credentials) = self.tls.load_full().map(|tls| tls.credentials())
             && let Some(ends_unix_ms) = credentials.not_after_unix_ms()
         {
@@ -270,7 +355,14 @@ impl Node {
             .iter()
             .map(|ending| ending.json(now_unix_ms))
             .collect();
-        json!({"refused": self.papers().refused, "endings": endings})
+        let refused: Vec<String> = self
+            .papers()
+            .refused
+            .iter()
+            .map(|(set, why)| format!("{set}: {why}"))
+            .collect();
+        let refused = (!refused.is_empty()).then(|| refused.join("; "));
+        json!({"refused": refused, "endings": endings})
     }
 
     /// For the metrics: when each paper ends, in seconds since 1970.
