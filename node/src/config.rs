@@ -4,7 +4,7 @@
 //! absolute (relative ones are taken from the directory of the file). Unknown keys are refused with
 //! the nearest known one, because a misspelt safety setting must not become its default.
 
-mod callers;
+pub(crate) mod callers;
 mod host;
 mod reader;
 
@@ -241,6 +241,8 @@ pub struct GatewaySection {
     pub tls: Option<TlsSection>,
     /// Proxies that are believed in a header.
     pub identity_headers: Vec<IdentityHeaderSection>,
+    /// Types of which several sources of identity may name principals (loud, none by default).
+    pub allow_shared_principal_types: Vec<String>,
 }
 
 /// One Unix user id and the principal it stands for.
@@ -619,11 +621,11 @@ impl Config {
             );
         }
         let unix = s.optional_path("unix");
-        let socket = unix.clone().or_else(|| {
+        let socket = unix.or_else(|| {
             let root = root.as_ref()?;
             Some(root.join(SOCKET_NAME))
         });
-        if let Some(socket) = socket
+        if let Some(socket) = &socket
             && socket.as_os_str().len() > SOCKET_PATH_MAX_BYTES
         {
             s.mistake(
@@ -678,12 +680,32 @@ impl Config {
         let oidc = callers::oidc(&mut s);
         let tls = callers::tls(&mut s);
         let identity_headers = callers::identity_headers(&mut s);
+        let allow_shared_principal_types =
+            s.list("allow_shared_principal_types", callers::given_type);
         if tcp.is_some() && tokens.is_none() && oidc.is_empty() && !allow_anonymous_loopback {
             s.mistake(
                 "tcp",
                 "would serve callers without authentication; name gateway.tokens or gateway.oidc, or set \
                  gateway.allow_anonymous_loopback = true and accept that every local process may ask",
             );
+        }
+        let gateway = GatewaySection {
+            tcp,
+            // Without a root there is no config.
+            unix: socket.unwrap_or_default(),
+            tokens,
+            users,
+            proxies,
+            allow_anonymous_loopback,
+            concurrent_max,
+            public_url,
+            oidc,
+            tls,
+            identity_headers,
+            allow_shared_principal_types,
+        };
+        for (key, message) in callers::shared_types(&gateway, None) {
+            s.mistake(key, message);
         }
         s.finish();
 
@@ -815,19 +837,7 @@ impl Config {
                 Some(trust),
                 Some(listen),
             ) => Ok(Self {
-                gateway: GatewaySection {
-                    tcp,
-                    unix: unix.unwrap_or_else(|| root.join(SOCKET_NAME)),
-                    tokens,
-                    users,
-                    proxies,
-                    allow_anonymous_loopback,
-                    concurrent_max,
-                    public_url,
-                    oidc,
-                    tls,
-                    identity_headers,
-                },
+                gateway,
                 node: NodeSection {
                     id,
                     domain,
@@ -948,6 +958,10 @@ impl Config {
                         .any(|domain| domain.allow_without_crl)
                 }),
                 "gateway.tls.trust_domains.allow_without_crl",
+            ),
+            (
+                !self.gateway.allow_shared_principal_types.is_empty(),
+                "gateway.allow_shared_principal_types",
             ),
             (
                 self.policy.allow_worker_without_seccomp,

@@ -242,6 +242,98 @@ fn every_mistake_of_issuers_is_told_by_config_check() {
     }
 }
 
+/// Issuers were kept apart from each other only: the header of a proxy, a trust domain or the checks of an
+/// Envoy could name the principal of a token.
+#[test]
+fn sources_of_identity_that_could_name_each_others_principals_are_refused_all_at_once() {
+    let site = Site::new();
+    let key = rsa_jwk(&site, "ci-1", 2048);
+    site.write("ci.json", &json!({"keys": [key]}).to_string());
+    chmod(&site.path("ci.json"), 0o644);
+    let entry = |principal: &str| {
+        let made = site.json(&["token", "new", "--principal", principal]);
+        made["entry"].as_str().unwrap().to_owned()
+    };
+    let tokens = format!("format = 1\n{}", entry("Agent::ops-1"));
+    site.write("tokens.toml", &tokens);
+    chmod(&site.path("tokens.toml"), 0o600);
+    // Each source has a type of its own, the token file and the users share one: both are the operator's.
+    let gateway = |shared: &str, kinds: [&str; 4]| {
+        let [issuer, domain, hop, proxy] = kinds;
+        format!(
+            "[[gateway.users]]\nuid = 4711\nprincipal = \"Agent::ops-1\"\n\n\
+             [[gateway.oidc]]\nissuer = \"https://ci.example\"\naudience = \"h\"\njwks = \"ci.json\"\n\
+             principal_type = \"{issuer}\"\n[[gateway.oidc.rules]]\nsubject = \"*\"\nscopes = []\n\n\
+             [[gateway.identity_headers]]\nprincipal = \"Service::envoy-1\"\nheader = \"x-user\"\n\
+             principal_type = \"{hop}\"\nallow = [\"*\"]\n\n\
+             [[gateway.proxies]]\nprincipal = \"Proxy::edge\"\nsubject_from = \"source\"\nsubject_type = \"{proxy}\"\n\n\
+             [gateway.tls]\nlisten = \"127.0.0.1:7443\"\ncertificate = \"a.crt\"\nkey = \"a.key\"\n\
+             [[gateway.tls.trust_domains]]\nname = \"site.example\"\nca = \"ca/ca.crt\"\nallow_without_crl = true\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ops\"\nprincipal = \"Agent::ops-1\"\nscopes = []\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/*\"\nprincipal_type = \"{domain}\"\nscopes = []\n\n\
+             [gateway]\ntokens = \"tokens.toml\"\n{shared}"
+        )
+    };
+    let plain = site.config();
+    let check = |text: &str| {
+        site.write("tidelock.toml", &plain.replace("[gateway]\n", text));
+        let ran = site.tidelock(&["config", "check", "--json"]);
+        let told = ran.json()["mistakes"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        let of_types = |mistake: &&Value| {
+            mistake["message"]
+                .as_str()
+                .unwrap()
+                .contains("could both name")
+        };
+        let told = told.iter().filter(of_types);
+        let mut keys: Vec<String> = told
+            .map(|mistake| mistake["key"].as_str().unwrap().to_owned())
+            .collect();
+        keys.sort_unstable();
+        keys
+    };
+    let apart = ["Job", "Workload", "User", "Service"];
+    assert_eq!(
+        check(&gateway("", apart)),
+        Vec::<String>::new(),
+        "the control"
+    );
+    // All of one type: each pair is told, by the key of one of the two.
+    let all = check(&gateway("", ["Job"; 4]));
+    assert_eq!(all.len(), 6, "{all:?}");
+    for key in ["oidc", "trust_domains", "proxies"] {
+        assert!(all.iter().any(|told| told.contains(key)), "{key}: {all:?}");
+    }
+    assert_eq!(
+        check(&gateway(
+            "allow_shared_principal_types = [\"Job\"]\n",
+            ["Job"; 4]
+        )),
+        Vec::<String>::new()
+    );
+    let other = "allow_shared_principal_types = [\"User\"]\n";
+    assert_eq!(
+        check(&gateway(other, ["Job"; 4])).len(),
+        6,
+        "another type is not meant"
+    );
+    // One that names what the operator names, in the config and in the token file.
+    let named = check(&gateway("", ["Job", "Workload", "Agent", "Service"]));
+    assert_eq!(
+        named, ["gateway.identity_headers.principal_type"; 2],
+        "users and the trust domain"
+    );
+    let users = gateway("", ["Robot", "Workload", "User", "Service"]);
+    assert_eq!(check(&users), Vec::<String>::new(), "the control");
+    site.write("tokens.toml", &format!("{tokens}{}", entry("Robot::r-2")));
+    assert_eq!(check(&users), ["gateway.oidc.principal_type"]);
+    let started = site.refused_start();
+    started.says(&["the token file", "https://ci.example", "Robot"]);
+}
+
 /// Workloads and their authority, made by openssl; nothing of ours.
 struct Workloads<'s> {
     site: &'s Site,
@@ -690,7 +782,8 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
             "[[gateway.identity_headers]]\nprincipal = \"Service::envoy-1\"\nheader = \"x-forwarded-user\"\n\
              principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n\
              [[gateway.identity_headers]]\nprincipal = \"Agent::hop-7\"\nheader = \"x-hop\"\n\
-             principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n[gateway]\ntcp = \"{address}\"\ntokens = \"tokens.toml\"\n"
+             principal_type = \"Agent\"\nallow = [\"ops-*\"]\n\n[gateway]\ntcp = \"{address}\"\ntokens = \"tokens.toml\"\n\
+             allow_shared_principal_types = [\"Agent\"]\n"
         ),
     );
     site.ok(&["config", "check"]);

@@ -202,6 +202,12 @@ impl TokenSet {
         self.entries.is_empty() && self.keys.is_empty()
     }
 
+    /// What is granted by the tokens and keys.
+    pub fn grants(&self) -> impl Iterator<Item = &Grant> {
+        let keys = self.keys.iter().map(|(_, grant)| grant);
+        self.iter().map(|(_, grant)| grant).chain(keys)
+    }
+
     /// What is granted to whoever signs with the key of this id.
     #[must_use]
     pub fn key_grant(&self, id: &str) -> Option<&Grant> {

@@ -133,6 +133,12 @@ impl ProxyTerms {
         })
     }
 
+    /// The type of those whom the proxy names, where it names others than itself.
+    #[must_use]
+    pub fn stated_type(&self) -> Option<&str> {
+        (self.subject != Subject::Proxy).then_some(self.subject_type.as_str())
+    }
+
     /// The header that names the principal; of no use to anybody behind the proxy.
     #[must_use]
     pub fn subject_header(&self) -> Option<&str> {

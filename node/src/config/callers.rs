@@ -2,12 +2,18 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use tidelock_gateway::{OidcRule, Pattern, Scopes, limits};
+use tidelock_gateway::{OidcRule, Pattern, Scopes, TokenSet, limits};
 use tidelock_interceptor::Principal;
 use tidelock_transport::svid::SpiffeId;
 
-use super::reader::Section;
+use super::{GatewaySection, reader::Section};
 
+/// The keys of sources that stand in more than one place here.
+const OIDC: &str = "oidc.principal_type";
+/// See [`OIDC`].
+const SPIFFE: &str = "tls.trust_domains.rules.principal_type";
+/// The type of callers without credentials.
+pub(crate) const ANONYMOUS_TYPE: &str = "Service";
 /// The type of the local operator's principal, which nobody else may have.
 const OPERATOR_TYPE: &str = "Operator";
 /// Longest time for which a workload token may be valid, seconds: a day.
@@ -82,6 +88,140 @@ pub enum SpiffePrincipal {
     Named(String, String),
     /// One of this type, whose id is the SPIFFE id.
     OfType(String),
+}
+
+/// Somebody whose word a principal's name is, and what may be named.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Stating<'a> {
+    /// The key of the config, below `gateway`.
+    key: &'static str,
+    /// Who, in words.
+    who: String,
+    /// The type of those who are named.
+    kind: &'a str,
+}
+
+/// The types that two sources of identity could both name principals of, and the config does not share:
+/// where in `[gateway]`, and what. A source that names any principal of a type is kept apart from every
+/// other; principals that the operator has named one by one are his own word, and may have several ways
+/// in.
+pub(crate) fn shared_types(
+    section: &GatewaySection,
+    tokens: Option<&TokenSet>,
+) -> Vec<(&'static str, String)> {
+    let (open, named) = (open_sources(section), named_sources(section, tokens));
+    let mut found = Vec::new();
+    for (at, one) in open.iter().enumerate() {
+        let is_shared = section.allow_shared_principal_types.iter();
+        let may_share = is_shared.clone().any(|kind| kind == one.kind);
+        let others = open.iter().take(at).chain(&named);
+        for other in others.filter(|other| other.kind == one.kind && other.who != one.who) {
+            // Of issuers none is the operator's: these are never shared.
+            let issuers = one.key == OIDC && other.key == OIDC;
+            if may_share && !issuers {
+                continue;
+            }
+            let way_out = match issuers {
+                true => "give each its own type",
+                false => {
+                    "give each its own type, or list it in gateway.allow_shared_principal_types"
+                }
+            };
+            found.push((
+                one.key,
+                format!(
+                    "{} and {} could both name principals of the type `{}`, and each those of the other: {way_out}",
+                    one.who, other.who, one.kind
+                ),
+            ));
+        }
+    }
+    found
+}
+
+/// Whoever names principals of a type by ids that come from outside.
+fn open_sources(section: &GatewaySection) -> Vec<Stating<'_>> {
+    let issuers = section.oidc.iter().map(|issuer| Stating {
+        key: OIDC,
+        who: format!("the issuer {}", issuer.issuer),
+        kind: &issuer.principal_type,
+    });
+    let domains = section.tls.iter().flat_map(|tls| &tls.trust_domains);
+    let domains = domains.flat_map(|domain| {
+        domain
+            .rules
+            .iter()
+            .filter_map(|rule| match &rule.principal {
+                SpiffePrincipal::OfType(kind) => Some(Stating {
+                    key: SPIFFE,
+                    who: format!("the trust domain {}", domain.name),
+                    kind,
+                }),
+                SpiffePrincipal::Named(..) => None,
+            })
+    });
+    let hops = section.identity_headers.iter().map(|hop| Stating {
+        key: "identity_headers.principal_type",
+        who: format!("the header {} of {}", hop.header, hop.principal),
+        kind: &hop.principal_type,
+    });
+    let proxies = section.proxies.iter().filter_map(|proxy| {
+        Some(Stating {
+            key: "proxies.subject_type",
+            who: format!("the checks of {}", proxy.principal),
+            kind: proxy.terms.stated_type()?,
+        })
+    });
+    distinct(issuers.chain(domains).chain(hops).chain(proxies))
+}
+
+/// Principals that the operator has named one by one.
+fn named_sources<'a>(
+    section: &'a GatewaySection,
+    tokens: Option<&'a TokenSet>,
+) -> Vec<Stating<'a>> {
+    let kind_of = |principal: &'a str| principal.split_once("::").map(|(kind, _)| kind);
+    let users = section.users.iter().filter_map(|user| {
+        Some(Stating {
+            key: "users.principal",
+            who: "gateway.users".to_owned(),
+            kind: kind_of(&user.principal)?,
+        })
+    });
+    let domains = section.tls.iter().flat_map(|tls| &tls.trust_domains);
+    let domains = domains.flat_map(|domain| {
+        domain
+            .rules
+            .iter()
+            .filter_map(|rule| match &rule.principal {
+                SpiffePrincipal::Named(kind, _) => Some(Stating {
+                    key: SPIFFE,
+                    who: format!("the trust domain {}", domain.name),
+                    kind,
+                }),
+                SpiffePrincipal::OfType(_) => None,
+            })
+    });
+    let grants = tokens.into_iter().flat_map(TokenSet::grants);
+    let tokens = grants.map(|grant| Stating {
+        key: "tokens",
+        who: "the token file".to_owned(),
+        kind: grant.principal_type(),
+    });
+    let anonymous = section.allow_anonymous_loopback.then(|| Stating {
+        key: "allow_anonymous_loopback",
+        who: "gateway.allow_anonymous_loopback".to_owned(),
+        kind: ANONYMOUS_TYPE,
+    });
+    distinct(users.chain(domains).chain(tokens).chain(anonymous))
+}
+
+/// Each once: two rules of one trust domain are one source.
+fn distinct<'a>(all: impl Iterator<Item = Stating<'a>>) -> Vec<Stating<'a>> {
+    let mut all: Vec<Stating<'_>> = all.collect();
+    all.sort();
+    all.dedup();
+    all
 }
 
 /// Reads `[gateway.tls]`.
@@ -335,12 +475,6 @@ pub(super) fn oidc(gateway: &mut Section<'_>) -> Vec<OidcSection> {
         {
             if issuers.iter().any(|other| other.issuer == issuer) {
                 s.mistake("issuer", "is listed twice; keep one entry per issuer");
-            }
-            if issuers.iter().any(|o| o.principal_type == principal_type) {
-                s.mistake(
-                    "principal_type",
-                    "is that of another issuer, who could then name this one's principals; give each its own",
-                );
             }
             issuers.push(OidcSection {
                 issuer,

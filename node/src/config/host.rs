@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tidelock_gateway::{Jwks, TokenSet};
 
-use super::{Config, Mistake};
+use super::{Config, Mistake, callers::shared_types};
 
 impl Config {
     /// Mistakes that show only on the host that the config is for.
@@ -46,10 +46,14 @@ impl Config {
         {
             add("beacon.key_file", error.to_string());
         }
-        if let Some(path) = &self.gateway.tokens
-            && let Err(error) = TokenSet::load(path)
-        {
-            add("gateway.tokens", error.to_string());
+        match self.gateway.tokens.as_deref().map(TokenSet::load) {
+            Some(Err(error)) => add("gateway.tokens", error.to_string()),
+            Some(Ok(tokens)) => {
+                for (key, message) in shared_types(&self.gateway, Some(&tokens)) {
+                    add(&format!("gateway.{key}"), message);
+                }
+            }
+            None => {}
         }
         if let Some(tls) = &self.gateway.tls {
             for error in crate::run::callers::papers_mistakes(tls) {

@@ -44,7 +44,10 @@ use tracing_subscriber::EnvFilter;
 use self::{callers::Doorkeeper, doors::Doors, node::Node};
 use crate::{
     cli::{Exit, Failure},
-    config::{Config, LogSection},
+    config::{
+        Config, LogSection,
+        callers::{ANONYMOUS_TYPE, shared_types},
+    },
 };
 
 /// How long open requests and sessions may take to end.
@@ -283,8 +286,18 @@ pub(crate) fn auth_config(config: &Config, time: CallerTime) -> Result<AuthConfi
     let mut auth = AuthConfig::default()
         .time(time)
         .signature_tag(config.node.id.as_str());
-    if let Some(path) = &section.tokens {
-        auth = auth.tokens(TokenSet::load(path)?);
+    let tokens = section.tokens.as_deref().map(TokenSet::load).transpose()?;
+    // Without the file of tokens the config has been asked for this already.
+    let shared = shared_types(section, tokens.as_ref());
+    if !shared.is_empty() {
+        let told: Vec<String> = shared
+            .into_iter()
+            .map(|(key, message)| format!("gateway.{key}: {message}"))
+            .collect();
+        return Err(Failure::cannot_run(told.join("\n")));
+    }
+    if let Some(tokens) = tokens {
+        auth = auth.tokens(tokens);
     }
     for user in &section.users {
         let (kind, id) = user
@@ -299,7 +312,7 @@ pub(crate) fn auth_config(config: &Config, time: CallerTime) -> Result<AuthConfi
         auth = auth.unix_peer(user.uid, Grant::new(kind, id, scopes)?)?;
     }
     if section.allow_anonymous_loopback {
-        auth = auth.allow_anonymous_loopback(Grant::new("Service", "anonymous", Scopes::ALL)?);
+        auth = auth.allow_anonymous_loopback(Grant::new(ANONYMOUS_TYPE, "anonymous", Scopes::ALL)?);
     }
     callers::with_others(auth, section)
 }
