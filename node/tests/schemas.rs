@@ -178,14 +178,39 @@ fn changed(value: &Value, place: &str, new: &Value) -> Value {
     value
 }
 
+/// The same day of an RFC 3339 time, a little later.
+fn later(made: &str) -> String {
+    let (day, _) = made.split_once('T').unwrap();
+    format!("{day}T23:59:59.999Z")
+}
+
 #[test]
 fn the_schemas_of_a_bundle_and_the_program_agree() {
     let site = Site::new();
     let manifest = schema(&site, "manifest");
     let good: Value = serde_json::from_str(&site.read("policy/manifest.json")).unwrap();
     must_fit(&manifest, &good);
+    // What a manifest may say beside that is taken by both.
+    let window = |role: &str, when: &str| {
+        let made = good["created_at"].as_str().unwrap();
+        let mut said = changed(&good, "/role", &json!(role));
+        said = changed(&said, "/not_before", &json!(made));
+        said = changed(&said, "/expires_at", &json!(later(made)));
+        changed(&said, "/when_expired", &json!(when))
+    };
+    for said in [window("policy", "restrict"), window("break-glass", "close")] {
+        must_fit(&manifest, &said);
+        site.write("policy/manifest.json", &said.to_string());
+        site.ok(&["bundle", "build", "policy", "--out", "window.tar"]);
+    }
     for (place, new) in [
         ("/domain", Value::Null),
+        ("/role", json!("release")),
+        ("/role", json!("glass")),
+        ("/not_before", json!(7)),
+        ("/not_before", json!("tomorrow")),
+        ("/expires_at", json!("2026-12-31")),
+        ("/when_expired", json!("wait")),
         ("/colour", json!("red")),
         ("/epoch", json!(0)),
         ("/epoch", json!("1")),

@@ -83,7 +83,7 @@ pub(crate) struct Cases(Vec<(String, Case)>);
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Case {
+pub(crate) struct Case {
     name: String,
     /// Why the author expects it; shown when the test fails.
     #[serde(default)]
@@ -97,7 +97,7 @@ struct Case {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct CaseRequest {
+pub(crate) struct CaseRequest {
     principal: Uid,
     action: String,
     resource: Resource,
@@ -109,14 +109,14 @@ struct CaseRequest {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Uid {
+pub(crate) struct Uid {
     r#type: String,
     id: String,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Resource {
+pub(crate) struct Resource {
     r#type: String,
     id: String,
     #[serde(default)]
@@ -125,7 +125,7 @@ struct Resource {
 
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Expect {
+pub(crate) enum Expect {
     /// A policy permits and none forbids.
     Allow,
     /// No policy permits, or one forbids. An evaluation error is not this: a test that errs by

@@ -89,7 +89,7 @@ pub struct Manifest {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Raw {
+pub(crate) struct Raw {
     format: u64,
     name: String,
     domain: String,
