@@ -709,5 +709,17 @@ fn a_check_that_is_not_understood_is_denied_in_both_forms_and_never_an_error() {
     }
     let (status, body) = over_http("POST", "/envoy/v3/check/public/a", &[web]);
     assert_eq!(status, 403, "{body}");
+
+    // Who is a proxy is taken over by a reload, and given up by one.
+    let (plain, entry) = (site.read("tidelock.toml"), "principal = \"Proxy::edge\"");
+    let of_other = plain.replace(entry, "principal = \"Proxy::other\"");
+    for (text, takes, refuses) in [(&of_other, &other, &edge), (&plain, &edge, &other)] {
+        site.write("tidelock.toml", text);
+        node.reload("reloaded");
+        let good = framed(&check("/public/a", &[("x-tidelock-subject", WEB)]));
+        until("an allow", || ask(takes, &good).0.then_some(()));
+        let (is_allow, text) = ask(refuses, &good);
+        assert!(!is_allow && text.contains("not_a_proxy"), "{text}");
+    }
     node.stop();
 }

@@ -253,7 +253,7 @@ pub(crate) struct App {
     pub(crate) counters: Stats,
     pub(crate) own_uid: u32,
     pub(crate) public_url: Option<String>,
-    pub(crate) proxies: Proxies,
+    pub(crate) proxies: ArcSwap<Proxies>,
     pub(crate) body_timeout: Duration,
     pub(crate) decision_timeout: Duration,
     pub(crate) certified: OnceLock<Arc<dyn CertifiedCallers>>,
@@ -367,6 +367,11 @@ impl GatewayHandle {
         )));
     }
 
+    /// Replaces the proxies that may ask for the requests that they hold back, from the next check on.
+    pub fn set_proxies(&self, proxies: Proxies) {
+        self.app.proxies.store(Arc::new(proxies));
+    }
+
     /// Another rate of requests for each caller, from the next request on. A rate of nothing changes
     /// nothing.
     pub fn set_requests(&self, rate: Rate) {
@@ -423,7 +428,7 @@ impl Gateway {
             counters: Stats::default(),
             own_uid,
             public_url,
-            proxies,
+            proxies: ArcSwap::from_pointee(proxies),
             body_timeout: limits.body_timeout,
             decision_timeout: limits.decision_timeout,
             certified: OnceLock::new(),

@@ -276,23 +276,7 @@ fn url(terms: &ProxyTerms, request: &Proxied<'_>) -> Result<String, InvalidReque
             "some servers cut a path segment at ;, others do not",
         ));
     }
-    if let Some(escaped) = escapes(path).find(|byte| b"!$&'()*+,;=:@".contains(byte)) {
-        return Err(resource(&format!(
-            "%{escaped:02X} is decoded by some systems and kept by others, write it plainly"
-        )));
-    }
     Ok(url.id)
-}
-
-/// The two digits behind each `%`.
-fn digits(path: &str) -> impl Iterator<Item = &str> {
-    path.match_indices('%')
-        .filter_map(|(at, _)| path.get(at + 1..at + 3))
-}
-
-/// The bytes that are escaped.
-fn escapes(path: &str) -> impl Iterator<Item = u8> {
-    digits(path).filter_map(|pair| u8::from_str_radix(pair, 16).ok())
 }
 
 /// Both cases of an escape's digits are the same path to everybody (RFC 3986, 6.2.2.1).

@@ -74,7 +74,7 @@ pub enum ResourceError {
     /// A `%` that is no escape of two hex digits.
     #[error("a % is not followed by two hex digits")]
     MalformedPercent,
-    /// A separator, `%` or control character in escaped form.
+    /// A separator, reserved character, `%` or control character in escaped form.
     #[error("%{byte:02X} is decoded by some systems and kept by others, write it plainly")]
     AmbiguousEscape {
         /// The escaped byte.
@@ -481,8 +481,12 @@ fn url_path(path: &str) -> Result<String, ResourceError> {
     Ok(path)
 }
 
+/// Characters of a path that mean something to some servers, escaped or not: `%40` and `@` are one path
+/// to them and two to others (RFC 3986, 2.2).
+const RESERVED_IN_PATH: &[u8] = b"!$&'()*+,;=:@";
+
 /// Decodes escapes of characters that need none, writes the others in upper case. In a path, an
-/// escaped separator, `%` or control character is refused.
+/// escaped separator, reserved character, `%` or control character is refused.
 fn url_escapes(text: &str, query: bool) -> Result<String, ResourceError> {
     let mut out = String::with_capacity(text.len());
     let mut decoded = Vec::with_capacity(text.len());
@@ -508,7 +512,8 @@ fn url_escapes(text: &str, query: bool) -> Result<String, ResourceError> {
         }
         let escaped = escape(&mut bytes)?;
         let separator = matches!(escaped, b'/' | b'\\' | b'%' | 0x7f) || escaped < 0x20;
-        if (separator && !query) || escaped == 0 {
+        let two_paths = separator || RESERVED_IN_PATH.contains(&escaped);
+        if (two_paths && !query) || escaped == 0 {
             return Err(ResourceError::AmbiguousEscape { byte: escaped });
         }
         let unreserved =
@@ -815,8 +820,23 @@ mod tests {
                 Err(error) => assert_eq!(expected, "refused", "{given}: {error}"),
             }
         }
+        // Two spellings that servers take for one path or for two: the plain one is judged, at every door.
+        for reserved in RESERVED_IN_PATH {
+            let plain = format!("https://example.com/a{}b", char::from(*reserved));
+            assert_eq!(id("Url", &plain), plain, "the control");
+            let escaped = format!("https://example.com/a%{reserved:02x}b");
+            let refusal = ResourceError::AmbiguousEscape { byte: *reserved };
+            assert_eq!(refused("Url", &escaped), refusal, "{escaped}");
+            let query = format!("https://example.com/?a=%{reserved:02X}");
+            assert_eq!(
+                id("Url", &query),
+                query,
+                "values are escaped as their writer likes"
+            );
+        }
         for (given, expected) in [
             ("ftp://example.com/", ResourceError::Scheme),
+            ("https://user%40example.com/", ResourceError::Host),
             ("file:///etc/passwd", ResourceError::Scheme),
             ("https:/example.com", ResourceError::Scheme),
             ("//example.com/", ResourceError::Scheme),

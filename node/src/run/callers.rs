@@ -13,7 +13,7 @@ use rustls::{pki_types::CertificateDer, sign::CertifiedKey};
 use serde_json::json;
 use tidelock_gateway::{
     AuthConfig, CallerTime, CertifiedCallers, GatewayHandle, Grant, Jwks, Moment, OidcIssuer,
-    Proxy, RefusedCertificate,
+    Proxies, Proxy, RefusedCertificate,
 };
 use tidelock_transport::{
     revocation::{Revocation, RevocationOptions, RevocationState, VerifiedCrl, crls_in_file},
@@ -72,6 +72,15 @@ pub(super) fn with_others(
         });
     }
     Ok(auth)
+}
+
+/// The proxies that ask for the requests that they hold back, and how those are read.
+pub(super) fn proxies(section: &GatewaySection) -> Proxies {
+    let proxies = section.proxies.iter().filter_map(|proxy| {
+        let (kind, id) = proxy.principal.split_once("::")?;
+        Some(((kind.to_owned(), id.to_owned()), proxy.terms.clone()))
+    });
+    proxies.collect()
 }
 
 /// A fault in the files of the TLS door.

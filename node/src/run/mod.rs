@@ -325,14 +325,7 @@ fn gateway_config(
     let section = &config.gateway;
     Ok(GatewayConfig {
         public_url: section.public_url.clone(),
-        proxies: section
-            .proxies
-            .iter()
-            .filter_map(|proxy| {
-                let (kind, id) = proxy.principal.split_once("::")?;
-                Some(((kind.to_owned(), id.to_owned()), proxy.terms.clone()))
-            })
-            .collect(),
+        proxies: callers::proxies(section),
         tcp: section.tcp,
         unix: Some(UnixDoor::new(section.unix.clone())),
         limits: GatewayLimits {

@@ -37,7 +37,7 @@ use tidelock_transport::{
 use super::{
     activate::Looking,
     admit::{Denied, OwnAhead},
-    callers::{CRL_FLOORS_FILE, CrlFloors, DoorPapers, Doorkeeper},
+    callers::{CRL_FLOORS_FILE, CrlFloors, DoorPapers, Doorkeeper, proxies},
     consult::{ANSWERS_FILE, Consulting},
     disk::{Change, DiskWatch, own_share},
     journal::Journal,
@@ -54,7 +54,7 @@ use super::{
 use crate::{
     cli::Failure,
     clock::{NodeClock, PersistedFloor, ThreadAccount, thread_cpu},
-    config::{Config, QuotaSection},
+    config::{Config, GatewaySection, QuotaSection},
     sealing::seal_options,
     worker::{For, KeptPasses, ProofTerms, Prover, Terms, Vetter},
 };
@@ -235,6 +235,16 @@ pub(super) fn identity_rules(config: &Config) -> IdentityRules {
     IdentityRules {
         domain: config.node.domain.clone(),
         allow_without_domain: config.identity.allow_without_domain,
+    }
+}
+
+/// What of the gateway a running node cannot change.
+fn fixed_of(section: &GatewaySection) -> GatewaySection {
+    GatewaySection {
+        proxies: Vec::new(),
+        // It only says what the rest of the section may be.
+        allow_shared_principal_types: Vec::new(),
+        ..section.clone()
     }
 }
 
@@ -776,7 +786,7 @@ impl Node {
             ),
             (new.mesh != old.mesh, "mesh"),
             (new.beacon != old.beacon, "beacon"),
-            (new.gateway != old.gateway, "gateway"),
+            (fixed_of(&new.gateway) != fixed_of(&old.gateway), "gateway"),
             (
                 new.audit.segment_bytes != old.audit.segment_bytes,
                 "audit.segment_bytes",
@@ -830,6 +840,7 @@ impl Node {
         // From here on nothing can fail.
         if let Some(keeper) = self.doorkeeper.get() {
             keeper.gateway.set_auth(auth);
+            keeper.gateway.set_proxies(proxies(&new.gateway));
             keeper.gateway.set_requests(rate(new.quota.requests));
         }
         self.take_door(papers);

@@ -143,7 +143,9 @@ async fn judge(visit: &Visit<'_>, request: Request<Incoming>, form: Form) -> Res
     let identity = visit.scoped_caller(&head.headers, |scopes| scopes.decide)?;
     let caller = identity.caller(visit.source);
     let named = (caller.principal_type.clone(), caller.principal_id.clone());
-    let Some(terms) = app.proxies.get(&named) else {
+    // One check is read by one config, whatever is reloaded meanwhile.
+    let proxies = app.proxies.load_full();
+    let Some(terms) = proxies.get(&named) else {
         visit.refuse(RefusalKind::MissingScope);
         let message = "this caller is not one of gateway.proxies";
         return Err(Box::new(problem(
