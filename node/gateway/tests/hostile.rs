@@ -11,6 +11,7 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::{FULL, OTHER, body, decide, header, quick, read_answer, soon, start, status, until};
@@ -26,6 +27,9 @@ use tidelock_quota::{AddressBlock, Rate};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+
+/// How long a decision is waited for at the door of proxies.
+const PROXY_PATIENCE: Duration = Duration::from_millis(750);
 
 fn short(limits: GatewayLimits) -> GatewayLimits {
     GatewayLimits {
@@ -286,6 +290,37 @@ async fn inv_13_known_connections_have_a_limit_and_no_caller_has_more_than_half(
     until(|| handle.stats().connections_known == 2).await;
     let (_third, answer) = ask(FULL).await;
     assert_eq!(answer.0, 200);
+}
+
+/// Envoy lets things pass on an error where it is told to, and its own limit is a second: it must hear the
+/// deny before that, whatever other callers wait.
+#[tokio::test]
+async fn a_proxy_is_answered_before_its_own_patience_ends_and_other_callers_wait_longer() {
+    let node = start(patient()).await;
+    let check = |token: &str| {
+        format!(
+            "GET /envoy/v3/check/a HTTP/1.1\r\nhost: app.example\r\nauthorization: Bearer {token}\r\n\r\n"
+        )
+    };
+    // The controls: an answer in time is told, and a caller of another door has its own patience.
+    assert_eq!(status(&node.raw(&check(FULL)).await), 200);
+    assert_eq!(status(&node.raw(&check(OTHER)).await), 403, "no proxy");
+    node.script.checks_wait.store(true, Ordering::SeqCst);
+    let caller = node.client(Some(OTHER));
+    let waiting = tokio::spawn(async move { caller.post_json("/v1/decide", "\"wait\"").await });
+    until(|| node.script.waiting() == 1).await;
+    let began = Instant::now();
+    let answer = node.raw(&check(FULL)).await;
+    let took = began.elapsed();
+    // What giving up brings is told, as a deny and never as an error.
+    assert_eq!(status(&answer), 403, "{answer}");
+    assert!(answer.contains("AUDIT_UNAVAILABLE"), "{answer}");
+    assert!(took >= PROXY_PATIENCE, "{took:?}");
+    assert!(took < Duration::from_secs(1), "Envoy's own limit: {took:?}");
+    assert_eq!(node.script.given_up(), 1);
+    assert!(!waiting.is_finished(), "the other still waits");
+    node.script.release();
+    assert_eq!(soon(waiting).await.unwrap().unwrap().0, 200);
 }
 
 #[tokio::test]

@@ -17,6 +17,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{FULL, Script, quick, soon, status, tokens, until};
+use http_body_util::Full;
+use hyper::Request;
+use hyper::body::Bytes;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::aws_lc_rs::default_provider;
 use rustls::pki_types::pem::PemObject as _;
@@ -423,4 +427,50 @@ async fn inv_13_the_handshakes_of_one_address_have_a_rate_and_cost_next_to_nothi
     assert_eq!(status(&ask(&mut later, "").await.unwrap()), 200);
     let windows = node.stop().await;
     assert!(windows[0].codes["HANDSHAKE_RATE"] >= refused, "{windows:?}");
+}
+
+/// Streams of HTTP/2 share a connection, and with it the certificate: after one was refused the client has
+/// to shake hands anew, and nothing further is begun for it.
+#[tokio::test]
+async fn an_http2_connection_ends_after_its_certificate_was_refused() {
+    let node = start(quick()).await;
+    let stream = node.connect(Some(&node.known)).await.unwrap();
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .unwrap();
+    let connection = tokio::spawn(connection);
+    let asked = |body: &'static str| {
+        Request::post("https://harbour-a.example/v1/decide")
+            .body(Full::new(Bytes::from_static(body.as_bytes())))
+            .unwrap()
+    };
+    // The control: streams one after the other, and one that is under way when the refusal comes.
+    for _ in 0..3 {
+        let answer = soon(sender.send_request(asked("\"POLICY_ALLOW\""))).await;
+        assert_eq!(answer.unwrap().status(), 200);
+    }
+    let under_way = tokio::spawn(sender.send_request(asked("\"wait\"")));
+    until(|| node.script.waiting() == 1).await;
+    assert_eq!(node.handle.stats().connections_known, 1);
+
+    node.judge.revoked.store(true, Ordering::SeqCst);
+    let refused = soon(sender.send_request(asked("\"POLICY_ALLOW\""))).await;
+    assert_eq!(refused.unwrap().status(), 401);
+    // Nothing further begins, though the client has read no more than its answer.
+    let further = soon(sender.send_request(asked("\"POLICY_ALLOW\""))).await;
+    if let Ok(answer) = further {
+        assert_eq!(answer.status(), 401);
+    }
+    until(|| sender.is_closed()).await;
+    assert_eq!(node.script.asked().len(), 4, "nothing was judged after it");
+    // What was judged before it ends, and the connection with it.
+    node.script.release();
+    assert_eq!(soon(under_way).await.unwrap().unwrap().status(), 200);
+    let _ = soon(connection).await.unwrap();
+    until(|| node.handle.stats().connections_known == 0).await;
+    // A certificate that is good again needs another handshake, and gets it.
+    node.judge.revoked.store(false, Ordering::SeqCst);
+    let mut again = node.connect(Some(&node.known)).await.unwrap();
+    assert_eq!(status(&ask(&mut again, "").await.unwrap()), 200);
 }

@@ -5,7 +5,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use tidelock_gateway::client::Door;
 use tidelock_gateway::tokens::TokenDigest;
 use tidelock_gateway::{
     AuthConfig, BoxFuture, Client, Decider, Drained, Gateway, GatewayConfig, GatewayHandle,
-    GatewayLimits, GatewayParts, GiveUp, Operator, OperatorError, RefusalWindow, TokenSet,
+    GatewayLimits, GatewayParts, GiveUp, Operator, OperatorError, Proxies, RefusalWindow, TokenSet,
     UnixDoor,
 };
 use tidelock_interceptor::{
-    Answer, Ask, Caller, Decision, Done, InvalidRequest, Mode, Outcome, Reason, ReportDone,
-    ReportRefused, Search, SearchDone, SearchRefused,
+    Answer, Ask, Caller, Decision, Done, InvalidRequest, Mode, Outcome, ProxyTerms, Reason,
+    ReportDone, ReportRefused, Search, SearchDone, SearchRefused, Subject,
 };
 use tidelock_policy::Posture;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -70,6 +70,8 @@ pub(crate) struct Script {
     waiting: Mutex<Vec<Waiting>>,
     given_up: Arc<AtomicUsize>,
     pub(crate) not_ready: Mutex<Option<String>>,
+    /// Whether checks of a proxy wait, too.
+    pub(crate) checks_wait: AtomicBool,
 }
 
 impl Script {
@@ -143,7 +145,8 @@ impl Decider for Script {
                 named = format!("\"{}\"", evaluation.action_name().unwrap_or_default());
                 named.as_bytes()
             }
-            Ask::Check(_) => b"check",
+            Ask::Check(_) if self.checks_wait.load(Ordering::SeqCst) => b"\"wait\"",
+            Ask::Check(_) => b"\"POLICY_ALLOW\"",
         };
         self.asked.lock().unwrap().push(Asked {
             bytes: body.len(),
@@ -225,6 +228,12 @@ impl Operator for Echo {
 
 type Waiting = Arc<Mutex<Option<Done>>>;
 
+/// The principal of [`FULL`] is a proxy that asks for itself.
+fn proxies() -> Proxies {
+    let terms = ProxyTerms::new(true, Subject::Proxy, "Service", Vec::new()).unwrap();
+    [(("Agent".to_owned(), "full".to_owned()), terms)].into()
+}
+
 /// A running gateway.
 pub(crate) struct Running {
     pub(crate) script: Arc<Script>,
@@ -263,7 +272,7 @@ pub(crate) async fn start_with(
         unix: Some(shape(UnixDoor::new(&unix))),
         auth,
         public_url: None,
-        proxies: Default::default(),
+        proxies: proxies(),
         limits,
     };
     let parts = GatewayParts {
