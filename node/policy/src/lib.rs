@@ -36,6 +36,7 @@ mod posture;
 mod rego;
 mod rego_builtins;
 mod rego_host;
+mod rego_pattern;
 mod rego_program;
 mod rego_rewrite;
 mod rego_source;

@@ -645,7 +645,10 @@ fn given(values: &[Value]) -> anyhow::Result<Value> {
 /// What a rewritten rule asks of the node.
 fn host(values: &[Value]) -> anyhow::Result<Value> {
     match rego_host::answer(values) {
-        Ok(value) => made("with", value),
+        Ok((value, parts)) => {
+            charge("pattern", 32 * parts)?;
+            made("with", value)
+        }
         Err(why) => Err(stop(why)),
     }
 }

@@ -16,7 +16,9 @@ use regorus::rvm::vm::VmError;
 use crate::limits::{REGO_FUEL, REGO_NODES_MAX, REGO_WITH_FUEL, REGO_WITH_RUNS_MAX};
 use crate::rego_builtins::{Stop, stopped};
 use crate::rego_program::machine;
-use crate::rego_rewrite::{LOCALS, MERGE, NONE, REPLACED, SOME, Site, Target};
+use crate::rego_rewrite::{
+    EACH, ENTRIES, FIELDS, LOCALS, MEMBER, MERGE, NONE, REPLACED, SOME, Site, Target,
+};
 
 /// The name of the function in programs; it cannot be written in Rego.
 pub(crate) const HOST: &str = "#host";
@@ -79,8 +81,173 @@ pub(crate) fn within(
     said
 }
 
-/// Answers a rewritten rule.
-pub(crate) fn answer(values: &[Value]) -> Result<Value, Stop> {
+/// Answers a rewritten rule; with how many parts it made beside those of its outermost value.
+pub(crate) fn answer(values: &[Value]) -> Result<(Value, usize), Stop> {
+    let [Value::Array(arguments), Value::String(name)] = values else {
+        return Err(Stop::Error("a call of nothing".to_owned()));
+    };
+    let kind = match name.as_ref() {
+        FIELDS => Ask::Fields,
+        EACH => Ask::Each,
+        ENTRIES => Ask::Entries,
+        MEMBER => return Ok((member(arguments.as_slice())?, 0)),
+        _ => return Ok((solved(values)?, 0)),
+    };
+    match arguments.as_slice() {
+        [value, Value::Array(wanted)] => ask(kind, value, wanted.as_slice()),
+        _ => Err(Stop::Error("a call of nothing".to_owned())),
+    }
+}
+
+/// What a pattern asks for.
+enum Ask {
+    /// The values of one object.
+    Fields,
+    /// Those of each element of a collection.
+    Each,
+    /// Those of each key and each element.
+    Entries,
+}
+
+/// A pattern, read from its words.
+enum Wanted {
+    Value,
+    Array(Vec<Wanted>),
+    Object(Vec<(Value, Wanted)>),
+}
+
+impl Wanted {
+    /// Reads one pattern, and what stands behind it.
+    fn read(words: &[Value]) -> Option<(Self, &[Value])> {
+        let (Value::String(kind), mut rest) = words.split_first()? else {
+            return None;
+        };
+        if kind.as_ref() == "value" {
+            return Some((Self::Value, rest));
+        }
+        let (count, behind) = rest.split_first()?;
+        rest = behind;
+        let count = count.as_u64().ok()?;
+        let (mut items, mut fields) = (Vec::new(), Vec::new());
+        for _ in 0..count {
+            let named = match kind.as_ref() {
+                "object" => {
+                    let (key, behind) = rest.split_first()?;
+                    rest = behind;
+                    Some(key.clone())
+                }
+                _ => None,
+            };
+            let (wanted, behind) = Self::read(rest)?;
+            rest = behind;
+            match named {
+                Some(key) => fields.push((key, wanted)),
+                None => items.push(wanted),
+            }
+        }
+        match kind.as_ref() {
+            "array" => Some((Self::Array(items), rest)),
+            "object" => Some((Self::Object(fields), rest)),
+            _ => None,
+        }
+    }
+
+    /// What a value gives; nothing if the pattern does not fit it. Counts what it makes.
+    fn of(&self, value: &Value, parts: &mut usize) -> Option<Value> {
+        *parts += 1;
+        match (self, value) {
+            (Self::Value, Value::Undefined) => None,
+            (Self::Value, value) => Some(value.clone()),
+            (Self::Array(wanted), Value::Array(items)) if wanted.len() == items.len() => {
+                let each = wanted.iter().zip(items.iter());
+                let given: Option<Vec<Value>> =
+                    each.map(|(wanted, item)| wanted.of(item, parts)).collect();
+                given.map(Value::from)
+            }
+            (Self::Object(wanted), Value::Object(fields)) if wanted.len() == fields.len() => {
+                let each = wanted.iter();
+                let given: Option<Vec<Value>> = each
+                    .map(|(key, wanted)| wanted.of(fields.get(key)?, parts))
+                    .collect();
+                given.map(Value::from)
+            }
+            (Self::Array(_) | Self::Object(_), _) => None,
+        }
+    }
+}
+
+/// What a pattern asks a value for; undefined if that has none of it.
+fn ask(kind: Ask, value: &Value, words: &[Value]) -> Result<(Value, usize), Stop> {
+    let nothing = || Stop::Error("a call of nothing".to_owned());
+    let (first, rest) = Wanted::read(words).ok_or_else(nothing)?;
+    let second = Wanted::read(rest).map(|(second, _)| second);
+    let mut parts = 0;
+    if let Ask::Fields = kind {
+        let given = first.of(value, &mut parts);
+        return Ok((given.unwrap_or(Value::Undefined), parts));
+    }
+    let entries: Vec<(Value, Value)> = match value {
+        Value::Array(items) => {
+            let items = items.iter().enumerate();
+            items
+                .map(|(at, item)| (Value::from(at), item.clone()))
+                .collect()
+        }
+        Value::Set(items) => items
+            .iter()
+            .map(|item| (item.clone(), item.clone()))
+            .collect(),
+        Value::Object(fields) => {
+            let fields = fields.iter_sorted();
+            fields
+                .map(|(key, field)| (key.clone(), field.clone()))
+                .collect()
+        }
+        // There is nothing in what is no collection.
+        _ => Vec::new(),
+    };
+    let mut given = Vec::new();
+    for (key, item) in &entries {
+        let found = match (&kind, &second) {
+            (Ask::Entries, Some(second)) => first
+                .of(key, &mut parts)
+                .zip(second.of(item, &mut parts))
+                .map(|(key, item)| Value::from(vec![key, item])),
+            (Ask::Entries, None) => return Err(nothing()),
+            _ => first.of(item, &mut parts),
+        };
+        given.extend(found);
+        if parts > REGO_NODES_MAX {
+            let message = format!("a pattern asks for more than {REGO_NODES_MAX} parts");
+            return Err(Stop::Budget(message));
+        }
+    }
+    Ok((Value::from(given), parts))
+}
+
+/// Whether a collection holds a value under a key. In a set each element is its own key.
+fn member(arguments: &[Value]) -> Result<Value, Stop> {
+    let asked = match arguments {
+        [Value::Array(asked), Value::Bool(true)] => asked.as_slice(),
+        _ => &[],
+    };
+    let [key, value, collection] = asked else {
+        return Err(Stop::Error("a call of nothing".to_owned()));
+    };
+    let found = match collection {
+        Value::Array(items) => {
+            let at = key.as_u64().ok().and_then(|at| usize::try_from(at).ok());
+            at.and_then(|at| items.get(at)) == Some(value)
+        }
+        Value::Object(fields) => fields.get(key) == Some(value),
+        Value::Set(items) => key == value && items.contains(key),
+        _ => false,
+    };
+    Ok(Value::Bool(found))
+}
+
+/// One document of its parts, or the solutions of a statement.
+fn solved(values: &[Value]) -> Result<Value, Stop> {
     let [Value::Array(arguments), Value::String(name)] = values else {
         return Err(Stop::Error("a call of nothing".to_owned()));
     };

@@ -29,7 +29,10 @@ use crate::limits::{
 };
 use crate::rego_builtins::{OPERATORS, Stop, begin, guarded, stopped};
 use crate::rego_host::{HOST, Shared, within};
-use crate::rego_rewrite::{self, MERGE, NONE, REPLACED, Refusal, Rewritten, SOME, Site, Target};
+use crate::rego_rewrite::{
+    self, EACH, ENTRIES, FIELDS, MEMBER, MERGE, NONE, REPLACED, Refusal, Rewritten, SOME, Site,
+    Target,
+};
 use crate::rego_source::{Finding, defined, findings, scan};
 use crate::rego_text::{RESERVED, Text, author_words, unmade};
 
@@ -184,7 +187,13 @@ impl Rules {
         let names: Vec<String> = (0..rewritten.sites.len())
             .flat_map(|site| [format!("{SOME}{site}"), format!("{NONE}{site}")])
             .collect();
-        let mut hosts = vec![(MERGE, 1)];
+        let mut hosts = vec![
+            (MERGE, 1),
+            (FIELDS, 2),
+            (EACH, 2),
+            (ENTRIES, 2),
+            (MEMBER, 2),
+        ];
         hosts.extend(names.iter().map(|name| (name.as_str(), 2)));
         let program = Compiler::compile_from_policy_with_host_await(&policy, &entries, &hosts)
             .map_err(|error| failed(&anyhow::Error::new(error)))?;

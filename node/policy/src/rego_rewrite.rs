@@ -13,6 +13,7 @@ use regorus::unstable::{AssignOp, Expr, Literal, LiteralStmt, Module, Query, Ref
 use regorus::{Engine, Value};
 
 use crate::limits::{REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
+use crate::rego_pattern::patterns;
 use crate::rego_program::read;
 use crate::rego_source::{constant, path};
 use crate::rego_text::{
@@ -34,6 +35,12 @@ pub(crate) const WITH: &str = "tidelock__with_";
 /// Where the variables of the statement stand in its data, and the values of rules that it replaces.
 pub(crate) const LOCALS: &str = "tidelock__locals";
 pub(crate) const REPLACED: &str = "tidelock__replaced";
+/// Functions that give the values of an object, or of each element of a collection, as a pattern asks for them;
+/// and whether a collection holds a value under a key.
+pub(crate) const FIELDS: &str = "tidelock__fields";
+pub(crate) const EACH: &str = "tidelock__each";
+pub(crate) const ENTRIES: &str = "tidelock__entries";
+pub(crate) const MEMBER: &str = "tidelock__member";
 const PART: &str = "tidelock__part_";
 const ENTRY: &str = "tidelock__entry";
 const DEFAULTED: &str = "tidelock__defaulted_";
@@ -1262,6 +1269,12 @@ pub(crate) fn rest(
         .collect();
     let texts = &mut rewritten.texts;
     let mut parsed = parsed_by(&mut engine);
+    let mut made = 0;
+    // Each turn writes what stands innermost, so that the depth of brackets bounds them.
+    while patterns(texts, &refs(&parsed), &mut made)? {
+        engine = parse(texts)?;
+        parsed = parsed_by(&mut engine);
+    }
     if everies(texts, &refs(&parsed))? {
         engine = parse(texts)?;
         parsed = parsed_by(&mut engine);

@@ -12,8 +12,9 @@ use regorus::unstable::{AssignOp, Expr, Literal, Module, Query, Ref, Rule, RuleA
 
 use crate::limits::{REGO_NESTING_MAX, REGO_PARSE_WORK_MAX};
 use crate::rego_builtins::{guarded, refusal};
+use crate::rego_pattern::{MEMBERS, PATTERN, objects, unwritten};
 use crate::rego_text::RESERVED;
-use crate::rego_walk::{binds, bounds, in_expr, pattern};
+use crate::rego_walk::{bounds, declared_by_some, in_expr, pattern, scope};
 
 /// Something in a policy that this node does not run.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -91,27 +92,21 @@ pub(crate) fn defined<'m>(modules: impl Iterator<Item = &'m Module>) -> BTreeSet
     heads.collect()
 }
 
-/// What a module holds that this node does not run, by line.
-pub(crate) fn findings(module: &Module, defined: &BTreeSet<(String, usize)>) -> Vec<Finding> {
-    let mut walk = Walk {
-        defined,
-        found: Vec::new(),
-        negated: false,
-        held: false,
-        global: BTreeSet::new(),
-        renamed: BTreeSet::new(),
-        known: BTreeSet::new(),
-    };
+/// The names of a module's rules and imports.
+pub(crate) fn globals(module: &Module) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
     for import in &module.imports {
         let last = match import.refr.as_ref() {
             Expr::RefDot { field, .. } => field.0.text(),
             _ => "",
         };
-        let name = import.r#as.as_ref().map_or(last, |name| name.text());
-        walk.name(import.span.line, name);
-        walk.global.insert(name.to_owned());
-        walk.renamed
-            .extend(import.r#as.as_ref().map(|name| name.text().to_owned()));
+        names.insert(
+            import
+                .r#as
+                .as_ref()
+                .map_or(last, |name| name.text())
+                .to_owned(),
+        );
     }
     for rule in &module.policy {
         let (Rule::Spec {
@@ -124,7 +119,39 @@ pub(crate) fn findings(module: &Module, defined: &BTreeSet<(String, usize)>) -> 
         while let Expr::RefDot { refr, .. } | Expr::RefBrack { refr, .. } = root {
             root = refr.as_ref();
         }
-        pattern(root, &mut walk.global);
+        pattern(root, &mut names);
+    }
+    names
+}
+
+/// What a module holds that this node does not run, by line.
+pub(crate) fn findings(module: &Module, defined: &BTreeSet<(String, usize)>) -> Vec<Finding> {
+    let mut walk = Walk {
+        defined,
+        found: Vec::new(),
+        negated: false,
+        held: false,
+        global: globals(module),
+        declared: BTreeSet::new(),
+        renamed: BTreeSet::new(),
+        known: BTreeSet::new(),
+    };
+    for import in &module.imports {
+        let last = match import.refr.as_ref() {
+            Expr::RefDot { field, .. } => field.0.text(),
+            _ => "",
+        };
+        let name = import.r#as.as_ref().map_or(last, |name| name.text());
+        walk.name(import.span.line, name);
+        walk.renamed
+            .extend(import.r#as.as_ref().map(|name| name.text().to_owned()));
+    }
+    for (line, why) in unwritten(module, &walk.global) {
+        walk.found.push(Finding {
+            line,
+            name: PATTERN.to_owned(),
+            reason: format!("{why}; {MEMBERS}"),
+        });
     }
     for rule in &module.policy {
         walk.rule(rule);
@@ -143,20 +170,21 @@ struct Walk<'d> {
     held: bool,
     /// Names of rules and imports.
     global: BTreeSet<String>,
+    /// Names that the rule declares itself.
+    declared: BTreeSet<String>,
     /// Names that imports make themselves.
     renamed: BTreeSet<String>,
     /// Variables that the rule binds for sure.
     known: BTreeSet<String>,
 }
 
-/// How to write what is refused for a pattern with an object in it.
-const MEMBERS: &str = "name the members one by one (`x := y.member`), and compare with `==`: bigger objects would match too";
 /// How to write what is refused in a comprehension under `not`.
 const HOLD: &str = "under `not` it would not be compared: give the comprehension a name before, `x := […]`, and write `not` with the name";
 
 impl Walk<'_> {
     fn rule(&mut self, rule: &Rule) {
         self.known.clear();
+        self.declared = declared_by_some(rule);
         if let Rule::Spec {
             head: RuleHead::Func { args, .. },
             ..
@@ -165,11 +193,15 @@ impl Walk<'_> {
             args.iter()
                 .for_each(|argument| pattern(argument, &mut self.known));
         }
-        if let Rule::Spec { bodies, .. } = rule {
-            bodies.iter().for_each(|body| self.scope(&body.query));
-        }
         match rule {
             Rule::Spec { head, bodies, .. } => {
+                let arguments = self.known.clone();
+                // What the head may count on is what every body binds that it belongs to.
+                let own = bodies.iter().filter(|body| !body.is_else);
+                let known = own.map(|body| scope(&body.query, &arguments));
+                self.known = known
+                    .reduce(|a, b| a.intersection(&b).cloned().collect())
+                    .unwrap_or_default();
                 match head {
                     RuleHead::Compr { refr, assign, .. } => {
                         self.expr(refr);
@@ -196,6 +228,7 @@ impl Walk<'_> {
                     }
                 }
                 for body in bodies {
+                    self.known = scope(&body.query, &arguments);
                     self.assign(body.assign.as_ref());
                     self.query(&body.query);
                 }
@@ -215,13 +248,6 @@ impl Walk<'_> {
                 self.exprs(args);
                 self.expr(value);
             }
-        }
-    }
-
-    /// Adds what the statements of a body bind for sure.
-    fn scope(&mut self, query: &Query) {
-        for statement in &query.stmts {
-            binds(&statement.literal, &mut self.known);
         }
     }
 
@@ -273,12 +299,7 @@ impl Walk<'_> {
                             "it stands for nothing there: write a rule with `some … in` and `not` with its name",
                         );
                     }
-                    if let Expr::AssignExpr {
-                        op: AssignOp::Eq,
-                        lhs,
-                        rhs,
-                        ..
-                    } = expr.as_ref()
+                    if let Expr::AssignExpr { lhs, rhs, .. } = expr.as_ref()
                         && (structured(lhs) || structured(rhs))
                     {
                         self.refuse(expr.span().line, "= under not", "write `==`");
@@ -299,7 +320,9 @@ impl Walk<'_> {
                     }
                     self.expr(domain);
                     let outer = self.known.clone();
-                    self.scope(query);
+                    let own = key.iter().chain([value]).map(|span| span.text().to_owned());
+                    self.known.extend(own);
+                    self.known = scope(query, &self.known);
                     self.query(query);
                     self.known = outer;
                 }
@@ -358,7 +381,7 @@ impl Walk<'_> {
             Expr::ArrayCompr { term, query, .. } | Expr::SetCompr { term, query, .. } => {
                 let before = std::mem::replace(&mut self.held, self.negated);
                 let outer = self.known.clone();
-                self.scope(query);
+                self.known = scope(query, &outer);
                 self.expr(term);
                 self.query(query);
                 self.held = before;
@@ -369,7 +392,7 @@ impl Walk<'_> {
             } => {
                 let before = std::mem::replace(&mut self.held, self.negated);
                 let outer = self.known.clone();
-                self.scope(query);
+                self.known = scope(query, &outer);
                 self.expr(key);
                 self.expr(value);
                 self.query(query);
@@ -419,14 +442,8 @@ impl Walk<'_> {
             } => {
                 match op {
                     AssignOp::ColEq => self.matched(lhs),
-                    AssignOp::Eq => {
-                        if [lhs, rhs].iter().any(|side| self.binding(side)) {
-                            self.refuse(span.line, PATTERN, MEMBERS);
-                        }
-                        if self.held {
-                            self.refuse(span.line, HELD, HOLD);
-                        }
-                    }
+                    AssignOp::Eq if self.held => self.refuse(span.line, HELD, HOLD),
+                    AssignOp::Eq => {}
                 }
                 self.expr(lhs);
                 self.expr(rhs);
@@ -441,16 +458,8 @@ impl Walk<'_> {
                 key,
                 value,
                 collection,
-                span,
                 ..
             } => {
-                if key.is_some() {
-                    self.refuse(
-                        span.line,
-                        "k, v in",
-                        "the key would be ignored: write `collection[k] == v`, or `some k, v in collection`",
-                    );
-                }
                 self.exprs(key.as_ref());
                 self.expr(value);
                 self.expr(collection);
@@ -460,9 +469,7 @@ impl Walk<'_> {
 
     /// Looks at a pattern.
     fn matched(&mut self, pattern: &Expr) {
-        if objects(pattern) {
-            self.refuse(pattern.span().line, PATTERN, MEMBERS);
-        } else if self.held && !matches!(pattern, Expr::Var { .. }) {
+        if self.held && !matches!(pattern, Expr::Var { .. }) {
             self.refuse(pattern.span().line, HELD, HOLD);
         }
     }
@@ -472,9 +479,10 @@ impl Walk<'_> {
         let mut names = BTreeSet::new();
         literal_variables(literal, &mut names);
         objects(literal)
-            && names
-                .iter()
-                .any(|name| !self.known.contains(name) && !self.global.contains(name))
+            && names.iter().any(|name| {
+                let global = self.global.contains(name) && !self.declared.contains(name);
+                !self.known.contains(name) && !global
+            })
     }
 
     /// Whether a function of a name can take so many arguments.
@@ -527,21 +535,8 @@ impl Walk<'_> {
     }
 }
 
-/// What is refused for a pattern with an object in it.
-const PATTERN: &str = "{…} as a pattern";
 /// What is refused in a comprehension under `not`.
 const HELD: &str = "a pattern or = in a comprehension under not";
-
-/// Whether an expression is, or holds as a literal, an object.
-fn objects(expr: &Expr) -> bool {
-    match expr {
-        Expr::Object { .. } => true,
-        Expr::Array { items, .. } | Expr::Set { items, .. } => {
-            items.iter().any(|item| objects(item))
-        }
-        _ => false,
-    }
-}
 
 fn structured(expr: &Expr) -> bool {
     matches!(
@@ -567,7 +562,7 @@ fn literal_variables(expr: &Expr, names: &mut BTreeSet<String>) {
 }
 
 /// Whether an expression has `_` in it, outside of comprehensions.
-fn wildcard(expr: &Expr) -> bool {
+pub(crate) fn wildcard(expr: &Expr) -> bool {
     let mut inner = Vec::new();
     let mut found = Vec::new();
     in_expr(expr, &mut |part| match part {

@@ -29,6 +29,32 @@ pub(crate) fn whole(text: &str, span: &Span) -> (usize, usize) {
     )
 }
 
+/// Where an expression is in its text; nothing if that is not certain. The engine's spans of objects begin at their
+/// last field: the brace stands before the first one, with nothing but spaces and comments between.
+pub(crate) fn place(text: &str, expr: &Expr) -> Option<(usize, usize)> {
+    let (from, to) = whole(text, expr.span());
+    let Expr::Object { fields, .. } = expr else {
+        return Some((from, to));
+    };
+    let Some((_, key, _)) = fields.first() else {
+        return Some((from, to));
+    };
+    let (first, _) = place(text, key)?;
+    let before = text.get(..first)?;
+    let brace = before.rfind('{')?;
+    let line_start = before.get(..brace)?.rfind('\n').map_or(0, |at| at + 1);
+    let in_comment = before.get(line_start..brace)?.contains('#');
+    let blank = |line: &str| line.trim_start().is_empty() || line.trim_start().starts_with('#');
+    let between = before.get(brace + 1..)?;
+    (!in_comment && between.lines().all(blank)).then_some((brace, to))
+}
+
+/// An expression as it is written, an object too; nothing if that is not certain.
+pub(crate) fn spelled(text: &str, expr: &Expr) -> Option<String> {
+    let (from, to) = place(text, expr)?;
+    text.get(from..to).map(str::to_owned)
+}
+
 pub(crate) fn line(span: &Span) -> usize {
     usize::try_from(span.line).unwrap_or_default()
 }
@@ -246,6 +272,90 @@ pub(crate) fn for_each_statement<'m>(rule: &'m Rule, each: &mut dyn FnMut(&'m Li
     for query in queries {
         nested(query, each);
     }
+}
+
+/// Calls a function for each part of an expression, without the statements of comprehensions and without parts
+/// of parts.
+pub(crate) fn children<'m>(expr: &'m Expr, each: &mut dyn FnMut(&'m Expr)) {
+    match expr {
+        Expr::String { .. }
+        | Expr::RawString { .. }
+        | Expr::Number { .. }
+        | Expr::Bool { .. }
+        | Expr::Null { .. }
+        | Expr::Var { .. } => {}
+        Expr::Array { items, .. } | Expr::Set { items, .. } => {
+            items.iter().for_each(|item| each(item));
+        }
+        Expr::Object { fields, .. } => {
+            for (_, key, value) in fields {
+                each(key);
+                each(value);
+            }
+        }
+        Expr::ArrayCompr { term, .. } | Expr::SetCompr { term, .. } => each(term),
+        Expr::ObjectCompr { key, value, .. } => {
+            each(key);
+            each(value);
+        }
+        Expr::Call { fcn, params, .. } => {
+            each(fcn);
+            params.iter().for_each(|item| each(item));
+        }
+        Expr::UnaryExpr { expr, .. } => each(expr),
+        Expr::RefDot { refr, .. } => each(refr),
+        Expr::RefBrack { refr, index, .. } => {
+            each(refr);
+            each(index);
+        }
+        Expr::BinExpr { lhs, rhs, .. }
+        | Expr::BoolExpr { lhs, rhs, .. }
+        | Expr::ArithExpr { lhs, rhs, .. }
+        | Expr::AssignExpr { lhs, rhs, .. } => {
+            each(lhs);
+            each(rhs);
+        }
+        Expr::Membership {
+            key,
+            value,
+            collection,
+            ..
+        } => {
+            key.iter().for_each(|key| each(key));
+            each(value);
+            each(collection);
+        }
+    }
+}
+
+/// The names that have a value for sure in the statements of a body, given those around it. The variables of an
+/// `every` are its own, and what `some` declares is a new one until something binds it.
+pub(crate) fn scope(query: &Query, around: &BTreeSet<String>) -> BTreeSet<String> {
+    let mut known = around.clone();
+    for statement in &query.stmts {
+        if let Literal::SomeVars { vars, .. } = &statement.literal {
+            for span in vars {
+                known.remove(span.text());
+            }
+        }
+    }
+    for statement in &query.stmts {
+        if !matches!(statement.literal, Literal::Every { .. }) {
+            binds(&statement.literal, &mut known);
+        }
+    }
+    known
+}
+
+/// The names that a rule declares with `some` alone.
+pub(crate) fn declared_by_some(rule: &Rule) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for_each_statement(rule, &mut |statement| {
+        if let Literal::SomeVars { vars, .. } = &statement.literal {
+            names.extend(vars.iter().map(|span| span.text().to_owned()));
+        }
+    });
+    names
 }
 
 /// Every name that a rule declares somewhere.

@@ -116,7 +116,6 @@ fn is_construct(error: &str) -> bool {
         "`with`",
         "`default`",
         "`_ :=`",
-        "`k, v in`",
         "`_ under not`",
         "`= under not`",
         "`a key twice in",
@@ -222,7 +221,7 @@ fn the_compliance_suite_of_opa() {
     );
     // A regression would hide among what is refused.
     assert!(
-        agree * 1000 >= judged * 914,
+        agree * 1000 >= judged * 968,
         "only {agree} of {judged} cases agree"
     );
 }

@@ -223,28 +223,11 @@ fn the_variables_of_every_are_its_own() {
     }
 }
 
-/// The story: `input.user, "admin" in data.roles` asked only whether there is an admin; patterns with objects matched
-/// bigger objects; in a comprehension under `not` patterns were not compared; `not input.tags[_] == "secret"`
+/// The story: patterns with objects matched bigger objects; in a comprehension under `not` patterns were not compared; `not input.tags[_] == "secret"`
 /// loaded.
 #[test]
 fn what_the_machine_would_not_compare_is_refused() {
     for (rules, word) in [
-        ("p if input.user, \"admin\" in data.roles", "k, v in"),
-        ("p if { x := {(1, 2 in data.list)}; x }", "k, v in"),
-        ("p if { {\"path\": x} := input.params; x }", "as a pattern"),
-        (
-            "p if { [{\"path\": x}] := input.params; x }",
-            "as a pattern",
-        ),
-        ("p if { {\"path\": x} = input.params; x }", "as a pattern"),
-        ("p if { input.params = {\"path\": x}; x }", "as a pattern"),
-        ("p if { [x, {\"a\": 1}] = input.params; x }", "as a pattern"),
-        (
-            "p if { some {\"a\": x} in input.params; x }",
-            "as a pattern",
-        ),
-        ("p if { some {\"a\": 1} in input.params }", "as a pattern"),
-        ("f({\"a\": x}) := x\np := f(input)", "as a pattern"),
         (
             "q contains {\"a\": 1, \"b\": 2}\np := x if q[{\"a\": x}]",
             "as a pattern",
@@ -255,10 +238,6 @@ fn what_the_machine_would_not_compare_is_refused() {
         ),
         (
             "p if { json.unmarshal(input.text, {\"a\": x}); x }",
-            "as a pattern",
-        ),
-        (
-            "p if { q := [1 | y := 3; y > 1]; {\"a\": y} = input; q }",
             "as a pattern",
         ),
         (
