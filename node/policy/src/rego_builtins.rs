@@ -219,7 +219,7 @@ allowed! {
 
 /// Functions that take the place of instructions of the machine, with their number of arguments.
 /// Their names cannot be written in Rego.
-pub(crate) const OPERATORS: [(&str, BuiltinFcn); 15] = [
+pub(crate) const OPERATORS: [(&str, BuiltinFcn); 16] = [
     ("+", (|s, p, v, _| arithmetic(&ArithOp::Add, s, p, v), 2)),
     ("-", (|s, p, v, _| minus(s, p, v), 2)),
     ("*", (|s, p, v, _| arithmetic(&ArithOp::Mul, s, p, v), 2)),
@@ -233,6 +233,7 @@ pub(crate) const OPERATORS: [(&str, BuiltinFcn); 15] = [
     ("#same", (|_, _, v, _| same(v), 2)),
     ("#value", (|_, _, v, _| single(v), 2)),
     ("#given", (|_, _, v, _| given(v), 2)),
+    ("#length", (|_, _, v, _| Ok(array_length(v)), 2)),
     (HOST, (|_, _, v, _| host(v), 2)),
     ("#defined", (|_, _, v, _| shown(v), 2)),
 ];
@@ -639,6 +640,14 @@ fn given(values: &[Value]) -> anyhow::Result<Value> {
     match values {
         [said, _] => Ok(said.clone()),
         _ => Err(error("function", "a call of nothing")),
+    }
+}
+
+/// How long an array is that a pattern is to fit; undefined if it is none.
+fn array_length(values: &[Value]) -> Value {
+    match values {
+        [Value::Array(items), ..] => Value::from(items.len()),
+        _ => Value::Undefined,
     }
 }
 

@@ -62,6 +62,18 @@ fn open(expr: &Expr) -> bool {
     }
 }
 
+/// Whether the compiler could take an expression for a pattern.
+fn bindable(expr: &Expr) -> bool {
+    let name = match expr {
+        Expr::Var {
+            value: Value::String(name),
+            ..
+        } => name.as_ref(),
+        _ => "",
+    };
+    name != "_" && open(expr)
+}
+
 /// Whether a literal has an object with a key that is no constant.
 fn computed(expr: &Expr) -> bool {
     match expr {
@@ -500,7 +512,10 @@ impl<'t> Look<'t> {
                 }
                 self.expr(expr, known);
             }
-            Literal::NotExpr { expr, .. } => self.expr(expr, known),
+            Literal::NotExpr { expr, .. } => {
+                self.negated(expr);
+                self.expr(expr, known);
+            }
             Literal::Every {
                 key,
                 value,
@@ -666,6 +681,47 @@ impl<'t> Look<'t> {
                 let (left, right) = (self.side(left, at), self.side(right, at));
                 self.replace(from, to, format!("{left} {sign} {right}"));
             }
+        }
+    }
+
+    /// Nothing is bound under `not`. The compiler would take a variable as an index, beside `=` or as a last argument
+    /// for a new one, where what binds it stands behind: it is written as a value.
+    fn negated(&mut self, expr: &Expr) {
+        match expr {
+            Expr::AssignExpr {
+                op: AssignOp::Eq,
+                lhs,
+                ..
+            } => {
+                let sign = place(self.text, lhs).and_then(|(_, behind)| {
+                    let sign = self.text.get(behind..)?.find('=')?;
+                    Some(behind + sign)
+                });
+                match sign {
+                    Some(at) => self.replace(at, at + 1, "==".to_owned()),
+                    None => self.unwritten.push((line(expr.span()), READ)),
+                }
+            }
+            Expr::RefBrack { index, .. } if bindable(index) => self.value(index),
+            Expr::Call { params, .. } if params.len() > 1 => {
+                let last = params.last().filter(|last| bindable(last));
+                last.into_iter().for_each(|last| self.value(last));
+            }
+            _ => {}
+        }
+        if let Expr::ArrayCompr { .. } | Expr::SetCompr { .. } | Expr::ObjectCompr { .. } = expr {
+            return;
+        }
+        let mut parts = Vec::new();
+        children(expr, &mut |part| parts.push(part));
+        parts.into_iter().for_each(|part| self.negated(part));
+    }
+
+    /// An expression that cannot be taken for a pattern.
+    fn value(&mut self, expr: &Expr) {
+        match (place(self.text, expr), own(expr)) {
+            (Some((from, to)), Ok(text)) => self.replace(from, to, format!("[{text}][0]")),
+            _ => self.unwritten.push((line(expr.span()), READ)),
         }
     }
 

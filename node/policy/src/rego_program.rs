@@ -647,6 +647,13 @@ impl<'p> Hardening<'p> {
                         .or_default()
                         .insert(0, instruction);
                 }
+                // The machine counts sets and objects too, and looks into them by the places of an array.
+                Instruction::Count { dest, collection } => {
+                    let call = self.operator("#length", dest, collection, collection);
+                    if let Some(place) = self.program.instructions.get_mut(at) {
+                        *place = call;
+                    }
+                }
                 // A body whose loops find nothing has no value: the next `else` has its turn.
                 Instruction::RuleReturn {} => self.defined(at, RESULT),
                 Instruction::LoopStart { .. } => loops += 1,

@@ -15,14 +15,14 @@ use regorus::{Engine, Value};
 use crate::limits::{REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
 use crate::rego_pattern::patterns;
 use crate::rego_program::read;
-use crate::rego_source::{constant, path};
+use crate::rego_source::{constant, globals, path};
 use crate::rego_text::{
     Edit, RESERVED, Text, apply, begins_with_keyword, is_name, key_name, keyword_name, keywords,
     quoted, unmade,
 };
 use crate::rego_walk::{
-    binds, bounds, declared, for_each_expr, for_each_statement, in_expr, in_literal, in_query,
-    in_rule, line, outside, variables, whole, written,
+    binds, bounds, declared, for_each_every, for_each_expr, for_each_statement, in_expr,
+    in_literal, in_query, in_rule, line, outside, place, scope, variables, whole, written,
 };
 
 /// Function that makes one document of the parts of a rule with a general head.
@@ -332,25 +332,32 @@ fn retaken(query: &Query) -> BTreeSet<String> {
 }
 
 /// Gives the variables of `every` other names, and its body variables of the author's names: as an index or
-/// beside `=` the compiler takes those of `every` itself for new ones.
+/// beside `=` the compiler takes those of `every` itself for new ones. Variables from around the `every` stand in
+/// its domain too: the compiler orders statements by the domain alone, and would take what is bound later for new.
 fn everies(texts: &mut [Text], modules: &[&Module]) -> Result<bool, Refusal> {
     let mut count = 0_usize;
+    let mut changed = false;
     for (text, module) in texts.iter_mut().zip(modules) {
+        let global = globals(module);
         let mut edits = Vec::new();
         let mut unread = None;
         for rule in &module.policy {
-            for_each_statement(rule, &mut |statement| {
+            for_each_every(rule, &mut |statement, around| {
                 let Literal::Every {
-                    key, value, query, ..
+                    key,
+                    value,
+                    domain,
+                    query,
+                    ..
                 } = &statement.literal
                 else {
                     return;
                 };
-                let taken = retaken(query);
+                let mut taken = retaken(query);
                 let mut bound = String::new();
                 for span in key.iter().chain([value]) {
                     let name = span.text();
-                    if !taken.contains(name) {
+                    if !taken.remove(name) {
                         continue;
                     }
                     let (from, to) = bounds(span);
@@ -359,17 +366,39 @@ fn everies(texts: &mut [Text], modules: &[&Module]) -> Result<bool, Refusal> {
                     edits.push(Edit { from, to, with });
                     count += 1;
                 }
-                let first = query.stmts.first().map(|first| bounds(&first.span).0);
-                let open = first
-                    .and_then(|first| text.text.get(..first))
-                    .and_then(|before| before.rfind('{'));
-                match open {
-                    Some(open) => edits.push(Edit {
-                        from: open + 1,
-                        to: open + 1,
-                        with: bound,
-                    }),
-                    None => unread = Some(line(&statement.span)),
+                let own = scope(query, &BTreeSet::new());
+                taken.retain(|name| {
+                    let outer = around.contains(name) && !own.contains(name);
+                    outer && !global.contains(name) && !matches!(name.as_str(), "input" | "data")
+                });
+                let domain = place(&text.text, domain);
+                let open = bounds(&query.span).0;
+                let open = Some(open).filter(|open| {
+                    text.text
+                        .as_bytes()
+                        .get(*open)
+                        .is_some_and(|byte| *byte == b'{')
+                });
+                let (Some(open), Some((from, to))) = (open, domain) else {
+                    unread = Some(line(&statement.span));
+                    return;
+                };
+                edits.push(Edit {
+                    from: open + 1,
+                    to: open + 1,
+                    with: bound,
+                });
+                if !taken.is_empty() {
+                    let taken: Vec<String> = taken.into_iter().collect();
+                    let (before, behind) = ("[".to_owned(), format!(", {}][0]", taken.join(", ")));
+                    for (at, with) in [(from, before), (to, behind)] {
+                        edits.push(Edit {
+                            from: at,
+                            to: at,
+                            with,
+                        });
+                    }
+                    changed = true;
                 }
             });
         }
@@ -379,7 +408,7 @@ fn everies(texts: &mut [Text], modules: &[&Module]) -> Result<bool, Refusal> {
         }
         apply(&mut text.text, edits);
     }
-    Ok(count > 0)
+    Ok(changed || count > 0)
 }
 
 /// A reference that spells the name of a rule otherwise than the rule is spelled by now would find nothing.

@@ -347,6 +347,165 @@ pub(crate) fn scope(query: &Query, around: &BTreeSet<String>) -> BTreeSet<String
     known
 }
 
+/// Calls a function for each `every` of a rule, with the names that what stands around it mentions: the arguments, and
+/// the statements that it is beside or inside of, without those of other comprehensions and of other `every`.
+pub(crate) fn for_each_every<'m>(
+    rule: &'m Rule,
+    each: &mut dyn FnMut(&'m LiteralStmt, &BTreeSet<String>),
+) {
+    let mut around = BTreeSet::new();
+    let Rule::Spec { head, bodies, .. } = rule else {
+        return;
+    };
+    let mut values: Vec<&'m Expr> = Vec::new();
+    match head {
+        RuleHead::Compr { refr, assign, .. } => {
+            values.push(refr);
+            values.extend(assign.iter().map(|assign| assign.value.as_ref()));
+        }
+        RuleHead::Set { refr, key, .. } => {
+            values.push(refr);
+            values.extend(key.iter().map(AsRef::as_ref));
+        }
+        RuleHead::Func { args, assign, .. } => {
+            args.iter()
+                .for_each(|argument| pattern(argument, &mut around));
+            values.extend(assign.iter().map(|assign| assign.value.as_ref()));
+        }
+    }
+    for body in bodies {
+        values.extend(body.assign.iter().map(|assign| assign.value.as_ref()));
+        everies_of(&body.query, &around, each);
+    }
+    // What is in comprehensions of a head may see what the bodies bind.
+    for body in bodies {
+        let mut around = around.clone();
+        beside(&body.query, None, &mut around);
+        for value in &values {
+            inside(value, &around, each);
+        }
+    }
+    if bodies.is_empty() {
+        values.iter().for_each(|value| inside(value, &around, each));
+    }
+}
+
+fn everies_of<'m>(
+    query: &'m Query,
+    around: &BTreeSet<String>,
+    each: &mut dyn FnMut(&'m LiteralStmt, &BTreeSet<String>),
+) {
+    for (number, statement) in query.stmts.iter().enumerate() {
+        let mut names = around.clone();
+        beside(query, Some(number), &mut names);
+        if let Literal::Every {
+            key, value, query, ..
+        } = &statement.literal
+        {
+            each(statement, &names);
+            let mut inner = names.clone();
+            inner.extend(key.iter().chain([value]).map(|span| span.text().to_owned()));
+            everies_of(query, &inner, each);
+        }
+        own_level(&statement.literal, &mut names);
+        for expr in expressions(statement) {
+            inside(expr, &names, each);
+        }
+    }
+}
+
+/// The `every` in the comprehensions of an expression.
+fn inside<'m>(
+    expr: &'m Expr,
+    around: &BTreeSet<String>,
+    each: &mut dyn FnMut(&'m LiteralStmt, &BTreeSet<String>),
+) {
+    let mut around = around.clone();
+    if let Expr::ArrayCompr { query, .. }
+    | Expr::SetCompr { query, .. }
+    | Expr::ObjectCompr { query, .. } = expr
+    {
+        everies_of(query, &around, each);
+        beside(query, None, &mut around);
+    }
+    let mut parts = Vec::new();
+    children(expr, &mut |part| parts.push(part));
+    parts
+        .into_iter()
+        .for_each(|part| inside(part, &around, each));
+}
+
+/// Adds what the statements of a body mention, all but one.
+fn beside(query: &Query, but: Option<usize>, names: &mut BTreeSet<String>) {
+    for (number, statement) in query.stmts.iter().enumerate() {
+        if Some(number) != but {
+            own_level(&statement.literal, names);
+            for modifier in &statement.with_mods {
+                mentioned(&modifier.r#as, names);
+            }
+        }
+    }
+}
+
+/// Adds what a statement mentions, without what its comprehensions and its `every` are about.
+fn own_level(literal: &Literal, names: &mut BTreeSet<String>) {
+    match literal {
+        Literal::SomeVars { vars, .. } => {
+            names.extend(vars.iter().map(|span| span.text().to_owned()));
+        }
+        Literal::SomeIn {
+            key,
+            value,
+            collection,
+            ..
+        } => {
+            key.iter().for_each(|key| mentioned(key, names));
+            mentioned(value, names);
+            mentioned(collection, names);
+        }
+        Literal::Expr { expr, .. } | Literal::NotExpr { expr, .. } => mentioned(expr, names),
+        Literal::Every { domain, .. } => mentioned(domain, names),
+    }
+}
+
+fn mentioned(expr: &Expr, names: &mut BTreeSet<String>) {
+    let comprehension = matches!(
+        expr,
+        Expr::ArrayCompr { .. } | Expr::SetCompr { .. } | Expr::ObjectCompr { .. }
+    );
+    if let Expr::Var {
+        value: Value::String(name),
+        ..
+    } = expr
+    {
+        names.insert(name.to_string());
+    }
+    if !comprehension {
+        children(expr, &mut |part| mentioned(part, names));
+    }
+}
+
+fn expressions(statement: &LiteralStmt) -> Vec<&Expr> {
+    let mut found: Vec<&Expr> = match &statement.literal {
+        Literal::SomeVars { .. } => Vec::new(),
+        Literal::SomeIn {
+            key,
+            value,
+            collection,
+            ..
+        } => {
+            let key = key.iter().map(AsRef::as_ref);
+            key.chain([value.as_ref(), collection.as_ref()]).collect()
+        }
+        Literal::Expr { expr, .. } | Literal::NotExpr { expr, .. } => vec![expr],
+        Literal::Every { domain, .. } => vec![domain],
+    };
+    for modifier in &statement.with_mods {
+        found.extend([modifier.refr.as_ref(), modifier.r#as.as_ref()]);
+    }
+    found
+}
+
 /// The names that a rule declares with `some` alone.
 pub(crate) fn declared_by_some(rule: &Rule) -> BTreeSet<String> {
     let mut names = BTreeSet::new();

@@ -81,6 +81,7 @@ fn request() -> Value {
         "text": "a",
         "list": [{"a": 1}, {"a": 2}, {"a": 3, "b": 4}, {"b": 5}, "a", [1]],
         "map": {"x": {"a": 1}, "y": {"a": 2, "b": 2}},
+        "quote": {"a\"b": 1, "c#d": 2},
         "roles": {"ann": "admin", "bob": "user"},
     })
 }
@@ -659,6 +660,186 @@ fn a_pattern_is_bounded() {
         &json!({"many": few}),
     );
     assert_eq!(said, Said::Value(json!(true)));
+}
+
+/// The story: the machine counts sets and objects too, and `[x] := input.list` took `{0}` for an array; so did arguments
+/// and `some … in`.
+#[test]
+fn an_array_pattern_fits_an_array_alone() {
+    undefined(
+        &request(),
+        &[
+            "p if { [x] := {0}; x == 0 }",
+            "p if { [x] = {0}; x == 0 }",
+            "p if { [_] = {0} }",
+            "p if { some [x] in [{0}]; x == 0 }",
+            "p if { [x, [y]] := [1, {2}]; y == 2 }",
+            "f([x]) := 1\np := f({0})",
+            "f([x]) := 1\np := f({0: 1})",
+            "p if { [x] := input.text; x }",
+            "p if { [x] := input.numbers; x }",
+        ],
+    );
+    decides(
+        &request(),
+        &[
+            ("p if { [x] := [0]; x == 0 }", json!(true)),
+            ("p if { [_] = [0] }", json!(true)),
+            ("p if { some [x] in [[0]]; x == 0 }", json!(true)),
+            ("f([x, _]) := x\np := f([1, 2])", json!(1)),
+        ],
+    );
+}
+
+/// The story: the compiler orders statements without looking into an `every`, and at what `not` mentions as if that bound
+/// it: `every o in [2] { o = y }; y = 1` held, and `deny if { not input.grants[k]; k = "write" }` was silent. In OPA the
+/// order of statements says nothing.
+#[test]
+fn the_order_of_statements_says_nothing() {
+    let input = request();
+    undefined(
+        &input,
+        &[
+            "p if { every o in [2] { o = y }; y = 1 }",
+            "p if { every o in [2] { o = y }; some y in [1] }",
+            "p if { every o in [[\"zz\"]] { o = y }; split(\"a\", \",\", y) }",
+            "p if { split(\"a\", \",\", y); every o in [[\"zz\"]] { o = y } }",
+            "p if { y = z; every o in [2] { o = y }; z = 1 }",
+            "p if { every o in [input.o] { o[y] }; y = \"zz\" }",
+            "p if { every o in [\"b\"] { o = y }; input.one[y] }",
+            "p if { every o in [2] { every q in [1] { o = y; q == 1 } }; y = 1 }",
+            "p if { every o in [2] { [z | z = y; z = o] == [1] }; y = 1 }",
+            "p if { every o in [2] { count([1 | o = y]) == 1 }; y = 1 }",
+            "p if { count([1 | every o in [2] { o = y }]) == 1; y = 1 }",
+            "p if { every o in [{\"a\": 2}] { {\"a\": y} = o }; y = 1 }",
+            "p if { y := 1; every o in [{\"a\": 2}] { {\"a\": y} = o } }",
+            "p if { every o in ({1} | {2}) { o = y }; y = 1 }",
+            "f(x) if { every o in [2] { o = x } }\np if f(1)",
+            "p if {\n\tevery k, r in [\"a\"] { # a { brace\n\t\t# { another\n\t\t[\"b\"][k] = r\n\t}\n}",
+            "p if { not y = 1; y = 1 }",
+            "p if { not input.o[y]; y = \"a\" }",
+            "p if { not split(\"a\", \",\", y); y = [\"a\"] }",
+            "p if { not input.o[k] == v; k = \"a\"; v = 1 }",
+            "q contains [1, 2]\np if { not q[[1, y]]; y = 2 }",
+            "q contains {1, 2}\np if { y := 1; not q[{y, 2}] }",
+        ],
+    );
+    let controls: Vec<(&str, Value)> = [
+        "p if { every o in [1] { o = y }; y = 1 }",
+        "p if { every o in [1] { o = y }; some y in [1] }",
+        "p if { every o in [[\"a\"]] { o = y }; split(\"a\", \",\", y) }",
+        "p if { y = z; every o in [1] { o = y }; z = 1 }",
+        "p if { every o in [input.o] { o[y] }; y = \"a\" }",
+        "p if { every o in [1] { [z | z = y; z = o] == [1] }; y = 1 }",
+        "p if { count([1 | every o in [1] { o = y }]) == 1; y = 1 }",
+        "p if { every o in [{\"a\": 1}] { {\"a\": y} = o }; y = 1 }",
+        "p if { every o in ({1} | {1}) { o = y }; y = 1 }",
+        "p if { every o in [1, 2] { x = o; x > 0 }; every o in [3] { x = o; x > 2 } }",
+        "p if {\n\tevery k, r in [\"a\"] { # a { brace\n\t\t# { another\n\t\t[\"a\"][k] = r\n\t}\n}",
+        "p if { not y = 1; y = 2 }",
+        "p if { not input.o[y]; y = \"zz\" }",
+        "p if { not split(\"a\", \",\", y); y = [\"zz\"] }",
+        "p if { not input.o[k] == v; k = \"a\"; v = 2 }",
+        "p if { not count([1 | input.o[y]]) > 0; y = \"zz\" }",
+        "q contains [1, 2]\np if { not q[[1, y]]; y = 3 }",
+        "p if { y := \"k\"; not input.roles[y] == \"x\" with input.roles as {\"k\": \"y\"} }",
+        "p if every o in [\"a\"] { not input.o[o] == 2 }",
+    ]
+    .map(|rules| (rules, json!(true)))
+    .to_vec();
+    decides(&input, &controls);
+    refused(&[
+        (
+            "p if { every o in [2] { o = y }; y := 1 }",
+            "before definition",
+        ),
+        ("p if { not input.o[y] }", ""),
+        ("p if { not y = 1 }", ""),
+    ]);
+}
+
+/// A deny that depends on a pattern is not silent where the pattern errs, and shadowed names are names of their own.
+#[test]
+fn errors_and_shadows_around_patterns() {
+    let input = request();
+    let deny = |rules: &str| format!("p := \"allow\" if not deny\np := \"deny\" if deny\n{rules}");
+    for rules in [
+        "deny if { \"ann\", to_number(\"x\") in input.roles }",
+        "deny if { {\"a\": x} := {\"a\": to_number(\"x\")}; x }",
+        "deny if { some {\"a\": x} in [{\"a\": 1 / 0}]; x }",
+        "deny if f({\"a\": 1 / 0})\nf({\"a\": x}) if x",
+        "deny if { {\"a\": x} = input.one; x / 0 == 1 }",
+    ] {
+        let said = say(&deny(rules), &input);
+        assert!(matches!(said, Said::Stopped(_)), "{rules}: {said:?}");
+    }
+    for (rules, word) in [
+        ("deny if { {\"a\": r} := input.one; r == 1 }", "deny"),
+        ("deny if { {\"a\": r} := input.o; r == 1 }", "allow"),
+        ("deny if not input.none, \"admin\" in input.roles", "deny"),
+        ("deny if not \"ann\", \"admin\" in input.roles", "allow"),
+        (
+            "deny if { not allowed }\nallowed if { some {\"a\": 3} in input.list }",
+            "deny",
+        ),
+    ] {
+        assert_eq!(
+            say(&deny(rules), &input),
+            Said::Value(json!(word)),
+            "{rules}"
+        );
+    }
+    decides(
+        &input,
+        &[
+            (
+                "p if { x := 2; count([1 | {\"a\": x} = input.one]) == 0 }",
+                json!(true),
+            ),
+            (
+                "p if { x = 2; count([1 | {\"a\": x} = input.one]) == 0 }",
+                json!(true),
+            ),
+            (
+                "f(x) if { count([1 | {\"a\": x} = input.one]) == 0 }\np if f(2)",
+                json!(true),
+            ),
+            (
+                "p := y if { x := 1; y := [z | {\"a\": x} := {\"a\": 3}; z := x]; x == 1 }",
+                json!([3]),
+            ),
+            ("q := 7\np := q if { {\"a\": q} := input.one }", json!(1)),
+            (
+                "q := 7\np if { some q; {\"a\": q} = input.one; q == 1 }",
+                json!(true),
+            ),
+            ("q := 1\np if { {\"a\": q} = input.one }", json!(true)),
+            (
+                "p := x if { {\"a\\\"b\": x, \"c#d\": _} := input.quote }",
+                json!(1),
+            ),
+            (
+                "p := x if { {`a`: x, \"b\": `]`} = {\"a\": 1, \"b\": \"]\"} }",
+                json!(1),
+            ),
+            (
+                "p := x if { {\"a\": {\"a\": x}} = {\"a\": input.one} }",
+                json!(1),
+            ),
+            ("p if { {\"a\": 1} = {\"a\": 1.0} }", json!(true)),
+        ],
+    );
+    undefined(
+        &input,
+        &[
+            "q := 7\np if { {\"a\": q} = input.one }",
+            "q := 7\np if { some q; {\"a\": q} = input.o }",
+            "p if { x := 1; {\"a\": x} = input.one with input.one as {\"a\": 5} }",
+            "p if { {\"a\": x} = input.one with input.one as {\"a\": 1, \"b\": 2}; x }",
+            "p if { [x, {\"a\": x}] = [2, input.one] }",
+        ],
+    );
+    refused(&[("p if _, 1 in [1]", ""), ("p if { x, 1 in [1] }", "")]);
 }
 
 /// A pattern of the comparison.
