@@ -142,6 +142,10 @@ pub const REGO_WITH_MAX: usize = 256;
 /// How deep `with` may stand in `with`: the texts are parsed once more for each level.
 pub const REGO_WITH_LEVELS_MAX: usize = 4;
 
+/// How deep memberships with keys may stand in one another, in patterns and under `not`: the texts are parsed once
+/// more for each level.
+pub const REGO_PATTERN_LEVELS_MAX: usize = 4;
+
 /// How often one evaluation may evaluate statements with `with`. Each costs a machine, and a walk over the
 /// names of the bundle's rules.
 pub const REGO_WITH_RUNS_MAX: usize = 64;

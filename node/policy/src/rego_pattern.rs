@@ -505,10 +505,10 @@ impl<'t> Look<'t> {
                 self.expr(collection, known);
             }
             Literal::Expr { expr, .. } => {
-                if let Expr::AssignExpr { .. } = expr.as_ref() {
-                    if let Some(rule) = self.rule {
-                        self.assignment(rule, statement, expr, known);
-                    }
+                if let Expr::AssignExpr { .. } = expr.as_ref()
+                    && let Some(rule) = self.rule
+                {
+                    self.assignment(rule, statement, expr, known);
                 }
                 self.expr(expr, known);
             }

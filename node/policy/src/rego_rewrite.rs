@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use regorus::unstable::{AssignOp, Expr, Literal, LiteralStmt, Module, Query, Ref, Rule, RuleHead};
 use regorus::{Engine, Value};
 
-use crate::limits::{REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
+use crate::limits::{REGO_PATTERN_LEVELS_MAX, REGO_WITH_LEVELS_MAX, REGO_WITH_MAX};
 use crate::rego_pattern::patterns;
 use crate::rego_program::read;
 use crate::rego_source::{constant, globals, path};
@@ -1298,9 +1298,17 @@ pub(crate) fn rest(
         .collect();
     let texts = &mut rewritten.texts;
     let mut parsed = parsed_by(&mut engine);
-    let mut made = 0;
-    // Each turn writes what stands innermost, so that the depth of brackets bounds them.
+    let (mut made, mut levels) = (0, 0);
+    // Each turn writes what stands innermost.
     while patterns(texts, &refs(&parsed), &mut made)? {
+        levels += 1;
+        if levels > REGO_PATTERN_LEVELS_MAX {
+            let first = texts.first().map(|text| text.path.clone());
+            let why = format!(
+                "memberships with keys stand in one another more than {REGO_PATTERN_LEVELS_MAX} deep"
+            );
+            return Err((first.unwrap_or_default(), 1, why));
+        }
         engine = parse(texts)?;
         parsed = parsed_by(&mut engine);
     }

@@ -648,6 +648,12 @@ fn made_names_are_each_files_own() {
 
 #[test]
 fn a_pattern_is_bounded() {
+    let nested = |depth: usize| {
+        let (open, close) = ("(0, ".repeat(depth), " in [true])".repeat(depth));
+        format!("p := {open}true{close}")
+    };
+    assert_eq!(say(&nested(4), &json!({})), Said::Value(json!(true)));
+    refused(&[(nested(5).as_str(), "more than 4 deep")]);
     let many: Vec<Value> = (0..40_000).map(|n| json!({"a": n})).collect();
     let said = say(
         "p if { some {\"a\": x} in input.many; x == 39999 }",
