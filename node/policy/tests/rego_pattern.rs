@@ -953,6 +953,64 @@ fn write(pattern: &Pattern, value: &str, names: &mut usize, said: &mut Vec<Strin
     }
 }
 
+/// Statements about the same few variables.
+const STATEMENTS: [&str; 30] = [
+    "y = 1",
+    "y = 2",
+    "y = input.one.a",
+    "y = z",
+    "z = 1",
+    "input.o[k] = y",
+    "input.o[k] == y",
+    "k = \"a\"",
+    "k = \"zz\"",
+    "{\"a\": y} = input.one",
+    "{\"a\": y} = input.o",
+    "{\"a\": y, \"b\": z} = input.o",
+    "input.list[i] = {\"a\": y}",
+    "[y, z] = [1, 1]",
+    "[y, {\"a\": z}] = [1, input.one]",
+    "x = {\"a\": y}",
+    "x == input.one",
+    "every o in [1] { o = y }",
+    "every o in [2] { o = y }",
+    "every o in [{\"a\": 1}] { {\"a\": y} = o }",
+    "every o in [input.o] { o[k] = y }",
+    "every o in [\"a\"] { not input.o[o] == y }",
+    "not y = 2",
+    "not input.o[k]",
+    "not input.o[k] == y",
+    "not k, y in input.o",
+    "k, y in input.o",
+    "count([1 | y = 1]) == 1",
+    "count([1 | {\"a\": y} = input.one]) == 1",
+    "object.get(input.one, \"a\", 0, y)",
+];
+
+/// Each two of them beside what binds the variable, before and behind it; enough of them load to say something.
+#[test]
+fn two_statements_say_the_same_in_every_order() {
+    let input = request();
+    let (mut load, mut hold) = (0, 0);
+    for (at, one) in STATEMENTS.iter().enumerate() {
+        for other in STATEMENTS.iter().skip(at + 1) {
+            let before = say(&format!("p if {{ y = 1; {one}; {other} }}"), &input);
+            let behind = say(&format!("p if {{ {other}; {one}; y = 1 }}"), &input);
+            if let Said::Refused(_) = before {
+                continue;
+            }
+            hold += usize::from(before == Said::Value(json!(true)));
+            if let Said::Refused(_) = behind {
+                continue;
+            }
+            load += 1;
+            assert_eq!(before, behind, "{one} {other}");
+        }
+    }
+    assert!(load > 200, "{load}");
+    assert!(hold > 50, "{hold}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
@@ -984,6 +1042,28 @@ proptest! {
         };
         let input = json!({"v": value});
         prop_assert_eq!(say(&rules, &input), say(&plain, &input), "{} {}", rules, input);
+    }
+
+    /// Whatever order statements stand in: what loads says the same.
+    #[test]
+    fn no_order_of_statements_says_something_else(
+        (one, other) in proptest::sample::subsequence(STATEMENTS.to_vec(), 1..6)
+            .prop_flat_map(|statements| (Just(statements.clone()), Just(statements).prop_shuffle())),
+        negated in any::<bool>(),
+    ) {
+        let rules = |statements: &[&str]| {
+            let body = statements.join("; ");
+            match negated {
+                true => format!("p := \"held\" if q else := \"not\"\nq if {{ {body} }}"),
+                false => format!("p := count([1 | {body}])"),
+            }
+        };
+        let (one, other) = (rules(&one), rules(&other));
+        let input = request();
+        match (say(&one, &input), say(&other, &input)) {
+            (Said::Refused(_), _) | (_, Said::Refused(_)) => {}
+            (a, b) => prop_assert_eq!(a, b, "{}\n{}", one, other),
+        }
     }
 
     /// A membership with a key says what a loop over all keys says.
