@@ -20,7 +20,8 @@ pub type GiveUp = Box<dyn FnOnce() + Send>;
 
 /// Decides. The one implementation that counts wraps the interceptor; tests have their own.
 ///
-/// All methods are called on the server's own threads and must not block.
+/// All methods are called on the server's own threads. A decision must not wait for anything there; the
+/// others may wait for an engine, and are called so that the rest of the server goes on.
 pub trait Decider: Send + Sync + 'static {
     /// Judges one request for one authenticated caller, and calls `done` exactly once when
     /// the answer may be given: an allow only after its record is durable. What comes back is

@@ -530,7 +530,12 @@ pub(crate) fn begin(
     };
     // INV-14: whether the caller hangs up here or time runs out, the wait is given up, and no
     // permit comes of it.
-    (Waiting(Some(blocking(decide))), outcome)
+    let give_up = match mode {
+        Mode::Decide => decide(),
+        // It asks the engines more than once, and waits for them here.
+        Mode::Explain => blocking(decide),
+    };
+    (Waiting(Some(give_up)), outcome)
 }
 
 /// Waits for what was begun.

@@ -1,20 +1,22 @@
 //! Evaluations under a deadline that an engine cannot get round.
 //!
-//! An engine runs on a worker thread, and the caller waits for it outside. Two things end the wait
-//! without the engine's consent: its thread has used up the budget of CPU time, or, however little
-//! it ran, the wait has taken its limit, `ENGINE_WAIT` by default. The evaluation is then abandoned: it is denied, its
-//! answer will not be looked at, and its worker is busy until it ends by itself, since nothing can
-//! end a thread. There are [`ENGINE_WORKERS`] workers and no more, and one caller holds at most
-//! [`ENGINE_WORKERS_PER_CALLER`] of them, so that none takes the engines from the others by what it
-//! asks. Who finds no worker waits its turn, up to the same limit; who would wait for evaluations
-//! that have not ended in all that time is denied at once.
+//! An engine runs on a worker thread, and whoever asked goes on in `then`, which that worker calls when
+//! the evaluation has ended: a decision is not handed back to the thread that it came from, and none
+//! waits for it. Two things end an evaluation without the engine's consent: its thread has used up the
+//! budget of CPU time, or, however little it ran, it has taken the limit of the wait, `ENGINE_WAIT` by
+//! default. One more thread watches for both. What is over is then abandoned: it is denied, its answer
+//! will not be looked at, and its worker is busy until it ends by itself, since nothing can end a thread.
+//! There are [`ENGINE_WORKERS`] workers and no more, and one caller holds at most
+//! [`ENGINE_WORKERS_PER_CALLER`] of them, so that none takes the engines from the others by what it asks.
+//! What finds no worker waits its turn, up to the same limit; what would wait for evaluations that have
+//! not ended in all that time is denied at once.
 //!
 //! The budget is CPU time because a thread that was merely not scheduled is late, not expensive.
 
 use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     time::{Duration, Instant},
 };
 
@@ -24,6 +26,11 @@ use crate::{
     clock::{Clock, ThreadCpu},
     limits::{ENGINE_STACK_BYTES, ENGINE_WORKERS, ENGINE_WORKERS_PER_CALLER},
 };
+
+/// The longest between two looks at what runs.
+const LOOK_EVERY_AT_MOST: Duration = Duration::from_millis(10);
+/// How many looks that find nothing to look at end the watch until the next evaluation.
+const LOOKS_AT_NOTHING: u32 = 20;
 
 /// How an evaluation came out.
 #[derive(Debug, PartialEq, Eq)]
@@ -42,24 +49,34 @@ pub(crate) enum Evaluated {
     Exhausted,
 }
 
+/// Goes on with what came of an evaluation, and the CPU time that it took as far as that is known.
+/// Called exactly once while the engines are there, on any thread. It must not wait for an evaluation.
+pub(crate) type Then = Box<dyn FnOnce(Evaluated, Duration) + Send>;
+
 struct Job {
     engine: Arc<dyn Engine>,
     request: PolicyRequest,
+    then: Then,
 }
 
 /// What a worker is doing.
 enum Phase {
     Idle,
-    /// It is the turn of a caller that has yet to say what to do.
-    Reserved,
-    /// Its caller waits, and it has not begun.
-    Given(Box<Job>),
-    /// Its caller waits; the thread's CPU time when it began.
-    Running(Duration),
-    /// Its caller has yet to take the result; with the CPU time that it took. `None`: it panicked.
-    Ended(Option<Evaluation>, Duration),
-    /// Nobody waits any more, since then.
+    /// It has yet to begin what it was given then.
+    Given(Box<Job>, Instant),
+    /// It evaluates.
+    Running(Running),
+    /// It tells what came of it.
+    Telling,
+    /// It evaluates what nobody waits for any more, since then.
     Abandoned(Instant),
+}
+
+struct Running {
+    then: Then,
+    given: Instant,
+    /// The thread's CPU time when it began.
+    began: Duration,
 }
 
 struct Worker {
@@ -70,29 +87,28 @@ struct Worker {
     cpu: Option<ThreadCpu>,
 }
 
-/// A caller whose turn has not come.
+/// A job whose turn has not come.
 struct Waiting {
-    ticket: u64,
     caller: Arc<str>,
-    turn: Arc<Condvar>,
-    /// The worker that it may have.
-    given: Option<usize>,
+    job: Box<Job>,
+    since: Instant,
 }
+
+/// What somebody has to be told: not under the lock.
+type Told = (Then, Evaluated, Duration);
 
 #[derive(Default)]
 struct State {
     workers: Vec<Worker>,
     /// In the order in which they came. As long as their callers are: the doors bound them.
     waiting: VecDeque<Waiting>,
-    tickets: u64,
+    /// Whether a thread looks at what runs, and whether it is awake.
+    has_watch: bool,
+    is_watched: bool,
     closed: bool,
 }
 
 impl State {
-    fn phase(&mut self, number: usize) -> Option<&mut Phase> {
-        self.workers.get_mut(number).map(|worker| &mut worker.phase)
-    }
-
     fn abandoned(&self) -> usize {
         self.workers
             .iter()
@@ -123,24 +139,23 @@ impl State {
         all == ENGINE_WORKERS || own >= ENGINE_WORKERS_PER_CALLER
     }
 
-    /// Reserves an idle worker for the first of those who wait and hold the fewest.
-    fn pass_on(&mut self) {
+    /// Gives an idle worker the first of what waits for those who hold the fewest.
+    fn pass_on(&mut self, signals: &[Condvar]) {
         while let Some(number) = self.idle() {
             let next = self
                 .waiting
                 .iter()
                 .enumerate()
-                .filter(|(_, one)| one.given.is_none())
                 .map(|(at, one)| (self.held_by(&one.caller), at))
                 .filter(|(held, _)| *held < ENGINE_WORKERS_PER_CALLER)
                 .min();
-            let Some(one) = next.and_then(|(_, at)| self.waiting.get_mut(at)) else {
+            let Some(one) = next.and_then(|(_, at)| self.waiting.remove(at)) else {
                 return;
             };
-            one.given = Some(number);
-            one.turn.notify_one();
-            let caller = Arc::clone(&one.caller);
-            self.reserve(number, caller);
+            self.give(number, one.caller, one.job);
+            if let Some(given) = signals.get(number) {
+                given.notify_one();
+            }
         }
     }
 
@@ -150,25 +165,92 @@ impl State {
             .position(|worker| matches!(worker.phase, Phase::Idle))
     }
 
-    fn reserve(&mut self, number: usize, caller: Arc<str>) {
+    fn give(&mut self, number: usize, caller: Arc<str>, job: Box<Job>) {
         if let Some(worker) = self.workers.get_mut(number) {
-            worker.phase = Phase::Reserved;
+            // What it waited for a worker is not the evaluation's.
+            worker.phase = Phase::Given(job, Instant::now());
             worker.caller = caller;
         }
     }
+
+    fn set_phase(&mut self, number: usize, phase: Phase) {
+        if let Some(worker) = self.workers.get_mut(number) {
+            worker.phase = phase;
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let is_idle = |worker: &Worker| matches!(worker.phase, Phase::Idle | Phase::Abandoned(_));
+        self.waiting.is_empty() && self.workers.iter().all(is_idle)
+    }
+
+    /// Takes out what is over: what its worker has had its budget for or never began, and what has
+    /// waited its time for a worker.
+    fn take_overdue(&mut self, budget: Duration, wait: Duration) -> Vec<Told> {
+        let mut told = Vec::new();
+        for worker in &mut self.workers {
+            match &worker.phase {
+                Phase::Given(_, given) if given.elapsed() >= wait => {}
+                Phase::Running(running) if worker.is_over(running, budget, wait) => {}
+                _ => continue,
+            }
+            match std::mem::replace(&mut worker.phase, Phase::Idle) {
+                // It never began: its worker was not scheduled in all this time.
+                Phase::Given(job, _) => {
+                    let late = Evaluated::Late { abandoned: false };
+                    told.push((job.then, late, Duration::ZERO));
+                }
+                Phase::Running(running) => {
+                    let took = worker.spent(&running);
+                    worker.phase = Phase::Abandoned(Instant::now());
+                    let late = Evaluated::Late { abandoned: true };
+                    told.push((running.then, late, took));
+                }
+                other => worker.phase = other,
+            }
+        }
+        // The oldest are in front.
+        while let Some(one) = self.waiting.front()
+            && one.since.elapsed() >= wait
+            && let Some(one) = self.waiting.pop_front()
+        {
+            told.push((one.job.then, Evaluated::Exhausted, Duration::ZERO));
+        }
+        told
+    }
 }
 
-/// How the two sides of one worker wake each other.
-#[derive(Default)]
-struct Signals {
-    given: Condvar,
-    ended: Condvar,
+impl Worker {
+    /// Whether the evaluation has had its budget. A thread whose CPU time cannot be read from
+    /// outside has until the end of the wait.
+    fn is_over(&self, running: &Running, budget: Duration, wait: Duration) -> bool {
+        let waited = running.given.elapsed();
+        if waited < budget || waited >= wait {
+            return waited >= wait;
+        }
+        let cpu = self.cpu.as_ref().and_then(|cpu| cpu());
+        cpu.is_some_and(|now| now.saturating_sub(running.began) > budget)
+    }
+
+    /// The CPU time that an evaluation has had; all that was waited for it where that cannot be read.
+    fn spent(&self, running: &Running) -> Duration {
+        let cpu = self.cpu.as_ref().and_then(|cpu| cpu());
+        cpu.map_or_else(
+            || running.given.elapsed(),
+            |now| now.saturating_sub(running.began),
+        )
+    }
 }
 
 struct Shared {
     clock: Arc<dyn Clock>,
+    budget: Duration,
+    wait: Duration,
     state: Mutex<State>,
-    signals: [Signals; ENGINE_WORKERS],
+    /// Tells a worker that it was given something.
+    given: [Condvar; ENGINE_WORKERS],
+    /// Tells the watch that there is something to watch.
+    begun: Condvar,
 }
 
 impl Shared {
@@ -176,13 +258,21 @@ impl Shared {
         // No foreign code runs under this lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Says what came of an evaluation that has ended by itself.
+    fn result(&self, ended: Option<Evaluation>, took: Duration, given: Instant) -> Evaluated {
+        match ended {
+            _ if given.elapsed() >= self.wait => Evaluated::Late { abandoned: false },
+            None => Evaluated::Panicked,
+            Some(_) if took > self.budget => Evaluated::Late { abandoned: false },
+            Some(evaluation) => Evaluated::Done(evaluation),
+        }
+    }
 }
 
 /// The workers. Made empty; a thread starts when it is first needed.
 pub(crate) struct Engines {
     shared: Arc<Shared>,
-    budget: Duration,
-    wait: Duration,
 }
 
 impl Engines {
@@ -190,17 +280,18 @@ impl Engines {
         Self {
             shared: Arc::new(Shared {
                 clock,
+                budget,
+                wait,
                 state: Mutex::default(),
-                signals: Default::default(),
+                given: Default::default(),
+                begun: Condvar::new(),
             }),
-            budget,
-            wait,
         }
     }
 
     /// Whether an evaluation that took so much had all that it may have.
     pub(crate) fn is_over_budget(&self, took: Duration) -> bool {
-        took > self.budget
+        took > self.shared.budget
     }
 
     /// How many workers are at an evaluation that nobody waits for.
@@ -208,92 +299,93 @@ impl Engines {
         self.shared.state().abandoned()
     }
 
-    /// Judges one request of `caller`; with the CPU time that it took, as far as that is known.
-    /// Returns within the wait for a worker and the wait for the engine, whatever the engine does.
+    /// How many evaluations somebody waits for, those that wait for a worker too.
+    pub(crate) fn under_way(&self) -> usize {
+        let state = self.shared.state();
+        let is_at_it =
+            |worker: &&Worker| !matches!(worker.phase, Phase::Idle | Phase::Abandoned(_));
+        state.workers.iter().filter(is_at_it).count() + state.waiting.len()
+    }
+
+    /// Judges one request of `caller` and waits for what comes of it: within the wait for a worker and
+    /// the wait for the engine, whatever the engine does. Not for a worker's own thread.
     pub(crate) fn evaluate(
         &self,
         engine: Arc<dyn Engine>,
         request: PolicyRequest,
         caller: &Arc<str>,
     ) -> (Evaluated, Duration) {
-        let Some(number) = self.worker_for(caller) else {
-            return (Evaluated::Exhausted, Duration::ZERO);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let then = move |evaluated, took| {
+            // The receiver waits.
+            let _ = sender.send((evaluated, took));
         };
-        let mut state = self.shared.state();
-        let Some(signals) = self.shared.signals.get(number) else {
-            return (Evaluated::Exhausted, Duration::ZERO);
-        };
-        if let Some(phase) = state.phase(number) {
-            *phase = Phase::Given(Box::new(Job { engine, request }));
-        }
-        drop(state);
-        signals.given.notify_one();
-
-        // What it waited for a worker is not the evaluation's.
-        let given = Instant::now();
-        let mut state = self.shared.state();
-        loop {
-            let waited = given.elapsed();
-            if let Some(phase @ Phase::Ended(..)) = state.phase(number) {
-                let ended = std::mem::replace(phase, Phase::Idle);
-                state.pass_on();
-                drop(state);
-                if waited >= self.wait {
-                    let (_, took) = self.result(ended);
-                    return (Evaluated::Late { abandoned: false }, took);
-                }
-                return self.result(ended);
-            }
-            if self.is_over(&mut state, number, waited) {
-                let took = self.took(&state, number, waited);
-                return (Self::abandon(&mut state, number), took);
-            }
-            let left = self.wait.saturating_sub(waited);
-            let (woken, _) = signals
-                .ended
-                .wait_timeout(state, self.budget.min(left))
-                .unwrap_or_else(PoisonError::into_inner);
-            state = woken;
-        }
+        self.submit(engine, request, caller, Box::new(then));
+        let heard = receiver.recv();
+        heard.unwrap_or((Evaluated::Exhausted, Duration::ZERO))
     }
 
-    /// A worker that is reserved for `caller`, or none in the time that it waits.
-    fn worker_for(&self, caller: &Arc<str>) -> Option<usize> {
-        // The bound is of real time, as the waits are, whatever clock the rest runs on.
-        let came = Instant::now();
-        let mut state = self.shared.state();
-        // Nobody who could have an idle worker waits: see `pass_on`.
-        if state.held_by(caller) < ENGINE_WORKERS_PER_CALLER
-            && let Some(number) = state.idle().or_else(|| self.start_worker(&mut state))
-        {
-            state.reserve(number, Arc::clone(caller));
-            return Some(number);
-        }
-        if state.workers.is_empty() || state.is_hopeless(caller, self.wait) {
-            return None;
-        }
-        state.tickets += 1;
-        let ticket = state.tickets;
-        let turn = Arc::new(Condvar::new());
-        state.waiting.push_back(Waiting {
-            ticket,
-            caller: Arc::clone(caller),
-            turn: Arc::clone(&turn),
-            given: None,
+    /// Hands over one request of `caller`, and goes on in `then` within the wait for a worker and the wait
+    /// for the engine, whatever the engine does.
+    pub(crate) fn submit(
+        &self,
+        engine: Arc<dyn Engine>,
+        request: PolicyRequest,
+        caller: &Arc<str>,
+        then: Then,
+    ) {
+        let shared = &self.shared;
+        let job = Box::new(Job {
+            engine,
+            request,
+            then,
         });
-        loop {
-            let at = state.waiting.iter().position(|one| one.ticket == ticket)?;
-            let left = self.wait.saturating_sub(came.elapsed());
-            let given = state.waiting.get(at).and_then(|one| one.given);
-            if given.is_some() || left.is_zero() {
-                state.waiting.remove(at);
-                return given;
+        let mut state = shared.state();
+        // What nobody watches could go on for ever.
+        let is_watched = self.watch(&mut state);
+        // Nobody who could have an idle worker waits: see `pass_on`.
+        let number = match state.held_by(caller) < ENGINE_WORKERS_PER_CALLER {
+            true if is_watched => state.idle().or_else(|| self.start_worker(&mut state)),
+            _ => None,
+        };
+        if let Some(number) = number {
+            state.give(number, Arc::clone(caller), job);
+            drop(state);
+            if let Some(given) = shared.given.get(number) {
+                given.notify_one();
             }
-            let (woken, _) = turn
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner);
-            state = woken;
+            return;
         }
+        if !is_watched || state.workers.is_empty() || state.is_hopeless(caller, shared.wait) {
+            drop(state);
+            return (job.then)(Evaluated::Exhausted, Duration::ZERO);
+        }
+        state.waiting.push_back(Waiting {
+            caller: Arc::clone(caller),
+            job,
+            since: Instant::now(),
+        });
+    }
+
+    /// Sees to it that somebody looks at what runs.
+    fn watch(&self, state: &mut State) -> bool {
+        if !state.has_watch {
+            let shared = Arc::clone(&self.shared);
+            let started = std::thread::Builder::new()
+                .name("engine-watch".to_owned())
+                .spawn(move || watch(&shared));
+            if let Err(error) = started {
+                tracing::error!(%error, "no thread to watch the engines, actions are denied");
+                return false;
+            }
+            state.has_watch = true;
+            state.is_watched = true;
+        }
+        if !state.is_watched {
+            state.is_watched = true;
+            self.shared.begun.notify_one();
+        }
+        true
     }
 
     /// A worker more, where there may be one and its thread can be had.
@@ -327,82 +419,69 @@ impl Engines {
             }
         }
     }
-
-    /// Whether the evaluation has had its budget. A thread whose CPU time cannot be read from
-    /// outside has until the end of the wait.
-    fn is_over(&self, state: &mut State, number: usize, waited: Duration) -> bool {
-        if waited >= self.wait {
-            return true;
-        }
-        if waited < self.budget {
-            return false;
-        }
-        let Some(worker) = state.workers.get(number) else {
-            return true;
-        };
-        match (&worker.phase, &worker.cpu) {
-            (Phase::Running(began), Some(cpu)) => {
-                cpu().is_some_and(|now| now.saturating_sub(*began) > self.budget)
-            }
-            _ => false,
-        }
-    }
-
-    /// The CPU time that an evaluation has had; all that was waited for it where that cannot be read.
-    fn took(&self, state: &State, number: usize, waited: Duration) -> Duration {
-        match state.workers.get(number).map(|w| (&w.phase, &w.cpu)) {
-            Some((Phase::Given(_), _)) => Duration::ZERO,
-            Some((Phase::Running(began), Some(cpu))) => {
-                cpu().map_or(waited, |now| now.saturating_sub(*began))
-            }
-            _ => waited,
-        }
-    }
-
-    fn abandon(state: &mut State, number: usize) -> Evaluated {
-        let abandoned = match state.phase(number) {
-            // It never began: its worker was not scheduled in all this time.
-            Some(phase @ Phase::Given(_)) => {
-                *phase = Phase::Idle;
-                false
-            }
-            Some(phase) => {
-                *phase = Phase::Abandoned(Instant::now());
-                true
-            }
-            None => false,
-        };
-        if !abandoned {
-            state.pass_on();
-        }
-        Evaluated::Late { abandoned }
-    }
-
-    fn result(&self, ended: Phase) -> (Evaluated, Duration) {
-        match ended {
-            Phase::Ended(None, took) => (Evaluated::Panicked, took),
-            Phase::Ended(_, took) if took > self.budget => {
-                (Evaluated::Late { abandoned: false }, took)
-            }
-            Phase::Ended(Some(evaluation), took) => (Evaluated::Done(evaluation), took),
-            _ => (Evaluated::Late { abandoned: false }, Duration::ZERO),
-        }
-    }
 }
 
 impl Drop for Engines {
     fn drop(&mut self) {
-        self.shared.state().closed = true;
-        for signals in &self.shared.signals {
-            signals.given.notify_all();
+        let mut state = self.shared.state();
+        state.closed = true;
+        // Nobody is told: whoever waited sees it in that its `then` is gone.
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        drop(waiting);
+        for given in &self.shared.given {
+            given.notify_all();
         }
+        self.shared.begun.notify_all();
+    }
+}
+
+/// Tells what came of an evaluation. A fault in what goes on from here costs its caller the answer, and
+/// nobody the thread.
+fn tell((then, evaluated, took): Told) {
+    if catch_unwind(AssertUnwindSafe(move || then(evaluated, took))).is_err() {
+        tracing::error!("what goes on after an evaluation panicked; its caller has no answer");
+    }
+}
+
+/// The life of the thread that looks at what runs. It looks often while anything does, and sleeps
+/// without a timer when nothing has for a while.
+fn watch(shared: &Shared) {
+    let look_every = shared
+        .budget
+        .min(shared.wait / 4)
+        .clamp(Duration::from_millis(1), LOOK_EVERY_AT_MOST);
+    let mut nothing: u32 = 0;
+    let mut state = shared.state();
+    while !state.closed {
+        let told = state.take_overdue(shared.budget, shared.wait);
+        if !told.is_empty() {
+            state.pass_on(&shared.given);
+            drop(state);
+            told.into_iter().for_each(tell);
+            state = shared.state();
+            continue;
+        }
+        nothing = match state.is_at_rest() {
+            true => nothing + 1,
+            false => 0,
+        };
+        state = if nothing > LOOKS_AT_NOTHING {
+            nothing = 0;
+            state.is_watched = false;
+            let woken = shared.begun.wait(state);
+            woken.unwrap_or_else(PoisonError::into_inner)
+        } else {
+            let woken = shared.begun.wait_timeout(state, look_every);
+            woken.unwrap_or_else(PoisonError::into_inner).0
+        };
     }
 }
 
 /// The life of one worker.
 fn work(shared: &Shared, number: usize) {
     let cpu = shared.clock.thread_cpu_from_outside();
-    let Some(signals) = shared.signals.get(number) else {
+    let Some(given) = shared.given.get(number) else {
         return;
     };
     let mut state = shared.state();
@@ -411,40 +490,46 @@ fn work(shared: &Shared, number: usize) {
     }
     loop {
         let began = shared.clock.thread_cpu();
-        let Some(phase) = state.phase(number) else {
+        let Some(worker) = state.workers.get_mut(number) else {
             return;
         };
-        if !matches!(phase, Phase::Given(_)) {
+        if !matches!(worker.phase, Phase::Given(..)) {
             if state.closed {
                 return;
             }
-            state = signals
-                .given
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            let woken = given.wait(state);
+            state = woken.unwrap_or_else(PoisonError::into_inner);
             continue;
         }
-        let Phase::Given(job) = std::mem::replace(phase, Phase::Running(began)) else {
+        let Phase::Given(job, at) = std::mem::replace(&mut worker.phase, Phase::Idle) else {
             return;
         };
+        let Job {
+            engine,
+            request,
+            then,
+        } = *job;
+        worker.phase = Phase::Running(Running {
+            then,
+            given: at,
+            began,
+        });
         drop(state);
-        let Job { engine, request } = *job;
         // Both are dropped inside, before anybody is told: the last reference to a bundle may be this one.
         let evaluation = catch_unwind(AssertUnwindSafe(move || engine.evaluate(&request))).ok();
         let took = shared.clock.thread_cpu().saturating_sub(began);
         state = shared.state();
-        let Some(phase) = state.phase(number) else {
+        let Some(worker) = state.workers.get_mut(number) else {
             return;
         };
-        if matches!(phase, Phase::Abandoned(_)) {
-            *phase = Phase::Idle;
-            state.pass_on();
-        } else {
-            *phase = Phase::Ended(evaluation, took);
+        if let Phase::Running(running) = std::mem::replace(&mut worker.phase, Phase::Telling) {
             drop(state);
-            signals.ended.notify_one();
+            let evaluated = shared.result(evaluation, took, running.given);
+            tell((running.then, evaluated, took));
             state = shared.state();
         }
+        state.set_phase(number, Phase::Idle);
+        state.pass_on(&shared.given);
     }
 }
 

@@ -12,9 +12,7 @@ use std::{
 };
 
 use serde_json::{Map, Value};
-use tidelock_policy::{
-    ActivePolicy, ConsultTerms, Evaluation, PolicyRequest, Posture, Verdict, WhenRestricted,
-};
+use tidelock_policy::{ActivePolicy, ConsultTerms, Evaluation, PolicyRequest, Posture};
 use tidelock_quota::{Rate, RateError, TokenBuckets};
 use tidelock_segments::{AppendError, NodeId, RecordClass, Sha256Hash};
 
@@ -28,7 +26,7 @@ use crate::{
         Asked, Begun, ConsultFailure, ConsultNote, ConsultStats, Consults, KeptAnswers, Question,
         Under, UpstreamAnswer, Upstreams, goes_round, weigh,
     },
-    engines::{Engines, Evaluated},
+    engines::Engines,
     envoy, explain,
     limits::{
         APPEND_TIMEOUT, CONSULT_SWEEP, CONSULT_WAIT, DEFAULT_DENIAL_BYTES, ENGINE_BUDGET,
@@ -38,7 +36,7 @@ use crate::{
     probe::{self, ProbeFault},
     quotas::{BucketStats, QuotaRates, Quotas},
     reason::{Decision, Reason},
-    record::{self, Findings, Form, Judgement, Request},
+    record::{self, Findings, Judgement, Request},
     recorder::{AppendDone, Recorder},
     report::{Earlier, For, History, Report, ReportDone, ReportRefused, Reported, Reports},
     search::{self, Found, Judged, SearchDone, SearchRefused},
@@ -46,8 +44,9 @@ use crate::{
     summary::{Summary, Window},
 };
 
-/// How often an action is judged where each time another policy or posture is in force afterwards.
-const JUDGED_AT_MOST: usize = 3;
+mod judging;
+
+use self::judging::{JUDGED_AT_MOST, Judging, Step};
 
 /// Gives the policy that decides now, or none. Read once a request.
 pub type PolicySource = Arc<dyn Fn() -> Option<Arc<ActivePolicy>> + Send + Sync>;
@@ -190,7 +189,7 @@ struct Waiter {
     caller: Caller,
     done: Done,
     stage: Arc<Stage>,
-    /// When it is too late to ask once more.
+    /// When it is too late to ask a decision point once more.
     until: Duration,
     rounds: usize,
     /// The nodes that the action has come through to this one.
@@ -261,8 +260,9 @@ impl Interceptor {
 
     /// Decides one request of an authenticated caller.
     ///
-    /// `done` is called exactly once, on this thread or on the recorder's: with an allow only after
-    /// its record is durable. The wait for the record is bounded as long as [`Interceptor::tick`]
+    /// Returns without having waited for an engine; an explanation waits for it here. `done` is called
+    /// exactly once, on this thread, an engine's or the recorder's, and must not block: with an allow only
+    /// after its record is durable. The wait for the record is bounded as long as [`Interceptor::tick`]
     /// is called; it can be ended earlier through the returned [`Pending`].
     pub fn decide(&self, bytes: &[u8], caller: &Caller, mode: Mode, done: Done) -> Pending {
         self.decide_ask(Ask::Native(bytes), caller, mode, done)
@@ -277,8 +277,8 @@ impl Interceptor {
         }
     }
 
-    /// Decides one request and waits for the outcome, at most the append timeout for its record, and before
-    /// it [`CONSULT_WAIT`] where a decision point is asked.
+    /// Decides one request and waits for the outcome: for the engines, [`CONSULT_WAIT`] where a decision
+    /// point is asked, and at most the append timeout for its record.
     pub fn decide_wait(&self, bytes: &[u8], caller: &Caller, mode: Mode) -> Outcome {
         let (sender, receiver) = mpsc::sync_channel(1);
         let pending = self.decide(
@@ -288,14 +288,17 @@ impl Interceptor {
             // The receiver lives until the outcome is there.
             Box::new(move |outcome| drop(sender.send(outcome))),
         );
+        let config = &self.inner.config;
         let outcome = receiver
-            .recv_timeout(self.inner.config.append_timeout)
-            .or_else(|late| match &pending.stage {
-                Some(stage) if stage.is_asking() => {
-                    let wait = CONSULT_WAIT.saturating_add(self.inner.config.append_timeout);
-                    receiver.recv_timeout(wait)
+            .recv_timeout(config.append_timeout)
+            .or_else(|late| match pending.stage.is_before_record() {
+                true => {
+                    // For a worker, for the engine, for a decision point and for the record.
+                    let engines = config.engine_wait.saturating_mul(2);
+                    let record = CONSULT_WAIT.saturating_add(config.append_timeout);
+                    receiver.recv_timeout(engines.saturating_add(record))
                 }
-                _ => Err(late),
+                false => Err(late),
             })
             .or_else(|_| {
                 pending.give_up();
@@ -473,10 +476,13 @@ impl Interceptor {
     /// The counters.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        // Read first: whoever is past the engine waits for a record by then.
+        let evaluating = self.inner.engines.under_way();
         let pending = self.inner.queue().waiting();
+        let abandoned = self.inner.engines.abandoned();
         self.inner
             .counters
-            .read(count(pending), count(self.inner.engines.abandoned()))
+            .read(count(pending), count(evaluating), count(abandoned))
     }
 
     /// Whether every engine thread is at an evaluation that was given up: actions are denied until
@@ -496,15 +502,15 @@ impl Interceptor {
 /// A request under way. Dropping it changes nothing: the wait ends by itself.
 pub struct Pending {
     inner: Arc<Inner>,
-    stage: Option<Arc<Stage>>,
+    stage: Arc<Stage>,
 }
 
 impl Pending {
     /// Ends the wait now: the request is answered `AUDIT_UNAVAILABLE` unless it was answered
-    /// before, and no permit will be made from its record. One that still waits for a decision point is
-    /// denied and recorded when that wait ends.
+    /// before, and no permit will be made from its record. One that still waits for an engine or for a
+    /// decision point is denied and recorded when that wait ends.
     pub fn give_up(&self) {
-        if let Some(slot) = self.stage.as_ref().and_then(|stage| stage.give_up()) {
+        if let Some(slot) = self.stage.give_up() {
             Inner::finish(&self.inner, slot.give_up());
         }
     }
@@ -550,14 +556,18 @@ impl Referred {
 }
 
 impl Waiter {
-    /// Records what was decided with a decision point, unless its caller has gone: then a deny.
+    /// Records what was decided, unless its caller has gone: then a deny.
     fn conclude(self, inner: &Arc<Inner>, mut judgement: Judgement) {
         let findings = &mut judgement.findings;
         if self.stage.is_given_up() && findings.reason.decision() == Decision::Allow {
-            findings.reason = Reason::ConsultTimeout;
-            findings.errors = vec!["the caller did not wait for the decision point".to_owned()];
+            let (reason, awaited) = match findings.consult {
+                Some(_) => (Reason::ConsultTimeout, "the decision point"),
+                None => (Reason::Deadline, "the policy engine"),
+            };
+            findings.reason = reason;
+            findings.errors = vec![format!("the caller did not wait for {awaited}")];
         }
-        let who = (&self.caller, Some(&*self.stage));
+        let who = (&self.caller, &*self.stage);
         Inner::conclude(inner, judgement, who, Mode::Decide, self.done);
     }
 }
@@ -603,41 +613,89 @@ impl Inner {
         }
     }
 
-    /// Everything up to the record, or to a decision point. Returns what can be given up, if there is
-    /// anything to wait for.
+    /// Everything up to the engine, which goes on by itself. Returns what can be given up.
     fn start(
         inner: &Arc<Self>,
         ask: Ask<'_>,
         caller: &Caller,
         mode: Mode,
         done: Done,
-    ) -> Option<Arc<Stage>> {
-        add(&inner.counters.explains, u64::from(mode == Mode::Explain));
-        let mut judgement = inner.judge(ask, caller);
-        let referred = Self::referred(&judgement);
-        match (referred, mode) {
-            (None, _) => Self::conclude(inner, judgement, (caller, None), mode, done)
-                .map(|slot| Arc::new(Stage::recording(slot))),
-            (Some(terms), Mode::Decide) => {
-                let stage = Arc::new(Stage::asking());
-                let waiter = Waiter {
-                    caller: caller.clone(),
-                    done,
-                    stage: Arc::clone(&stage),
-                    until: inner.clock.now().saturating_add(CONSULT_WAIT),
-                    rounds: 0,
-                    via: ask.via(),
-                };
-                Self::consult(inner, judgement, terms, waiter);
-                Some(stage)
+    ) -> Arc<Stage> {
+        if mode == Mode::Explain {
+            return Self::explain(inner, ask, caller, done);
+        }
+        let stage = Arc::new(Stage::judging());
+        let waiter = Waiter {
+            caller: caller.clone(),
+            done,
+            stage: Arc::clone(&stage),
+            until: Duration::ZERO,
+            rounds: 0,
+            via: ask.via(),
+        };
+        match ask.action(caller) {
+            Ok(action) => {
+                let (judging, step) = Judging::charged(inner, &action, caller);
+                Self::go_on(inner, (judging, Box::new(action)), step, waiter);
             }
-            // Asking is an effect of its own, and its answer would be kept: only a decision asks.
-            (Some(_), Mode::Explain) => {
-                judgement.findings.reason = Reason::ConsultNeeded;
-                Self::conclude(inner, judgement, (caller, None), mode, done)
-                    .map(|slot| Arc::new(Stage::recording(slot)))
+            Err(error) => {
+                let judgement = inner.unreadable(error, ask.body_bytes());
+                waiter.conclude(inner, judgement);
             }
         }
+        stage
+    }
+
+    /// One step of a decision: to the engine, and on from there on its thread, or to what follows it.
+    fn go_on(
+        inner: &Arc<Self>,
+        (judging, action): (Judging, Box<Action>),
+        step: Step,
+        mut waiter: Waiter,
+    ) {
+        let findings = match step {
+            Step::Ask(engine, request) => {
+                let shared = Arc::clone(inner);
+                let holder = judging.holder();
+                let then = move |evaluated, took| {
+                    let mut judging = judging;
+                    let step = judging.heard(&shared, &action, evaluated, took);
+                    Self::go_on(&shared, (judging, action), step, waiter);
+                };
+                let engines = &inner.engines;
+                return engines.submit(engine, request, &holder, Box::new(then));
+            }
+            Step::Found(findings) => findings,
+        };
+        let judgement = judging.judgement(action, findings);
+        match Self::referred(&judgement) {
+            Some(terms) if !waiter.stage.is_given_up() => {
+                waiter.until = inner.clock.now().saturating_add(CONSULT_WAIT);
+                Self::consult(inner, judgement, terms, waiter);
+            }
+            _ => waiter.conclude(inner, judgement),
+        }
+    }
+
+    /// What would be decided: the same, on the thread of whoever asks, for an explanation asks the engines
+    /// again. Asking a decision point is an effect of its own, and its answer would be kept: only a decision
+    /// asks.
+    fn explain(inner: &Arc<Self>, ask: Ask<'_>, caller: &Caller, done: Done) -> Arc<Stage> {
+        add(&inner.counters.explains, 1);
+        let mut judgement = match ask.action(caller) {
+            Ok(action) => {
+                let (mut judging, step) = Judging::charged(inner, &action, caller);
+                let findings = judging.wait(inner, &action, step);
+                judging.judgement(Box::new(action), findings)
+            }
+            Err(error) => inner.unreadable(error, ask.body_bytes()),
+        };
+        if Self::referred(&judgement).is_some() {
+            judgement.findings.reason = Reason::ConsultNeeded;
+        }
+        let stage = Arc::new(Stage::judging());
+        Self::conclude(inner, judgement, (caller, &stage), Mode::Explain, done);
+        stage
     }
 
     /// The terms of the decision point that has to agree to a local permit.
@@ -650,15 +708,14 @@ impl Inner {
         policy.consult(action.name()).cloned()
     }
 
-    /// The record, and the answer after it. Returns the slot that waits for it, if one does. A stage goes on
-    /// to that slot.
+    /// The record, and the answer after it. The stage goes on to the slot that waits for it.
     fn conclude(
         inner: &Arc<Self>,
         judgement: Judgement,
-        (caller, stage): (&Caller, Option<&Stage>),
+        (caller, stage): (&Caller, &Stage),
         mode: Mode,
         done: Done,
-    ) -> Option<Arc<Slot>> {
+    ) {
         let unix_ms = inner.clock.unix_ms();
         let mut answer = inner.blank_answer(judgement.findings.reason, judgement.findings.posture);
         answer.bundle = judgement.bundle.as_ref().map(|(bundle, _)| bundle.clone());
@@ -683,7 +740,7 @@ impl Inner {
                         permit: None,
                     },
                 );
-                return None;
+                return;
             }
         };
         add(&inner.counters.redactions, rendered.redactions);
@@ -745,7 +802,7 @@ impl Inner {
                     permit: None,
                 },
             );
-            return None;
+            return;
         }
 
         let class = if effective {
@@ -765,11 +822,11 @@ impl Inner {
             .saturating_add(inner.config.append_timeout);
         if !inner.queue().push(deadline, Arc::clone(&slot)) {
             Self::finish(inner, slot.give_up());
-            return None;
+            return;
         }
         // Ruling 21: before the recorder can speak, for whoever gives up from here on must meet the slot. If
         // somebody has meanwhile, the record of an allow is followed by `not_released`.
-        let given_up = stage.and_then(|stage| stage.record(Arc::clone(&slot)));
+        let given_up = stage.record(Arc::clone(&slot));
         if let Some(slot) = given_up.filter(|_| effective) {
             Self::finish(inner, slot.give_up());
         }
@@ -796,7 +853,6 @@ impl Inner {
                 Self::finish(&inner, completed);
             }),
         );
-        Some(slot)
     }
 
     /// Asks the decision point that a local permit is referred to.
@@ -872,15 +928,24 @@ impl Inner {
         if let (true, Some(upstreams)) = (settled.is_withdrawn, inner.upstreams.get()) {
             upstreams.withdrawn(&|| inner.consults().to_keep());
         }
-        for mut referred in settled.waiting {
-            let Request::Action(action) = &referred.judgement.request else {
+        for referred in settled.waiting {
+            let Referred {
+                judgement,
+                question,
+                terms,
+                waiter,
+            } = *referred;
+            let Request::Action(action) = judgement.request else {
                 continue;
             };
-            let mut policy = (inner.policy)();
-            let findings = inner.judge_in_force(action, &referred.waiter.caller, &mut policy);
-            referred.judgement.findings = findings;
-            referred.judgement.bundle = policy.as_deref().map(bundle_info);
-            referred.judgement.policy = policy;
+            let (mut judging, step) = Judging::again(inner, &action, &waiter.caller);
+            let findings = judging.wait(inner, &action, step);
+            let referred = Box::new(Referred {
+                judgement: judging.judgement(action, findings),
+                question,
+                terms,
+                waiter,
+            });
             let Some(terms) = Self::referred(&referred.judgement) else {
                 referred.conclude(inner);
                 continue;
@@ -968,31 +1033,15 @@ impl Inner {
         });
     }
 
-    /// Parse, quota, posture, engine, in this order.
-    fn judge(&self, ask: Ask<'_>, caller: &Caller) -> Judgement {
-        let mut policy = (self.policy)();
-        let (findings, request) = match ask.action(caller) {
-            Ok(action) => {
-                let findings = self.judge_action(&action, caller, &mut policy);
-                (findings, Request::Action(Box::new(action)))
-            }
-            Err(error) => {
-                let posture = self.overall_posture(policy.as_deref());
-                let findings = Findings::new(Reason::InvalidRequest, posture);
-                (
-                    findings,
-                    Request::Invalid {
-                        error,
-                        body_bytes: ask.body_bytes(),
-                    },
-                )
-            }
-        };
+    /// The deny of what is no request.
+    fn unreadable(&self, error: InvalidRequest, body_bytes: usize) -> Judgement {
+        let policy = (self.policy)();
+        let posture = self.overall_posture(policy.as_deref());
         Judgement {
-            findings,
+            findings: Findings::new(Reason::InvalidRequest, posture),
             bundle: policy.as_deref().map(bundle_info),
             policy,
-            request,
+            request: Request::Invalid { error, body_bytes },
         }
     }
 
@@ -1148,15 +1197,15 @@ impl Inner {
             Ok(search) => search,
             Err(error) => return Self::refuse_search(inner, caller, None, error.into(), done),
         };
-        let mut policy = (inner.policy)();
-        let bundle = policy.as_deref().map(bundle_info);
-        let posture = inner.overall_posture(policy.as_deref());
-        let searched = policy.clone();
+        let searched = (inner.policy)();
+        let bundle = searched.as_deref().map(bundle_info);
+        let posture = inner.overall_posture(searched.as_deref());
         let mut judge = |action: &Action| {
-            let findings = inner.judge_action(action, caller, &mut policy);
+            let (mut judging, step) = Judging::charged(inner, action, caller);
+            let findings = judging.wait(inner, action, step);
             let is_allow = findings.reason.decision() == Decision::Allow;
-            let terms = policy
-                .as_ref()
+            let terms = judging
+                .policy()
                 .and_then(|policy| policy.consult(action.name()));
             // Who may is not known before the decision point is asked, and a search asks none.
             let reason = match terms.filter(|_| is_allow) {
@@ -1235,165 +1284,6 @@ impl Inner {
                 .posture(action.name(), self.clock.unix_ms())
                 .max(self.floor()),
             None => Posture::Closed,
-        }
-    }
-
-    fn judge_action(
-        &self,
-        action: &Action,
-        caller: &Caller,
-        policy: &mut Option<Arc<ActivePolicy>>,
-    ) -> Findings {
-        let posture = self.posture_of(action, policy.as_deref());
-        let now = self.clock.now();
-        if let Err((bucket, retry_after)) = self.quotas.check(action, caller, now) {
-            return Findings {
-                retry_after_ms: Some(whole_ms(retry_after)),
-                errors: vec![format!("quota {} is spent", bucket.as_str())],
-                ..Findings::new(Reason::RateLimitExceeded, posture)
-            };
-        }
-        self.judge_in_force(action, caller, policy)
-    }
-
-    /// Posture and engine under the policy that is in force when the engine has answered.
-    fn judge_in_force(
-        &self,
-        action: &Action,
-        caller: &Caller,
-        policy: &mut Option<Arc<ActivePolicy>>,
-    ) -> Findings {
-        for _ in 0..JUDGED_AT_MOST {
-            let findings = self.judge_now(action, caller, policy.as_deref());
-            if findings.reason.decision() != Decision::Allow {
-                return findings;
-            }
-            // An allow is of the policy and the posture in force after the engine was waited for.
-            let in_force = (self.policy)();
-            let is_same = match (policy.as_ref(), in_force.as_ref()) {
-                (Some(judged), Some(now)) => Arc::ptr_eq(judged, now),
-                _ => false,
-            };
-            if is_same && self.posture_of(action, policy.as_deref()) == findings.posture {
-                return findings;
-            }
-            *policy = in_force;
-        }
-        let posture = self.posture_of(action, policy.as_deref());
-        Findings {
-            errors: vec!["the policy changed each time that it was asked".to_owned()],
-            ..Findings::new(Reason::Deadline, posture)
-        }
-    }
-
-    /// Posture and engine, as of now.
-    fn judge_now(
-        &self,
-        action: &Action,
-        caller: &Caller,
-        policy: Option<&ActivePolicy>,
-    ) -> Findings {
-        let posture = self.posture_of(action, policy);
-        let Some(policy) = policy else {
-            return Findings::new(Reason::NoPolicy, posture);
-        };
-        // Posture gates every request, before anything that could be cached (ruling 16).
-        let form = match posture {
-            Posture::Closed => return Findings::new(Reason::PostureClosed, posture),
-            Posture::Restricted => match policy.when_restricted(action.name()) {
-                WhenRestricted::Deny => {
-                    return Findings::new(Reason::PostureRestricted, posture);
-                }
-                WhenRestricted::Degrade => Form::Short,
-                WhenRestricted::Continue => Form::Full,
-            },
-            Posture::Normal | Posture::Stale => Form::Full,
-        };
-        Findings {
-            form,
-            ..self.evaluate(action, caller, policy, posture)
-        }
-    }
-
-    fn evaluate(
-        &self,
-        action: &Action,
-        caller: &Caller,
-        policy: &ActivePolicy,
-        posture: Posture,
-    ) -> Findings {
-        let mut request = PolicyRequest::from(action);
-        if let Err(error) = policy.describe_node(&mut request, posture, self.clock.unix_ms()) {
-            return Findings {
-                errors: vec![error],
-                ..Findings::new(Reason::EvaluationError, posture)
-            };
-        }
-        let holder = holder(caller);
-        let (evaluated, took) = self
-            .engines
-            .evaluate(policy.shared_engine(), request, &holder);
-        let counters = &self.counters;
-        add(
-            &counters.engine_us,
-            u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-        );
-        let failed = |reason, error: &str| Findings {
-            errors: vec![error.to_owned()],
-            ..Findings::new(reason, posture)
-        };
-        let Evaluation {
-            verdict,
-            policies,
-            errors,
-        } = match evaluated {
-            Evaluated::Done(evaluation) => evaluation,
-            Evaluated::Panicked => {
-                add(&counters.evaluations, 1);
-                add(&counters.panics, 1);
-                if let Some(more) = self.told_panicked.tell(self.clock.now()) {
-                    tracing::error!(
-                        action = action.name(),
-                        more,
-                        "policy engine panicked, action denied"
-                    );
-                }
-                return failed(Reason::EvaluationError, "policy engine panicked");
-            }
-            Evaluated::Late { abandoned: false } => {
-                add(&counters.evaluations, 1);
-                return failed(Reason::Deadline, "policy engine was late");
-            }
-            Evaluated::Late { abandoned: true } => {
-                add(&counters.evaluations, 1);
-                add(&counters.abandoned, 1);
-                if let Some(more) = self.told_abandoned.tell(self.clock.now()) {
-                    tracing::error!(
-                        action = action.name(),
-                        caller = &*holder,
-                        more,
-                        "policy engine does not end, action denied"
-                    );
-                }
-                return failed(Reason::Deadline, "policy engine was given up");
-            }
-            Evaluated::Exhausted => {
-                return failed(Reason::EngineExhausted, "no engine came free in time");
-            }
-        };
-        add(&counters.evaluations, 1);
-        let reason = match verdict {
-            Verdict::Forbid => Reason::PolicyDeny,
-            // An error beside any other verdict may be a forbid that was skipped.
-            _ if !errors.is_empty() => Reason::EvaluationError,
-            Verdict::Permit => Reason::PolicyAllow,
-            Verdict::NoMatch => Reason::NoMatch,
-            Verdict::Error => Reason::EvaluationError,
-        };
-        Findings {
-            policies,
-            errors,
-            ..Findings::new(reason, posture)
         }
     }
 

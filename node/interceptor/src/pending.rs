@@ -128,8 +128,8 @@ impl Slot {
 pub(crate) struct Stage(Mutex<Step>);
 
 enum Step {
-    /// It waits for a decision point.
-    Asking,
+    /// It waits for an engine, or for a decision point.
+    Judging,
     /// It waited for one, and nobody waits for it any more.
     GivenUp,
     /// It waits for its record.
@@ -137,12 +137,8 @@ enum Step {
 }
 
 impl Stage {
-    pub(crate) fn asking() -> Self {
-        Self(Mutex::new(Step::Asking))
-    }
-
-    pub(crate) fn recording(slot: Arc<Slot>) -> Self {
-        Self(Mutex::new(Step::Recording(slot)))
+    pub(crate) fn judging() -> Self {
+        Self(Mutex::new(Step::Judging))
     }
 
     fn step(&self) -> MutexGuard<'_, Step> {
@@ -150,8 +146,8 @@ impl Stage {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn is_asking(&self) -> bool {
-        matches!(*self.step(), Step::Asking)
+    pub(crate) fn is_before_record(&self) -> bool {
+        matches!(*self.step(), Step::Judging)
     }
 
     pub(crate) fn is_given_up(&self) -> bool {
@@ -162,7 +158,7 @@ impl Stage {
     pub(crate) fn give_up(&self) -> Option<Arc<Slot>> {
         let mut step = self.step();
         match &*step {
-            Step::Asking => {
+            Step::Judging => {
                 *step = Step::GivenUp;
                 None
             }

@@ -34,6 +34,8 @@ pub struct Stats {
     pub panics: u64,
     /// Requests whose record is not durable yet.
     pub pending: u64,
+    /// Evaluations that somebody waits for, those that wait for an engine too.
+    pub evaluating: u64,
     /// CPU microseconds spent in policy engines.
     pub engine_us: u64,
     /// Evaluations that took them.
@@ -70,7 +72,7 @@ impl Counters {
         }
     }
 
-    pub(crate) fn read(&self, pending: u64, abandoned_now: u64) -> Stats {
+    pub(crate) fn read(&self, pending: u64, evaluating: u64, abandoned_now: u64) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
             answers: Reason::ALL
@@ -87,6 +89,7 @@ impl Counters {
             records_lost: get(&self.records_lost),
             panics: get(&self.panics),
             pending,
+            evaluating,
             engine_us: get(&self.engine_us),
             evaluations: get(&self.evaluations),
             abandoned: get(&self.abandoned),

@@ -203,6 +203,10 @@ impl Site {
             // Nobody may wait any more.
             Box::new(move |outcome| drop(sender.send(outcome))),
         );
+        // Until the engines have said all that they were asked.
+        while self.interceptor.stats().evaluating > 0 {
+            std::thread::yield_now();
+        }
         (receiver, pending)
     }
 

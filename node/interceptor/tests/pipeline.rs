@@ -138,6 +138,18 @@ impl Site {
         mode: Mode,
         request: &Value,
     ) -> (mpsc::Receiver<Outcome>, Pending) {
+        let started = self.hand_over(caller, mode, request);
+        self.judged();
+        started
+    }
+
+    /// Without a wait for the engine.
+    fn hand_over(
+        &self,
+        caller: &Caller,
+        mode: Mode,
+        request: &Value,
+    ) -> (mpsc::Receiver<Outcome>, Pending) {
         let (sender, receiver) = mpsc::channel();
         let pending = self.interceptor.decide(
             request.to_string().as_bytes(),
@@ -146,6 +158,13 @@ impl Site {
             Box::new(move |outcome| sender.send(outcome).unwrap()),
         );
         (receiver, pending)
+    }
+
+    /// Waits until the engines have said all that they were asked.
+    fn judged(&self) {
+        while self.interceptor.stats().evaluating > 0 {
+            std::thread::yield_now();
+        }
     }
 
     fn records(&self) -> Vec<Value> {
@@ -827,6 +846,49 @@ fn inv_14_giving_up_and_completing_race_to_exactly_one_outcome() {
     }
 }
 
+/// Nobody's thread waits for an engine, and who does not wait for one gets no permit by it.
+#[test]
+fn inv_14_giving_up_while_the_engine_judges_leaves_a_recorded_deny() {
+    let site = Site::new();
+    let gate = Arc::new(Mutex::new(()));
+    let held = gate.clone();
+    let engine = Arc::new(ScriptedEngine::new(move |_| {
+        drop(held.lock().unwrap());
+        Evaluation {
+            verdict: Verdict::Permit,
+            policies: vec!["permit-it".to_owned()],
+            errors: Vec::new(),
+        }
+    }));
+    let active = active_policy(Some(engine), Source::Active, BOOT_UNIX_MS).unwrap();
+    *site.policy.lock().unwrap() = Some(Arc::new(active));
+    for gives_up in [true, false] {
+        site.judged();
+        let shut = gate.lock().unwrap();
+        let (outcome, pending) = site.hand_over(&caller(), Mode::Decide, &request("fs.read"));
+        assert_eq!(site.interceptor.stats().evaluating, 1);
+        if gives_up {
+            pending.give_up();
+        }
+        assert!(outcome.try_recv().is_err(), "there is nothing to say yet");
+        drop(shut);
+        let Outcome { answer, permit } = outcome.recv().unwrap();
+        // The control: who waits is allowed.
+        let (reason, errors) = match gives_up {
+            true => (
+                Reason::Deadline,
+                json!(["the caller did not wait for the policy engine"]),
+            ),
+            false => (Reason::PolicyAllow, Value::Null),
+        };
+        assert_eq!(answer.reason, reason);
+        assert_eq!(permit.is_some(), !gives_up);
+        assert_eq!(site.last_record()["reason"], reason.as_str());
+        assert_eq!(site.last_record()["errors"], errors);
+    }
+    assert_eq!(site.records().len(), 2);
+}
+
 #[test]
 fn inv_14_waiting_for_a_recorder_that_never_answers_ends_in_a_deny() {
     let site = Site::with(|config| config.append_timeout = MS * 20);
@@ -855,8 +917,15 @@ fn inv_07_requests_without_a_record_yet_are_limited() {
     });
     site.recorder.hold();
     let waiting: Vec<_> = (0..MAX_PENDING)
-        .map(|_| site.start(&caller(), Mode::Decide, &request("fs.read")).0)
+        .map(|number| {
+            if number % 64 == 0 {
+                site.judged();
+            }
+            site.hand_over(&caller(), Mode::Decide, &request("fs.read"))
+                .0
+        })
         .collect();
+    site.judged();
     assert_eq!(site.ask("fs.read").answer.reason, Reason::AuditUnavailable);
     site.recorder.release();
     assert!(

@@ -713,6 +713,13 @@ impl Node {
              tidelock_engines_held {}",
             stats.abandoned_now
         );
+        let _ = writeln!(
+            text,
+            "# HELP tidelock_evaluations_under_way Evaluations that somebody waits for.\n\
+             # TYPE tidelock_evaluations_under_way gauge\n\
+             tidelock_evaluations_under_way {}",
+            stats.evaluating
+        );
         text.push_str(&self.consult_metrics());
         text.push_str(&self.papers_metrics());
         self.mesh_metrics(&mut text);
