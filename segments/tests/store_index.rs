@@ -722,25 +722,30 @@ fn ranges_of_a_file_are_read_within_its_bounds() {
 #[test]
 fn a_scrub_goes_on_where_the_last_run_stopped_and_never_starves_a_part() {
     let disk = SimDisk::new();
-    let all = filled(&disk, 300);
+    let all = foreign_segments("n9", 1_200);
+    {
+        let (_root, store) = open_sim(&disk);
+        for segment in &all {
+            store.put(segment, Charge::Normal).unwrap();
+        }
+    }
     let mut checked = 0;
     let mut wrapped = 0;
     for _ in 0..4 {
-        // The place is kept every 64 segments.
+        // The place is kept every 256 segments.
         let (_root, store) = open_sim(&disk);
-        for _ in 0..100 {
+        for _ in 0..400 {
             let report = store.scrub(1).unwrap();
             checked += report.checked;
             wrapped += u64::from(report.wrapped);
         }
     }
-    assert!(checked >= 399, "{checked}");
-    // 300 of them, of which each restart read at most 64 again.
+    assert!(checked >= 1_599, "{checked}");
+    // Of which each restart read at most those again that came after the last place that was kept.
     assert_eq!(wrapped, 0);
     let (_root, store) = open_sim(&disk);
     let rest = store.scrub(u64::MAX).unwrap();
-    assert!(rest.wrapped && rest.checked <= 300 - 4 * 64, "{rest:?}");
-    assert_eq!(all.len(), 300);
+    assert!(rest.wrapped && rest.checked <= 1_200 - 4 * 256, "{rest:?}");
 }
 
 #[test]

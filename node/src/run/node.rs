@@ -943,7 +943,7 @@ impl Node {
         let foreign_before = self.root.ledger().usage().foreign_bytes;
         match self.store.scrub(budget) {
             // What it found damaged was told when it was found.
-            Ok(report) => pace.spent(report.bytes),
+            Ok(report) => pace.spent(report.charged_bytes),
             Err(error) => tracing::warn!(%error, "the store cannot be scrubbed now"),
         }
         let foreign = self.store.foreign();

@@ -13,10 +13,12 @@ use crate::ledger::Charge;
 use crate::limits::{MAX_FOREIGN_PATHS, NAMES_AT_ONCE};
 use crate::root::{RootError, is_ours, join};
 
+/// What a segment is charged at least: opening it and checking its signature cost what reading so much does.
+const SCRUB_CHARGE_MIN_BYTES: u64 = 64 << 10;
 /// Names that one call of [`Store::scrub`] looks at beside its segments.
 const NAMES_A_SCRUB: usize = 64;
 /// Segments scrubbed until the place is written down.
-const PLACE_KEPT_AFTER: u64 = 64;
+const PLACE_KEPT_AFTER: u64 = 256;
 /// Most directories waiting to be looked at; beyond, a foreign tree is counted by its top alone.
 const MAX_DIRS_WAITING: usize = 1024;
 
@@ -27,6 +29,8 @@ pub struct ScrubReport {
     pub checked: u64,
     /// Their bytes.
     pub bytes: u64,
+    /// What they took of the budget.
+    pub charged_bytes: u64,
     /// Segments that went to the quarantine.
     pub damaged: Vec<SegmentId>,
     /// Whether this call reached the end of the store; the next begins anew.
@@ -83,7 +87,7 @@ impl ScrubPace {
         u64::try_from(self.available).unwrap_or(0)
     }
 
-    /// Notes what a call of [`Store::scrub`] read.
+    /// Notes what a call of [`Store::scrub`] charged.
     pub fn spent(&mut self, bytes: u64) {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         self.available = self.available.saturating_sub(bytes);
@@ -105,8 +109,8 @@ pub(super) struct Survey {
 }
 
 impl Store {
-    /// Reads and verifies segments, beginning where the last call ended, until the budget is used,
-    /// and looks at a few names for files that are not the node's. Where it goes on is kept across
+    /// Reads and verifies segments, beginning where the last call ended, until the budget is used, of which
+    /// each takes its size and 64 KiB at least, and looks at a few names for files that are not the node's. Where it goes on is kept across
     /// restarts, roughly.
     ///
     /// # Errors
@@ -117,7 +121,7 @@ impl Store {
             let mut writer = self.writer();
             self.heal(&mut writer)?;
         }
-        while report.bytes < budget_bytes {
+        while report.charged_bytes < budget_bytes {
             let Some(next) = self.next_to_scrub() else {
                 report.wrapped = true;
                 break;
@@ -130,6 +134,8 @@ impl Store {
             }
             report.checked += 1;
             report.bytes = report.bytes.saturating_add(next.size_bytes);
+            let charge = next.size_bytes.max(SCRUB_CHARGE_MIN_BYTES);
+            report.charged_bytes = report.charged_bytes.saturating_add(charge);
         }
         if budget_bytes > 0 {
             self.survey(NAMES_A_SCRUB)?;
