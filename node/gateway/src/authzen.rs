@@ -5,6 +5,7 @@
 //! its decision point fails must not be brought to it by a full disk (decision 0029). Other statuses
 //! say that a request was not judged, with one string of JSON as the body.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use hyper::body::{Bytes, Incoming};
@@ -21,7 +22,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
 use crate::auth::Scopes;
-use crate::limits::{BATCH_TIMEOUT, BODY_BYTES_MAX};
+use crate::limits::{BATCH_TIMEOUT, BATCH_TOGETHER, BODY_BYTES_MAX};
 use crate::refusals::Source;
 use crate::routes::{
     GET_ONLY, POST_ONLY, Reply, Visit, asked, begin, blocking, closing, json as json_reply,
@@ -307,31 +308,27 @@ async fn evaluations(
     }
 }
 
-/// Every evaluation, their records on their way together.
+/// Every evaluation, a few on their way together, so that they share syncs and leave engines to others.
 async fn all(visit: &Visit<'_>, arrived: &Arrived, items: &[Evaluation]) -> Vec<AuthzenEvaluation> {
     let deadline = Instant::now() + BATCH_TIMEOUT;
-    let mut begun = Vec::with_capacity(items.len());
-    for item in items {
-        begun.push(match Instant::now() < deadline {
-            true => Some(begin(
-                visit.app,
-                Ask::Evaluation(item),
-                &arrived.caller,
-                Mode::Decide,
-                Arc::clone(&arrived.slot),
-            )),
-            false => None,
-        });
-    }
+    let mut begun = VecDeque::with_capacity(BATCH_TOGETHER);
+    let mut to_begin = items.iter();
     let mut made = Vec::with_capacity(items.len());
-    for (item, begun) in items.iter().zip(begun) {
-        made.push(match begun {
-            Some((waiting, outcome)) => {
-                let outcome = outcome_of(visit.app, waiting, outcome).await;
-                one_of_batch(visit, arrived, item, outcome.map(|outcome| outcome.answer))
-            }
-            None => one_of_batch(visit, arrived, item, None),
-        });
+    for item in items {
+        let room = BATCH_TOGETHER - begun.len();
+        begun.extend(to_begin.by_ref().take(room).map(|item| {
+            (Instant::now() < deadline).then(|| {
+                let ask = Ask::Evaluation(item);
+                let held = Arc::clone(&arrived.slot);
+                begin(visit.app, ask, &arrived.caller, Mode::Decide, held)
+            })
+        }));
+        let outcome = match begun.pop_front().flatten() {
+            Some((waiting, outcome)) => outcome_of(visit.app, waiting, outcome).await,
+            None => None,
+        };
+        let answer = outcome.map(|outcome| outcome.answer);
+        made.push(one_of_batch(visit, arrived, item, answer));
     }
     made
 }

@@ -83,7 +83,8 @@ pub const WRITE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// A decision that has not come back by then is given up and answered 503. The interceptor gives
 /// up by itself before that; this is for when nobody ticks it. Longer than a decision point upstream may
 /// be waited for.
-pub const DECISION_TIMEOUT_DEFAULT: Duration = CONSULT_WAIT.saturating_add(Duration::from_secs(1));
+pub const DECISION_TIMEOUT_DEFAULT: Duration =
+    CONSULT_WAIT.saturating_add(Duration::from_millis(1500));
 
 /// The same at the door for Envoy, whose own limit is a second in the configs of the book: it must hear
 /// the deny, because it lets things pass on an error where it is told to. A decision point that takes longer
@@ -93,6 +94,9 @@ pub const PROXY_DECISION_TIMEOUT: Duration = Duration::from_millis(750);
 /// An AuthZEN request begins no further evaluation after this. What was begun may take another
 /// [`DECISION_TIMEOUT_DEFAULT`] each; the rest is answered `false`.
 pub const BATCH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Evaluations of one AuthZEN request that are on their way together.
+pub const BATCH_TOGETHER: usize = 16;
 
 /// An operator's request (verifying a bundle and running its tests, say) may take this long.
 pub const ADMIN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -233,7 +237,7 @@ pub const WORST_CASE_BYTES: usize = (CONNECTIONS_DEFAULT + STRANGERS_DEFAULT)
 const _: () = assert!(
     PROXY_DECISION_TIMEOUT.as_millis()
         > tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
-            + tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
+            + 2 * tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
 );
 const _: () = assert!(WORST_CASE_BYTES < 352 * 1024 * 1024);
 const _: () = assert!(SLOTS_PER_PRINCIPAL_DEFAULT < SLOTS_DEFAULT);
@@ -243,7 +247,8 @@ const _: () = assert!(
     DECISION_TIMEOUT_DEFAULT.as_millis()
         > CONSULT_WAIT.as_millis()
             + tidelock_interceptor::limits::APPEND_TIMEOUT.as_millis()
-            + 2 * tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
+            // For a worker and the engine, and once more when the decision point has answered.
+            + 4 * tidelock_interceptor::limits::ENGINE_WAIT.as_millis()
 );
 const _: () = assert!(GUARD_CALLERS_MAX > TOKENS_MAX + UNIX_PEERS_MAX + 3);
 const _: () = assert!(TOKEN_BYTES_MAX < HEAD_BYTES_MAX);

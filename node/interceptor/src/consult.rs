@@ -377,6 +377,7 @@ pub trait Upstreams: Send + Sync {
     fn identity(&self, name: &str) -> Option<UpstreamIdentity>;
 
     /// Asks once, nobody but the identity in the question, and returns at once. `done` is called at the question's deadline at the latest.
+    /// `done` is never called before this returns: whoever asks may be on an engine's thread.
     fn ask(&self, question: Question, done: AnswerDone);
 
     /// An answer that allowed is not to serve again. What was kept of it for the next start must be gone

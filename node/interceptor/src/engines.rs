@@ -32,6 +32,11 @@ const LOOK_EVERY_AT_MOST: Duration = Duration::from_millis(10);
 /// How many looks that find nothing to look at end the watch until the next evaluation.
 const LOOKS_AT_NOTHING: u32 = 20;
 
+/// What is waited beyond the limits before the word of the watch is done without.
+const SLACK: Duration = Duration::from_secs(1);
+/// What is told at most between two looks.
+const TOLD_AT_ONCE: usize = 16;
+
 /// How an evaluation came out.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Evaluated {
@@ -105,6 +110,8 @@ struct State {
     /// Whether a thread looks at what runs, and whether it is awake.
     has_watch: bool,
     is_watched: bool,
+    /// What the watch has taken out and is telling.
+    telling: usize,
     closed: bool,
 }
 
@@ -142,13 +149,17 @@ impl State {
     /// Gives an idle worker the first of what waits for those who hold the fewest.
     fn pass_on(&mut self, signals: &[Condvar]) {
         while let Some(number) = self.idle() {
-            let next = self
-                .waiting
-                .iter()
-                .enumerate()
-                .map(|(at, one)| (self.held_by(&one.caller), at))
-                .filter(|(held, _)| *held < ENGINE_WORKERS_PER_CALLER)
-                .min();
+            let mut next = None;
+            for (at, one) in self.waiting.iter().enumerate() {
+                let held = self.held_by(&one.caller);
+                if held < next.map_or(ENGINE_WORKERS_PER_CALLER, |(least, _)| least) {
+                    next = Some((held, at));
+                }
+                // Nobody holds fewer.
+                if held == 0 {
+                    break;
+                }
+            }
             let Some(one) = next.and_then(|(_, at)| self.waiting.remove(at)) else {
                 return;
             };
@@ -209,8 +220,9 @@ impl State {
                 other => worker.phase = other,
             }
         }
-        // The oldest are in front.
-        while let Some(one) = self.waiting.front()
+        // The oldest are in front. A few at a time: what runs is looked at again before the next ones.
+        while told.len() < TOLD_AT_ONCE
+            && let Some(one) = self.waiting.front()
             && one.since.elapsed() >= wait
             && let Some(one) = self.waiting.pop_front()
         {
@@ -304,7 +316,7 @@ impl Engines {
         let state = self.shared.state();
         let is_at_it =
             |worker: &&Worker| !matches!(worker.phase, Phase::Idle | Phase::Abandoned(_));
-        state.workers.iter().filter(is_at_it).count() + state.waiting.len()
+        state.workers.iter().filter(is_at_it).count() + state.waiting.len() + state.telling
     }
 
     /// Judges one request of `caller` and waits for what comes of it: within the wait for a worker and
@@ -321,7 +333,8 @@ impl Engines {
             let _ = sender.send((evaluated, took));
         };
         self.submit(engine, request, caller, Box::new(then));
-        let heard = receiver.recv();
+        // Longer than both waits: this is for when the watch itself is held up.
+        let heard = receiver.recv_timeout(self.shared.wait.saturating_mul(2) + SLACK);
         heard.unwrap_or((Evaluated::Exhausted, Duration::ZERO))
     }
 
@@ -456,10 +469,12 @@ fn watch(shared: &Shared) {
     while !state.closed {
         let told = state.take_overdue(shared.budget, shared.wait);
         if !told.is_empty() {
+            state.telling = told.len();
             state.pass_on(&shared.given);
             drop(state);
             told.into_iter().for_each(tell);
             state = shared.state();
+            state.telling = 0;
             continue;
         }
         nothing = match state.is_at_rest() {

@@ -6,9 +6,9 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
-        mpsc,
+        mpsc::{self, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Map, Value};
@@ -46,7 +46,7 @@ use crate::{
 
 mod judging;
 
-use self::judging::{JUDGED_AT_MOST, Judging, Step};
+use self::judging::{EngineFault, JUDGED_AT_MOST, Judging, Step};
 
 /// Gives the policy that decides now, or none. Read once a request.
 pub type PolicySource = Arc<dyn Fn() -> Option<Arc<ActivePolicy>> + Send + Sync>;
@@ -170,6 +170,8 @@ struct Inner {
     counters: Counters,
     told_panicked: Seldom,
     told_abandoned: Seldom,
+    /// What the log of the process is to be told of engines, by who ticks: no engine thread waits for it.
+    engine_faults: Mutex<Vec<EngineFault>>,
     upstreams: OnceLock<Arc<dyn Upstreams>>,
     consults: Mutex<Consults<Box<Referred>>>,
     /// Monotonic milliseconds from which kept answers are looked at again.
@@ -251,6 +253,7 @@ impl Interceptor {
                 counters: Counters::default(),
                 told_panicked: Seldom::default(),
                 told_abandoned: Seldom::default(),
+                engine_faults: Mutex::default(),
                 upstreams: OnceLock::new(),
                 consults: Mutex::default(),
                 sweep_from_ms: AtomicU64::new(0),
@@ -278,7 +281,7 @@ impl Interceptor {
     }
 
     /// Decides one request and waits for the outcome: for the engines, [`CONSULT_WAIT`] where a decision
-    /// point is asked, and at most the append timeout for its record.
+    /// point is asked, and at most twice the append timeout for its record.
     pub fn decide_wait(&self, bytes: &[u8], caller: &Caller, mode: Mode) -> Outcome {
         let (sender, receiver) = mpsc::sync_channel(1);
         let pending = self.decide(
@@ -289,17 +292,21 @@ impl Interceptor {
             Box::new(move |outcome| drop(sender.send(outcome))),
         );
         let config = &self.inner.config;
-        let outcome = receiver
-            .recv_timeout(config.append_timeout)
-            .or_else(|late| match pending.stage.is_before_record() {
-                true => {
-                    // For a worker, for the engine, for a decision point and for the record.
-                    let engines = config.engine_wait.saturating_mul(2);
-                    let record = CONSULT_WAIT.saturating_add(config.append_timeout);
-                    receiver.recv_timeout(engines.saturating_add(record))
-                }
-                false => Err(late),
-            })
+        // For a worker, for the engine and for a decision point, each of which ends by itself.
+        let engines = config.engine_wait.saturating_mul(2);
+        let limit = engines.saturating_add(CONSULT_WAIT);
+        // Real time, as the engines' limits are, whatever clock the rest runs on.
+        let begun = Instant::now();
+        let mut outcome = receiver.recv_timeout(config.append_timeout);
+        while matches!(outcome, Err(RecvTimeoutError::Timeout))
+            && pending.stage.is_before_record()
+            && begun.elapsed() < limit
+        {
+            outcome = receiver.recv_timeout(config.append_timeout);
+        }
+        let outcome = outcome
+            // The record may have been handed over a moment ago.
+            .or_else(|_| receiver.recv_timeout(config.append_timeout))
             .or_else(|_| {
                 pending.give_up();
                 receiver.recv()
@@ -345,6 +352,9 @@ impl Interceptor {
             let overdue = self.inner.queue().pop_overdue(now);
             let Some(slot) = overdue else { break };
             Inner::finish(&self.inner, slot.give_up());
+        }
+        for fault in std::mem::take(&mut *self.inner.engine_faults()) {
+            fault.log();
         }
         self.inner.quotas.evict_idle(now);
         Inner::tick_consults(&self.inner, now);
@@ -588,6 +598,11 @@ impl Inner {
 
     fn reports(&self) -> MutexGuard<'_, Reports> {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn engine_faults(&self) -> MutexGuard<'_, Vec<EngineFault>> {
+        let faults = self.engine_faults.lock();
+        faults.unwrap_or_else(PoisonError::into_inner)
     }
 
     fn consults(&self) -> MutexGuard<'_, Consults<Box<Referred>>> {

@@ -239,7 +239,7 @@ mod tests {
             ..principal(1)
         };
         for counted in [principal(1), stated.clone(), stated] {
-            summary.count(counted, "NO_MATCH", S, 10);
+            summary.count(counted, ("NO_MATCH", None), (S, 10));
         }
         let window = summary.take_due(S * 9, S).unwrap();
         assert_eq!(

@@ -32,9 +32,8 @@ use std::{path::Path, sync::Arc, time::Duration};
 
 use serde_json::json;
 use tidelock_gateway::{
-    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayLimits, GatewayParts,
-    Grant, RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor,
-    limits::HANDSHAKES_DEFAULT,
+    AuthConfig, CallerTime, Gateway, GatewayConfig, GatewayLimits, GatewayParts, Grant,
+    RefusalWindow, Scopes, TlsDoor, TokenSet, UnixDoor, limits::HANDSHAKES_DEFAULT,
 };
 use tidelock_quota::Rate;
 use tidelock_transport::tls::provider;

@@ -21,6 +21,30 @@ use crate::{
 /// How often an action is judged where each time another policy or posture is in force afterwards.
 pub(super) const JUDGED_AT_MOST: usize = 3;
 
+/// Faults that wait for the log at most; they come seldom.
+const FAULTS_MAX: usize = 8;
+
+/// Something that operators should hear of an engine.
+#[derive(Debug)]
+pub(super) struct EngineFault {
+    what: &'static str,
+    action: String,
+    caller: Arc<str>,
+    more: u64,
+}
+
+impl EngineFault {
+    pub(super) fn log(&self) {
+        let Self {
+            what,
+            action,
+            caller,
+            more,
+        } = self;
+        tracing::error!(%action, %caller, more, "{what}");
+    }
+}
+
 /// What is to be done next.
 pub(super) enum Step {
     /// This engine is to be asked this, and [`Judging::heard`] goes on.
@@ -172,6 +196,18 @@ impl Judging {
         Step::Found(self.failed(Reason::Deadline, error))
     }
 
+    fn note(&self, inner: &Inner, action: &Action, what: &'static str, more: Option<u64>) {
+        let mut faults = inner.engine_faults();
+        if let Some(more) = more.filter(|_| faults.len() < FAULTS_MAX) {
+            faults.push(EngineFault {
+                what,
+                action: action.name().to_owned(),
+                caller: Arc::clone(&self.holder),
+                more,
+            });
+        }
+    }
+
     fn failed(&self, reason: Reason, error: &str) -> Findings {
         Findings {
             errors: vec![error.to_owned()],
@@ -190,13 +226,8 @@ impl Judging {
             Evaluated::Done(evaluation) => evaluation,
             Evaluated::Panicked => {
                 add(&counters.panics, 1);
-                if let Some(more) = inner.told_panicked.tell(inner.clock.now()) {
-                    tracing::error!(
-                        action = action.name(),
-                        more,
-                        "policy engine panicked, action denied"
-                    );
-                }
+                let more = inner.told_panicked.tell(inner.clock.now());
+                self.note(inner, action, "policy engine panicked, action denied", more);
                 return self.failed(Reason::EvaluationError, "policy engine panicked");
             }
             Evaluated::Late { abandoned: false } => {
@@ -204,14 +235,13 @@ impl Judging {
             }
             Evaluated::Late { abandoned: true } => {
                 add(&counters.abandoned, 1);
-                if let Some(more) = inner.told_abandoned.tell(inner.clock.now()) {
-                    tracing::error!(
-                        action = action.name(),
-                        caller = &*self.holder,
-                        more,
-                        "policy engine does not end, action denied"
-                    );
-                }
+                let more = inner.told_abandoned.tell(inner.clock.now());
+                self.note(
+                    inner,
+                    action,
+                    "policy engine does not end, action denied",
+                    more,
+                );
                 return self.failed(Reason::Deadline, "policy engine was given up");
             }
             Evaluated::Exhausted => {
