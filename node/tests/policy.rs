@@ -807,7 +807,7 @@ fn a_long_replay_blocks_its_bundle_and_holds_up_no_rollback_no_reload_and_no_eme
     });
     slow(&site);
     rego(&site, "slow.tar", 9);
-    for file in 0..120 {
+    for file in 0..600 {
         site.may_read(&format!("/srv/{file}.txt"));
     }
     let passed = || site.status()["policy_worker"]["counts"]["passed"].as_u64();
