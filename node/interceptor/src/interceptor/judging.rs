@@ -46,6 +46,10 @@ impl EngineFault {
 }
 
 /// What is to be done next.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "made and taken apart at once, never stored"
+)]
 pub(super) enum Step {
     /// This engine is to be asked this, and [`Judging::heard`] goes on.
     Ask(Arc<dyn Engine>, PolicyRequest),
