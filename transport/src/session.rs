@@ -66,6 +66,10 @@ pub trait View {
     fn settled_below(&self, _origin: &Origin) -> u64 {
         0
     }
+    /// Numbers of this origin of which another segment may be taken although one is held. Few.
+    fn open_numbers(&self, _origin: &Origin) -> Vec<u64> {
+        Vec::new()
+    }
     /// Whether this segment is taken now: size, room, custody share.
     fn wants(&self, reference: &SegmentRef) -> bool;
     /// Own segments for which a receipt of this peer is still of use.
@@ -1684,6 +1688,9 @@ impl SessionMachine {
                 {
                     origin.listed.remove(top, top);
                 }
+                for number in view.open_numbers(&name) {
+                    origin.listed.remove(number, number);
+                }
             }
             let ours = match &mine {
                 Some(mine) => mine.get(&name).cloned(),
@@ -1769,6 +1776,11 @@ impl SessionMachine {
                 let mut missing = origin.ranges.clone();
                 for (from, to) in ours.map(|head| head.ranges.as_slice()).unwrap_or_default() {
                     missing.remove(*from, *to);
+                }
+                for number in view.open_numbers(name) {
+                    if origin.ranges.contains(number) {
+                        missing.insert(number, number);
+                    }
                 }
                 missing
             }

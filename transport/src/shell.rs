@@ -118,6 +118,10 @@ pub trait MeshHooks: Send + Sync + 'static {
     fn settled_below(&self, _origin: &Origin) -> u64 {
         0
     }
+    /// Numbers of this origin of which another segment may be taken although one is held. Few.
+    fn open_numbers(&self, _origin: &Origin) -> Vec<u64> {
+        Vec::new()
+    }
     /// Whether this segment is taken now. True for revocation and policy whatever the room
     /// (ruling 10); custody share and ceiling decide on the rest.
     fn wants(&self, reference: &SegmentRef) -> bool;

@@ -91,11 +91,13 @@ impl MeshHooks for Hooks {
         self.0.log.evicted_below(origin)
     }
 
+    fn open_numbers(&self, origin: &Origin) -> Vec<u64> {
+        self.0.scheduled.epochs(origin)
+    }
+
     fn wants(&self, reference: &SegmentRef) -> bool {
         let now = self.0.clock.monotonic();
-        !self.0.waiting.holds(&reference.id, now)
-            && !self.0.scheduled.holds(reference)
-            && self.0.wants(reference)
+        !self.0.waiting.holds(&reference.id, now) && self.0.wants(reference)
     }
 
     fn admit(&self, peer: &NodeId, segment: VerifiedSegment) -> Result<Admitted, Refusal> {

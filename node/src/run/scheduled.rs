@@ -15,7 +15,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tidelock_policy::{ContentId, Manifest, Package, Role, TrustFile, signed_manifest};
-use tidelock_segments::{Charge, Kind, SegmentRef};
+use tidelock_segments::{Charge, Kind, Origin, SegmentRef};
 
 use super::{
     activate::Order,
@@ -199,11 +199,14 @@ impl Scheduled {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a bundle of this one's epoch waits here.
-    pub(super) fn holds(&self, reference: &SegmentRef) -> bool {
-        reference.kind == Kind::Policy
-            && !is_statement(&reference.origin)
-            && self.held().entries.contains_key(&reference.sequence)
+    /// The epochs of which bundles wait: another of the same epoch may be in force now, or an emergency.
+    pub(super) fn epochs(&self, origin: &Origin) -> Vec<u64> {
+        let held = self.held();
+        let of_it = held
+            .entries
+            .values()
+            .filter(|held| held.segment.origin == *origin);
+        of_it.map(|held| held.segment.sequence).collect()
     }
 
     pub(super) fn told(&self) -> Value {
@@ -427,7 +430,7 @@ impl Node {
             } else if is_over && has_decided {
                 self.scheduled.held().forget(segment);
             } else if is_over {
-                let why = "another bundle decides at or above its epoch";
+                let why = "another bundle has taken its epoch, or one above it";
                 self.withdraw(segment, "BUNDLE_EPOCH", why);
             }
         }
@@ -506,7 +509,7 @@ impl Node {
 
 #[cfg(test)]
 mod tests {
-    use tidelock_segments::{Origin, SegmentId};
+    use tidelock_segments::SegmentId;
 
     use super::*;
 

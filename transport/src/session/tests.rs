@@ -54,6 +54,8 @@ struct Store {
     partials: BTreeMap<SegmentId, (Content, Vec<bool>)>,
     /// Takes its own log back, from this number on.
     own_from: Option<u64>,
+    /// Takes another segment of this number.
+    open_number: Option<u64>,
     /// Takes nothing that needs room.
     is_full: bool,
 }
@@ -180,6 +182,10 @@ impl View for StoreView<'_> {
 
     fn settled_below(&self, _: &Origin) -> u64 {
         self.store.borrow().own_from.unwrap_or(0)
+    }
+
+    fn open_numbers(&self, _: &Origin) -> Vec<u64> {
+        self.store.borrow().open_number.into_iter().collect()
     }
 
     fn wants(&self, reference: &SegmentRef) -> bool {
@@ -1458,6 +1464,28 @@ fn a_fork_of_an_audit_log_is_seen_and_a_second_signature_on_a_policy_is_none() {
     assert!(forks.contains(&(0, expected(&ours, &theirs))));
     assert!(forks.contains(&(1, expected(&theirs, &ours))));
     assert!(world.fetches.is_empty());
+}
+
+/// An emergency of an epoch of which another bundle waited for its time was never even listed.
+#[test]
+fn another_segment_of_a_number_that_is_open_is_fetched() {
+    let mut world = World::new(&["a", "b"]);
+    let emergency = world.store(0).make(&policy_origin(), 5, "emergency", 300);
+    for node in [0, 1] {
+        world.store(node).make(&policy_origin(), 7, "last", 300);
+    }
+    world.store(1).make(&policy_origin(), 5, "waits", 300);
+    world.store(1).make(&policy_origin(), 6, "of its own", 300);
+    world.store(1).open_number = Some(5);
+    world.connect(0, 1);
+    world.run_for(Duration::from_secs(1));
+    assert!(world.store(1).by_id.contains_key(&emergency.id));
+    assert_eq!(world.store(0).by_id.len(), 3, "and 6, but no other 5");
+    // What comes later in the same session too.
+    let another = world.store(0).make(&policy_origin(), 5, "another", 300);
+    world.stored(0, &another);
+    world.run_for(Duration::from_secs(1));
+    assert!(world.store(1).by_id.contains_key(&another.id));
 }
 
 /// Node a's root was put back: it holds the begin of its log, and b holds more of it.

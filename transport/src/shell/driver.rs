@@ -265,6 +265,10 @@ impl View for HooksView<'_> {
         self.hooks.settled_below(origin)
     }
 
+    fn open_numbers(&self, origin: &Origin) -> Vec<u64> {
+        self.hooks.open_numbers(origin)
+    }
+
     fn wants(&self, reference: &SegmentRef) -> bool {
         self.hooks.wants(reference)
     }
