@@ -408,6 +408,12 @@ impl Node {
 
     /// Ruling 14: a damaged active bundle is first restored from the store at the same epoch.
     pub(super) fn restore_policy(&self) {
+        self.restoring().tell_anew();
+        self.restore_from_store();
+    }
+
+    /// The same; what refuses it is told once.
+    pub(super) fn restore_from_store(&self) {
         let Some(floor) = self.slots.wanted() else {
             return;
         };
@@ -428,10 +434,11 @@ impl Node {
                     self.event("bundle_restored", activated.told());
                     return;
                 }
-                Err(denied) => self.event(
+                Err(denied) if self.restoring().is_news(candidate.id, denied.code) => self.event(
                     "bundle_not_restored",
                     json!({"segment": candidate.id, "code": denied.code, "message": denied.message}),
                 ),
+                Err(_) => {}
             }
         }
     }

@@ -251,6 +251,7 @@ fn tend_policy(
     let tending = node.clone();
     Some(tokio::task::spawn_blocking(move || {
         tending.read_slots_again();
+        tending.restore_again();
         tending.tend_schedule();
     }))
 }

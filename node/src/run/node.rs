@@ -43,7 +43,7 @@ use super::{
     journal::Journal,
     media::Parts,
     papers::{PaperLooks, Papers},
-    policy::{RootSlots, SlotsAgain},
+    policy::{RestoreAgain, RootSlots, SlotsAgain},
     quotas::{KeptQuotas, OwnQuotas, QUOTAS_FILE},
     rejections::Rejections,
     scheduled::Scheduled,
@@ -178,6 +178,7 @@ pub(super) struct Node {
     pub(super) looking: Looking,
     /// Where a worker failed over the slots: when they are read again.
     pub(super) slots_again: Mutex<SlotsAgain>,
+    pub(super) restore_again: Mutex<RestoreAgain>,
     /// Bundles of peers that this site's own rules keep out.
     pub(super) waiting: Waiting,
     /// Bundles that wait for their time.
@@ -483,6 +484,7 @@ impl Node {
             activating: Mutex::default(),
             looking: Looking::default(),
             slots_again: Mutex::default(),
+            restore_again: Mutex::default(),
             waiting: Waiting::default(),
             scheduled: Scheduled::default(),
             papers: Mutex::default(),

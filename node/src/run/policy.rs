@@ -1,15 +1,16 @@
 //! Where policy lives on disk, and how a bundle comes to decide.
 
 use std::{
+    collections::BTreeSet,
     io,
-    sync::{Arc, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use serde_json::json;
 use tidelock_policy::{BundleError, Manifest, Package, SlotFault, SlotStorage};
 use tidelock_segments::{
-    Charge, DomainId, FormatError, Kind, Origin, Root, SegmentHeader, seal_unsigned,
+    Charge, DomainId, FormatError, Kind, Origin, Root, SegmentHeader, SegmentId, seal_unsigned,
 };
 
 use super::{admit::Denied, node::Node};
@@ -95,7 +96,57 @@ impl SlotsAgain {
     }
 }
 
+/// Refused segments of which it is told once that they do not restore the newest bundle (INV-07).
+const RESTORES_TOLD_MAX: usize = 64;
+
+/// When the bundle that ought to decide is looked for in the store again: a disk that failed over it once may
+/// take it by now.
+#[derive(Debug, Default)]
+pub(super) struct RestoreAgain {
+    due: Option<Duration>,
+    wait: Duration,
+    told: BTreeSet<(SegmentId, &'static str)>,
+}
+
+impl RestoreAgain {
+    fn is_due(&mut self, is_wanted: bool, now: Duration) -> bool {
+        if !is_wanted {
+            *self = Self::default();
+            return false;
+        }
+        let is_due = self.due.is_some_and(|due| now >= due);
+        if is_due || self.due.is_none() {
+            self.wait = (self.wait * 2).clamp(SLOTS_AGAIN_FIRST, SLOTS_AGAIN_MOST);
+            self.due = Some(now.saturating_add(self.wait));
+        }
+        is_due
+    }
+
+    pub(super) fn is_news(&mut self, segment: SegmentId, code: &'static str) -> bool {
+        self.told.len() < RESTORES_TOLD_MAX && self.told.insert((segment, code))
+    }
+
+    pub(super) fn tell_anew(&mut self) {
+        self.told.clear();
+    }
+}
+
 impl Node {
+    /// Looks again for the bundle that ought to decide and does not, ever more seldom.
+    pub(super) fn restore_again(&self) {
+        let is_wanted = self.slots.wanted().is_some();
+        let now = self.clock.monotonic();
+        if self.restoring().is_due(is_wanted, now) {
+            self.restore_from_store();
+        }
+    }
+
+    pub(super) fn restoring(&self) -> MutexGuard<'_, RestoreAgain> {
+        self.restore_again
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Records what is wrong with the slots, and plans to read them again where it was a worker.
     pub(super) fn slot_faults(&self, faults: &[SlotFault]) {
         for fault in faults {
@@ -213,5 +264,33 @@ mod tests {
         assert!(!again.read(&[], now));
         assert!(!again.is_due(now + day));
         assert!(again.read(&failed, now) && again.is_due(now + SLOTS_AGAIN_FIRST));
+    }
+
+    /// A disk that was full for a moment kept the newest bundle out until the next start.
+    #[test]
+    fn the_bundle_that_ought_to_decide_is_looked_for_ever_more_seldom_until_it_does() {
+        let mut again = RestoreAgain::default();
+        let mut now = Duration::ZERO;
+        assert!(
+            !again.is_due(true, now),
+            "the look that failed was just now"
+        );
+        for wait_s in [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300] {
+            let wait = Duration::from_secs(wait_s);
+            assert!(!again.is_due(true, now + wait - Duration::from_millis(1)));
+            now += wait;
+            assert!(again.is_due(true, now));
+        }
+        let one = SegmentId::from_bytes([1; 32]);
+        assert!(again.is_news(one, "STORE") && !again.is_news(one, "STORE"));
+        assert!(again.is_news(one, "BUNDLE_SIGNATURE"));
+        for number in 2..=255 {
+            again.is_news(SegmentId::from_bytes([number; 32]), "STORE");
+        }
+        assert_eq!(again.told.len(), RESTORES_TOLD_MAX);
+        // It decides; and another that does not begins anew.
+        assert!(!again.is_due(false, now));
+        assert!(!again.is_due(true, now) && again.is_due(true, now + SLOTS_AGAIN_FIRST));
+        assert!(again.is_news(one, "STORE"));
     }
 }

@@ -417,23 +417,32 @@ impl Node {
 
     fn drop_what_is_over(&self) {
         let floor = self.slots.floor();
-        let standby = self.slots.standby().map(|standby| standby.content_id);
         let entries: Vec<Entry> = self.scheduled.held().entries.values().cloned().collect();
         for entry in entries {
             let segment = &entry.segment;
             let floor = floor.as_ref();
             let is_over = floor.is_some_and(|floor| floor.epoch >= segment.sequence);
-            let has_decided = floor.is_some_and(|floor| floor.content_id == entry.content_id)
-                || standby.as_ref() == Some(&entry.content_id);
+            let is_newest = floor.is_some_and(|floor| floor.content_id == entry.content_id);
             if !self.store.contains(&segment.id) {
                 self.withdraw(segment, "STORE", "the store has lost it");
-            } else if is_over && has_decided {
+            } else if is_over && self.has_decided(&entry.content_id) {
                 self.scheduled.held().forget(segment);
-            } else if is_over {
+            // Where the disk failed over the newest itself, it is tried again.
+            } else if is_over && !is_newest {
                 let why = "another bundle has taken its epoch, or one above it";
                 self.withdraw(segment, "BUNDLE_EPOCH", why);
             }
         }
+    }
+
+    fn has_decided(&self, content_id: &ContentId) -> bool {
+        let current = self.slots.current();
+        let is_current = current.is_some_and(|now| now.bundle().content_id() == content_id);
+        let aside = self.slots.aside();
+        let standby = self.slots.standby();
+        is_current
+            || aside.is_some_and(|aside| aside.content_id == *content_id)
+            || standby.is_some_and(|standby| standby.content_id == *content_id)
     }
 
     /// Makes the schedule from what the store holds above the floor and this trust lets wait.
