@@ -86,6 +86,8 @@ enum Place {
 #[derive(Debug, Default)]
 struct Schedule {
     entries: BTreeMap<u64, Entry>,
+    /// Stored above the floor, and not let wait by this trust; another may.
+    kept_out: Vec<SegmentRef>,
     /// By which trust they were judged.
     trust: Option<Arc<TrustFile>>,
 }
@@ -135,6 +137,15 @@ impl Schedule {
         if self.entries.get(&segment.sequence).is_some_and(is_it) {
             self.entries.remove(&segment.sequence);
         }
+    }
+
+    /// Those of the lowest epochs that are kept out and for which there is no room: together with what waits
+    /// they are no more than may wait (INV-07).
+    fn surplus(&mut self) -> Vec<SegmentRef> {
+        let room = SCHEDULED_MAX.saturating_sub(self.entries.len());
+        self.kept_out.sort_by_key(|segment| segment.sequence);
+        let surplus = self.kept_out.len().saturating_sub(room);
+        self.kept_out.drain(..surplus).collect()
     }
 
     /// The bundles to be tried now, the highest epoch first.
@@ -188,6 +199,11 @@ fn lost_floor(judged: &[(SegmentRef, Option<Judged>)], trusted_unix_ms: u64) -> 
     let decided = judged.iter().filter(|(_, judged)| !is_ahead(judged));
     let newest = decided.map(|(segment, _)| segment.sequence).max();
     newest.map_or(0, |newest| newest.saturating_sub(1))
+}
+
+/// Whether no trust will ever let it wait, because another bundle has its place.
+fn is_superseded(denied: &Denied) -> bool {
+    ["BUNDLE_EPOCH", "BUNDLE_CONFLICT"].contains(&denied.code)
 }
 
 /// The schedule of one node.
@@ -310,6 +326,7 @@ impl Node {
         let content_id = ahead.package.content_id();
         let start = (ahead.start.clone(), self.clock.unix_ms());
         self.enter(segment.reference(), loses, content_id, start);
+        self.drop_surplus();
         self.event("bundle_scheduled", told.clone());
         self.offered(segment.reference());
         Ok(json!({"scheduled": told}))
@@ -349,6 +366,29 @@ impl Node {
         if let Err(error) = self.store.remove(&segment.id) {
             tracing::warn!(%error, id = %segment.id, "a policy segment that waited stays");
         }
+        self.tell_unscheduled(segment, code, why);
+    }
+
+    /// Takes a bundle out of the schedule. Its segment stays: a trust file that was a mistake, or a program of
+    /// before, must not cost a site its policy.
+    fn keep_out(&self, segment: &SegmentRef, denied: &Denied, is_known: bool) {
+        let mut held = self.scheduled.held();
+        held.forget(segment);
+        held.kept_out.push(segment.clone());
+        drop(held);
+        if !is_known {
+            self.tell_unscheduled(segment, denied.code, &denied.message);
+        }
+    }
+
+    fn drop_surplus(&self) {
+        let surplus = self.scheduled.held().surplus();
+        for segment in surplus {
+            self.withdraw(&segment, "BUNDLE_NOT_YET", "others wait in its place");
+        }
+    }
+
+    fn tell_unscheduled(&self, segment: &SegmentRef, code: &str, why: &str) {
         self.event(
             "bundle_unscheduled",
             json!({
@@ -447,7 +487,13 @@ impl Node {
 
     /// Makes the schedule from what the store holds above the floor and this trust lets wait.
     fn judge_schedule(&self, trust: &TrustFile) {
-        let before = std::mem::take(&mut self.scheduled.held().entries);
+        let (before, kept_out) = {
+            let mut held = self.scheduled.held();
+            (
+                std::mem::take(&mut held.entries),
+                std::mem::take(&mut held.kept_out),
+            )
+        };
         let mut stored = self.store.list(Some(Kind::Policy));
         stored.retain(|segment| !is_statement(&segment.origin));
         let judged = stored.into_iter().map(|segment| {
@@ -482,10 +528,18 @@ impl Node {
                     Ok(())
                 }
             };
-            if let Err(denied) = placed {
-                self.withdraw(&segment, denied.code, &denied.message);
+            match placed {
+                Ok(()) => {}
+                Err(denied) if is_superseded(&denied) => {
+                    self.withdraw(&segment, denied.code, &denied.message);
+                }
+                Err(denied) => {
+                    let is_known = kept_out.contains(&segment);
+                    self.keep_out(&segment, &denied, is_known);
+                }
             }
         }
+        self.drop_surplus();
     }
 
     /// Content and time of a stored bundle, if this trust takes it; nothing, where it cannot be read now.
@@ -642,5 +696,19 @@ mod tests {
             );
         }
         assert!(schedule.note_refused(1, &denied("POLICY_REPLAY"), now));
+    }
+
+    #[test]
+    fn inv_07_what_a_trust_keeps_out_takes_the_room_that_what_waits_leaves() {
+        let mut schedule = Schedule {
+            kept_out: [8, 5, 7, 6].map(segment).into(),
+            ..Schedule::default()
+        };
+        assert!(schedule.surplus().is_empty());
+        for epoch in [1, 2] {
+            put(&mut schedule, epoch, epoch * DAY_MS).unwrap();
+        }
+        assert_eq!(epochs(schedule.surplus()), [5, 6]);
+        assert_eq!(epochs(schedule.kept_out.clone()), [7, 8]);
     }
 }
