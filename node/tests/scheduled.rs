@@ -249,6 +249,58 @@ fn a_bundle_whose_time_has_come_passes_the_gates_of_that_moment() {
     assert!(node.stop().success());
 }
 
+#[test]
+fn an_emergency_is_ended_by_no_bundle_that_waited_for_its_time() {
+    let site = Site::new();
+    let text = site.trust("policy.key").replace("format = 1", "format = 2");
+    let text = text.replace(
+        "threshold = 1\n",
+        "[thresholds]\npolicy = 1\nbreak-glass = 1\n",
+    );
+    let roles = "roles = [\"policy\", \"break-glass\"]\npublic_key_pem";
+    site.write("trust.toml", &text.replace("public_key_pem", roles));
+    let node = site.start_deciding();
+    turned(&site, 5, ahead(10));
+    install(&site, "site-5.tar");
+    plain(&site, "site-6.tar", 6, ahead(3_600));
+    install(&site, "site-6.tar");
+    let glass = |epoch: u64, end: Timestamp| {
+        site.bundle("glass.tar", "policy.key", |manifest| {
+            manifest["epoch"] = json!(epoch);
+            manifest["role"] = json!("break-glass");
+            manifest["created_at"] = json!(ahead(-60).to_string());
+            manifest["expires_at"] = json!(end.to_string());
+        });
+        install(&site, "glass.tar");
+    };
+    glass(4, ahead(25));
+    assert_eq!((epoch(&site), waits(&site)), (json!(4), vec![5, 6]));
+    let refused = until("its time to come", || {
+        let one = scheduled(&site).first()?.clone();
+        one["refused"]["code"].as_str().map(str::to_owned)
+    });
+    assert_eq!(refused, "BREAK_GLASS_DECIDES");
+    assert_eq!(epoch(&site), 4);
+    // The control: when it is over.
+    let begun = Instant::now();
+    while epoch(&site) == 4 {
+        assert!(begun.elapsed() < Duration::from_secs(90), "waited in vain");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(allows(&site, "/etc/shadow"));
+    // What an emergency takes the place of is told.
+    glass(6, ahead(3_600));
+    until("an empty schedule", || {
+        waits(&site).is_empty().then_some(())
+    });
+    let gone = site.events("bundle_unscheduled");
+    assert_eq!(
+        (&gone[gone.len() - 1]["epoch"], epoch(&site)),
+        (&json!(6), json!(6))
+    );
+    assert!(node.stop().success());
+}
+
 /// Debian's libfaketime, which tells a process another wall clock; its monotonic clocks stay.
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 

@@ -50,6 +50,8 @@ pub(super) struct Order<'a> {
     asker: For,
     look: Look<'a>,
     accepts_flips: bool,
+    /// Nobody asks for it now: its time has come.
+    by_schedule: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -68,6 +70,14 @@ impl<'a> Order<'a> {
             asker,
             look: Look::None,
             accepts_flips: false,
+            by_schedule: false,
+        }
+    }
+
+    pub(super) fn scheduled() -> Self {
+        Self {
+            by_schedule: true,
+            ..Self::unlooked(For::Peer)
         }
     }
 
@@ -76,6 +86,7 @@ impl<'a> Order<'a> {
             asker: For::Operator,
             look: Look::Drawing,
             accepts_flips,
+            by_schedule: false,
         }
     }
 
@@ -245,6 +256,9 @@ impl Node {
     fn look(&self, package: &[u8], order: &Order<'_>) -> Result<Looked, Denied> {
         let around = self.surroundings().ok_or_else(no_trust)?;
         self.check_offer(package)?;
+        if order.by_schedule {
+            self.check_no_emergency()?;
+        }
         let bundle = self.verify_package(package, order.asker)?;
         let passed = self.check_gates(&bundle, order)?;
         Ok(Looked {

@@ -34,6 +34,9 @@ const SCHEDULED_MAX: usize = 4;
 const AGAIN_FIRST: Duration = Duration::from_secs(15);
 const AGAIN_MOST: Duration = Duration::from_secs(600);
 
+/// Why what is due waits on: nobody's word ends an emergency but one that is given during it.
+const EMERGENCY_DECIDES: &str = "BREAK_GLASS_DECIDES";
+
 /// A package whose time has not come, signed by those who may.
 pub(super) struct Ahead {
     package: Package,
@@ -161,7 +164,11 @@ impl Schedule {
         let Some(entry) = self.entries.get_mut(&epoch) else {
             return false;
         };
-        entry.wait = (entry.wait * 2).clamp(AGAIN_FIRST, AGAIN_MOST);
+        entry.wait = match denied.code {
+            // Its end is not waited for any longer than that.
+            EMERGENCY_DECIDES => AGAIN_FIRST,
+            _ => (entry.wait * 2).clamp(AGAIN_FIRST, AGAIN_MOST),
+        };
         entry.again_at = now.saturating_add(entry.wait);
         let before = entry.refused.replace((denied.code, denied.message.clone()));
         before.is_none_or(|(code, _)| code != denied.code)
@@ -412,13 +419,34 @@ impl Node {
             let read = self.store.get(&segment.id);
             let activated = read
                 .map_err(|error| Denied::local("STORE", error))
-                .and_then(|read| self.activate(read.body(), &Order::unlooked(For::Peer)));
+                .and_then(|read| self.activate(read.body(), &Order::scheduled()));
             match activated {
                 Ok(_) => break,
                 Err(denied) => self.not_activated_at_its_time(&segment, &denied),
             }
         }
         self.review_schedule();
+    }
+
+    /// Whether an emergency that is not over decides, given the trusted time.
+    pub(super) fn check_no_emergency(&self) -> Result<(), Denied> {
+        let current = self.slots.current();
+        let now = self.clock.unix_ms();
+        let emergency = current.filter(|current| {
+            let manifest = current.bundle().manifest();
+            manifest.role == Role::BreakGlass && manifest.validity.check_now(now).is_ok()
+        });
+        let Some(emergency) = emergency else {
+            return Ok(());
+        };
+        Err(Denied::local(
+            EMERGENCY_DECIDES,
+            format!(
+                "its time has come while the emergency bundle of epoch {} decides: it is activated when that one \
+                 is over; to end the emergency now, install a bundle of a higher epoch",
+                emergency.bundle().epoch()
+            ),
+        ))
     }
 
     fn not_activated_at_its_time(&self, segment: &SegmentRef, denied: &Denied) {
@@ -469,7 +497,8 @@ impl Node {
                 self.scheduled.held().forget(segment);
             // Where the disk failed over the newest itself, it is tried again.
             } else if is_over && !is_newest {
-                let why = "another bundle has taken its epoch, or one above it";
+                let why = "another bundle has taken its epoch, or one above it; where it is still wanted, an \
+                           emergency was of too high an epoch, say: sign it with a higher one";
                 self.withdraw(segment, "BUNDLE_EPOCH", why);
             }
         }
@@ -696,6 +725,8 @@ mod tests {
             );
         }
         assert!(schedule.note_refused(1, &denied("POLICY_REPLAY"), now));
+        assert!(schedule.note_refused(1, &denied(EMERGENCY_DECIDES), now));
+        assert_eq!(epochs(schedule.due(DAY_MS, now + AGAIN_FIRST)), [1]);
     }
 
     #[test]
