@@ -93,6 +93,8 @@ struct Schedule {
     kept_out: Vec<SegmentRef>,
     /// By which trust they were judged.
     trust: Option<Arc<TrustFile>>,
+    /// When it is made again, because a stored segment could not be read.
+    unread_again_at: Option<Duration>,
 }
 
 impl Schedule {
@@ -172,6 +174,11 @@ impl Schedule {
         entry.again_at = now.saturating_add(entry.wait);
         let before = entry.refused.replace((denied.code, denied.message.clone()));
         before.is_none_or(|(code, _)| code != denied.code)
+    }
+
+    /// Whether nothing is to be judged anew at this time.
+    fn is_made_by(&self, trust: &Arc<TrustFile>, now: Duration) -> bool {
+        self.is_judged_by(trust) && self.unread_again_at.is_none_or(|again_at| now < again_at)
     }
 
     fn is_judged_by(&self, trust: &Arc<TrustFile>) -> bool {
@@ -477,9 +484,12 @@ impl Node {
         let Some(trust) = self.policy_trust.load_full() else {
             return;
         };
-        if !self.scheduled.held().is_judged_by(&trust) {
-            self.judge_schedule(&trust);
-            self.scheduled.held().trust = Some(trust);
+        let now = self.clock.monotonic();
+        if !self.scheduled.held().is_made_by(&trust, now) {
+            let all_read = self.judge_schedule(&trust);
+            let mut held = self.scheduled.held();
+            held.trust = Some(trust);
+            held.unread_again_at = (!all_read).then(|| now.saturating_add(AGAIN_FIRST));
         }
     }
 
@@ -514,8 +524,10 @@ impl Node {
             || standby.is_some_and(|standby| standby.content_id == *content_id)
     }
 
-    /// Makes the schedule from what the store holds above the floor and this trust lets wait.
-    fn judge_schedule(&self, trust: &TrustFile) {
+    /// Makes the schedule from what the store holds above the floor and this trust lets wait; whether all of it
+    /// could be read.
+    fn judge_schedule(&self, trust: &Arc<TrustFile>) -> bool {
+        let is_again = self.scheduled.held().is_judged_by(trust);
         let (before, kept_out) = {
             let mut held = self.scheduled.held();
             (
@@ -535,6 +547,7 @@ impl Node {
             Some(floor) => floor.epoch,
             None => lost_floor(&judged, self.clock.unix_ms()),
         };
+        let mut all_read = true;
         for (segment, judged) in judged {
             if segment.sequence <= floor {
                 continue;
@@ -543,8 +556,8 @@ impl Node {
             let known = known.filter(|known| known.segment == segment);
             let placed = match judged {
                 Some(Ok((content_id, Some(start)))) => {
-                    let since_unix_ms = known.map(|known| known.since_unix_ms);
-                    self.place_again(&segment, content_id, (start, since_unix_ms))
+                    let known = known.map(|known| (known, is_again));
+                    self.place_again(&segment, content_id, start, known)
                 }
                 // It waits for no time: a stop came between storing and activating it.
                 Some(Ok((_, None))) => Ok(()),
@@ -552,6 +565,7 @@ impl Node {
                 Some(Err(_)) => Ok(()),
                 // Told where it was read; what the store has lost is withdrawn by the next look.
                 None => {
+                    all_read = false;
                     let known = known.cloned().map(|known| (segment.sequence, known));
                     self.scheduled.held().entries.extend(known);
                     Ok(())
@@ -569,6 +583,7 @@ impl Node {
             }
         }
         self.drop_surplus();
+        all_read
     }
 
     /// Content and time of a stored bundle, if this trust takes it; nothing, where it cannot be read now.
@@ -585,15 +600,22 @@ impl Node {
         &self,
         segment: &SegmentRef,
         content_id: ContentId,
-        (start, since_unix_ms): (Start, Option<u64>),
+        start: Start,
+        known: Option<(&Entry, bool)>,
     ) -> Result<(), Denied> {
         let place = self
             .scheduled
             .held()
             .place(segment.sequence, &content_id, start.unix_ms)?;
         if let Place::Free(loses) = place {
+            let since_unix_ms = known.map(|(known, _)| known.since_unix_ms);
             let since_unix_ms = since_unix_ms.unwrap_or_else(|| self.clock.unix_ms());
             self.enter(segment.clone(), loses, content_id, (start, since_unix_ms));
+            // The same trust would refuse it again.
+            if let Some((known, true)) = known {
+                let known = (segment.sequence, known.clone());
+                self.scheduled.held().entries.extend([known]);
+            }
         }
         Ok(())
     }
@@ -727,6 +749,20 @@ mod tests {
         assert!(schedule.note_refused(1, &denied("POLICY_REPLAY"), now));
         assert!(schedule.note_refused(1, &denied(EMERGENCY_DECIDES), now));
         assert_eq!(epochs(schedule.due(DAY_MS, now + AGAIN_FIRST)), [1]);
+    }
+
+    /// A segment that could not be read at the start was never looked at again.
+    #[test]
+    fn a_schedule_of_which_a_segment_was_not_read_is_made_again() {
+        let trust = tidelock_policy::testing::Authority::new("site-1", 1).unwrap();
+        let trust = Arc::new(TrustFile::parse(&trust.trust_toml(1)).unwrap());
+        let mut schedule = Schedule::default();
+        assert!(!schedule.is_made_by(&trust, Duration::ZERO));
+        schedule.trust = Some(trust.clone());
+        assert!(schedule.is_made_by(&trust, AGAIN_MOST));
+        schedule.unread_again_at = Some(AGAIN_FIRST);
+        assert!(schedule.is_made_by(&trust, AGAIN_FIRST - Duration::from_millis(1)));
+        assert!(!schedule.is_made_by(&trust, AGAIN_FIRST));
     }
 
     #[test]
