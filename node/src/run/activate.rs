@@ -44,6 +44,9 @@ const FLIP_CHARS_SHOWN: usize = 600;
 /// How often a bundle is looked at while what decides, or the trust, goes on changing under the look.
 const LOOKS_MAX: usize = 3;
 
+/// Why a bundle is to be offered again, and soon.
+const ACTIVATION_BUSY: &str = "ACTIVATION_BUSY";
+
 /// On whose word a bundle is to be activated, and after which look.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Order<'a> {
@@ -139,9 +142,8 @@ impl Looking {
     }
 }
 
-/// A bundle that was looked at, and what that holds against.
+/// A bundle that was looked at.
 struct Looked {
-    around: Surrounding,
     bundle: VerifiedBundle,
     passed: Passed,
 }
@@ -216,17 +218,19 @@ impl Node {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         for _ in 0..LOOKS_MAX {
-            let looked = self.look(package, order)?;
+            let around = self.surroundings().ok_or_else(no_trust)?;
+            let looked = self.look(package, order);
             let _turn = self
                 .activating
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
-            if self.surroundings().is_some_and(|now| now == looked.around) {
-                return self.take(looked, order);
+            // Nor does a refusal hold by what was replaced meanwhile.
+            if self.surroundings().is_some_and(|now| now == around) {
+                return self.take(looked?, order);
             }
         }
         Err(Denied::local(
-            "ACTIVATION_BUSY",
+            ACTIVATION_BUSY,
             "what decides here, or the trust, changed each time while the bundle was looked at: offer it again",
         ))
     }
@@ -254,23 +258,18 @@ impl Node {
 
     /// Everything before the switch that is not over at once.
     fn look(&self, package: &[u8], order: &Order<'_>) -> Result<Looked, Denied> {
-        let around = self.surroundings().ok_or_else(no_trust)?;
         self.check_offer(package)?;
         if order.by_schedule {
             self.check_no_emergency()?;
         }
         let bundle = self.verify_package(package, order.asker)?;
         let passed = self.check_gates(&bundle, order)?;
-        Ok(Looked {
-            around,
-            bundle,
-            passed,
-        })
+        Ok(Looked { bundle, passed })
     }
 
     /// The switch and what comes with it; the turn is held.
     fn take(&self, looked: Looked, order: &Order<'_>) -> Result<Activated, Denied> {
-        let Looked { bundle, passed, .. } = looked;
+        let Looked { bundle, passed } = looked;
         // The time may have come since.
         self.check_floor(bundle.manifest(), bundle.content_id())?;
         let was_unusable = self.slots.wanted().is_some();
@@ -622,6 +621,9 @@ impl Node {
         segment: &VerifiedSegment,
         denied: &Denied,
     ) {
+        if denied.code == ACTIVATION_BUSY {
+            self.waiting.come_again();
+        }
         let header = segment.header();
         let copy = |_: &&str| self.offered_copy(segment, &Package::decode(segment.body()).ok()?);
         let name = header.origin.policy_name().filter(|_| waits(denied));

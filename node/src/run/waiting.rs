@@ -201,6 +201,11 @@ impl Waiting {
         held.clear();
     }
 
+    /// One that is not noted here may be taken by now.
+    pub(super) fn come_again(&self) {
+        self.may_come.store(true, Ordering::Relaxed);
+    }
+
     /// Whether one is due that no session asks for by itself: what was refused is set aside there. Said once.
     pub(super) fn is_due(&self, now: Duration) -> bool {
         let mut is_due = self.may_come.swap(false, Ordering::Relaxed);
@@ -288,6 +293,8 @@ mod tests {
         assert_eq!(due(WAITS * 2), (true, false));
         held.clear();
         assert_eq!(due(WAITS * 2), (false, false));
+        held.come_again();
+        assert_eq!(due(WAITS * 2), (true, false));
     }
 
     /// A peer that put junk beside the signature of a bundle made sixteen of it, which pushed all others out.
