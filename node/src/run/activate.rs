@@ -45,7 +45,7 @@ const FLIP_CHARS_SHOWN: usize = 600;
 const LOOKS_MAX: usize = 3;
 
 /// Why a bundle is to be offered again, and soon.
-const ACTIVATION_BUSY: &str = "ACTIVATION_BUSY";
+pub(super) const ACTIVATION_BUSY: &str = "ACTIVATION_BUSY";
 
 /// On whose word a bundle is to be activated, and after which look.
 #[derive(Debug, Clone, Copy)]
@@ -496,7 +496,7 @@ impl Node {
     fn keep_policy_segment(&self, bundle: &VerifiedBundle) -> Result<Kept, Denied> {
         let segment = self.own_policy_segment(bundle.package(), bundle.manifest())?;
         let reference = segment.reference();
-        let Some(mut outdated) = self.outdated_policy(&reference, bundle.content_id()) else {
+        let Some(mut outdated) = self.outdated_policy(&reference, bundle) else {
             return Ok(Kept::default());
         };
         self.store
@@ -614,6 +614,22 @@ impl Node {
         )
     }
 
+    /// Notes a refused bundle that waits for an operator or more signatures; whether the refusal is news.
+    pub(super) fn note_waiting(&self, segment: &VerifiedSegment, denied: &Denied) -> bool {
+        let header = segment.header();
+        let copy = |_: &&str| self.offered_copy(segment, &Package::decode(segment.body()).ok()?);
+        let name = header.origin.policy_name().filter(|_| waits(denied));
+        match name.as_ref().and_then(copy).zip(name) {
+            Some((copy, name)) => self.waiting.note(
+                &copy,
+                (name, header.sequence),
+                denied,
+                (self.clock.unix_ms(), self.clock.monotonic()),
+            ),
+            _ => true,
+        }
+    }
+
     /// Notes a refused bundle of a peer; one that waits for an operator is told once.
     pub(super) fn note_bundle_refused(
         &self,
@@ -624,19 +640,7 @@ impl Node {
         if denied.code == ACTIVATION_BUSY {
             self.waiting.come_again();
         }
-        let header = segment.header();
-        let copy = |_: &&str| self.offered_copy(segment, &Package::decode(segment.body()).ok()?);
-        let name = header.origin.policy_name().filter(|_| waits(denied));
-        let is_news = match name.as_ref().and_then(copy).zip(name) {
-            Some((copy, name)) => self.waiting.note(
-                &copy,
-                (name, header.sequence),
-                denied,
-                (self.clock.unix_ms(), self.clock.monotonic()),
-            ),
-            _ => true,
-        };
-        if is_news {
+        if self.note_waiting(segment, denied) {
             self.rejected(
                 "bundle_rejected",
                 peer,

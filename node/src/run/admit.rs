@@ -355,14 +355,21 @@ impl Node {
     }
 
     /// The segments of this content that a newly signed one takes the place of: none of them carries the
-    /// signatures that are demanded now, because keys were replaced since. None where one still does:
+    /// signatures that are demanded now, because keys were replaced since or it permits more. None where one still does:
     /// further signatures, be they junk, make no segment of it.
     pub(super) fn outdated_policy(
         &self,
         wanted: &SegmentRef,
-        content_id: &ContentId,
+        bundle: &VerifiedBundle,
     ) -> Option<Vec<SegmentRef>> {
         let trust = self.policy_trust.load_full()?;
+        let signers = bundle.signers().len();
+        // What the widening gate asked of it, it asks elsewhere too.
+        let needed = trust.activation().widening_threshold.unwrap_or_default();
+        let has_enough = |held: &Package| {
+            let held = trust.signatures_of(held).len();
+            held >= needed || held >= signers
+        };
         let top = wanted.sequence;
         let mut outdated = Vec::new();
         for held in self
@@ -374,10 +381,10 @@ impl Node {
                 .get(&held.id)
                 .ok()
                 .and_then(|segment| Package::decode(segment.body()).ok());
-            let Some(package) = package.filter(|p| p.content_id() == *content_id) else {
+            let Some(package) = package.filter(|p| p.content_id() == *bundle.content_id()) else {
                 continue;
             };
-            if signed_manifest(&package, &trust, &self.context).is_ok() {
+            if has_enough(&package) && signed_manifest(&package, &trust, &self.context).is_ok() {
                 return None;
             }
             outdated.push(held);
@@ -463,6 +470,10 @@ impl Node {
             Some(joined) => joined.encode().map_err(judge)?,
             None => segment.body().to_vec(),
         };
+        // Only its signatures are looked at again.
+        if self.scheduled.has(&copy.content_id) {
+            return Ok(encoded);
+        }
         let terms = worker_terms(&self.config.load());
         let trust = self.bundle_trust()?;
         self.vetter

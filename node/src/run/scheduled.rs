@@ -18,7 +18,7 @@ use tidelock_policy::{ContentId, Manifest, Package, Role, TrustFile, signed_mani
 use tidelock_segments::{Charge, Kind, Origin, SegmentRef};
 
 use super::{
-    activate::Order,
+    activate::{ACTIVATION_BUSY, Order},
     admit::{Denied, judge},
     node::Node,
     trust::is_statement,
@@ -239,6 +239,14 @@ impl Scheduled {
         of_it.map(|held| held.segment.sequence).collect()
     }
 
+    /// Whether this content waits here, and was compiled for that.
+    pub(super) fn has(&self, content_id: &ContentId) -> bool {
+        let held = self.held();
+        held.entries
+            .values()
+            .any(|held| held.content_id == *content_id)
+    }
+
     pub(super) fn told(&self) -> Value {
         self.held().told()
     }
@@ -315,8 +323,10 @@ impl Node {
 
     /// Compiles and tests a bundle as if it were to decide now, and stores it.
     fn schedule(&self, package: &[u8], ahead: &Ahead, asker: For) -> Result<Value, Denied> {
-        self.check_place(ahead)?;
-        self.verify_package(package, asker)?;
+        let is_known = matches!(self.place_of(ahead)?, Place::Taken);
+        if !is_known {
+            self.verify_package(package, asker)?;
+        }
         let _turn = self
             .activating
             .lock()
@@ -328,8 +338,16 @@ impl Node {
             "name": ahead.manifest.name, "epoch": ahead.manifest.epoch,
             "hash": ahead.package.content_id(), "not_before": ahead.start.text,
         });
-        let Place::Free(loses) = self.place_of(ahead)? else {
-            return Ok(json!({"scheduled": told}));
+        let loses = match self.place_of(ahead)? {
+            Place::Taken => {
+                self.join_scheduled(ahead, &trust)?;
+                return Ok(json!({"scheduled": told}));
+            }
+            Place::Free(_) if is_known => {
+                let why = "the bundle that waited was dropped meanwhile: offer it again";
+                return Err(Denied::local(ACTIVATION_BUSY, why));
+            }
+            Place::Free(loses) => loses,
         };
         let segment = self.own_policy_segment(&ahead.package, &ahead.manifest)?;
         // Not from the reserve: what is ahead of its time never takes the room of what is due.
@@ -344,6 +362,49 @@ impl Node {
         self.event("bundle_scheduled", told.clone());
         self.offered(segment.reference());
         Ok(json!({"scheduled": told}))
+    }
+
+    /// Puts the signatures that count of another copy to those of the bundle that waits, as the copies of what
+    /// an operator is waited for add up.
+    fn join_scheduled(&self, ahead: &Ahead, trust: &TrustFile) -> Result<(), Denied> {
+        let epoch = ahead.manifest.epoch;
+        let held = self.scheduled.held().entries.get(&epoch).cloned();
+        let Some(entry) = held else {
+            return Ok(());
+        };
+        let stored = self.store.get(&entry.segment.id);
+        let stored = stored.map_err(|error| Denied::local("STORE", error))?;
+        let stored = Package::decode(stored.body()).map_err(judge)?;
+        let mut signatures = trust.signatures_of(&stored);
+        let before = signatures.len();
+        for (signer, signature) in trust.signatures_of(&ahead.package) {
+            signatures.entry(signer).or_insert(signature);
+        }
+        if signatures.len() == before {
+            return Ok(());
+        }
+        let joined = Package {
+            archive: stored.archive,
+            signatures: signatures.into_values().collect(),
+        };
+        let segment = self.own_policy_segment(&joined, &ahead.manifest)?;
+        self.store
+            .put(&segment, Charge::Normal)
+            .map_err(|error| Denied::local("STORE", error))?;
+        let old = entry.segment.id;
+        let joined = Entry {
+            segment: segment.reference(),
+            again_at: Duration::ZERO,
+            ..entry
+        };
+        self.scheduled.held().entries.insert(epoch, joined);
+        if old != segment.id()
+            && let Err(error) = self.store.remove(&old)
+        {
+            tracing::warn!(%error, id = %old, "a policy segment with fewer signatures stays");
+        }
+        self.offered(segment.reference());
+        Ok(())
     }
 
     /// Gives a stored bundle its place, and takes it from those that come into force after it.
@@ -424,12 +485,18 @@ impl Node {
         let due = self.scheduled.held().due(trusted.unix_ms, now);
         for segment in due {
             let read = self.store.get(&segment.id);
+            let read = read.map_err(|error| Denied::local("STORE", error));
             let activated = read
-                .map_err(|error| Denied::local("STORE", error))
+                .as_ref()
+                .map_err(Denied::clone)
                 .and_then(|read| self.activate(read.body(), &Order::scheduled()));
             match activated {
                 Ok(_) => break,
-                Err(denied) => self.not_activated_at_its_time(&segment, &denied),
+                Err(denied) => {
+                    self.not_activated_at_its_time(&segment, &denied);
+                    // So that the signatures of copies which peers bring from now on add up with its own.
+                    let _ = read.map(|read| self.note_waiting(&read, &denied));
+                }
             }
         }
         self.review_schedule();
