@@ -374,6 +374,20 @@ impl Held {
         self.marks.aside_of(self.floor.as_ref())
     }
 
+    /// Whatever the floor says: it may be lost.
+    fn was_set_aside(&self, content_id: &ContentId) -> bool {
+        let aside = self.marks.aside.as_ref();
+        aside.is_some_and(|aside| aside.content_id == *content_id)
+    }
+
+    /// What was set aside, if it is the newest or above what is.
+    fn lasting_aside(&self) -> Option<&SetAside> {
+        let floor = self.floor.as_ref().map_or(0, |floor| floor.epoch);
+        let above = self.marks.aside.as_ref();
+        self.aside()
+            .or_else(|| above.filter(|aside| aside.epoch > floor))
+    }
+
     /// The last known good bundle, before the slot is written over; that of an activation before this one that
     /// was stopped there.
     fn behind(&self) -> Option<ContentId> {
@@ -503,6 +517,12 @@ impl Slots {
     #[must_use]
     pub fn aside(&self) -> Option<SetAside> {
         self.lock().aside().cloned()
+    }
+
+    /// Whether this content was set aside here and nothing newer has come since, be the floor lost or not.
+    #[must_use]
+    pub fn was_set_aside(&self, content_id: &ContentId) -> bool {
+        self.lock().was_set_aside(content_id)
     }
 
     /// What would serve if the active bundle were set aside, as far as is known without reading it.
@@ -676,9 +696,7 @@ impl Slots {
             // The authority may forbid more old epochs, never fewer.
             raised.min_fallback_epoch = raised.min_fallback_epoch.max(known.min_fallback_epoch);
         }
-        let is_aside = held
-            .aside()
-            .is_some_and(|aside| aside.content_id == raised.content_id);
+        let is_aside = held.was_set_aside(&raised.content_id);
         if is_aside && !lifts {
             return Err(ActivateError::SetAside {
                 epoch: raised.epoch,
@@ -756,7 +774,7 @@ impl Slots {
         let _turn = self.turn();
         let mut next = self.lock().clone();
         let marks = Marks {
-            aside: next.aside().cloned(),
+            aside: next.lasting_aside().cloned(),
             ..Marks::default()
         };
         let written = self.write_marks(&mut next, marks);

@@ -541,6 +541,31 @@ fn inv_16_what_is_set_aside_stays_aside_and_the_floor_stays() {
 }
 
 #[test]
+fn inv_16_what_is_set_aside_stays_aside_where_floor_and_active_slot_are_lost() {
+    let node = Node::with(&[1, 2]);
+    let slots = node.healthy();
+    let load = |package| VerifiedBundle::load(package, &node.trust, &node.context);
+    slots
+        .set_aside_by(AsideCause::Operator, "wrong", CREATED, &load)
+        .unwrap();
+    for slot in ["active", "floor"] {
+        node.storage.write(slot, b"damaged").unwrap();
+    }
+    let (slots, _) = node.open();
+    assert!(slots.was_set_aside(node.bundle(2).content_id()));
+    assert!(!slots.was_set_aside(node.bundle(1).content_id()));
+    assert_eq!(refusal(&slots, node.bundle(2)), "POLICY_SET_ASIDE");
+    // Nor after an older one decides again.
+    if slots.activate(node.bundle(1)).is_ok() {
+        slots.settle().unwrap();
+    }
+    assert_eq!(refusal(&slots, node.bundle(2)), "POLICY_SET_ASIDE");
+    // The controls: an operator's word, and a newer one.
+    assert_eq!(slots.reinstate(node.bundle(2)).unwrap().epoch, 2);
+    assert_eq!(slots.activate(node.bundle(3)).unwrap().epoch, 3);
+}
+
+#[test]
 fn without_a_fallback_an_operator_is_refused_and_a_failed_check_denies_all() {
     for node in [
         Node::with(&[1]),

@@ -343,10 +343,8 @@ impl Node {
 
     /// What was set aside here comes back by an operator's plan alone.
     fn check_aside(&self, bundle: &VerifiedBundle, order: &Order<'_>) -> Result<(), Denied> {
-        let aside = self.slots.aside();
-        if !matches!(order.look, Look::None)
-            || aside.is_none_or(|aside| aside.content_id != *bundle.content_id())
-        {
+        let is_aside = self.slots.was_set_aside(bundle.content_id());
+        if !matches!(order.look, Look::None) || !is_aside {
             return Ok(());
         }
         let error = tidelock_policy::ActivateError::SetAside {

@@ -37,6 +37,10 @@ const AGAIN_MOST: Duration = Duration::from_secs(600);
 /// Why what is due waits on: nobody's word ends an emergency but one that is given during it.
 const EMERGENCY_DECIDES: &str = "BREAK_GLASS_DECIDES";
 
+/// Why what is due does not begin to decide by itself where the floor is not known.
+const NO_FLOOR: &str = "its time has come, and it is not known which epoch decided here last, or whether this one \
+                        was set aside: install it, or a newer one";
+
 /// A package whose time has not come, signed by those who may.
 pub(super) struct Ahead {
     package: Package,
@@ -203,7 +207,7 @@ impl Schedule {
 /// Content and time of a stored bundle, or why it may not wait.
 type Judged = Result<(ContentId, Option<Start>), Denied>;
 
-/// INV-16: below which epoch nothing is activated by nobody's word where the floor is not known, because it was
+/// INV-16: up to which epoch nothing is activated by nobody's word where the floor is not known, because it was
 /// lost or nothing has decided yet: the newest that may have decided tells.
 fn lost_floor(judged: &[(SegmentRef, Option<Judged>)], trusted_unix_ms: u64) -> u64 {
     let is_ahead = |judged: &Option<Judged>| match judged {
@@ -212,7 +216,7 @@ fn lost_floor(judged: &[(SegmentRef, Option<Judged>)], trusted_unix_ms: u64) -> 
     };
     let decided = judged.iter().filter(|(_, judged)| !is_ahead(judged));
     let newest = decided.map(|(segment, _)| segment.sequence).max();
-    newest.map_or(0, |newest| newest.saturating_sub(1))
+    newest.unwrap_or_default()
 }
 
 /// Whether no trust will ever let it wait, because another bundle has its place.
@@ -616,12 +620,24 @@ impl Node {
         };
         let mut all_read = true;
         for (segment, judged) in judged {
-            if segment.sequence <= floor {
+            let is_due = matches!(&judged, Some(Ok((_, Some(_)))));
+            let is_known = before.values().any(|known| known.segment == segment);
+            if segment.sequence <= floor && has_floor {
+                continue;
+            }
+            // What waited here since this process began has not been set aside.
+            if segment.sequence <= floor && !is_known {
+                if is_due {
+                    self.tell_unscheduled(&segment, "FLOOR_DAMAGED", NO_FLOOR);
+                }
                 continue;
             }
             let known = before.get(&segment.sequence);
             let known = known.filter(|known| known.segment == segment);
             let placed = match judged {
+                Some(Ok((content_id, Some(_)))) if self.slots.was_set_aside(&content_id) => Err(
+                    Denied::local("POLICY_SET_ASIDE", "it was set aside on this node"),
+                ),
                 Some(Ok((content_id, Some(start)))) => {
                     let known = known.map(|known| (known, is_again));
                     self.place_again(&segment, content_id, start, known)
@@ -778,16 +794,16 @@ mod tests {
         };
         // A first bundle that waits, and others after it.
         assert_eq!(lost(vec![(3, at(Some(11))), (4, at(Some(12)))]), 0);
-        // The newest whose time has come may be activated, what is below it not.
+        // The newest whose time has come may have been set aside.
         assert_eq!(
             lost(vec![(3, at(Some(8))), (4, at(Some(9))), (5, at(Some(11)))]),
-            3
+            4
         );
         // One without a time of its own has decided, and so has one that cannot be read or is not trusted.
-        assert_eq!(lost(vec![(3, at(Some(8))), (7, at(None))]), 6);
-        assert_eq!(lost(vec![(3, at(Some(8))), (7, None)]), 6);
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, at(None))]), 7);
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, None)]), 7);
         let denied = || Some(Err(Denied::local("BUNDLE_SIGNATURE", "why")));
-        assert_eq!(lost(vec![(3, at(Some(8))), (7, denied())]), 6);
+        assert_eq!(lost(vec![(3, at(Some(8))), (7, denied())]), 7);
     }
 
     #[test]
