@@ -298,9 +298,11 @@ impl Node {
                 self.event("break_glass_activated", emergency);
             }
         }
-        if !decided_already {
-            self.finish_trial()?;
-        }
+        let checked = match decided_already {
+            true => Ok(()),
+            false => self.finish_trial(),
+        };
+        // What follows from the switch does so whatever the check said.
         self.waiting.retain_above(activated.activation.epoch);
         self.waiting.judge_anew();
         self.drop_superseded_policy(&activated.activation);
@@ -310,6 +312,7 @@ impl Node {
             }
         }
         self.confirm_from_store();
+        checked?;
         if let Some(segment) = kept.new {
             self.offered(segment);
         }
