@@ -401,8 +401,10 @@ impl Node {
 
     /// Policy segments below both slots serve nobody any more.
     pub(super) fn drop_superseded_policy(&self, activation: &Activation) {
-        let lkg_epoch = activation.replaced.as_ref().map(|(epoch, _)| *epoch);
-        let keep_from = lkg_epoch.map_or(activation.epoch, |lkg| lkg.min(activation.epoch));
+        let replaced = activation.replaced.as_ref().map(|(epoch, _)| *epoch);
+        let standby = self.slots.standby().map(|standby| standby.epoch);
+        let kept = [Some(activation.epoch), replaced, standby];
+        let keep_from = kept.into_iter().flatten().min().unwrap_or_default();
         for old in self.store.list(Some(Kind::Policy)) {
             if old.sequence < keep_from
                 && !is_statement(&old.origin)
