@@ -463,6 +463,7 @@ impl Node {
                 "the segment does not fit its bundle",
             ));
         }
+        self.check_begun(&manifest, &package.content_id())?;
         let copy = self.offered_copy(segment, &package).ok_or_else(no_trust)?;
         if let Some(denied) = self.waiting.still(&copy, self.clock.monotonic()) {
             return Err(denied);

@@ -292,6 +292,8 @@ impl Node {
             self.record_act("clock_accepted", facts.clone())
                 .map_err(unrecorded)?;
             self.clock.accept();
+            // What was refused for the doubt.
+            self.waiting.come_again();
         }
         Ok(facts)
     }

@@ -506,6 +506,25 @@ impl Node {
         self.review_schedule();
     }
 
+    /// INV-18: by a clock in doubt nobody's time has come, on whatever way a bundle with a time of its own comes.
+    pub(super) fn check_begun(
+        &self,
+        manifest: &Manifest,
+        content_id: &ContentId,
+    ) -> Result<(), Denied> {
+        let trusted = self.clock.trusted();
+        let floor = self.slots.floor();
+        let has_decided = floor.is_some_and(|floor| floor.content_id == *content_id);
+        let begins = Start::of(manifest).filter(|start| start.unix_ms <= trusted.unix_ms);
+        if begins.is_none() || has_decided || !trusted.suspect {
+            return Ok(());
+        }
+        Err(Denied::local(
+            "CLOCK_SUSPECT",
+            "its time has come by a clock that is in doubt: look at it, and accept it with tidelock clock accept",
+        ))
+    }
+
     /// Whether an emergency that is not over decides, given the trusted time.
     pub(super) fn check_no_emergency(&self) -> Result<(), Denied> {
         let current = self.slots.current();
