@@ -5,8 +5,8 @@
 //! allow (ruling 17). What it said is an input of the decision and stands in its record.
 //!
 //! While it cannot be reached, the terms of the bundle say what becomes of the action: deny, hold, or its
-//! last answer to the same question. [`Answers`] keeps those: by the whole question, which names the
-//! action, the bundle and the posture; for the lifetime that the bundle gives; for one bundle only; and not
+//! last answer to the same question. [`Answers`] keeps those: by the question, which names the
+//! action, the bundle and the posture, but not the nodes that it came through; for the lifetime that the bundle gives; for one bundle only; and not
 //! past posture `closed`. It is never looked at while the decision point answers.
 //!
 //! [`Consults`] is the state machine: one question on its way for equal ones, a breaker and a limit for
@@ -52,6 +52,8 @@ pub struct Question {
     pub body: Vec<u8>,
     /// SHA-256 of the body.
     pub digest: Sha256Hash,
+    /// The same as it would be if the question came through no other node.
+    pub(crate) plain: Sha256Hash,
     /// Who that is by the config; none where nobody is configured.
     pub identity: Option<UpstreamIdentity>,
     /// How long the answer is waited for.
@@ -72,29 +74,45 @@ impl Question {
         let mut said = json!({
             "bundle": bundle, "node": node, "posture": posture, "upstream": terms.upstream,
         });
-        if let (false, Some(said)) = (via.is_empty(), said.as_object_mut()) {
-            said.insert("via".to_owned(), json!(via));
+        let body = |said: &Value| {
+            canonical_bytes(&json!({
+                "subject": named(action.principal().kind(), action.principal().id()),
+                "action": {"name": action.name(), "properties": action.params()},
+                "resource": named(action.resource_type(), action.resource_id()),
+                "context": action.context(),
+                "tidelock": said,
+            }))
+        };
+        let mut sent = body(&said)?;
+        let plain = Sha256Hash::of(&sent);
+        if let (false, Some(members)) = (via.is_empty(), said.as_object_mut()) {
+            members.insert("via".to_owned(), json!(via));
+            sent = body(&said)?;
         }
-        let body = canonical_bytes(&json!({
-            "subject": named(action.principal().kind(), action.principal().id()),
-            "action": {"name": action.name(), "properties": action.params()},
-            "resource": named(action.resource_type(), action.resource_id()),
-            "context": action.context(),
-            "tidelock": said,
-        }))?;
         Ok(Self {
             upstream: terms.upstream.clone(),
-            digest: Sha256Hash::of(&body),
-            body,
+            digest: Sha256Hash::of(&sent),
+            plain,
+            body: sent,
             identity,
             deadline,
         })
     }
 
-    /// Names what is asked and who is asked: an answer serves the same question to the same decision point.
+    /// Names what is asked and who is asked: one answer is for all who ask the same at once.
     pub(crate) fn key(&self) -> Sha256Hash {
+        self.key_of(self.digest)
+    }
+
+    /// Under which answers are kept. The nodes that a question came through are named by whoever asks, so they
+    /// are no part of it: a revocation would miss what was kept under other names.
+    pub(crate) fn kept_key(&self) -> Sha256Hash {
+        self.key_of(self.plain)
+    }
+
+    fn key_of(&self, digest: Sha256Hash) -> Sha256Hash {
         let identity = self.identity.map(|identity| identity.digest.to_string());
-        let parts = [self.digest.to_string(), identity.unwrap_or_default()];
+        let parts = [digest.to_string(), identity.unwrap_or_default()];
         Sha256Hash::of_parts(&parts.each_ref().map(|part| part.as_bytes()))
     }
 }
@@ -506,6 +524,9 @@ impl Answers {
 pub(crate) struct Asked {
     /// The key of the question.
     pub(crate) question: Sha256Hash,
+    /// The key under which its answers are kept. Another one than that of a question that came through
+    /// other nodes: of its answers nothing is kept.
+    pub(crate) kept_key: Sha256Hash,
     pub(crate) terms: ConsultTerms,
     pub(crate) under: Under,
     pub(crate) action: String,
@@ -700,11 +721,9 @@ impl<W> Consults<W> {
         }
     }
 
-    /// Keeps an answer, or what the terms leave of it; whether an earlier allow lost time by it.
+    /// Keeps an answer, or what the terms leave of it; whether an earlier allow lost time by it. One to a
+    /// question that came through other nodes can take an allow back, and nothing else.
     fn remember(&mut self, asked: &Asked, answer: &UpstreamAnswer, now_unix_ms: u64) -> bool {
-        let before = self.answers.remove(&asked.question);
-        let before = before.filter(|kept| kept.allow);
-        let allowed_until = before.map(|kept| kept.expires_unix_ms);
         let given_s = match answer.decision {
             Decision::Allow => asked.terms.allow_lifetime_s,
             Decision::Deny => asked.terms.deny_lifetime_s,
@@ -714,10 +733,25 @@ impl<W> Consults<W> {
         // A bundle that does not decide any more keeps nothing.
         let is_in_force = self.answers.under.as_ref() == Some(&asked.under);
         let expires_unix_ms = now_unix_ms.saturating_add(lifetime_s.saturating_mul(1000));
-        let is_kept = lifetime_s > 0 && is_in_force;
-        if is_kept {
+        let is_live = lifetime_s > 0 && is_in_force;
+        // What lies on the disk would serve longer than what was said last.
+        let serves_until = match is_live && answer.decision == Decision::Allow {
+            true => expires_unix_ms,
+            false => 0,
+        };
+        let before = self.answers.by_question.get(&asked.kept_key);
+        let before = before.filter(|kept| kept.allow);
+        let allowed_until = before.map(|kept| kept.expires_unix_ms);
+        let is_withdrawn = allowed_until.is_some_and(|until| serves_until < until);
+        let is_relayed = asked.kept_key != asked.question;
+        if is_relayed && !is_withdrawn {
+            return false;
+        }
+        self.answers.remove(&asked.kept_key);
+        self.is_dirty |= allowed_until.is_some();
+        if is_live && !is_relayed {
             self.answers.insert(KeptAnswer {
-                question: asked.question,
+                question: asked.kept_key,
                 upstream: asked.terms.upstream.clone(),
                 action: asked.action.clone(),
                 principal: asked.principal.clone(),
@@ -731,13 +765,7 @@ impl<W> Consults<W> {
             });
             self.is_dirty = true;
         }
-        self.is_dirty |= allowed_until.is_some();
-        // What lies on the disk would serve longer than what was said last.
-        let serves_until = match is_kept && answer.decision == Decision::Allow {
-            true => expires_unix_ms,
-            false => 0,
-        };
-        allowed_until.is_some_and(|until| serves_until < until)
+        is_withdrawn
     }
 
     /// Questions that should have come back long ago: whoever carries them has lost them.
@@ -753,7 +781,7 @@ impl<W> Consults<W> {
         overdue.into_iter().flat_map(settle).collect()
     }
 
-    /// The last answer to a question of this key, if it may serve. Where answers are signed, an allow that is
+    /// The last answer to a question of this key ([`Question::kept_key`]), if it may serve. Where answers are signed, an allow that is
     /// not does not.
     pub(crate) fn kept(
         &self,
@@ -983,10 +1011,11 @@ pub struct Consulted {
 }
 
 /// What a local permit comes to with what was heard, and with the last answer that is kept. The one
-/// place where a decision point's word has an effect; the permit is the strongest that it can leave.
+/// place where a decision point's word has an effect; the permit is the strongest that it can leave. A
+/// question that came through other nodes is denied in the dark, for whoever asks can say that it did.
 pub(crate) fn weigh(
     terms: &ConsultTerms,
-    question: Sha256Hash,
+    (question, is_relayed): (Sha256Hash, bool),
     said: &Result<UpstreamAnswer, ConsultFailure>,
     kept: Option<KeptAnswer>,
     now_unix_ms: u64,
@@ -1004,6 +1033,7 @@ pub(crate) fn weigh(
         obligations: Vec::new(),
         signed: None,
     };
+    let kept = kept.filter(|_| !is_relayed);
     let failure = match said {
         Ok(answer) => {
             note.outcome = answer.decision.as_str();
@@ -1038,7 +1068,8 @@ pub(crate) fn weigh(
         };
         return (said_by(decision), note);
     }
-    if failure.is_absence() && terms.when_unreachable == WhenUnreachable::Hold {
+    let may_hold = terms.when_unreachable == WhenUnreachable::Hold && !is_relayed;
+    if failure.is_absence() && may_hold {
         note.fallback = "held";
         return (Reason::ConsultHeld, note);
     }

@@ -549,6 +549,7 @@ impl Referred {
         let (bundle, _) = self.judgement.bundle.as_ref()?;
         Some(Asked {
             question: self.question.key(),
+            kept_key: self.question.kept_key(),
             terms: self.terms.clone(),
             under: Under::from(bundle),
             action: action.name().to_owned(),
@@ -991,9 +992,9 @@ impl Inner {
         said: &Result<UpstreamAnswer, ConsultFailure>,
     ) {
         let unix_ms = inner.clock.unix_ms();
-        let question = referred.question.digest;
+        let question = (referred.question.digest, !referred.waiter.via.is_empty());
         let signs = referred.question.identity.is_some_and(|it| it.signs);
-        let key = (&referred.question.key(), signs);
+        let key = (&referred.question.kept_key(), signs);
         let under = referred.judgement.bundle.as_ref();
         let under = under.map(|(bundle, _)| Under::from(bundle));
         let (reason, note) = {

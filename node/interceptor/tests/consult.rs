@@ -19,7 +19,7 @@ use std::{
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use tidelock_interceptor::{
-    AnswerDone, AppendDone, Caller, ConsultFailure, Decision, Found, Heard, Interceptor,
+    AnswerDone, AppendDone, Ask, Caller, ConsultFailure, Decision, Found, Heard, Interceptor,
     InterceptorConfig, KeptAnswers, Mode, Outcome, Pending, Question, Reason, Recorder, Search,
     SearchFor, UpstreamAnswer, UpstreamIdentity, Upstreams,
     testing::{MemoryRecorder, TestClock},
@@ -195,9 +195,13 @@ impl Site {
     }
 
     fn start(&self, mode: Mode, request: &Value) -> (mpsc::Receiver<Outcome>, Pending) {
+        self.start_ask(mode, Ask::Native(request.to_string().as_bytes()))
+    }
+
+    fn start_ask(&self, mode: Mode, ask: Ask<'_>) -> (mpsc::Receiver<Outcome>, Pending) {
         let (sender, receiver) = mpsc::channel();
-        let pending = self.interceptor.decide(
-            request.to_string().as_bytes(),
+        let pending = self.interceptor.decide_ask(
+            ask,
             &caller(),
             mode,
             // Nobody may wait any more.
@@ -213,6 +217,15 @@ impl Site {
     /// Asks for a write, which the authority answers so.
     fn decide(&self, answer: impl FnOnce(&Authority)) -> Outcome {
         let (outcome, _pending) = self.start(Mode::Decide, &write("/srv/x"));
+        assert!(outcome.try_recv().is_err(), "it waits for the authority");
+        answer(&self.authority);
+        outcome.try_recv().unwrap()
+    }
+
+    /// The same write as [`Site::decide`], as a question that says it came through these nodes.
+    fn relayed(&self, via: &[&str], answer: impl FnOnce(&Authority)) -> Outcome {
+        let evaluation = relayed_write("/srv/x", via);
+        let (outcome, _pending) = self.start_ask(Mode::Decide, Ask::Evaluation(&evaluation));
         assert!(outcome.try_recv().is_err(), "it waits for the authority");
         answer(&self.authority);
         outcome.try_recv().unwrap()
@@ -243,6 +256,16 @@ fn caller() -> Caller {
 
 fn write(path: &str) -> Value {
     json!({"action": "fs.write", "resource": {"type": "File", "id": path}, "params": {"n": 1}})
+}
+
+fn relayed_write(path: &str, via: &[&str]) -> tidelock_interceptor::Evaluation {
+    let body = json!({
+        "subject": {"type": "Agent", "id": "coder"},
+        "action": {"name": "fs.write", "properties": {"n": 1}},
+        "resource": {"type": "File", "id": path},
+        "tidelock": {"via": via},
+    });
+    tidelock_interceptor::Evaluation::read(body.to_string().as_bytes(), None)
 }
 
 fn yes() -> Value {
@@ -456,6 +479,75 @@ fn a_deny_is_remembered_and_takes_the_allow_from_the_disk_before_anybody_hears_o
     let outcome = site.decide(Authority::is_away);
     assert_eq!(said(&outcome).1, Reason::ConsultDenied);
     assert_eq!(site.last_record()["consult"]["fallback"], "cached");
+}
+
+/// Answers were kept by the names of nodes too that a caller gives: an allow under names of one's own
+/// outlived the deny to the same question without them.
+#[test]
+fn the_nodes_that_a_caller_names_bring_no_allow_back_and_none_about() {
+    let in_the_dark = |outcome: &Outcome| {
+        assert_eq!(
+            said(outcome),
+            (Decision::Deny, Reason::ConsultUnreachable, false)
+        );
+    };
+    let site = Site::new("cached");
+    let via_of = |site: &Site| {
+        let asked = site.authority.asked.lock().unwrap();
+        let body: Value = serde_json::from_slice(&asked[0].0.body).unwrap();
+        body["tidelock"]["via"].clone()
+    };
+    for via in [["a"], ["b"]] {
+        let outcome = site.relayed(&via, |authority| {
+            assert_eq!(
+                via_of(&site),
+                json!(via),
+                "nodes that ask on are told apart"
+            );
+            authority.says(&yes());
+        });
+        assert_eq!(said(&outcome), ALLOWED, "its word counts");
+    }
+    assert_eq!(site.interceptor.consult_stats().kept, 0);
+    in_the_dark(&site.relayed(&["a"], Authority::is_away));
+    in_the_dark(&site.decide(Authority::is_away));
+
+    // The decision point takes back what it said, and is gone.
+    site.clock.advance(61 * S);
+    let outcome = site.relayed(&["a"], |authority| authority.says(&yes()));
+    assert_eq!(said(&outcome), ALLOWED);
+    let outcome = site.decide(|authority| authority.says(&no()));
+    assert_eq!(said(&outcome).1, Reason::ConsultDenied);
+    in_the_dark(&site.relayed(&["a"], Authority::is_away));
+    let outcome = site.decide(Authority::is_away);
+    assert_eq!(said(&outcome).1, Reason::ConsultDenied, "it is remembered");
+
+    // An allow that is kept serves nobody who names nodes; the control is the question without them.
+    let site = Site::new("cached");
+    let outcome = site.decide(|authority| authority.says(&yes()));
+    assert_eq!(said(&outcome), ALLOWED);
+    in_the_dark(&site.relayed(&["a"], Authority::is_away));
+    assert_eq!(said(&site.decide(Authority::is_away)), ALLOWED);
+    // And a deny takes it back whoever brings it about.
+    let outcome = site.relayed(&["a"], |authority| authority.says(&no()));
+    assert_eq!(said(&outcome).1, Reason::ConsultDenied);
+    let withdrawn = site.authority.withdrawn.lock().unwrap().pop().unwrap();
+    assert_eq!(withdrawn["answers"], json!([]));
+    in_the_dark(&site.decide(Authority::is_away));
+}
+
+#[test]
+fn a_question_that_names_nodes_is_denied_in_the_dark_where_others_are_held() {
+    let site = Site::new("hold");
+    assert_eq!(
+        said(&site.decide(Authority::is_away)),
+        (Decision::Hold, Reason::ConsultHeld, false),
+        "the control"
+    );
+    assert_eq!(
+        said(&site.relayed(&["a"], Authority::is_away)),
+        (Decision::Deny, Reason::ConsultUnreachable, false)
+    );
 }
 
 #[test]

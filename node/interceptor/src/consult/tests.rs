@@ -32,6 +32,7 @@ fn digest(number: u64) -> Sha256Hash {
 fn asked(number: u64) -> Asked {
     Asked {
         question: digest(number),
+        kept_key: digest(number),
         terms: terms(WhenUnreachable::Cached),
         under: under(1),
         action: "fs.write".to_owned(),
@@ -85,6 +86,7 @@ fn question() -> Question {
     Question {
         upstream: "authority".to_owned(),
         digest: Sha256Hash::of(&body),
+        plain: Sha256Hash::of(&body),
         body,
         identity: None,
         deadline: Duration::from_millis(500),
@@ -404,7 +406,7 @@ fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
                 decision.map(|decision| answer(&mut consults, 1, decision, NOW_MS));
                 let cached = consults.kept((&digest(1), false), &under(1), NOW_MS);
                 assert_eq!(cached.is_some(), kept.is_some());
-                let (reason, note) = weigh(&terms, digest(1), said, cached, NOW_MS);
+                let (reason, note) = weigh(&terms, (digest(1), false), said, cached, NOW_MS);
                 let is_absence = matches!(
                     said,
                     Err(ConsultFailure::Unreachable(_) | ConsultFailure::Timeout)
@@ -676,7 +678,7 @@ fn an_allow_that_serves_less_long_takes_time_from_the_one_before() {
 #[test]
 fn of_a_failure_callers_hear_the_word_only() {
     let terms = terms(WhenUnreachable::Deny);
-    let tell = |said| weigh(&terms, digest(1), &said, None, NOW_MS).1;
+    let tell = |said| weigh(&terms, (digest(1), false), &said, None, NOW_MS).1;
     for failure in [
         ConsultFailure::Unreachable("10.20.0.5:8443: /etc/ca.crt".to_owned()),
         ConsultFailure::Invalid("status 500".to_owned()),
@@ -705,6 +707,46 @@ fn a_deny_takes_the_place_of_an_allow_whatever_its_lifetime() {
         assert!(consults.changed().is_some());
         let kept = consults.kept((&digest(1), false), &under(1), NOW_MS + 2);
         assert!(kept.is_none_or(|kept| !kept.allow), "{last}");
+    }
+}
+
+#[test]
+fn an_answer_that_came_through_others_takes_an_allow_back_and_leaves_nothing() {
+    let relayed = || Asked {
+        question: digest(7),
+        ..asked(1)
+    };
+    let mut consults = consults();
+    let kept = |consults: &Consults<u64>| {
+        let now_ms = NOW_MS + 1;
+        assert_eq!(
+            consults.kept((&digest(7), false), &under(1), now_ms),
+            None,
+            "nothing under its own key"
+        );
+        consults
+            .kept((&digest(1), false), &under(1), now_ms)
+            .map(|kept| kept.allow)
+    };
+    for decision in [Decision::Allow, Decision::Deny, Decision::Hold] {
+        assert!(!consults.remember(&relayed(), &said(decision).unwrap(), NOW_MS));
+        assert_eq!(kept(&consults), None);
+    }
+    // It makes no allow of a deny, and does not lengthen the time of an allow.
+    answer(&mut consults, 1, Decision::Deny, NOW_MS);
+    assert!(!consults.remember(&relayed(), &said(Decision::Allow).unwrap(), NOW_MS));
+    assert_eq!(kept(&consults), Some(false));
+    answer(&mut consults, 1, Decision::Allow, NOW_MS);
+    assert!(!consults.remember(&relayed(), &said(Decision::Allow).unwrap(), NOW_MS + 1_000));
+    assert_eq!(kept(&consults), Some(true));
+    let later = consults.kept((&digest(1), false), &under(1), NOW_MS + 60_000);
+    assert_eq!(later, None);
+    for decision in [Decision::Deny, Decision::Hold] {
+        answer(&mut consults, 1, Decision::Allow, NOW_MS);
+        assert!(consults.changed().is_some());
+        assert!(consults.remember(&relayed(), &said(decision).unwrap(), NOW_MS));
+        assert!(consults.changed().is_some());
+        assert_eq!(kept(&consults), None);
     }
 }
 
@@ -827,7 +869,7 @@ proptest! {
                 Step::Away(number) => {
                     let kept = consults.kept((&digest(number), false), &under(epoch), now_ms);
                     let terms = terms(WhenUnreachable::Cached);
-                    let (reason, note) = weigh(&terms, digest(number), &away(), kept, now_ms);
+                    let (reason, note) = weigh(&terms, (digest(number), false), &away(), kept, now_ms);
                     let live = reference.get(&number).filter(|(_, until)| now_ms < *until);
                     let may = live.is_some_and(|(decision, _)| *decision == Decision::Allow);
                     prop_assert_eq!(reason.decision() == Decision::Allow, may);
