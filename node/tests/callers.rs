@@ -706,6 +706,60 @@ fn inv_16_papers_of_callers_are_watched_told_of_and_no_older_crl_counts_after_a_
     assert!(!knows("gone"));
 }
 
+/// Beside a certificate that could not be read, the CRLs of the files were taken without their floors: below
+/// them too, and the mended set kept what had got in so.
+#[test]
+fn inv_16_no_older_crl_gets_in_beside_a_broken_certificate() {
+    let site = Site::new();
+    let wl = Workloads::new(&site);
+    let address = free_tcp();
+    site.configure(
+        "[gateway]\n",
+        &format!(
+            "[gateway.tls]\nlisten = \"{address}\"\ncertificate = \"wl/door.crt\"\nkey = \"wl/door.key\"\n\n\
+             [[gateway.tls.trust_domains]]\nname = \"site.example\"\nca = \"wl/ca.crt\"\ncrls = [\"wl/site.crl\"]\n\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/prod/*\"\n\
+             principal = \"Agent::ops-1\"\nscopes = [\"explain\"]\n\n[gateway]\n"
+        ),
+    );
+    wl.svid("ops", "ns/prod/sa/ops", &[]);
+    wl.svid("gone", "ns/prod/sa/gone", &[]);
+    let node = site.start_deciding();
+    // Known, but without the scope.
+    let knows = |name: &str| wl.curl(address, name, &[]).0 == 403;
+    assert!(knows("ops") && knows("gone"), "the control");
+    let (first, door) = (site.read("wl/site.crl"), site.read("wl/door.crt"));
+    wl.revoke("gone");
+    wl.crl(&[]);
+    until("the revocation", || (!knows("gone")).then_some(()));
+    assert!(knows("ops"));
+    node.stop();
+
+    let newest = site.read("wl/site.crl");
+    site.write("wl/site.crl", &first);
+    let _node = site.start();
+    assert!(
+        !knows("gone") && !knows("ops"),
+        "below the floor at the start"
+    );
+    let refused = || site.status()["papers"]["refused"].clone();
+    site.write("wl/door.crt", "no certificate");
+    until("the faulty set", || refused().is_string().then_some(()));
+    assert!(
+        !knows("gone") && !knows("ops"),
+        "beside a broken certificate"
+    );
+    site.write("wl/door.crt", &door);
+    until("the mended set", || refused().is_null().then_some(()));
+    assert!(!knows("gone") && !knows("ops"), "with the mended one");
+    // Beside a broken certificate the newest one counts all the same.
+    site.write("wl/door.crt", "no certificate");
+    until("the faulty set", || refused().is_string().then_some(()));
+    site.write("wl/site.crl", &newest);
+    until("the newest CRL", || knows("ops").then_some(()));
+    assert!(!knows("gone"));
+}
+
 /// The headers of a request to decide `body`, signed by openssl with the key `name`.
 fn signed(site: &Site, name: &str, nonce: &str, body: &str) -> [String; 3] {
     signed_for(site, name, nonce, "/v1/decide", body)

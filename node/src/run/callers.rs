@@ -107,7 +107,7 @@ pub(crate) fn papers_mistakes(tls: &TlsSection) -> Vec<PapersFault> {
     let own = load_certified(&tls.certificate, &tls.key).err();
     let own = own.map(|error| PapersFault::at("gateway.tls.certificate", &tls.certificate, error));
     let domains = tls.trust_domains.iter().filter_map(|domain| {
-        TrustedDomain::load(domain, 0, &BTreeMap::new(), &mut Vec::new()).err()
+        TrustedDomain::load(domain, 0, &CrlFloors::new(), &mut Vec::new()).err()
     });
     own.into_iter().chain(domains).collect()
 }
@@ -115,6 +115,13 @@ pub(crate) fn papers_mistakes(tls: &TlsSection) -> Vec<PapersFault> {
 /// The highest number of a CRL that was in force at the TLS door, by trust domain and issuer. Kept below
 /// the root.
 pub(crate) type CrlFloors = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// The floor that a CRL of this trust domain is below. INV-16: it does not count then, wherever it comes from
+/// and over restarts too.
+fn floor_above(floors: &CrlFloors, domain: &str, crl: &VerifiedCrl) -> Option<u64> {
+    let floor = floors.get(domain)?.get(&crl.issuer().to_string())?;
+    (crl.number() < *floor).then_some(*floor)
+}
 
 /// The TLS door's own papers, and whose it takes. Replaced as one.
 pub(crate) struct DoorPapers {
@@ -143,11 +150,9 @@ impl DoorPapers {
         now_unix_ms: u64,
         floors: &CrlFloors,
     ) -> Result<Self, Failure> {
-        let none = BTreeMap::new();
         let mut older = Vec::new();
         let mut domains = Vec::new();
         for section in &tls.trust_domains {
-            let floors = floors.get(&section.name).unwrap_or(&none);
             domains.push(TrustedDomain::load(
                 section,
                 now_unix_ms,
@@ -262,7 +267,7 @@ impl TrustedDomain {
     fn load(
         section: &TrustDomainSection,
         now_unix_ms: u64,
-        floors: &BTreeMap<String, u64>,
+        floors: &CrlFloors,
         older: &mut Vec<String>,
     ) -> Result<Self, PapersFault> {
         const CA: &str = "gateway.tls.trust_domains.ca";
@@ -278,9 +283,8 @@ impl TrustedDomain {
             let bytes = fs::read(path).map_err(|e| fault(&e))?;
             for der in crls_in_file(&bytes).map_err(|e| fault(&e))? {
                 let crl = VerifiedCrl::verify(&der, &trust).map_err(|e| fault(&e))?;
-                // INV-16: over restarts too. Its issuer then has no callers until a newer one is there.
-                let floor = floors.get(&crl.issuer().to_string());
-                if let Some(floor) = floor.filter(|floor| crl.number() < **floor) {
+                // Its issuer then has no callers until a newer one is there.
+                if let Some(floor) = floor_above(floors, &section.name, &crl) {
                     let (name, number) = (crl.issuer_name(), crl.number());
                     let path = path.display();
                     older.push(format!(
@@ -322,7 +326,7 @@ impl Doorkeeper {
     }
 
     /// Takes what the CRL files of the door have, by the authorities that it has already.
-    pub(super) fn take_crls(&self, tls: &TlsSection, now_unix_ms: u64) {
+    pub(super) fn take_crls(&self, tls: &TlsSection, now_unix_ms: u64, floors: &CrlFloors) {
         let Some(door) = &self.certified else { return };
         for domain in &door.papers.load().domains {
             let mut sections = tls.trust_domains.iter();
@@ -331,8 +335,12 @@ impl Doorkeeper {
             let read = files.filter_map(|path| crls_in_file(&fs::read(path).ok()?).ok());
             for der in read.flatten() {
                 // What is faulty was told with the set that was refused.
-                let crl = VerifiedCrl::verify(&der, &domain.trust);
-                let _ = crl.and_then(|crl| domain.revocation.import(crl, now_unix_ms));
+                let Ok(crl) = VerifiedCrl::verify(&der, &domain.trust) else {
+                    continue;
+                };
+                if floor_above(floors, &domain.name, &crl).is_none() {
+                    let _ = domain.revocation.import(crl, now_unix_ms);
+                }
             }
         }
     }
@@ -362,7 +370,7 @@ impl Node {
             .and_then(|keeper| keeper.certified.as_ref());
         if let (Some(certified), Some(papers)) = (certified, papers) {
             self.tell_older(&papers);
-            certified.replace(papers);
+            certified.replace(papers, &self.crl_floors());
         }
         self.keep_crl_floors();
     }
@@ -403,7 +411,7 @@ impl Node {
 impl Certified {
     /// Takes other papers into use, from the next handshake and request on. Of each issuer's CRLs the
     /// highest number goes on to hold, whatever the files say now.
-    pub(super) fn replace(&self, mut papers: DoorPapers) {
+    pub(super) fn replace(&self, mut papers: DoorPapers, floors: &CrlFloors) {
         let now_unix_ms = self.clock.unix_ms();
         let before = self.papers.load();
         for domain in &mut papers.domains {
@@ -412,7 +420,8 @@ impl Certified {
             };
             let old = old.revocation.state();
             let mut state = RevocationState::clone(&domain.revocation.state());
-            for crl in old.crls() {
+            let crls = old.crls().into_iter();
+            for crl in crls.filter(|crl| floor_above(floors, &domain.name, crl).is_none()) {
                 // INV-16: one that is older than the file's is refused here and missed by nobody.
                 if let Ok((next, _)) = state.with_crl(crl, now_unix_ms) {
                     state = next;

@@ -272,7 +272,7 @@ impl Node {
             Err(failure) => {
                 // The other files stay as they were; what is revoked is revoked all the same.
                 if let (Some(keeper), Some(tls)) = (self.doorkeeper.get(), &config.gateway.tls) {
-                    keeper.take_crls(tls, self.clock.unix_ms());
+                    keeper.take_crls(tls, self.clock.unix_ms(), &self.crl_floors());
                     self.keep_crl_floors();
                 }
                 Err(failure)
