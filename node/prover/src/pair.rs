@@ -102,6 +102,14 @@ impl Pair {
         }
         let old_shapes = Shapes::read(&older.contents)?;
         let shapes = Shapes::read(&newer.contents)?;
+        // Policies of both are read with the newer schema: what the older ones say of an action would be
+        // another thing there.
+        if let Some(action) = old_shapes.other_action(&shapes) {
+            return Err((
+                WhyUnproven::Schema,
+                format!("the schemas differ in action {action} or its groups"),
+            ));
+        }
         let schema = shapes.schema(shapes.resolved.clone())?;
         let relaxed = shapes.schema(shapes.relaxed()?)?;
         let mut kinds: Vec<RequestEnv> = schema.request_envs().collect();
@@ -125,7 +133,7 @@ impl Pair {
             .iter()
             .filter(|kind| {
                 let action = kind.action().id().unescaped();
-                same_types && known.contains(kind) && old_shapes.same_action(&shapes, action)
+                same_types && known.contains(kind) && old_shapes.same_context(&shapes, action)
             })
             .cloned()
             .collect();

@@ -111,17 +111,26 @@ impl Shapes {
         })
     }
 
-    /// Whether an action has the same context and the same groups.
-    pub(crate) fn same_action(&self, other: &Self, action: &str) -> bool {
-        let (ours, theirs) = (self.part("actions"), other.part("actions"));
-        let context = |actions: &Map<String, Value>| {
-            actions
-                .get(action)
-                .and_then(|action| action.get("appliesTo"))
-                .and_then(|applies| applies.get("context"))
-                .cloned()
+    /// Whether an action has the same context.
+    pub(crate) fn same_context(&self, other: &Self, action: &str) -> bool {
+        let context = |actions: Map<String, Value>| {
+            let applies = actions.get(action)?.get("appliesTo")?;
+            applies.get("context").cloned()
         };
-        context(&ours) == context(&theirs) && groups(&ours, action) == groups(&theirs, action)
+        context(self.part("actions")) == context(other.part("actions"))
+    }
+
+    /// The first action that is another one in the other schema: in other groups, or, where requests can name
+    /// actions in their attributes, unknown. Policies may ask for the groups of any action, not only of the one
+    /// that is requested.
+    pub(crate) fn other_action(&self, other: &Self) -> Option<String> {
+        let (ours, theirs) = (self.part("actions"), other.part("actions"));
+        let can_be_named = names_actions(&self.resolved) || names_actions(&other.resolved);
+        let is_of_both = |name: &String| ours.contains_key(name) && theirs.contains_key(name);
+        let differs = |name: &&String| {
+            groups(&ours, name) != groups(&theirs, name) || can_be_named && !is_of_both(name)
+        };
+        ours.keys().chain(theirs.keys()).find(differs).cloned()
     }
 
     pub(crate) fn declares(&self, uid: &EntityUid) -> bool {
@@ -186,6 +195,18 @@ impl Shapes {
             "String" => Some(json!("")),
             _ => None,
         }
+    }
+}
+
+/// Whether a type in here is that of actions. An attribute that is only called `name` has no text for a type.
+fn names_actions(declared: &Value) -> bool {
+    match declared {
+        Value::Object(members) => {
+            let is_it = members.get("name").and_then(Value::as_str) == Some("Action");
+            is_it || members.values().any(names_actions)
+        }
+        Value::Array(items) => items.iter().any(names_actions),
+        _ => false,
     }
 }
 
