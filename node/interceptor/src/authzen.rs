@@ -44,7 +44,8 @@ pub struct Evaluation {
 }
 
 /// The nodes that a question has come through, the one that asks last. It can only deny, so what is not in
-/// the form that nodes give it is ignored like any key that the protocol does not know.
+/// the form that nodes give it is ignored like any key that the protocol does not know. As they were given,
+/// for they are compared with a node's own; what is cut is longer than any of those.
 fn came_through(request: &mut Fields) -> Vec<String> {
     let Some(Value::Object(said)) = request.take("tidelock") else {
         return Vec::new();
@@ -53,7 +54,7 @@ fn came_through(request: &mut Fields) -> Vec<String> {
     let nodes = via.into_iter().flatten().chain(said.get("node"));
     let names = nodes.filter_map(Value::as_str).take(MAX_CONSULT_HOPS);
     names
-        .map(|name| redact::message(name, MAX_TYPE_BYTES))
+        .map(|name| name.chars().take(MAX_TYPE_BYTES).collect())
         .collect()
 }
 

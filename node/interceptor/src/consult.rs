@@ -942,6 +942,9 @@ pub struct ConsultCount {
 pub(crate) struct ConsultNote {
     upstream: String,
     question: Sha256Hash,
+    /// The nodes that the question says it came through.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    via: Vec<String>,
     /// `allow`, `deny` or `hold`, as it said now; else the word of the failure.
     outcome: &'static str,
     /// What stood in for its answer: `none`, `cached`, `held` or `denied`.
@@ -1015,7 +1018,7 @@ pub struct Consulted {
 /// question that came through other nodes is denied in the dark, for whoever asks can say that it did.
 pub(crate) fn weigh(
     terms: &ConsultTerms,
-    (question, is_relayed): (Sha256Hash, bool),
+    (question, via): (Sha256Hash, &[String]),
     said: &Result<UpstreamAnswer, ConsultFailure>,
     kept: Option<KeptAnswer>,
     now_unix_ms: u64,
@@ -1023,6 +1026,10 @@ pub(crate) fn weigh(
     let mut note = ConsultNote {
         upstream: terms.upstream.clone(),
         question,
+        via: via
+            .iter()
+            .map(|name| redact::message(name, MAX_TYPE_BYTES))
+            .collect(),
         outcome: "allow",
         fallback: "none",
         answer: None,
@@ -1033,6 +1040,7 @@ pub(crate) fn weigh(
         obligations: Vec::new(),
         signed: None,
     };
+    let is_relayed = !via.is_empty();
     let kept = kept.filter(|_| !is_relayed);
     let failure = match said {
         Ok(answer) => {

@@ -992,7 +992,7 @@ impl Inner {
         said: &Result<UpstreamAnswer, ConsultFailure>,
     ) {
         let unix_ms = inner.clock.unix_ms();
-        let question = (referred.question.digest, !referred.waiter.via.is_empty());
+        let question = (referred.question.digest, referred.waiter.via.as_slice());
         let signs = referred.question.identity.is_some_and(|it| it.signs);
         let key = (&referred.question.kept_key(), signs);
         let under = referred.judgement.bundle.as_ref();

@@ -507,6 +507,7 @@ fn the_nodes_that_a_caller_names_bring_no_allow_back_and_none_about() {
             authority.says(&yes());
         });
         assert_eq!(said(&outcome), ALLOWED, "its word counts");
+        assert_eq!(site.last_record()["consult"]["via"], json!(via));
     }
     assert_eq!(site.interceptor.consult_stats().kept, 0);
     in_the_dark(&site.relayed(&["a"], Authority::is_away));
@@ -544,10 +545,15 @@ fn a_question_that_names_nodes_is_denied_in_the_dark_where_others_are_held() {
         (Decision::Hold, Reason::ConsultHeld, false),
         "the control"
     );
+    assert!(site.last_record()["consult"].get("via").is_none());
     assert_eq!(
         said(&site.relayed(&["a"], Authority::is_away)),
         (Decision::Deny, Reason::ConsultUnreachable, false)
     );
+    // The record has them without secrets.
+    site.relayed(&["sk_live_4eC39HqLyjWDarjtT1zdp7dc"], Authority::is_away);
+    let via = site.last_record()["consult"]["via"].to_string();
+    assert!(via.contains("[redacted"), "{via}");
 }
 
 #[test]

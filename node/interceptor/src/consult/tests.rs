@@ -240,6 +240,11 @@ fn the_nodes_of_a_question_are_read_and_what_is_no_list_of_them_is_ignored() {
             &["a", "b", "c", "d"],
         ),
         (json!({"node": 1, "via": "a"}), &[]),
+        // As they are, what looks like a secret too: one of them may be this node.
+        (
+            json!({"via": ["token=ship-7", "sk_live_4eC39HqLyjWDarjtT1zdp7dc"]}),
+            &["token=ship-7", "sk_live_4eC39HqLyjWDarjtT1zdp7dc"],
+        ),
         (json!("a"), &[]),
     ] {
         let named = |kind: &str| json!({"type": kind, "id": "x"});
@@ -406,7 +411,7 @@ fn nothing_but_an_answer_that_allows_leaves_a_local_permit_standing() {
                 decision.map(|decision| answer(&mut consults, 1, decision, NOW_MS));
                 let cached = consults.kept((&digest(1), false), &under(1), NOW_MS);
                 assert_eq!(cached.is_some(), kept.is_some());
-                let (reason, note) = weigh(&terms, (digest(1), false), said, cached, NOW_MS);
+                let (reason, note) = weigh(&terms, (digest(1), &[]), said, cached, NOW_MS);
                 let is_absence = matches!(
                     said,
                     Err(ConsultFailure::Unreachable(_) | ConsultFailure::Timeout)
@@ -678,7 +683,7 @@ fn an_allow_that_serves_less_long_takes_time_from_the_one_before() {
 #[test]
 fn of_a_failure_callers_hear_the_word_only() {
     let terms = terms(WhenUnreachable::Deny);
-    let tell = |said| weigh(&terms, (digest(1), false), &said, None, NOW_MS).1;
+    let tell = |said| weigh(&terms, (digest(1), &[]), &said, None, NOW_MS).1;
     for failure in [
         ConsultFailure::Unreachable("10.20.0.5:8443: /etc/ca.crt".to_owned()),
         ConsultFailure::Invalid("status 500".to_owned()),
@@ -869,7 +874,7 @@ proptest! {
                 Step::Away(number) => {
                     let kept = consults.kept((&digest(number), false), &under(epoch), now_ms);
                     let terms = terms(WhenUnreachable::Cached);
-                    let (reason, note) = weigh(&terms, (digest(number), false), &away(), kept, now_ms);
+                    let (reason, note) = weigh(&terms, (digest(number), &[]), &away(), kept, now_ms);
                     let live = reference.get(&number).filter(|(_, until)| now_ms < *until);
                     let may = live.is_some_and(|(decision, _)| *decision == Decision::Allow);
                     prop_assert_eq!(reason.decision() == Decision::Allow, may);
