@@ -301,6 +301,36 @@ fn an_emergency_is_ended_by_no_bundle_that_waited_for_its_time() {
     assert!(node.stop().success());
 }
 
+#[test]
+fn signatures_of_copies_add_up_while_a_bundle_waits() {
+    let site = Site::new();
+    site.signing_key("second.key");
+    let first = site.trust("policy.key");
+    let second = site.trust("second.key").replace("harbour-master", "pilot");
+    let (_, second) = second.split_once("[[keys]]").unwrap();
+    site.write("trust.toml", &format!("{first}\n[[keys]]{second}"));
+    let node = site.start_deciding();
+    let (made, start) = (ahead(-60).to_string(), ahead(3_600).to_string());
+    let installed = |archive: &str, key: &str| {
+        site.bundle(archive, key, |manifest| {
+            manifest["epoch"] = json!(2);
+            manifest["created_at"] = json!(made);
+            manifest["not_before"] = json!(start);
+        });
+        install(&site, archive);
+        let waits = scheduled(&site).pop().unwrap();
+        (waits["hash"].clone(), waits["segment"].clone())
+    };
+    let (content, one) = installed("one.tar", "policy.key");
+    let (same, both) = installed("two.tar", "second.key");
+    assert_eq!(content, same);
+    assert_ne!(one, both, "a segment with both signatures");
+    // The control: a copy that brings no further signer changes nothing.
+    assert_eq!(installed("three.tar", "policy.key"), (content, both));
+    assert_eq!((waits(&site), segments(&site)), (vec![2], 2));
+    assert!(node.stop().success());
+}
+
 /// Debian's libfaketime, which tells a process another wall clock; its monotonic clocks stay.
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1";
 
