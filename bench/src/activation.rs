@@ -32,6 +32,15 @@ const PAUSE: Duration = Duration::from_millis(20);
 const NODE_VERSION: &str = "0.1.0";
 const CREATED_UNIX_MS: u64 = 1_789_948_800_000;
 
+/// Ends the requests when it goes, in whatever way.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 struct DiskSlots(Arc<Root>);
 
 impl SlotStorage for DiskSlots {
@@ -100,6 +109,8 @@ pub fn rows() -> Vec<Row> {
     let activate = |bytes: &[u8]| {
         let bundle = Package::decode(bytes).and_then(load).expect("a bundle");
         slots.activate(bundle).expect("an activation");
+        // As a node does it when the self-check has passed: else it is nothing to go back to.
+        slots.settle().expect("a settled bundle");
     };
     activate(&package(1));
     let caller = Caller {
@@ -115,6 +126,8 @@ pub fn rows() -> Vec<Row> {
     let (mut activated, mut back, mut delayed, mut quiet) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     std::thread::scope(|scope| {
+        // A drill that fails ends the requests too.
+        let stop = Stop(&ends);
         scope.spawn(|| {
             for (bytes, allowed) in all.iter().cycle() {
                 if ends.load(Ordering::Relaxed) {
@@ -152,8 +165,9 @@ pub fn rows() -> Vec<Row> {
             // Forward again, so that the next drill has something to go back from.
             let aside = Package::decode(&next).and_then(load).expect("a bundle");
             slots.reinstate(aside).expect("an activation");
+            slots.settle().expect("a settled bundle");
         }
-        ends.store(true, Ordering::Relaxed);
+        drop(stop);
     });
     let worst = |all: &[f64]| all.iter().copied().fold(0.0, f64::max);
     let (longest_delay, longest_quiet) = (worst(&delayed), worst(&quiet));

@@ -868,7 +868,17 @@ impl Slots {
             .ok_or(ActivateError::NotActive)?;
         let by_operator = cause == AsideCause::Operator;
         // From its slot: what does not verify there would not serve after a restart either.
-        let standby = match self.load_standby(&next, load) {
+        let standby = self.load_standby(&next, load).and_then(|standby| {
+            // An activation that a fault ended midway leaves what decides in both slots.
+            match standby.content_id() == current.bundle.content_id() {
+                true => Err(ActivateError::NoFallback {
+                    why: "what would stand in is the bundle that decides; activate another one"
+                        .to_owned(),
+                }),
+                false => Ok(standby),
+            }
+        });
+        let standby = match standby {
             Err(error) if by_operator => return Err(error),
             read => read.ok(),
         };

@@ -661,6 +661,33 @@ fn a_bundle_that_nobody_has_checked_does_not_become_the_last_known_good() {
     }
 }
 
+/// Going back set a bundle aside and let the very same one serve, from the other slot.
+#[test]
+fn what_is_set_aside_does_not_stand_in_for_itself_after_an_activation_that_failed() {
+    for cause in [AsideCause::Operator, AsideCause::SelfCheck] {
+        let node = Node::with(&[1]);
+        let slots = node.healthy();
+        slots.settle().unwrap();
+        node.storage.fail("floor", true);
+        assert_eq!(refusal(&slots, node.bundle(2)), "BUNDLE_STORAGE");
+        let back = node.back(&slots, cause);
+        match cause {
+            AsideCause::Operator => {
+                assert_eq!(back.unwrap_err().code(), "POLICY_NO_FALLBACK");
+                assert_eq!(serving(&slots), Some((1, Source::Active)));
+            }
+            _ => {
+                assert_eq!(back.unwrap().serves, None);
+                assert_eq!(serving(&slots), None);
+            }
+        }
+    }
+    // The control: with a bundle behind it, there is something to go back to.
+    let node = Node::with(&[1, 2]);
+    let reverted = node.back(&node.healthy(), AsideCause::Operator).unwrap();
+    assert_eq!(reverted.serves.unwrap().epoch, 1);
+}
+
 /// Whoever asked what is held, a session for one, waited for a bundle that was loaded for a rollback.
 #[test]
 fn what_is_held_is_told_while_a_bundle_loads() {
