@@ -26,7 +26,6 @@ use crate::{
         MAX_CONSULT_HOPS, MAX_EVALUATIONS, MAX_INHERITED_BYTES, MAX_PAGE_TOKEN_BYTES,
         MAX_SEARCH_RESULTS, MAX_TYPE_BYTES,
     },
-    redact,
 };
 
 /// Where policies find what the caller says of the subject.
