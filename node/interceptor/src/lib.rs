@@ -6,8 +6,8 @@
 //! early exit is a deny with a [`Reason`], and is recorded or counted.
 //!
 //! What it is not: it opens no socket and no file, authenticates nobody, and executes nothing. Its
-//! only threads are the few that engines run on, so that an engine without an end delays nobody for
-//! long. Time comes from a [`Clock`], records go to a [`Recorder`], policies come from a closure.
+//! only threads are the few that engines run on, where decisions go on to their records, and the one
+//! that watches them, so that an engine without an end delays nobody for long. Time comes from a [`Clock`], records go to a [`Recorder`], policies come from a closure.
 //!
 //! Where to start: [`Interceptor`], then `action.rs` (what a request is), `record.rs` (what is
 //! recorded; the layout is in `docs/src/records.md`) and `redact.rs`.
