@@ -261,10 +261,12 @@ fn describe_action(
     put("params_hash", params_hash.to_string().into());
     let mut omitted = Vec::new();
     for (key, value) in [("params", params), ("context", context)] {
-        let length = canonical_bytes(&value)?.len();
-        if length > MAX_INLINE_BYTES {
+        if value.as_object().is_some_and(Map::is_empty) {
+            continue;
+        }
+        if canonical_bytes(&value)?.len() > MAX_INLINE_BYTES {
             omitted.push(Value::from(key));
-        } else if value.as_object().is_some_and(|fields| !fields.is_empty()) {
+        } else if value.is_object() {
             put(key, value);
         }
     }

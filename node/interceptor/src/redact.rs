@@ -36,6 +36,9 @@ pub fn redact(value: &Value) -> (Value, u64) {
 #[must_use]
 pub fn redact_text(text: &str) -> (Cow<'_, str>, u64) {
     let (mut out, mut count) = pass(text);
+    if count == 0 {
+        return (out, 0);
+    }
     // What was cut out may have hidden another secret around it.
     for _ in 0..MAX_PASSES {
         let (again, more) = pass(&out);
@@ -74,6 +77,9 @@ fn pass(text: &str) -> (Cow<'_, str>, u64) {
 /// A message without secrets, control characters or more than `max` bytes.
 pub(crate) fn message(text: &str, max: usize) -> String {
     let (text, _) = redact_text(text);
+    if text.len() + ELLIPSIS.len() <= max && !text.contains(char::is_control) {
+        return text.into_owned();
+    }
     let mut out = String::new();
     for c in text.chars() {
         let c = if c.is_control() { ' ' } else { c };
@@ -436,8 +442,12 @@ fn jwt(text: &str) -> Option<(usize, &'static str)> {
 
 /// Length and kind of the secret that a text begins with, when its prefix gives it away.
 fn prefixed(text: &str) -> Option<(usize, &'static str)> {
+    // Most words begin with the first letter of none.
+    let first = text.as_bytes().first();
     for (prefix, kind, least) in PREFIXES {
-        if let Some(after) = text.strip_prefix(prefix) {
+        if prefix.as_bytes().first() == first
+            && let Some(after) = text.strip_prefix(prefix)
+        {
             let dots = prefix.ends_with('.');
             let length = run_length(after, |c| is_word(c) || (dots && c == '.'));
             if length >= least {
@@ -507,9 +517,6 @@ fn scheme(name: &str, after: &str) -> Option<(usize, usize)> {
 /// Where the value of `name=value`, `name: value`, `"name": "value"` or `--name value` lies behind
 /// a telling name.
 fn assignment(name: &str, after: &str) -> Option<(usize, usize)> {
-    if !is_telling(name) {
-        return None;
-    }
     let quote = after.chars().next().filter(|c| matches!(c, '"' | '\''));
     let mut skip = quote.map_or(0, char::len_utf8);
     // JSON inside a JSON string inside a shell line: `\"token\": \"…\"`
@@ -528,6 +535,9 @@ fn assignment(name: &str, after: &str) -> Option<(usize, usize)> {
         rest_of_line = separator == ':' && is_header(name);
         skip += run_length(after.get(skip..)?, |c| c == ' ');
     } else if !(name.starts_with("--") && skip > 0 && quote.is_none()) {
+        return None;
+    }
+    if !is_telling(name) {
         return None;
     }
     let value = after.get(skip..)?;
