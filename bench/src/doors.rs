@@ -18,6 +18,7 @@ use tidelock_policy::{BundleBuilder, Package, sign};
 
 use crate::{
     Row, median,
+    peers::{Log as _, raw::Raw},
     policy::{SCHEMA, manifest, questions, rules},
 };
 
@@ -160,6 +161,7 @@ init = function(args)
   for line in io.lines(args[1]) do
     requests[#requests + 1] = wrk.format("POST", nil, nil, line)
   end
+  if #requests == 0 then requests[1] = wrk.format("GET") end
 end
 request = function() at = at % #requests + 1; return requests[at] end
 done = function(summary, latency)
@@ -442,6 +444,34 @@ fn interleaved<const N: usize>(
     Ok(slices.map(Slices::medians))
 }
 
+/// What no decision of ours can be faster than here: the way to the same server and back for an answer
+/// that needs nothing, and a lone write with its sync. Median and 99th of a hundred, in milliseconds.
+struct Floor {
+    http: (f64, f64),
+    sync: (f64, f64),
+}
+
+impl Floor {
+    fn detail(&self) -> Value {
+        json!({"http_without_decision_ms": {"p50": self.http.0, "p99": self.http.1},
+               "write_and_sync_ms": {"p50": self.sync.0, "p99": self.sync.1}})
+    }
+}
+
+/// One write of 512 bytes and its sync after another.
+fn lone_syncs(dir: &Path) -> Result<(f64, f64)> {
+    const COUNT: usize = 4_000;
+    let raw = Raw::open(dir)?;
+    let mut took_ms = Vec::with_capacity(COUNT);
+    for _ in 0..COUNT {
+        let begun = Instant::now();
+        raw.append(0, &[7; 512])?;
+        took_ms.push(begun.elapsed().as_secs_f64() * 1e3);
+    }
+    took_ms.sort_by(f64::total_cmp);
+    Ok((took_ms[COUNT / 2], took_ms[COUNT * 99 / 100]))
+}
+
 /// The rows over HTTP.
 pub fn over_http(dir: &Path) -> Vec<Row> {
     const IDS: [(&str, &str, &str); 4] = [
@@ -462,7 +492,20 @@ pub fn over_http(dir: &Path) -> Vec<Row> {
             server.await_answer()?;
             server.check()?;
         }
-        let one = interleaved(all, dir, 1)?;
+        let bare = Server {
+            address: ours.server.address,
+            path: "/.well-known/authzen-configuration",
+            headers: Vec::new(),
+            bodies: Vec::new(),
+            allowed: |_| None,
+        };
+        let [ours_one, cerbos_one, agent_one, bare_one] =
+            interleaved([&ours.server, &cerbos, &agent, &bare], dir, 1)?;
+        let one = [ours_one, cerbos_one, agent_one];
+        let floor = Floor {
+            http: (bare_one.0, bare_one.1),
+            sync: lone_syncs(&place(dir, "syncs")?)?,
+        };
         let many = interleaved(all, dir, 16)?;
         drop(ours);
         // A node always writes its records: without a log is with one that lies in memory.
@@ -471,20 +514,30 @@ pub fn over_http(dir: &Path) -> Vec<Row> {
         let ours = Ours::start(memory.path(), &network).await?;
         ours.server.check()?;
         let unlogged = interleaved([&ours.server, &agent], dir, 1)?;
-        Ok::<_, String>((one, many, unlogged))
+        Ok::<_, String>((one, many, unlogged, floor))
     };
     match block_on(run) {
         Ok((
             [one, cerbos_one, agent_logged],
             [many, cerbos_many, agent_many],
             [unlogged, agent_one],
+            floor,
         )) => vec![
             Row::measured(IDS[0].0, "ms p50", (one.0, CERBOS, cerbos_one.0), IDS[0].2, |r| {
                 r <= 0.2
-            }),
+            })
+            .noting(format!(
+                "an answer without a decision takes {:.2} ms, a write and its sync {:.2}",
+                floor.http.0, floor.sync.0
+            ))
+            .with(floor.detail()),
             Row::measured(IDS[1].0, "ms p99", (one.1, CERBOS, cerbos_one.1), IDS[1].2, |r| {
                 r <= 0.1
-            }),
+            })
+            .noting(format!(
+                "an answer without a decision takes {:.2} ms, a write and its sync {:.2}",
+                floor.http.1, floor.sync.1
+            )),
             Row::measured(IDS[2].0, "per s", (many.2, CERBOS, cerbos_many.2), IDS[2].2, |r| {
                 r >= 6.0
             })
@@ -498,6 +551,7 @@ pub fn over_http(dir: &Path) -> Vec<Row> {
                 IDS[3].2,
                 |r| r <= 0.4,
             )
+            .noting(format!("an answer without a decision takes {:.2} ms", floor.http.0))
             .with(json!({"p99_ms": {"ours": unlogged.1, "cedar_agent": agent_one.1},
                          "on_disk_p50_ms": {"ours": one.0, "cedar_agent": agent_logged.0}})),
         ],

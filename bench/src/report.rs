@@ -84,6 +84,15 @@ impl Row {
         }
     }
 
+    /// Says beside a missed aim what bounds it.
+    pub fn noting(mut self, bound: String) -> Self {
+        if let Some(why) = &mut self.why {
+            why.push_str("; ");
+            why.push_str(&bound);
+        }
+        self
+    }
+
     pub fn with(mut self, detail: serde_json::Value) -> Self {
         self.detail = Some(detail);
         self

@@ -6,7 +6,7 @@ mod fjall;
 mod okaywal;
 mod ours;
 mod raft_engine;
-mod raw;
+pub mod raw;
 mod redb;
 mod sqlite;
 
