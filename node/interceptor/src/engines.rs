@@ -16,7 +16,11 @@
 use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
@@ -263,6 +267,8 @@ struct Shared {
     given: [Condvar; ENGINE_WORKERS],
     /// Tells the watch that there is something to watch.
     begun: Condvar,
+    /// Whose callers have no answer: what went on after their evaluations panicked.
+    lost: AtomicU64,
 }
 
 impl Shared {
@@ -297,6 +303,7 @@ impl Engines {
                 state: Mutex::default(),
                 given: Default::default(),
                 begun: Condvar::new(),
+                lost: AtomicU64::new(0),
             }),
         }
     }
@@ -309,6 +316,11 @@ impl Engines {
     /// How many workers are at an evaluation that nobody waits for.
     pub(crate) fn abandoned(&self) -> usize {
         self.shared.state().abandoned()
+    }
+
+    /// How many were left without an answer by a panic in what went on after their evaluation.
+    pub(crate) fn lost(&self) -> u64 {
+        self.shared.lost.load(Ordering::Relaxed)
     }
 
     /// How many evaluations somebody waits for, those that wait for a worker too.
@@ -451,8 +463,9 @@ impl Drop for Engines {
 
 /// Tells what came of an evaluation. A fault in what goes on from here costs its caller the answer, and
 /// nobody the thread.
-fn tell((then, evaluated, took): Told) {
+fn tell(shared: &Shared, (then, evaluated, took): Told) {
     if catch_unwind(AssertUnwindSafe(move || then(evaluated, took))).is_err() {
+        shared.lost.fetch_add(1, Ordering::Relaxed);
         tracing::error!("what goes on after an evaluation panicked; its caller has no answer");
     }
 }
@@ -472,7 +485,7 @@ fn watch(shared: &Shared) {
             state.telling = told.len();
             state.pass_on(&shared.given);
             drop(state);
-            told.into_iter().for_each(tell);
+            told.into_iter().for_each(|one| tell(shared, one));
             state = shared.state();
             state.telling = 0;
             continue;
@@ -540,7 +553,7 @@ fn work(shared: &Shared, number: usize) {
         if let Phase::Running(running) = std::mem::replace(&mut worker.phase, Phase::Telling) {
             drop(state);
             let evaluated = shared.result(evaluation, took, running.given);
-            tell((running.then, evaluated, took));
+            tell(shared, (running.then, evaluated, took));
             state = shared.state();
         }
         state.set_phase(number, Phase::Idle);
@@ -550,10 +563,7 @@ fn work(shared: &Shared, number: usize) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-        time::Instant,
-    };
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
 
     use serde_json::{Map, Value};
     use tidelock_policy::{Verdict, testing::ScriptedEngine};
@@ -816,6 +826,19 @@ mod tests {
             }
         }
         eventually("no worker is lost", || engines.abandoned() == 0);
+    }
+
+    #[test]
+    fn a_panic_in_what_follows_is_counted_and_takes_no_worker() {
+        let (engines, asked) = (engines(), caller("a"));
+        for number in 1..=2 * ENGINE_WORKERS as u64 {
+            let then: Then = Box::new(|_, _| panic!("on purpose"));
+            engines.submit(quick(), request("a"), &asked, then);
+            eventually("it is counted", || engines.lost() == number);
+        }
+        // The control.
+        eventually("the others are served", || served(&engines));
+        assert_eq!(engines.lost(), 2 * ENGINE_WORKERS as u64);
     }
 
     /// A clock whose threads have the CPU time that the test says.

@@ -490,9 +490,12 @@ impl Interceptor {
         let evaluating = self.inner.engines.under_way();
         let pending = self.inner.queue().waiting();
         let abandoned = self.inner.engines.abandoned();
-        self.inner
-            .counters
-            .read(count(pending), count(evaluating), count(abandoned))
+        let engines = (
+            count(evaluating),
+            count(abandoned),
+            self.inner.engines.lost(),
+        );
+        self.inner.counters.read(count(pending), engines)
     }
 
     /// Whether every engine thread is at an evaluation that was given up: actions are denied until

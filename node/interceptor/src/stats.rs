@@ -30,8 +30,10 @@ pub struct Stats {
     pub not_released: u64,
     /// Lifecycle, outcome and summary records that could not be written.
     pub records_lost: u64,
-    /// Engine panics caught.
+    /// Engine panics caught: denied with a record.
     pub panics: u64,
+    /// Panics in what followed an evaluation: their callers had no answer, and nothing was permitted.
+    pub lost: u64,
     /// Requests whose record is not durable yet.
     pub pending: u64,
     /// Evaluations that somebody waits for, those that wait for an engine too.
@@ -72,7 +74,11 @@ impl Counters {
         }
     }
 
-    pub(crate) fn read(&self, pending: u64, evaluating: u64, abandoned_now: u64) -> Stats {
+    pub(crate) fn read(
+        &self,
+        pending: u64,
+        (evaluating, abandoned_now, lost): (u64, u64, u64),
+    ) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
             answers: Reason::ALL
@@ -88,6 +94,7 @@ impl Counters {
             not_released: get(&self.not_released),
             records_lost: get(&self.records_lost),
             panics: get(&self.panics),
+            lost,
             pending,
             evaluating,
             engine_us: get(&self.engine_us),

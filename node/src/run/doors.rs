@@ -701,6 +701,16 @@ impl Node {
                 "Evaluations given up before they ended.",
                 stats.abandoned,
             ),
+            (
+                "tidelock_engine_panics_total",
+                "Panics of policy engines; each a recorded deny.",
+                stats.panics,
+            ),
+            (
+                "tidelock_answers_lost_total",
+                "Panics after an evaluation; nothing was permitted, and the caller had no answer.",
+                stats.lost,
+            ),
         ];
         for (name, help, value) in counters {
             let _ = writeln!(
