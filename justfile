@@ -70,7 +70,7 @@ bench *AREA:
 
 # The OpenAPI document against a real node, so many requests an operation and kind (needs schemathesis from PyPI; `cargo test` makes 10).
 schemathesis EXAMPLES="100":
-    TIDELOCK_EXAMPLES={{EXAMPLES}} cargo test --workspace --locked --test schemathesis -- --nocapture
+    TIDELOCK_EXAMPLES={{EXAMPLES}} cargo test --workspace --locked --test openapi -- --nocapture
 
 # The peers of `just bench policy` that packages offer, into target/bench-peers; `wrk` is Debian's.
 bench-peers:

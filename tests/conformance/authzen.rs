@@ -7,6 +7,7 @@
     reason = "helper functions of tests, which the lint does not see as tests"
 )]
 
+#[path = "../../node/tests/common/mod.rs"]
 mod common;
 
 use std::{fs, net::SocketAddr, path::Path};

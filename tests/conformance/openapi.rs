@@ -6,6 +6,7 @@
     reason = "helper functions of tests, which the lint does not see as tests"
 )]
 
+#[path = "../../node/tests/common/mod.rs"]
 mod common;
 
 use std::{path::Path, process::Command};
@@ -41,7 +42,8 @@ fn schemathesis_finds_nothing() {
     let node = site.start_deciding();
 
     let examples = std::env::var("TIDELOCK_EXAMPLES").unwrap_or_else(|_| "10".to_owned());
-    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/schemathesis.toml");
+    let config =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/conformance/schemathesis.toml");
     let mut tester = Command::new("schemathesis");
     tester
         .current_dir(site.path("."))
