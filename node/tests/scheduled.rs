@@ -397,3 +397,126 @@ fn inv_18_a_clock_in_doubt_activates_nothing_before_its_time() {
     });
     assert!(node.stop().success());
 }
+
+/// Such a bundle was refused at its time and no copy that came then counted with it: each had too few signers.
+#[test]
+fn what_is_not_proved_at_its_time_waits_for_the_signature_that_it_lacks() {
+    let name = "what_is_not_proved_at_its_time_waits_for_the_signature_that_it_lacks";
+    if !Path::new(FAKETIME).exists() {
+        not_run(name, "libfaketime is not installed");
+        return;
+    }
+    let site = Site::new();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    fs::create_dir(site.path("m")).unwrap();
+    site.signing_key("second.key");
+    let first = site.trust("policy.key");
+    let second = site.trust("second.key").replace("harbour-master", "pilot");
+    let (_, second) = second.split_once("[[keys]]").unwrap();
+    let activation = "[thresholds]\npolicy = 1\n\n[activation]\nwidening_signatures = 2\n";
+    let trust = format!("{first}\n[[keys]]{second}")
+        .replace("format = 1", "format = 2")
+        .replace("threshold = 1\n", activation)
+        .replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
+    site.write("trust.toml", &trust);
+    // Nothing is proved here, so whatever comes after the first bundle needs both signatures.
+    site.configure(
+        "trust = \"trust.toml\"",
+        "trust = \"trust.toml\"\nsolver = \"nothing\"",
+    );
+    let a = site.read("tidelock.toml");
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    turned(&site, 2, ahead(3_600));
+    for archive in ["site-1.tar", "site-2.tar"] {
+        let out = format!("{archive}.second");
+        let sign = ["bundle", "sign", archive, "--key", "second.key"];
+        site.ok(&[&sign[..], &["--out", &out]].concat());
+    }
+    let by = |archive: &str, signatures: &[&str]| {
+        let mut install = vec!["bundle", "install", archive, "--apply"];
+        for signature in signatures {
+            install.extend(["--sig", signature]);
+        }
+        site.ok(&install);
+    };
+    let both = ["site-1.tar.sig", "site-1.tar.second"];
+    let waiting = || site.status()["activation"]["waiting"].clone();
+    let held = || -> Vec<Value> {
+        let listed = site.json(&["segment", "ls", "--origin", "policy/site"]);
+        let listed = listed["segments"].as_array().unwrap().clone();
+        let second = listed.iter().filter(|segment| segment["sequence"] == 2);
+        second.map(|segment| segment["id"].clone()).collect()
+    };
+
+    // At `b` the second key's comes first, which goes on the medium, and the first key's before its time.
+    site.write("tidelock.toml", &b);
+    let node = site.start();
+    by("site-1.tar", &both);
+    by("site-2.tar", &["site-2.tar.second"]);
+    site.ok(&["segment", "export", "--to", "m", "--for", "a"]);
+    let by_second = held();
+    by("site-2.tar", &["site-2.tar.sig"]);
+    let by_both = held();
+    assert_eq!((by_second.len(), by_both.len()), (1, 1));
+    assert_ne!(by_second, by_both);
+    assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![2]));
+    assert!(node.stop().success());
+
+    // `a` has the first key's alone when its time comes.
+    site.write("tidelock.toml", &a);
+    let node = site.start();
+    by("site-1.tar", &both);
+    by("site-2.tar", &["site-2.tar.sig"]);
+    assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![2]));
+    assert_eq!(waiting(), json!([]), "nobody has judged it yet");
+    assert!(node.stop().success());
+    let node = start_at(&site, "+2h");
+    let told = until("its time to come", || {
+        let mut told = waiting().as_array().unwrap().clone();
+        assert!(told.len() < 2, "{told:?}");
+        told.pop()
+    });
+    assert_eq!(
+        (&told["epoch"], &told["code"], &told["signers"]),
+        (
+            &json!(2),
+            &json!("WIDENING_UNPROVEN"),
+            &json!(["harbour-master"])
+        )
+    );
+    let refused = scheduled(&site)[0]["refused"]["code"].clone();
+    assert_eq!(
+        (epoch(&site), refused),
+        (json!(1), json!("WIDENING_UNPROVEN"))
+    );
+    site.decides();
+    let rejected = site.events("bundle_rejected");
+    assert_eq!(
+        (rejected.len(), &rejected[0]["by"]),
+        (1, &json!("schedule"))
+    );
+    // The copy of the second key would wait too: with what is known of the first it does not.
+    site.json(&["segment", "import", "m", "--apply"]);
+    assert_eq!((epoch(&site), waiting()), (json!(2), json!([])));
+    assert!(allows(&site, "/etc/shadow") && !allows(&site, "/srv/a.txt"));
+    until("an empty schedule", || {
+        waits(&site).is_empty().then_some(())
+    });
+    let dropped = site.events("bundle_unscheduled");
+    assert_eq!(dropped, [] as [Value; 0], "it decides");
+    assert_eq!(held(), by_both, "what goes on to others has both");
+    assert!(node.stop().success());
+
+    // The control: where both were there before its time, it begins by itself.
+    site.write("tidelock.toml", &b);
+    let node = start_at(&site, "+2h");
+    until("its time to come", || (epoch(&site) == 2).then_some(()));
+    assert!(allows(&site, "/etc/shadow"));
+    assert_eq!(site.events("bundle_rejected").len(), 0);
+    assert_eq!(held(), by_both);
+    assert!(node.stop().success());
+}

@@ -591,10 +591,11 @@ impl Node {
             let floor = floor.as_ref();
             let is_over = floor.is_some_and(|floor| floor.epoch >= segment.sequence);
             let is_newest = floor.is_some_and(|floor| floor.content_id == entry.content_id);
-            if !self.store.contains(&segment.id) {
-                self.withdraw(segment, "STORE", "the store has lost it");
-            } else if is_over && self.has_decided(&entry.content_id) {
+            // First: a segment with more signatures may have taken the place of the one that waited.
+            if is_over && self.has_decided(&entry.content_id) {
                 self.scheduled.held().forget(segment);
+            } else if !self.store.contains(&segment.id) {
+                self.withdraw(segment, "STORE", "the store has lost it");
             // Where the disk failed over the newest itself, it is tried again.
             } else if is_over && !is_newest {
                 let why = "another bundle has taken its epoch, or one above it; where it is still wanted, an \
