@@ -708,6 +708,42 @@ fn rules(site: &Site, rules: &str) {
     site.write("trust.toml", &text);
 }
 
+/// The same for two keys, `second.key` beside the first.
+fn rules_of_two(site: &Site, activation: &str) {
+    rules(site, activation);
+    let second = site.trust("second.key").replace("harbour-master", "pilot");
+    let (_, second) = second.split_once("[[keys]]").unwrap();
+    let second = second.replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
+    site.write(
+        "trust.toml",
+        &format!("{}\n[[keys]]{second}", site.read("trust.toml")),
+    );
+}
+
+/// The trust file of this site, whose key may sign for emergencies too.
+fn rules_of_emergencies(site: &Site, activation: &str) {
+    rules(site, activation);
+    let trust = site.read("trust.toml");
+    let trust = trust
+        .replace("policy = 1\n", "policy = 1\nbreak-glass = 1\n")
+        .replace("[\"policy\"]", "[\"policy\", \"break-glass\"]");
+    site.write("trust.toml", &trust);
+}
+
+/// Makes `glass.tar`, for an emergency that lasts two hours yet.
+fn glass(site: &Site, epoch: u64) {
+    let ahead = |hours: i64| {
+        let at = jiff::Timestamp::now().checked_add(jiff::SignedDuration::from_hours(hours));
+        json!(at.unwrap().to_string())
+    };
+    site.bundle("glass.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(epoch);
+        manifest["role"] = json!("break-glass");
+        manifest["created_at"] = ahead(-2);
+        manifest["expires_at"] = ahead(2);
+    });
+}
+
 #[test]
 fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
     let site = Site::new();
@@ -785,26 +821,12 @@ fn flips_block_where_the_trust_file_says_so_until_an_operator_accepts_them() {
 #[test]
 fn a_long_replay_blocks_its_bundle_and_holds_up_no_rollback_no_reload_and_no_emergency() {
     let site = Site::new();
-    rules(&site, "block_on = \"any_flip\"");
-    let trust = site.read("trust.toml");
-    let trust = trust
-        .replace("policy = 1\n", "policy = 1\nbreak-glass = 1\n")
-        .replace("[\"policy\"]", "[\"policy\", \"break-glass\"]");
-    site.write("trust.toml", &trust);
+    rules_of_emergencies(&site, "block_on = \"any_flip\"");
     let node = site.start_deciding();
     let epoch = |epoch: u64| move |manifest: &mut Value| manifest["epoch"] = json!(epoch);
     site.bundle("site-2.tar", "policy.key", epoch(2));
     site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
-    let ahead = |hours: i64| {
-        let at = jiff::Timestamp::now().checked_add(jiff::SignedDuration::from_hours(hours));
-        json!(at.unwrap().to_string())
-    };
-    site.bundle("glass.tar", "policy.key", |m| {
-        m["epoch"] = json!(3);
-        m["role"] = json!("break-glass");
-        m["created_at"] = ahead(-2);
-        m["expires_at"] = ahead(2);
-    });
+    glass(&site, 3);
     slow(&site);
     rego(&site, "slow.tar", 9);
     for file in 0..600 {
@@ -943,6 +965,34 @@ fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
     }
 }
 
+fn digest(site: &Site, text: &str) -> String {
+    site.write("text", text);
+    let told = openssl(&site.path(""), &["dgst", "-sha256", "-r", "text"]);
+    format!("sha256:{}", told.split(' ').next().unwrap())
+}
+
+/// Marks that a bundle was being activated, and what stood behind the active one before.
+fn marked(site: &Site, behind: &Value) {
+    let tried = digest(site, "what was being activated");
+    let marks = json!({"aside": null, "behind": behind, "trial": tried});
+    let check = digest(site, &format!("{marks:#}\n"));
+    let slot = json!({"check": check, "format": 1, "marks": marks});
+    site.write("root/policy/aside", &slot.to_string());
+}
+
+/// Epoch and name of each policy segment that is held.
+fn held(site: &Site) -> Vec<(u64, String)> {
+    let listed = site.json(&["segment", "ls", "--origin", "policy/site"]);
+    let listed = listed["segments"].as_array().unwrap().iter();
+    let named = listed.map(|segment| {
+        let id = segment["id"].as_str().unwrap().to_owned();
+        (segment["sequence"].as_u64().unwrap(), id)
+    });
+    let mut named: Vec<(u64, String)> = named.collect();
+    named.sort();
+    named
+}
+
 /// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
 #[test]
 fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_writes() {
@@ -960,20 +1010,9 @@ fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_write
         site.path("root/policy/lkg"),
     )
     .unwrap();
-    let digest = |text: &str| {
-        site.write("text", text);
-        let told = openssl(&site.path(""), &["dgst", "-sha256", "-r", "text"]);
-        format!("sha256:{}", told.split(' ').next().unwrap())
-    };
-    let tried = digest("what was being activated");
-    let marked = |behind: &Value| {
-        let marks = json!({"aside": null, "behind": behind, "trial": tried});
-        let check = digest(&format!("{marks:#}\n"));
-        let slot = json!({"check": check, "format": 1, "marks": marks});
-        site.write("root/policy/aside", &slot.to_string());
-    };
+    let tried = digest(&site, "what was being activated");
     // The control: a content that nobody has is not made up for.
-    marked(&json!(tried));
+    marked(&site, &json!(tried));
     let node = site.start();
     assert_eq!(site.events("policy_standby_lost").len(), 1);
     assert_eq!(site.status()["activation"]["standby"], Value::Null);
@@ -981,7 +1020,7 @@ fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_write
         .ended(1)
         .says(&["POLICY_NO_FALLBACK"]);
     assert!(node.stop().success());
-    marked(&standby["content_id"]);
+    marked(&site, &standby["content_id"]);
     let _node = site.start();
     assert_eq!(site.events("policy_standby_restored").len(), 1);
     assert_eq!(site.status()["activation"]["standby"], standby);
@@ -997,14 +1036,7 @@ fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_write
 fn a_bundle_that_is_not_proved_narrow_needs_the_signatures_that_the_trust_file_names() {
     let site = Site::new();
     site.signing_key("second.key");
-    rules(&site, "widening_signatures = 2");
-    let second = site.trust("second.key").replace("harbour-master", "pilot");
-    let (_, second) = second.split_once("[[keys]]").unwrap();
-    let second = second.replace("public_key_pem", "roles = [\"policy\"]\npublic_key_pem");
-    site.write(
-        "trust.toml",
-        &format!("{}\n[[keys]]{second}", site.read("trust.toml")),
-    );
+    rules_of_two(&site, "widening_signatures = 2");
     let _node = site.start();
     for args in [
         ["bundle", "install", "site-1.tar"].as_slice(),
@@ -1023,4 +1055,165 @@ fn a_bundle_that_is_not_proved_narrow_needs_the_signatures_that_the_trust_file_n
     site.decides();
     site.ok(&["policy", "status"])
         .says(&["widening_signatures"]);
+}
+
+/// What goes on to others had for ever the signatures of the copy that came first: a site that asks for two never
+/// took it.
+#[test]
+fn a_held_copy_of_too_few_signers_gives_way_and_takes_no_place_back() {
+    let site = Site::new();
+    site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    site.signing_key("second.key");
+    let second = ["--key", "second.key", "--out", "second.sig"];
+    site.ok(&[&["bundle", "sign", "site-1.tar"], &second[..]].concat());
+    let a = site.read("tidelock.toml");
+    let b = a
+        .replace("id = \"a\"", "id = \"b\"")
+        .replace("\"root\"", "\"root-b\"")
+        .replace("\"a.crt", "\"b.crt")
+        .replace("\"a.key", "\"b.key");
+    for medium in ["fewer", "more"] {
+        fs::create_dir(site.path(medium)).unwrap();
+    }
+    let by = |signatures: &[&str]| {
+        let mut install = vec!["bundle", "install", "site-1.tar", "--apply"];
+        for signature in signatures {
+            install.extend(["--sig", signature]);
+        }
+        site.ok(&install);
+    };
+    let (first, second) = ("site-1.tar.sig", "second.sig");
+    let export = |medium: &str| site.ok(&["segment", "export", "--to", medium, "--for", "b"]);
+
+    rules_of_two(&site, "block_on = \"none\"");
+    let node = site.start_deciding();
+    let fewer = held(&site);
+    assert_eq!(fewer.len(), 1);
+    // The control: where one signature is enough, another one makes no segment.
+    by(&[first, second]);
+    assert_eq!(held(&site), fewer);
+    export("fewer");
+    rules_of_two(&site, "widening_signatures = 2");
+    node.reload("reloaded");
+    for one in [first, second] {
+        by(&[one]);
+        assert_eq!(
+            held(&site),
+            fewer,
+            "{one}: no more signers than the held one"
+        );
+    }
+    by(&[first, second]);
+    let more = held(&site);
+    assert_eq!(more.len(), 1, "in the place of the other");
+    assert_ne!(more, fewer);
+    for one in [first, second] {
+        by(&[one]);
+        assert_eq!(held(&site), more, "{one}");
+    }
+    export("more");
+    assert_eq!(
+        site.events("bundle_activated").len(),
+        1,
+        "one bundle all along"
+    );
+    assert!(node.stop().success());
+
+    // At a site of the same rules one of them waits, and the other does not.
+    site.write("tidelock.toml", &b);
+    let _node = site.start();
+    let import = |medium: &str| {
+        let import = ["segment", "import", medium, "--apply", "--json"];
+        site.tidelock(&import).json()["entries"].to_string()
+    };
+    let waiting = || site.status()["activation"]["waiting"].clone();
+    for _ in 0..2 {
+        let told = import("fewer");
+        assert!(told.contains("WIDENING_UNPROVEN"), "{told}");
+        let waits = waiting();
+        assert_eq!(waits.as_array().unwrap().len(), 1, "{waits}");
+        assert_eq!(waits[0]["signers"], json!(["harbour-master"]));
+        assert_eq!(
+            (site.status()["bundle"].clone(), held(&site)),
+            (Value::Null, vec![])
+        );
+    }
+    import("more");
+    for _ in 0..2 {
+        assert_eq!(source(&site), (json!(1), json!("active")));
+        assert_eq!((waiting(), held(&site)), (json!([]), more.clone()));
+        import("fewer");
+    }
+    site.decides();
+}
+
+/// Behind what follows an emergency stands what was before both. Its segment was dropped as older than what the
+/// activation took the place of, and after a stop between two writes nothing stood behind any more.
+#[test]
+fn the_segment_of_what_would_stand_in_is_kept_as_long_as_it_would_and_for_nothing_else() {
+    let site = Site::new();
+    rules_of_emergencies(&site, "block_on = \"none\"");
+    glass(&site, 2);
+    for epoch in [3, 4, 5] {
+        let archive = format!("site-{epoch}.tar");
+        site.bundle(&archive, "policy.key", |manifest| {
+            manifest["epoch"] = json!(epoch);
+        });
+    }
+    let install = |archive: &str| site.tidelock(&["bundle", "install", archive, "--apply"]);
+    let epochs = || -> Vec<u64> { held(&site).into_iter().map(|(epoch, _)| epoch).collect() };
+    let standby = || site.status()["activation"]["standby"].clone();
+    let node = site.start_deciding();
+    let hash = site.status()["bundle"]["hash"].clone();
+    let behind = json!({"name": "site", "epoch": 1, "content_id": hash});
+    install("glass.tar").ended(0);
+    install("site-3.tar").ended(0);
+    assert_eq!(standby(), behind);
+    assert_eq!(epochs(), [1, 2, 3]);
+
+    // Stopped between two writes: what stood behind comes back, to stand there and no more.
+    assert!(node.stop().success());
+    let slot = |name: &str| site.path("root/policy").join(name);
+    fs::copy(slot("active"), slot("lkg")).unwrap();
+    marked(&site, &behind["content_id"]);
+    let node = site.start();
+    assert_eq!(site.events("policy_standby_restored").len(), 1);
+    assert_eq!(
+        (standby(), source(&site)),
+        (behind.clone(), (json!(3), json!("active")))
+    );
+    install("site-1.tar").ended(1).says(&["BUNDLE_EPOCH"]);
+    let (_, newest) = held(&site).pop().unwrap();
+    let newest = newest.strip_prefix("blake3:").unwrap();
+    assert!(node.stop().success());
+
+    // Where the active bundle is lost, its own segment goes before.
+    fs::remove_file(slot("active")).unwrap();
+    let node = site.start();
+    assert_eq!(source(&site), (json!(3), json!("active")));
+    assert_eq!(site.events("bundle_restored").len(), 1);
+    assert!(node.stop().success());
+    // Without that the one behind stands in, as an older one may.
+    fs::remove_file(slot("active")).unwrap();
+    let stored = fs::read_dir(site.path("root/segments/policy")).unwrap();
+    let stored = stored.map(|entry| entry.unwrap().path());
+    let of_newest = stored.filter(|path| path.to_string_lossy().contains(newest));
+    let of_newest: Vec<_> = of_newest.collect();
+    assert_eq!(of_newest.len(), 1);
+    fs::remove_file(&of_newest[0]).unwrap();
+    let _node = site.start();
+    assert_eq!(source(&site), (json!(1), json!("last_known_good")));
+    assert_eq!(site.status()["posture"], "restricted");
+    for archive in ["site-1.tar", "glass.tar"] {
+        install(archive).ended(1).says(&["BUNDLE_EPOCH"]);
+    }
+
+    // The control: what stands behind nothing any more goes, and what does stays.
+    install("site-4.tar").ended(0);
+    assert_eq!((epochs(), standby()), (vec![1, 2, 4], behind));
+    install("site-5.tar").ended(0);
+    assert_eq!(
+        (epochs(), standby()["epoch"].clone()),
+        (vec![4, 5], json!(4))
+    );
 }
