@@ -11,6 +11,7 @@ mod common;
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write as _,
     path::PathBuf,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
 };
@@ -18,7 +19,10 @@ use std::{
 use common::{
     FailingSyncs, Site, chmod, free_udp, not_run, over_unix, read_action, request, until,
 };
-use rustix::process::Signal;
+use rustix::{
+    fs::{CWD, FileType, Mode, mknodat},
+    process::Signal,
+};
 use serde_json::Value;
 
 fn ceiling(site: &Site) -> Value {
@@ -100,6 +104,61 @@ fn a_reload_takes_all_of_the_new_or_none_of_it() {
         assert_eq!(ceiling(&site), mebibytes << 20);
         site.decides();
     }
+    assert!(node.stop().success());
+}
+
+/// A reload was made in the loop of ticks: while it waited no wait of a caller was ended and nothing was sealed.
+#[test]
+fn ticks_go_on_while_a_reload_waits() {
+    let site = Site::new();
+    site.configure("custody = 0", "custody = 0\nsegment_max_age_s = 1");
+    let node = site.start_deciding();
+    let journal = |word: &str| {
+        let entries = site.operate("journal")["entries"].clone();
+        let entries = entries.as_array().unwrap().iter();
+        entries.filter(|entry| entry["event"] == word).count()
+    };
+    let sealed = || {
+        let segments = fs::read_dir(site.path("root/segments/audit")).unwrap();
+        segments.count()
+    };
+    // Whoever reads the config waits for what is written into the pipe.
+    let good = site.read("tidelock.toml");
+    let config = site.path("tidelock.toml");
+    fs::remove_file(&config).unwrap();
+    mknodat(CWD, &config, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    node.signal(Signal::HUP);
+    let opening = std::thread::spawn({
+        let config = config.clone();
+        move || fs::File::options().write(true).open(config).unwrap()
+    });
+    until("the reload to read its config", || {
+        opening.is_finished().then_some(())
+    });
+    let mut pipe = opening.join().unwrap();
+    // Twice: a tick may have been under way when it began.
+    for file in ["a", "b"] {
+        let before = sealed();
+        let action = read_action(&format!("/srv/{file}")).to_string();
+        let ask = request("POST", "/v1/decide", &[], action.as_bytes());
+        until("a decision", || {
+            let (status, _) = over_unix(&site.path("s"), &ask)?;
+            (status == 200).then_some(())
+        });
+        until("a segment that is sealed for its age", || {
+            (sealed() > before).then_some(())
+        });
+    }
+    assert_eq!(journal("reloaded"), 0, "it waits all along");
+    // A hang-up that comes meanwhile is answered by a reload of its own, from the file that lies there then.
+    fs::remove_file(&config).unwrap();
+    site.write("tidelock.toml", &good);
+    node.signal(Signal::HUP);
+    // The control: the first ends with what it was waiting for.
+    pipe.write_all(good.as_bytes()).unwrap();
+    drop(pipe);
+    until("both reloads", || (journal("reloaded") == 2).then_some(()));
+    assert_eq!(journal("reload_refused"), 0);
     assert!(node.stop().success());
 }
 
