@@ -152,7 +152,14 @@ fn scan(text: &str, angles: bool, mut emit: impl FnMut(Token)) -> Result<(), Too
                 }
                 levels.top(line, |level| level.tokens += 1)?;
             }
-            '(' | '[' | '{' => levels.open(line)?,
+            '[' => {
+                // `a["b"]["c"]`: each index is one step higher than what stands before it.
+                levels.top(line, |level| {
+                    level.tokens += usize::from(level.tokens + level.brackets > 0);
+                })?;
+                levels.open(line)?;
+            }
+            '(' | '{' => levels.open(line)?,
             '<' if angles => levels.open(line)?,
             ')' | ']' | '}' => levels.close(line)?,
             '>' if angles => levels.close(line)?,
@@ -302,6 +309,13 @@ mod tests {
         }
         assert!(split_policies(&when("if a then b else ".repeat(40))).is_err());
         assert!(split_policies(&when("!".repeat(190))).is_err());
+        let indexes = |n: usize| when(format!("context{} == 1", "[\"a\"]".repeat(n)));
+        assert!(split_policies(&indexes(150)).is_ok());
+        for n in [190, 3_000, 100_000] {
+            assert!(split_policies(&indexes(n)).is_err(), "{n}");
+        }
+        let calls = format!("context.a{}", ".contains(1)".repeat(100));
+        assert!(split_policies(&when(calls)).is_err());
         let set = format!("[{}].contains(context.a)", vec!["\"x\""; 10_000].join(", "));
         assert!(split_policies(&when(set)).is_ok());
         // Many small policies are not one deep one.
