@@ -71,7 +71,8 @@ pub const TESTS_MAX: usize = 10_000;
 /// sees the text.
 pub const NESTING_MAX: usize = 100;
 
-/// Upper bound of a policy's syntax tree depth: brackets plus chained operators of one statement.
+/// Upper bound of a policy's syntax tree depth: brackets plus chained operators of one statement, in
+/// Rego of one expression.
 /// With this bound compiling fits [`COMPILE_STACK_BYTES`] and evaluating fits 1 MiB, both in
 /// unoptimised builds (tested).
 pub const EXPRESSION_DEPTH_MAX: usize = 180;
@@ -97,6 +98,9 @@ pub const REGO_NESTING_MAX: usize = 16;
 
 /// Steps of backtracking that the brackets of one Rego file may cost its parser: about a second.
 pub const REGO_PARSE_WORK_MAX: usize = 1 << 22;
+
+/// `else` in one Rego file: the engine's work grows with the square of a chain of them.
+pub const REGO_ELSES_MAX: usize = 500;
 
 /// Characters of one line of Rego.
 pub const REGO_LINE_CHARACTERS_MAX: u32 = 8192;

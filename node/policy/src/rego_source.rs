@@ -1,8 +1,9 @@
 //! A look at Rego text before, and at its syntax tree after, the engine's parser.
 //!
 //! The parser reads an open bracket once as a literal and once as a comprehension, so nested brackets
-//! double its work at each level: 22 levels take seconds, a few dozen bytes. The scanner bounds that
-//! work. The walk over the tree finds what the node does not run, with its line, so that an author reads
+//! double its work at each level: 22 levels take seconds, a few dozen bytes. Operators chain into a tree
+//! that is as high as they are many, and everything that walks over it recurses. The scanner bounds that
+//! work and that height. The walk over the tree finds what the node does not run, with its line, so that an author reads
 //! a list and not the first thing that a compiler happens to meet.
 
 use std::collections::BTreeSet;
@@ -10,7 +11,7 @@ use std::collections::BTreeSet;
 use regorus::Value;
 use regorus::unstable::{AssignOp, Expr, Literal, Module, Query, Ref, Rule, RuleAssign, RuleHead};
 
-use crate::limits::{REGO_NESTING_MAX, REGO_PARSE_WORK_MAX};
+use crate::limits::{EXPRESSION_DEPTH_MAX, REGO_ELSES_MAX, REGO_NESTING_MAX, REGO_PARSE_WORK_MAX};
 use crate::rego_builtins::{guarded, refusal};
 use crate::rego_pattern::{MEMBERS, PATTERN, objects, unwritten};
 use crate::rego_text::RESERVED;
@@ -27,18 +28,80 @@ pub(crate) struct Finding {
     pub(crate) reason: String,
 }
 
-/// Bounds nesting and the parser's work. The line and what is wrong with it, else nothing.
+/// One open bracket, and an upper bound of the height of the tree inside it.
+#[derive(Default)]
+struct Level {
+    /// Operators, accesses and calls of the expression so far.
+    chain: usize,
+    /// The highest bracket in it.
+    highest: usize,
+    /// The highest expression that has ended.
+    most: usize,
+    /// Whether the last token ends an operand: another one then begins an expression of its own.
+    after_operand: bool,
+}
+
+impl Level {
+    fn height(&self) -> usize {
+        self.most.max(self.chain + self.highest)
+    }
+
+    fn end_expression(&mut self) {
+        *self = Self {
+            most: self.height(),
+            ..Self::default()
+        };
+    }
+
+    fn operand(&mut self) {
+        if self.after_operand {
+            self.end_expression();
+        }
+        self.after_operand = true;
+    }
+
+    fn operator(&mut self) {
+        self.chain += 1;
+        self.after_operand = false;
+    }
+}
+
+/// Words that chain like signs do.
+const OPERATOR_WORDS: [&str; 4] = ["in", "not", "with", "as"];
+
+/// Bounds nesting, chains and the parser's work. The line and what is wrong with it, else nothing.
+///
+/// Where an expression ends is not decided by the line: an operator at its end goes on in the next. Two
+/// operands without one between them are two expressions, and so is a bracket that does not touch the
+/// operand before it.
 pub(crate) fn scan(text: &str) -> Result<(), (usize, String)> {
     let mut line = 1;
-    let mut depth = 0_usize;
     let mut work = 0_usize;
-    let mut characters = text.chars();
-    while let Some(character) = characters.next() {
+    let mut elses = 0_usize;
+    let mut open: Vec<Level> = Vec::new();
+    let mut level = Level::default();
+    // Where the last token ended.
+    let mut end = 0;
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, character)) = characters.next() {
         match character {
-            '\n' => line += 1,
-            '#' => line += usize::from(characters.by_ref().any(|next| next == '\n')),
+            '\n' => {
+                line += 1;
+                continue;
+            }
+            _ if character.is_whitespace() => continue,
+            '#' => {
+                while let Some((_, next)) = characters.next() {
+                    if next == '\n' {
+                        line += 1;
+                        break;
+                    }
+                }
+                continue;
+            }
             '`' => {
-                for next in characters.by_ref() {
+                level.operand();
+                for (_, next) in characters.by_ref() {
                     match next {
                         '`' => break,
                         '\n' => line += 1,
@@ -47,8 +110,9 @@ pub(crate) fn scan(text: &str) -> Result<(), (usize, String)> {
                 }
             }
             '"' => {
+                level.operand();
                 let mut escaped = false;
-                for next in characters.by_ref() {
+                for (_, next) in characters.by_ref() {
                     match next {
                         '\n' => line += 1,
                         '"' if !escaped => break,
@@ -58,20 +122,65 @@ pub(crate) fn scan(text: &str) -> Result<(), (usize, String)> {
                 }
             }
             '(' | '[' | '{' => {
-                depth += 1;
-                if depth > REGO_NESTING_MAX {
+                let goes_on = level.after_operand && end == at && character != '{';
+                if goes_on {
+                    level.chain += 1;
+                } else {
+                    level.operand();
+                }
+                open.push(std::mem::take(&mut level));
+                if open.len() > REGO_NESTING_MAX {
                     let message = format!("brackets nest deeper than {REGO_NESTING_MAX}");
                     return Err((line, message));
                 }
-                work += 1 << depth;
+                work += 1 << open.len();
                 if work > REGO_PARSE_WORK_MAX {
                     let message = "too many deeply nested brackets in one file: name the inner \
                                    values in rules of their own";
                     return Err((line, message.to_owned()));
                 }
             }
-            ')' | ']' | '}' => depth = depth.saturating_sub(1),
-            _ => {}
+            ')' | ']' | '}' => {
+                // A bracket that was never opened is the parser's to report.
+                if let Some(outer) = open.pop() {
+                    let height = level.height() + 1;
+                    level = outer;
+                    level.highest = level.highest.max(height);
+                }
+                level.after_operand = true;
+            }
+            ',' | ';' => level.end_expression(),
+            _ if character.is_alphanumeric() || character == '_' => {
+                let mut stop = at + character.len_utf8();
+                while let Some((at, next)) =
+                    characters.next_if(|(_, next)| next.is_alphanumeric() || *next == '_')
+                {
+                    stop = at + next.len_utf8();
+                }
+                match text.get(at..stop).unwrap_or_default() {
+                    "else" => {
+                        elses += 1;
+                        level.end_expression();
+                    }
+                    word if OPERATOR_WORDS.contains(&word) => level.operator(),
+                    _ => level.operand(),
+                }
+            }
+            ':' if characters.peek().is_none_or(|(_, next)| *next != '=') => level.end_expression(),
+            _ => level.operator(),
+        }
+        end = characters.peek().map_or(text.len(), |(next, _)| *next);
+        if level.height() > EXPRESSION_DEPTH_MAX {
+            let message = format!(
+                "an expression is longer or deeper than {EXPRESSION_DEPTH_MAX} operators: name parts of \
+                 it in rules of their own, or use a set"
+            );
+            return Err((line, message));
+        }
+        if elses > REGO_ELSES_MAX {
+            let message =
+                format!("more than {REGO_ELSES_MAX} `else` in one file: use rules of one name");
+            return Err((line, message));
         }
     }
     Ok(())
@@ -652,6 +761,55 @@ mod tests {
             "[".repeat(50)
         );
         assert_eq!(scan(&quoted), Ok(()));
+    }
+
+    #[test]
+    fn chains_are_bounded_over_lines_and_lists_are_not() {
+        let rule = |text: String| format!("package t\nallow if {{\n{text}\n}}\n");
+        let long = |text: String| {
+            let (_, message) = scan(&rule(text)).unwrap_err();
+            assert!(message.contains("longer or deeper"), "{message}");
+        };
+        let chain =
+            |operator: &str, n: usize| format!("{}1 == 2", format!("1{operator}").repeat(n));
+        for operator in [" + ", " +\n", " |\n", "*", " in ", "\n- "] {
+            assert_eq!(scan(&rule(chain(operator, 100))), Ok(()), "{operator}");
+            for n in [200, 15_000, 70_000] {
+                long(chain(operator, n));
+            }
+        }
+        for n in [200, 3_000, 100_000] {
+            long(format!("x == {}1", "-".repeat(n)));
+            long(format!("input{}", "[\"a\"]".repeat(n)));
+            long(format!("input{}", ".a".repeat(n)));
+            long(format!("x{}", " with input.a as 1".repeat(n)));
+            long(format!("{}x", "not ".repeat(n)));
+        }
+        // A chain in brackets counts for what follows them.
+        let inner = |text: &str| format!("({text}{})", " + 1".repeat(80));
+        assert_eq!(scan(&rule(inner(&inner("1")))), Ok(()));
+        long(inner(&inner(&inner("1"))));
+        // The controls: many short expressions, long lists, arrays at the beginning of lines.
+        let lines =
+            "x.y[_] + 1 == f(y)\n[a, b] := g(x, 1)\nnot x\nsome i in z\n{1} == s\n".repeat(2_000);
+        assert_eq!(scan(&rule(lines)), Ok(()));
+        let list = format!(
+            "x in [{}]",
+            vec!["{\"a\": 1, \"b\": -2.5}"; 10_000].join(",")
+        );
+        assert_eq!(scan(&rule(list)), Ok(()));
+        let many = |n: usize| {
+            format!(
+                "package t\nx := 1 if input.a{}\n",
+                "\nelse := 2 if input.b".repeat(n)
+            )
+        };
+        assert_eq!(scan(&many(REGO_ELSES_MAX)), Ok(()));
+        let (line, message) = scan(&many(REGO_ELSES_MAX + 1)).unwrap_err();
+        assert!(
+            message.contains("`else`") && line == REGO_ELSES_MAX + 3,
+            "{line}: {message}"
+        );
     }
 
     /// What the bound lets through is parsed in a time that nobody notices, even unoptimised.
