@@ -107,6 +107,79 @@ const CORPUS: &[Hostile] = &[
         },
         "BUNDLE_COMPILE",
     ),
+    files(
+        "policy nested 10,000 deep",
+        |f| policy_nested(f, 10_000),
+        "BUNDLE_COMPILE",
+    ),
+    control("100 indexes", |f| indexes(f, 100)),
+    files("3,000 indexes", |f| indexes(f, 3_000), "BUNDLE_COMPILE"),
+    files("100,000 indexes", |f| indexes(f, 100_000), "BUNDLE_COMPILE"),
+    control("Rego nested 10 deep", |f| rego_nested(f, 10)),
+    files(
+        "Rego nested 22 deep",
+        |f| rego_nested(f, 22),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "Rego nested 100,000 deep",
+        |f| rego_nested(f, 100_000),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "Rego with brackets that cost its parser an hour",
+        |f| rego(f, &"x := [[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]\n".repeat(5_000)),
+        "BUNDLE_COMPILE",
+    ),
+    control("a sum of 100 in Rego", |f| {
+        rego(f, &format!("x := {}1", "1 +\n".repeat(100)))
+    }),
+    files(
+        "a sum of 15,000 in Rego",
+        |f| rego(f, &format!("x := {}1", "1 +\n".repeat(15_000))),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "a union of 70,000 in Rego",
+        |f| rego(f, &format!("x := {}{{1}}", "{1} |\n".repeat(70_000))),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "100,000 signs in Rego",
+        |f| rego(f, &format!("x := {}1", "-".repeat(100_000))),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "100,000 indexes in Rego",
+        |f| rego(f, &format!("x := input{}", "[\"a\"]".repeat(100_000))),
+        "BUNDLE_COMPILE",
+    ),
+    files(
+        "9,000 else in Rego",
+        |f| {
+            rego(
+                f,
+                &format!(
+                    "x := 1 if input.a{}",
+                    "\nelse := 2 if input.b".repeat(9_000)
+                ),
+            )
+        },
+        "BUNDLE_COMPILE",
+    ),
+    control("a regular expression", |f| {
+        pattern(f, "^/[a-z]{1,20}[.]txt$")
+    }),
+    files(
+        "a regular expression of a million states",
+        |f| pattern(f, "((([a-z]{100}){100}){100})"),
+        "BUNDLE_TESTS",
+    ),
+    files(
+        "a regular expression of 30,000 characters",
+        |f| pattern(f, &"(a|b)*c?".repeat(3_750)),
+        "BUNDLE_COMPILE",
+    ),
     control("schema nested 10 deep", |f| schema_nested(f, 10)),
     files(
         "schema nested 100 deep",
@@ -390,6 +463,69 @@ fn policy_nested(files: &mut Files, depth: usize) {
     );
 }
 
+fn indexes(files: &mut Files, count: usize) {
+    let deep = format!("resource{}", "[\"path\"]".repeat(count));
+    // What the schema does not know is an error of its own where the validator gets that far.
+    schema(files, "entity Deep = { path: Long };");
+    let text = match count {
+        100 => "resource[\"path\"] == \"\"".to_owned(),
+        _ => format!("{deep} == 1"),
+    };
+    policy(files, &text);
+}
+
+/// The bundle's rules in Rego, and a file beside them.
+fn rego(files: &mut Files, more: &str) {
+    let mut manifest: Value = serde_json::from_slice(&files["manifest.json"]).unwrap();
+    manifest["engine"] = json!("rego");
+    let input = json!({"format": 1, "actions": {"fs.read": {
+        "principal": ["Agent"], "resource": ["File"],
+        "attributes": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+        "context": {"type": "object", "properties": {}},
+    }}});
+    let rules = "package tidelock\n\ndecision := {\"allow\": allow, \"deny\": deny, \"policies\": {\"srv\"}}\n\n\
+                 default allow := false\n\nallow if startswith(input.resource.attributes.path, \"/srv/\")\n\n\
+                 deny contains \"never\" if input.resource.id == \"/never\"\n";
+    *files = Files::from([
+        (
+            "manifest.json".to_owned(),
+            manifest.to_string().into_bytes(),
+        ),
+        (
+            "input-schema.json".to_owned(),
+            input.to_string().into_bytes(),
+        ),
+        ("policies/base.rego".to_owned(), rules.into()),
+        (
+            "policies/hostile.rego".to_owned(),
+            format!("package hostile\n\n{more}\n").into_bytes(),
+        ),
+    ]);
+}
+
+fn rego_nested(files: &mut Files, depth: usize) {
+    rego(
+        files,
+        &format!("x := {}1{}", "[".repeat(depth), "]".repeat(depth)),
+    );
+}
+
+/// A rule whose pattern the bundle's own test meets.
+fn pattern(files: &mut Files, pattern: &str) {
+    rego(files, "");
+    let rule = format!("\nallow if regex.match(`{pattern}`, input.resource.id)\n");
+    files
+        .get_mut("policies/base.rego")
+        .unwrap()
+        .extend(rule.into_bytes());
+    tests(
+        files,
+        &json!([{"name": "meets it", "request": {"principal": {"type": "Agent", "id": "a"}, "action": "fs.read",
+                 "resource": {"type": "File", "id": "/abc.txt", "attributes": {"path": "/abc.txt"}}},
+                 "expect": "allow"}]),
+    );
+}
+
 fn schema(files: &mut Files, more: &str) {
     let text = files.get_mut("schema.cedarschema").unwrap();
     text.extend_from_slice(b"\n");
@@ -599,6 +735,7 @@ fn run(corpus: &[Hostile], deadline_ms: u64) {
     let node = site.start_deciding();
     let mut epoch = 1;
     let mut wrong = Vec::new();
+    let mut slowest = (Duration::ZERO, "");
     for hostile in corpus {
         epoch += 1;
         let archive = make(&site, epoch, hostile);
@@ -617,12 +754,16 @@ fn run(corpus: &[Hostile], deadline_ms: u64) {
                 ran.code == 1 && ran.err.contains(code)
             }
         };
+        if hostile.code.is_some() {
+            slowest = slowest.max((took, hostile.name));
+        }
         if !fits || took > patience {
             wrong.push(format!("{}: {:?} after {took:?}", hostile.name, ran.err));
         }
         decides(&site);
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    println!("the slowest refusal: {slowest:?}");
     // The control: the way is open for a good one, in the same process.
     offer(&site, &archive(&good(&site, epoch + 1)));
     install(&site).ended(0);
