@@ -580,7 +580,8 @@ fn inv_16_going_back_holds_over_a_kill_a_reload_and_the_same_bundle_again() {
     assert_eq!(site.status()["activation"]["standby"]["epoch"], 1);
 }
 
-/// A policy that is right and takes far longer than a caller has: some hundred times it searches a long text.
+/// A policy that is right and takes far longer than a caller has for what is below `/srv`: some hundred times it
+/// searches a long text.
 const SLOW: &str = r#"package tidelock
 
 decision := {"allow": allow, "deny": set(), "policies": {"slow"}}
@@ -588,6 +589,7 @@ decision := {"allow": allow, "deny": set(), "policies": {"slow"}}
 default allow := false
 
 allow if {
+	startswith(input.resource.attributes.path, "/srv/")
 	found := [i | some i in numbers.range(1, 400); not contains(data.text, sprintf("aaaaaaa%d", [i]))]
 	count(found) == 400
 }
@@ -897,10 +899,10 @@ fn where_no_bundle_decides_flips_are_counted_against_what_the_last_one_said() {
     site.decides();
 }
 
-#[test]
-fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
-    let site = Site::new();
+/// The configs of two nodes that know each other; and a medium `m` between them.
+fn two_nodes(site: &Site) -> (String, String) {
     site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
+    fs::create_dir(site.path("m")).unwrap();
     let a = site.config();
     let peer = |id: &str| {
         let address = free_udp();
@@ -911,9 +913,14 @@ fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
         .replace("\"root\"", "\"root-b\"")
         .replace("\"a.crt", "\"b.crt")
         .replace("\"a.key", "\"b.key");
-    let (a, b) = (a + &peer("b"), b + &peer("a"));
+    (a + &peer("b"), b + &peer("a"))
+}
+
+#[test]
+fn a_bundle_of_a_peer_that_is_blocked_waits_and_is_told() {
+    let site = Site::new();
+    let (a, b) = two_nodes(&site);
     turned(&site, &[2]);
-    fs::create_dir(site.path("m")).unwrap();
     site.write("tidelock.toml", &a);
     let node = site.start_deciding();
     site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
@@ -991,6 +998,78 @@ fn held(site: &Site) -> Vec<(u64, String)> {
     let mut named: Vec<(u64, String)> = named.collect();
     named.sort();
     named
+}
+
+/// A failed self-check ended the activation before what follows from every switch.
+#[test]
+fn what_follows_from_a_switch_does_so_after_a_failed_self_check_too() {
+    let site = Site::new();
+    let (a, b) = two_nodes(&site);
+    turned(&site, &[3, 9]);
+    site.write("tidelock.toml", &a);
+    let node = site.start_deciding();
+    for archive in ["site-3.tar", "site-9.tar"] {
+        site.ok(&["bundle", "install", archive, "--apply"]);
+    }
+    assert!(node.stop().success());
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+
+    rules(&site, "block_on = \"any_flip\"\nreplay_records = 4");
+    site.write("tidelock.toml", &b);
+    site.bundle("site-2.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(2);
+    });
+    let _node = site.start_deciding();
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    site.decides();
+    let import = || {
+        site.tidelock(&["segment", "import", "m", "--apply", "--json"])
+            .json()["entries"]
+            .to_string()
+    };
+    let waits = || -> Vec<u64> {
+        let waiting = site.status()["activation"]["waiting"].clone();
+        let epochs = waiting.as_array().unwrap().iter();
+        epochs.map(|one| one["epoch"].as_u64().unwrap()).collect()
+    };
+    let stored = || -> Vec<u64> {
+        let listed = site.json(&["segment", "ls", "--origin", "policy/site"]);
+        let epochs = listed["segments"].as_array().unwrap().iter();
+        epochs
+            .map(|one| one["sequence"].as_u64().unwrap())
+            .collect()
+    };
+    import();
+    assert_eq!(waits(), [3, 9]);
+    // From now on no flip is among what is looked at. What waits is not looked at again for that alone.
+    for file in 0..8 {
+        assert_eq!(site.may_read(&format!("/var/{file}")).0, "deny");
+    }
+    assert!(import().contains("POLICY_FLIPS"));
+    assert_eq!((waits(), stored()), (vec![3, 9], vec![1, 2]));
+
+    slow(&site);
+    rego(&site, "slow.tar", 4);
+    site.tidelock(&["bundle", "install", "slow.tar", "--apply"])
+        .ended(1)
+        .says(&["POLICY_SELF_CHECK", "epoch 2 serves"]);
+    assert_eq!(source(&site), (json!(2), json!("last_known_good")));
+    let aside = site.status()["activation"]["set_aside"].clone();
+    assert_eq!(
+        (&aside["epoch"], &aside["cause"]),
+        (&json!(4), &json!("self_check"))
+    );
+    assert_eq!(site.events("policy_activation_reverted").len(), 1);
+    // Its epoch is taken all the same: what waited below it is dropped, and what nothing falls back to any more.
+    assert_eq!((waits(), stored()), (vec![9], vec![2, 4]));
+    // What waited above it is looked at again as soon as it is offered, and ends what was set aside.
+    import();
+    assert_eq!(source(&site), (json!(9), json!("active")));
+    assert_eq!(waits(), [0_u64; 0]);
+    let activation = site.status()["activation"].clone();
+    assert_eq!(activation["set_aside"], Value::Null);
+    assert_eq!(activation["standby"]["epoch"], 2, "4 was no good");
+    assert_eq!(site.events("policy_activation_reverted").len(), 1);
 }
 
 /// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
