@@ -1072,6 +1072,53 @@ fn what_follows_from_a_switch_does_so_after_a_failed_self_check_too() {
     assert_eq!(site.events("policy_activation_reverted").len(), 1);
 }
 
+/// A refusal by rules that a reload replaces under the look would be told although nothing demands it any more.
+#[test]
+fn what_is_refused_by_rules_that_are_replaced_meanwhile_is_looked_at_again() {
+    let site = Site::new();
+    rules(&site, "block_on = \"any_flip\"");
+    let node = site.start_deciding();
+    for file in 0..900 {
+        let action = common::read_action(&format!("/srv/{file}.txt")).to_string();
+        let ask = common::request("POST", "/v1/decide", &[], action.as_bytes());
+        // One that is late on a busy machine is one less: there are enough.
+        common::over_unix(&site.path("s"), &ask).unwrap();
+    }
+    slow(&site);
+    // What the self-check asks is answered at once.
+    let case = site.read("policy/tests/base.json");
+    let case = case
+        .replace("/srv/a", "/var/a")
+        .replace("allow\"", "deny\"");
+    site.write("policy/tests/base.json", &case);
+    let passed = || site.status()["policy_worker"]["counts"]["passed"].as_u64();
+    let installed = |epoch: u64, meanwhile: &dyn Fn()| {
+        rego(&site, "slow.tar", epoch);
+        let before = passed();
+        std::thread::scope(|scope| {
+            let install = || site.tidelock(&["bundle", "install", "slow.tar", "--apply"]);
+            let installing = scope.spawn(install);
+            until("the compilation", || (passed() > before).then_some(()));
+            meanwhile();
+            assert!(!installing.is_finished(), "it is replayed for five seconds");
+            installing.join().unwrap()
+        })
+    };
+    // The control: the same look, refused by rules that stay.
+    installed(2, &|| {})
+        .ended(1)
+        .says(&["POLICY_REPLAY", "too long"]);
+    assert_eq!(source(&site), (json!(1), json!("active")));
+    let refused = site.events("bundle_rejected").len();
+    installed(3, &|| {
+        rules(&site, "block_on = \"none\"");
+        node.reload("reloaded");
+    })
+    .ended(0);
+    assert_eq!(source(&site), (json!(3), json!("active")));
+    assert_eq!(site.events("bundle_rejected").len(), refused);
+}
+
 /// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
 #[test]
 fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_writes() {
