@@ -1119,6 +1119,85 @@ fn what_is_refused_by_rules_that_are_replaced_meanwhile_is_looked_at_again() {
     assert_eq!(site.events("bundle_rejected").len(), refused);
 }
 
+#[test]
+fn inv_16_what_was_set_aside_does_not_come_back_by_a_floor_that_was_lost_and_healed() {
+    let (gone, damaged): (Option<&str>, _) = (None, Some("{}"));
+    for (goes_back, lost) in [
+        (true, [("floor", gone)].as_slice()),
+        (true, &[("floor", damaged)]),
+        (true, &[("floor", gone), ("active", damaged)]),
+        // The controls: the same losses where nobody went back.
+        (false, &[("floor", damaged)]),
+        (false, &[("floor", gone), ("active", damaged)]),
+    ] {
+        let what = format!("went back: {goes_back}, lost: {lost:?}");
+        let site = Site::new();
+        let node = site.start_deciding();
+        // Its time has come, so that a schedule that is made of the store could bring it back.
+        let begun = jiff::Timestamp::now().checked_sub(jiff::SignedDuration::from_hours(1));
+        site.bundle("site-2.tar", "policy.key", |manifest| {
+            manifest["epoch"] = json!(2);
+            manifest["not_before"] = json!(begun.unwrap().to_string());
+        });
+        site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+        if goes_back {
+            let plan = site.json(&["policy", "rollback"]);
+            let plan = plan["plan"].as_str().unwrap();
+            site.ok(&["policy", "rollback", "--plan", plan, "--apply"]);
+        }
+        node.end(Signal::KILL);
+        for (slot, damaged) in lost {
+            let slot = format!("root/policy/{slot}");
+            match damaged {
+                None => fs::remove_file(site.path(&slot)).unwrap(),
+                Some(text) => site.write(&slot, text),
+            }
+        }
+        let node = site.start();
+        assert!(site.path("root/policy/floor").exists(), "{what}: healed");
+        let faults = site.events("policy_slot_fault");
+        let mut faults = faults.iter().map(|fault| &fault["slot"]);
+        assert!(faults.any(|slot| slot == "floor"), "{what}");
+        if !goes_back {
+            until("the newest bundle", || {
+                (source(&site) == (json!(2), json!("active"))).then_some(())
+            });
+            continue;
+        }
+        let is_kept_out = |serves: Value, when: &str| {
+            assert_eq!(source(&site).0, serves, "{what}, {when}");
+            let waits = &site.status()["activation"]["scheduled"];
+            assert_eq!(*waits, json!([]), "{what}, {when}");
+            site.tidelock(&["bundle", "install", "site-2.tar", "--apply"])
+                .ended(1)
+                .says(&["POLICY_SET_ASIDE"]);
+        };
+        let active_is_lost = lost.len() > 1;
+        if active_is_lost {
+            // What is healed names the older one, which comes from the store; what lies above it there does not.
+            is_kept_out(json!(1), "at the start");
+            let unscheduled = site.events("bundle_unscheduled");
+            assert_eq!(unscheduled[0]["code"], "POLICY_SET_ASIDE", "{what}");
+        } else {
+            // Whether anything may stand in was written in what is lost.
+            is_kept_out(Value::Null, "at the start");
+            assert_eq!(site.may_read("/srv/a.txt").1, "NO_POLICY", "{what}");
+        }
+        node.reload("reloaded");
+        is_kept_out(json!(1), "after a reload");
+        node.end(Signal::KILL);
+        let _node = site.start();
+        is_kept_out(json!(1), "after a kill");
+        site.decides();
+        // The control: the one way back is an operator's plan.
+        let plan = site.json(&["policy", "plan", "site-2.tar"]);
+        let plan = plan["plan"].as_str().unwrap();
+        let act = ["site-2.tar", "--plan", plan, "--apply"];
+        site.ok(&[&["policy", "activate"], &act[..]].concat());
+        assert_eq!(source(&site), (json!(2), json!("active")), "{what}");
+    }
+}
+
 /// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
 #[test]
 fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_writes() {
