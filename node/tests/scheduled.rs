@@ -344,14 +344,8 @@ fn start_at<'s>(site: &'s Site, at: &str) -> Node<'s> {
     site.start_with(&fake)
 }
 
-#[test]
-fn inv_18_a_clock_in_doubt_activates_nothing_before_its_time() {
-    let name = "inv_18_a_clock_in_doubt_activates_nothing_before_its_time";
-    if !Path::new(FAKETIME).exists() {
-        not_run(name, "libfaketime is not installed");
-        return;
-    }
-    let site = Site::new();
+/// The configs of two nodes, and a medium `m` between them.
+fn two_nodes(site: &Site) -> (String, String) {
     site.ok(&["ca", "issue", "--dir", "ca", "--node", "b"]);
     fs::create_dir(site.path("m")).unwrap();
     let a = site.read("tidelock.toml");
@@ -360,6 +354,67 @@ fn inv_18_a_clock_in_doubt_activates_nothing_before_its_time() {
         .replace("\"root\"", "\"root-b\"")
         .replace("\"a.crt", "\"b.crt")
         .replace("\"a.key", "\"b.key");
+    (a, b)
+}
+
+#[test]
+fn inv_18_a_bundle_of_a_peer_is_not_due_by_a_clock_in_doubt() {
+    let site = Site::new();
+    let (a, b) = two_nodes(&site);
+    site.write("tidelock.toml", &a);
+    let node = site.start_deciding();
+    // One that is due, and one that is not.
+    turned(&site, 2, ahead(-3_600));
+    turned(&site, 3, ahead(3_600));
+    for archive in ["site-2.tar", "site-3.tar"] {
+        install(&site, archive);
+    }
+    assert_eq!((epoch(&site), waits(&site)), (json!(2), vec![3]));
+    assert!(node.stop().success());
+    site.ok(&["segment", "export", "--to", "m", "--for", "b"]);
+
+    // What the last run kept of the time is lost, so the clock is in doubt; it says what any clock says.
+    site.write("tidelock.toml", &b);
+    assert!(site.start().stop().success());
+    site.write("root-b/clock", "{}");
+    let import = || {
+        let ran = site.tidelock(&["segment", "import", "m", "--apply", "--json"]);
+        ran.json()["entries"].to_string()
+    };
+    let node = site.start();
+    for _ in 0..2 {
+        assert_eq!(site.status()["clock"]["suspect"], true);
+        let told = import();
+        assert!(told.contains("CLOCK_SUSPECT"), "{told}");
+        // What has no time of its own decides, what has one waits for it, and what is due is not kept.
+        assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![3]));
+        assert_eq!(segments(&site), 2);
+    }
+    let rejected = site.events("bundle_rejected");
+    assert_eq!(rejected[0]["code"], "CLOCK_SUSPECT");
+    // Nor does a restart let it in: the doubt lasts, and nothing of it lies here.
+    assert!(node.stop().success());
+    let node = site.start();
+    assert_eq!(site.status()["clock"]["suspect"], true);
+    assert_eq!((epoch(&site), waits(&site)), (json!(1), vec![3]));
+    assert!(import().contains("CLOCK_SUSPECT"));
+    // The control: the same clock and the same medium, when an operator has accepted it.
+    site.ok(&["clock", "accept", "--apply"]);
+    assert!(!import().contains("CLOCK_SUSPECT"));
+    assert_eq!((epoch(&site), waits(&site)), (json!(2), vec![3]));
+    assert!(allows(&site, "/etc/shadow"));
+    assert!(node.stop().success());
+}
+
+#[test]
+fn inv_18_a_clock_in_doubt_activates_nothing_before_its_time() {
+    let name = "inv_18_a_clock_in_doubt_activates_nothing_before_its_time";
+    if !Path::new(FAKETIME).exists() {
+        not_run(name, "libfaketime is not installed");
+        return;
+    }
+    let site = Site::new();
+    let (a, b) = two_nodes(&site);
     turned(&site, 2, ahead(3_600));
     let node = site.start_deciding();
     install(&site, "site-2.tar");
