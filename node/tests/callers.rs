@@ -23,6 +23,7 @@ use base64::{
 use common::{
     Site, chmod, free_tcp, openssl, over_tcp, over_unix, read_action, request, run, until,
 };
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 #[expect(
@@ -706,6 +707,50 @@ fn inv_16_papers_of_callers_are_watched_told_of_and_no_older_crl_counts_after_a_
     assert!(!knows("gone"));
 }
 
+/// A disk that refused the number of the newest CRL when it came may take it later, before anything changes.
+#[test]
+fn inv_16_the_number_of_a_crl_that_could_not_be_written_is_written_as_soon_as_the_disk_takes_it() {
+    let site = Site::new();
+    let wl = Workloads::new(&site);
+    let address = free_tcp();
+    site.configure(
+        "[gateway]\n",
+        &format!(
+            "[gateway.tls]\nlisten = \"{address}\"\ncertificate = \"wl/door.crt\"\nkey = \"wl/door.key\"\n\n\
+             [[gateway.tls.trust_domains]]\nname = \"site.example\"\nca = \"wl/ca.crt\"\ncrls = [\"wl/site.crl\"]\n\n\
+             [[gateway.tls.trust_domains.rules]]\nid = \"spiffe://site.example/ns/prod/*\"\n\
+             principal = \"Agent::ops-1\"\nscopes = [\"explain\"]\n\n[gateway]\n"
+        ),
+    );
+    wl.svid("ops", "ns/prod/sa/ops", &[]);
+    wl.svid("gone", "ns/prod/sa/gone", &[]);
+    let node = site.start_deciding();
+    // Known, but without the scope.
+    let knows = |name: &str| wl.curl(address, name, &[]).0 == 403;
+    assert!(knows("ops") && knows("gone"), "the control");
+    let kept = site.path("root/state/door-crls");
+    let before = fs::read(&kept).unwrap();
+    // Nothing can be put in the place of a directory.
+    fs::remove_file(&kept).unwrap();
+    fs::create_dir(&kept).unwrap();
+    let first = site.read("wl/site.crl");
+    wl.revoke("gone");
+    wl.crl(&[]);
+    until("the revocation", || (!knows("gone")).then_some(()));
+    until("the refusal of the disk", || {
+        let refused = |line: &str| line.contains("cannot be written") && line.contains("door-crls");
+        site.read("node.log").lines().any(refused).then_some(())
+    });
+    fs::remove_dir(&kept).unwrap();
+    let written = until("the number on the disk", || fs::read(&kept).ok());
+    assert_ne!(written, before);
+    // Nobody told it to go, and no older CRL gets in.
+    node.end(Signal::KILL);
+    site.write("wl/site.crl", &first);
+    let _node = site.start();
+    assert!(!knows("gone") && !knows("ops"));
+}
+
 /// Beside a certificate that could not be read, the CRLs of the files were taken without their floors: below
 /// them too, and the mended set kept what had got in so.
 #[test]
@@ -926,7 +971,7 @@ fn a_signed_request_counts_once_over_reload_and_restart_and_a_proxy_is_believed_
     let without = signed(&site, "hop-7", "nonce-of-the-hop-02", &action);
     refused(&without, &action, "IDENTITY_HEADER_ABSENT");
 
-    node.end(rustix::process::Signal::KILL);
+    node.end(Signal::KILL);
     let _node = site.start();
     refused(&used, &action, "SIGNATURE_BEFORE_START");
 }

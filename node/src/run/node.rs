@@ -928,6 +928,7 @@ impl Node {
         self.ask_again();
         self.watch_disk();
         self.keep_revoked_keys();
+        self.keep_crl_floors();
         self.keep_answers(false);
         self.scrub();
     }
@@ -996,7 +997,6 @@ impl Node {
         self.warn_of_endings();
         self.drop_stale_parts();
         self.keep_quotas();
-        self.keep_crl_floors();
         self.record_put_aside();
         if self.revoked_receipts_wait.load(Ordering::Relaxed) {
             self.drop_receipts_of_the_revoked();
@@ -1097,6 +1097,7 @@ impl Node {
     pub(super) fn close(&self) {
         self.interceptor.flush_summary();
         self.keep_answers(true);
+        self.keep_crl_floors();
         self.event("stopped", json!({}));
         self.minute_tick();
         self.log.close();
