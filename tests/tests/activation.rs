@@ -9,13 +9,15 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde_json::{Value, json};
 use tidelock::demo::{
     network::Loopback,
-    site::{NODES, Site},
+    site::{DOMAIN, NODES, Site},
 };
 use tidelock_policy::{
-    Package, sign,
+    BundleBuilder, Package, sign,
     testing::{Authority, template_builder},
 };
-use tidelock_tests::site::{LIMIT, ask, await_epoch, directory, events, install, prepared};
+use tidelock_tests::site::{
+    LIMIT, ask, await_epoch, await_sessions, directory, events, install, prepared,
+};
 
 /// Gives a node a trust file of its own: that of the site, in its second format and with these rules.
 fn rules(site: &Site<'_>, dir: &std::path::Path, id: &str, rules: &str) {
@@ -175,4 +177,82 @@ async fn copies_of_a_bundle_that_waits_are_one_and_their_signers_add_up() {
         .await_status("none that waits", LIMIT, none_waits)
         .await;
     settled.unwrap();
+}
+
+/// INV-18 on a live session: no contact comes after the one on which the bundle was refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bundle_that_is_due_by_a_clock_in_doubt_comes_when_that_is_accepted() {
+    let dir = directory();
+    let network = Loopback::new(&NODES).await.unwrap();
+    let mut site = prepared(dir.path(), &network, &NODES);
+    let [first, doubting, _] = NODES;
+    // What an earlier run kept of the time is damaged; the clock says what any clock says.
+    site.start(doubting).await.unwrap();
+    site.kill(doubting).unwrap();
+    let kept = site.node(doubting).unwrap().root().join("clock");
+    std::fs::write(kept, "{}").unwrap();
+    for id in [doubting, first] {
+        site.start(id).await.unwrap();
+    }
+    await_sessions(&site, doubting, 1).await;
+    // The control: what has no time of its own is taken.
+    for epoch in [1, 2] {
+        install(&site, first, epoch).await;
+        await_epoch(&site, doubting, epoch).await;
+    }
+
+    let key = std::fs::read_to_string(dir.path().join("policy.key")).unwrap();
+    let files = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("data/bundle");
+    let manifest = std::fs::read(files.join("manifest.json")).unwrap();
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    let from = |epoch: u64, not_before: &str| {
+        let mut manifest = manifest.clone();
+        manifest["not_before"] = json!(not_before);
+        let archive = BundleBuilder::from_dir(&files)
+            .unwrap()
+            .file("manifest.json", manifest.to_string().into_bytes())
+            .domain(DOMAIN)
+            .epoch(epoch)
+            .created_unix_ms(tidelock::clock::wall_unix_ms())
+            .build()
+            .unwrap();
+        Package {
+            signatures: vec![sign(&archive, &key).unwrap()],
+            archive,
+        }
+    };
+    let scheduled = |status: &Value| -> Vec<Value> {
+        let scheduled = status.pointer("/activation/scheduled");
+        let epochs = scheduled.and_then(Value::as_array).unwrap().iter();
+        epochs
+            .map(|one| one.get("epoch").unwrap().clone())
+            .collect()
+    };
+    // What is ahead of its time by this clock too waits for it.
+    give(&site, first, &from(9, "2100-01-01T00:00:00Z")).await;
+    let node = site.node(doubting).unwrap();
+    let waits = |s: &Value| scheduled(s) == [json!(9)];
+    node.await_status("a bundle ahead of its time", LIMIT, waits)
+        .await
+        .unwrap();
+    give(&site, first, &from(3, "2020-01-01T00:00:00Z")).await;
+    await_epoch(&site, first, 3).await;
+    let mut refused = Vec::new();
+    let begun = std::time::Instant::now();
+    while refused.is_empty() && begun.elapsed() < LIMIT {
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        refused = events(&site, doubting, "bundle_rejected").await;
+    }
+    let code = refused.first().and_then(|refused| refused.get("code"));
+    assert_eq!(code, Some(&json!("CLOCK_SUSPECT")));
+    let status = node.status().await.unwrap();
+    assert_eq!(status.pointer("/clock/suspect"), Some(&json!(true)));
+    assert_eq!(status.pointer("/bundle/epoch"), Some(&json!(2)));
+    assert!(waits(&status), "what is due is not among it");
+    let sessions = events(&site, doubting, "session_established").await.len();
+    node.operate("clock.accept", &json!({})).await.unwrap();
+    await_epoch(&site, doubting, 3).await;
+    assert!(waits(&node.status().await.unwrap()));
+    let sessions_now = events(&site, doubting, "session_established").await.len();
+    assert_eq!(sessions_now, sessions);
 }
