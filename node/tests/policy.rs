@@ -1198,6 +1198,49 @@ fn inv_16_what_was_set_aside_does_not_come_back_by_a_floor_that_was_lost_and_hea
     }
 }
 
+/// Of the three, the last known good bundle told how high the floor was at least; the schedule took that for the
+/// floor, and what had been set aside for what was due.
+#[test]
+fn inv_16_what_may_have_been_set_aside_is_not_due_where_floor_and_marks_are_lost() {
+    let site = Site::new();
+    let node = site.start_deciding();
+    let begun = jiff::Timestamp::now().checked_sub(jiff::SignedDuration::from_hours(1));
+    site.bundle("site-2.tar", "policy.key", |manifest| {
+        manifest["epoch"] = json!(2);
+        manifest["not_before"] = json!(begun.unwrap().to_string());
+    });
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    let plan = site.json(&["policy", "rollback"]);
+    let plan = plan["plan"].as_str().unwrap();
+    site.ok(&["policy", "rollback", "--plan", plan, "--apply"]);
+    node.end(Signal::KILL);
+    for slot in ["floor", "active", "aside"] {
+        site.write(&format!("root/policy/{slot}"), "{}");
+    }
+    let decides_nothing = |when: &str| {
+        assert_eq!(source(&site).0, Value::Null, "{when}");
+        let waits = &site.status()["activation"]["scheduled"];
+        assert_eq!(*waits, json!([]), "{when}");
+        assert_eq!(site.may_read("/srv/a.txt").1, "NO_POLICY", "{when}");
+    };
+    let node = site.start();
+    decides_nothing("at the start");
+    let unscheduled = site.events("bundle_unscheduled");
+    assert_eq!(
+        (&unscheduled[0]["epoch"], &unscheduled[0]["code"]),
+        (&json!(2), &json!("FLOOR_DAMAGED"))
+    );
+    node.reload("reloaded");
+    decides_nothing("after a reload");
+    node.end(Signal::KILL);
+    let _node = site.start();
+    decides_nothing("after a kill");
+    // The control: what it waits for is an operator's word.
+    site.ok(&["bundle", "install", "site-2.tar", "--apply"]);
+    assert_eq!(source(&site), (json!(2), json!("active")));
+    site.decides();
+}
+
 /// What a process leaves that stops between the writing of the target and of the bundle: the same one in both.
 #[test]
 fn what_stood_behind_the_active_bundle_comes_back_after_a_stop_between_two_writes() {

@@ -364,6 +364,8 @@ pub struct Reverted {
 #[derive(Clone, Default)]
 struct Held {
     floor: Option<Floor>,
+    /// The file of it was lost together with the active bundle: it was as high as this or higher.
+    floor_is_lost: bool,
     marks: Marks,
     /// What the last known good slot holds, if it verified when it was read or written last.
     lkg: Option<Standby>,
@@ -511,6 +513,12 @@ impl Slots {
     #[must_use]
     pub fn floor(&self) -> Option<Floor> {
         self.lock().floor.clone()
+    }
+
+    /// Whether the floor was lost and nothing has been activated since: it was [`floor`](Self::floor) or higher.
+    #[must_use]
+    pub fn is_floor_lost(&self) -> bool {
+        self.lock().floor_is_lost
     }
 
     /// The newest bundle, if it was set aside.
@@ -745,6 +753,7 @@ impl Slots {
             message: error.to_string(),
         })?;
         self.write(FLOOR, &encoded)?;
+        held.floor_is_lost = false;
         if is_aside {
             let marks = Marks {
                 aside: None,
@@ -1044,6 +1053,10 @@ fn read(
     }
     // A slot that cannot be read may have said that the newest bundle is not to decide.
     let doubt = unreadable && !is_reload;
+    let was_lost = match &known.floor {
+        None => true,
+        Some(_) => known.floor_is_lost,
+    };
     // INV-16: what this process knows already is never lowered by what the disk says.
     let mut floor = match (stored.clone(), known.floor) {
         (Some(stored), Some(known)) if stored.epoch < known.epoch => Some(known),
@@ -1060,6 +1073,10 @@ fn read(
             message: "the floor is gone although a slot is filled".to_owned(),
         });
     }
+    let floor_is_lost = stored.is_none()
+        && was_lost
+        && (floor_damaged || !empty)
+        && !matches!(active, SlotContent::Good(_));
     if floor.is_some() && matches!(active, SlotContent::Empty) {
         faults.push(SlotFault {
             slot: ACTIVE,
@@ -1079,7 +1096,7 @@ fn read(
         lkg,
         &is_kept_out,
         &mut floor,
-        floor_damaged,
+        floor_damaged || floor_is_lost,
         &mut faults,
     );
     if let Some(floor) = floor.as_ref().filter(|_| doubt) {
@@ -1093,7 +1110,9 @@ fn read(
             at_unix_ms: 0,
         });
     }
+    // What the last known good bundle proves is no floor: the next start must know that too.
     if let Some(floor) = &floor
+        && !floor_is_lost
         && stored.as_ref() != Some(floor)
     {
         // A crash between two writes of an activation, or a damaged floor: complete it.
@@ -1121,6 +1140,7 @@ fn read(
         current,
         held: Held {
             floor,
+            floor_is_lost,
             marks,
             lkg: standby,
         },

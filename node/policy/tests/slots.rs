@@ -318,9 +318,16 @@ fn without_floor_and_active_nothing_stands_in() {
         ]
     );
     assert_eq!(serving(&slots), None);
-    // At least what the last known good proves is kept.
-    assert_eq!(slots.floor().unwrap().epoch, 1);
+    // At least what the last known good proves is kept; and that it is no more, over reloads and starts.
+    let (again, _) = node.open();
+    for slots in [&slots, &again] {
+        slots.reload(&node.trust, &node.context);
+        assert_eq!(serving(slots), None);
+        assert_eq!(slots.floor().unwrap().epoch, 1);
+        assert!(slots.is_floor_lost());
+    }
     slots.activate(node.bundle(2)).unwrap();
+    assert!(!slots.is_floor_lost() && !node.healthy().is_floor_lost());
     assert_eq!(serving(&node.healthy()), Some((2, Source::Active)));
 }
 

@@ -633,10 +633,12 @@ impl Node {
             (segment, judged)
         });
         let judged: Vec<(SegmentRef, Option<Judged>)> = judged.collect();
-        let has_floor = self.slots.floor().is_some();
-        let floor = match self.slots.floor() {
-            Some(floor) => floor.epoch,
-            None => lost_floor(&judged, self.clock.unix_ms()),
+        let known = self.slots.floor().map(|floor| floor.epoch);
+        let has_floor = known.is_some() && !self.slots.is_floor_lost();
+        let floor = match known {
+            Some(known) if has_floor => known,
+            // What was lost was no lower than what is known yet.
+            known => lost_floor(&judged, self.clock.unix_ms()).max(known.unwrap_or_default()),
         };
         let mut all_read = true;
         for (segment, judged) in judged {
