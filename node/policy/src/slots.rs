@@ -648,11 +648,13 @@ impl Slots {
     }
 
     /// The content to look for in the segment store and hand to [`activate`](Self::activate): set
-    /// while the active slot is not usable and the floor says what was there. What was set aside is not.
+    /// while the active slot is not usable and the floor says what was there. What was set aside is not, nor what is
+    /// known where the floor was lost: it may be older.
     #[must_use]
     pub fn wanted(&self) -> Option<Floor> {
         let held = self.lock();
-        let floor = held.floor.clone().filter(|_| held.aside().is_none())?;
+        let is_unknown = held.floor_is_lost || held.aside().is_some();
+        let floor = held.floor.clone().filter(|_| !is_unknown)?;
         let healthy = self.current().is_some_and(|current| {
             current.source == Source::Active && *current.bundle.content_id() == floor.content_id
         });

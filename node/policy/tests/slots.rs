@@ -325,6 +325,8 @@ fn without_floor_and_active_nothing_stands_in() {
         assert_eq!(serving(slots), None);
         assert_eq!(slots.floor().unwrap().epoch, 1);
         assert!(slots.is_floor_lost());
+        // INV-16: nor does it come back from the store, as the newest that it may not be.
+        assert_eq!(slots.wanted(), None);
     }
     slots.activate(node.bundle(2)).unwrap();
     assert!(!slots.is_floor_lost() && !node.healthy().is_floor_lost());
