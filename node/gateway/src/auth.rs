@@ -261,7 +261,10 @@ impl AuthConfig {
         let digest = TokenDigest::of(token);
         let known = self.tokens.iter().find(|(known, _)| *known == digest);
         match known {
-            Some((_, grant)) => Ok(grant.clone()),
+            Some((_, grant)) => {
+                not_expired(self.tokens.expires_unix_ms(&digest), &self.time)?;
+                Ok(grant.clone())
+            }
             None if oidc::is_jwt(token) => oidc::verify(token, &self.issuers, &self.time),
             None => Err(CredentialFault::TokenUnknown),
         }
@@ -353,6 +356,7 @@ struct Token {
     identity: Arc<Identity>,
     /// The key that must have signed what it comes with.
     signed_by: Option<String>,
+    expires_unix_ms: Option<u64>,
 }
 
 /// Who sent a request.
@@ -436,6 +440,7 @@ impl Authenticator {
                 digest: *digest,
                 identity: identity(grant),
                 signed_by: config.tokens.signed_by(digest).cloned(),
+                expires_unix_ms: config.tokens.expires_unix_ms(digest),
             })
             .collect();
         let known_keys = config.tokens.keys().iter();
@@ -494,6 +499,9 @@ impl Authenticator {
             if verify_slices_are_equal(known.digest.as_bytes(), digest.as_bytes()).is_ok() {
                 found = Some(known);
             }
+        }
+        if let Some(token) = found {
+            not_expired(token.expires_unix_ms, &self.time)?;
         }
         match found {
             Some(Token {
@@ -585,6 +593,15 @@ pub(crate) fn is_operator(source: Source, own_uid: u32) -> bool {
     matches!(source, Source::Unix(uid) if uid == ROOT_UID || uid == own_uid)
 }
 
+/// Whether a token that ends then is taken now.
+// INV-18: with a clock in doubt nothing that has an end is believed.
+fn not_expired(expires_unix_ms: Option<u64>, time: &CallerTime) -> Result<(), CredentialFault> {
+    match expires_unix_ms {
+        Some(end) if time.sane_unix_ms()? >= end => Err(CredentialFault::TokenExpired),
+        _ => Ok(()),
+    }
+}
+
 fn bearer(header: &[u8]) -> Option<&[u8]> {
     let (scheme, token) = header.split_at_checked(7)?;
     let well_formed = scheme.eq_ignore_ascii_case(b"bearer ")
@@ -602,6 +619,7 @@ fn bearer(header: &[u8]) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::credentials::Moment;
     use crate::refusals::RefusalKind;
     use hyper::header::HeaderValue;
     use std::net::Ipv4Addr;
@@ -675,6 +693,40 @@ mod tests {
             TokenDigest::of(b"right-b"),
         );
         TokenSet::parse(&text).unwrap()
+    }
+
+    /// INV-18: a token ends by trusted time, and with a clock in doubt none that has an end is taken.
+    #[test]
+    fn inv_18_a_token_ends_by_trusted_time() {
+        let text = format!(
+            "format = 1\n[[tokens]]\nsha256 = \"{}\"\nprincipal = \"a\"\nscopes = []\n\
+             expires_at = \"2027-03-01T00:00:00Z\"\n\
+             [[tokens]]\nsha256 = \"{}\"\nprincipal = \"b\"\nscopes = []\n",
+            TokenDigest::of(b"ends"),
+            TokenDigest::of(b"lasts"),
+        );
+        let end_unix_ms = 1_803_859_200_000;
+        let says = |token: &str, unix_ms: u64, suspect: bool| {
+            let config = AuthConfig::default()
+                .tokens(TokenSet::parse(&text).unwrap())
+                .time(CallerTime::new(move || Moment { unix_ms, suspect }));
+            let told = config.inspect_token(token.as_bytes()).map(|_| ());
+            let headers = with(&[&format!("Bearer {token}")]);
+            let asked = ask(&ready(config), tcp(), &headers).map(|_| ());
+            assert_eq!(asked, told);
+            asked
+        };
+        assert_eq!(says("ends", end_unix_ms - 1, false), Ok(()));
+        for late in [end_unix_ms, end_unix_ms + 1, u64::MAX] {
+            assert_eq!(
+                says("ends", late, false),
+                Err(CredentialFault::TokenExpired)
+            );
+        }
+        assert_eq!(says("ends", 0, true), Err(CredentialFault::ClockSuspect));
+        // The controls: one without an end, and one that nobody was given.
+        assert_eq!(says("lasts", u64::MAX, true), Ok(()));
+        assert_eq!(says("none", 0, false), Err(CredentialFault::TokenUnknown));
     }
 
     #[test]

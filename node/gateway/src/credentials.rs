@@ -168,7 +168,7 @@ faults! {
     /// Meant for somebody else.
     TokenAudience = "TOKEN_AUDIENCE", "the workload token is meant for another audience";
     /// Past its end.
-    TokenExpired = "TOKEN_EXPIRED", "the workload token has expired, by the node's clock";
+    TokenExpired = "TOKEN_EXPIRED", "the token has expired, by the node's clock";
     /// Before its beginning.
     TokenNotYet = "TOKEN_NOT_YET_VALID", "the workload token begins in the future, by the node's clock";
     /// Valid for longer than is taken.

@@ -8,6 +8,7 @@
 //! principal = "build-agent-7"
 //! principal_type = "Agent"         # optional, this is the default
 //! scopes = ["decide", "explain"]   # also: "act_as"
+//! expires_at = "2027-03-01T00:00:00Z"  # optional: not taken from then on
 //! signed_by = "crane-7"            # optional: counts only on requests that this key has signed
 //!
 //! [[keys]]                         # signs requests, see `signatures`
@@ -154,6 +155,8 @@ pub struct TokenSet {
     entries: Vec<(TokenDigest, Grant)>,
     /// Tokens that count only with the signature of a key.
     signed_by: BTreeMap<TokenDigest, String>,
+    /// When those end that do, Unix milliseconds.
+    expiries: BTreeMap<TokenDigest, u64>,
     keys: Vec<(SigningKey, Grant)>,
 }
 
@@ -218,6 +221,17 @@ impl TokenSet {
     /// The key that must have signed what this token comes with.
     pub(crate) fn signed_by(&self, digest: &TokenDigest) -> Option<&String> {
         self.signed_by.get(digest)
+    }
+
+    /// From when on this token is not taken, Unix milliseconds; none has no end.
+    pub(crate) fn expires_unix_ms(&self, digest: &TokenDigest) -> Option<u64> {
+        self.expiries.get(digest).copied()
+    }
+
+    /// The tokens that end: of whom, and when, Unix milliseconds.
+    pub fn expiries(&self) -> impl Iterator<Item = (&TokenDigest, &Grant, u64)> {
+        self.iter()
+            .filter_map(|(digest, grant)| Some((digest, grant, self.expires_unix_ms(digest)?)))
     }
 
     pub(crate) fn keys(&self) -> &[(SigningKey, Grant)] {
@@ -300,6 +314,11 @@ impl Reader<'_> {
                             }
                             set.signed_by.insert(digest, id.to_owned());
                         }
+                        if table.contains_key("expires_at")
+                            && let Some(at) = self.moment(table, "expires_at")
+                        {
+                            set.expiries.insert(digest, at);
+                        }
                         set.entries.push((digest, grant));
                     }
                 }
@@ -372,6 +391,7 @@ impl Reader<'_> {
                 "principal",
                 "principal_type",
                 "scopes",
+                "expires_at",
                 "signed_by",
             ],
         );
@@ -406,6 +426,18 @@ impl Reader<'_> {
                 None
             }
         }
+    }
+
+    /// A time as RFC 3339 writes it, in Unix milliseconds.
+    fn moment(&mut self, table: &dyn TableLike, key: &str) -> Option<u64> {
+        let (text, at) = self.text_of(table, key, None)?;
+        let parsed = text.parse::<jiff::Timestamp>().ok();
+        let unix_ms = parsed.and_then(|time| u64::try_from(time.as_millisecond()).ok());
+        if unix_ms.is_none() {
+            let form = format!("`{key}` is a time as RFC 3339 has it: \"2027-03-01T00:00:00Z\"");
+            self.mistake(at, form);
+        }
+        unix_ms
     }
 
     fn text_of<'i>(

@@ -3,7 +3,7 @@
 use std::{fs, net::UdpSocket, path::Path, time::Duration};
 
 use serde_json::{Value, json};
-use tidelock_gateway::Jwks;
+use tidelock_gateway::{Jwks, tokens::TokenSet};
 use tidelock_policy::TrustFile;
 use tidelock_transport::{
     revocation::{VerifiedCrl, crls_in_file},
@@ -266,6 +266,19 @@ fn callers(config: &Config, findings: &mut Findings) {
         findings.result("callers", Jwks::load(&issuer.jwks), |keys| {
             format!("{}: {} key(s)", issuer.issuer, keys.len())
         });
+    }
+    // A file that cannot be read is a mistake of the config, told there.
+    let tokens = config.gateway.tokens.as_deref().map(TokenSet::load);
+    if let Some(Ok(tokens)) = &tokens {
+        for (_, grant, ends_unix_ms) in tokens.expiries() {
+            let name = format!("{}::{}", grant.principal_type(), grant.principal_id());
+            let ending = Ending {
+                paper: "token",
+                name,
+                ends_unix_ms,
+            };
+            ends(findings, "callers", &ending);
+        }
     }
     let Some(tls) = &config.gateway.tls else {
         return;

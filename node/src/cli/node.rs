@@ -14,7 +14,10 @@ use super::{
     media::size,
     output::{human_bytes, table},
 };
-use crate::config::{Config, ConfigError};
+use crate::{
+    clock::wall_unix_ms,
+    config::{Config, ConfigError},
+};
 
 /// What to do with a CRL.
 #[derive(Debug, Subcommand)]
@@ -120,7 +123,10 @@ pub enum ClockCommand {
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Print a new token and the entry for the node's token file, which holds only its hash.
-    #[command(after_help = "Example:\n  tidelock token new --principal Agent::ops-1")]
+    #[command(
+        after_help = "Examples:\n  tidelock token new --principal Agent::ops-1\n  \
+                      tidelock token new --principal Service::gateway --act-as --days 30"
+    )]
     New {
         /// The principal that the token stands for, Type::id.
         #[arg(long)]
@@ -128,8 +134,17 @@ pub enum TokenCommand {
         /// Let its bearer name other principals (for a service that asks on behalf of agents).
         #[arg(long)]
         act_as: bool,
+        /// Days until it expires, by the trusted time of the node.
+        #[arg(long, default_value_t = TOKEN_DAYS, value_parser = clap::value_parser!(u16).range(1..=3_660))]
+        days: u16,
+        /// It never expires: only its removal from the token file ends it.
+        #[arg(long, conflicts_with = "days")]
+        no_expiry: bool,
     },
 }
+
+/// Days that a new token lasts if nothing else is said.
+const TOKEN_DAYS: u16 = 365;
 
 /// A running node's Unix socket, for one command.
 pub(super) struct Door {
@@ -317,18 +332,43 @@ pub(super) fn journal(args: &ConfigArg, since: u64, output: &Output) -> Result<E
 }
 
 pub(super) fn token(command: TokenCommand, output: &Output) -> Result<Exit, Failure> {
-    let TokenCommand::New { principal, act_as } = command;
-    let (token, entry) = new_token(&principal, act_as)?;
-    output.say(&json!({"token": token, "entry": entry}), || {
+    let TokenCommand::New {
+        principal,
+        act_as,
+        days,
+        no_expiry,
+    } = command;
+    let expires_at = match no_expiry {
+        true => None,
+        false => Some(after_days(days)?),
+    };
+    let (token, entry) = new_token(&principal, act_as, expires_at.as_deref())?;
+    let told = json!({"token": token, "entry": entry, "expires_at": expires_at});
+    output.say(&told, || {
+        let end = expires_at.as_deref().unwrap_or("never");
         format!(
-            "token (shown once; give it to the caller)\n  {token}\nentry for the file named by gateway.tokens, below its first line `format = 1`\n{entry}"
+            "token (shown once; give it to the caller)\n  {token}\nexpires\n  {end}\nentry for the file named by gateway.tokens, below its first line `format = 1`\n{entry}"
         )
     });
     Ok(Exit::Done)
 }
 
-/// A fresh token and the entry of a token file that admits it.
-pub(crate) fn new_token(principal: &str, act_as: bool) -> Result<(String, String), Failure> {
+/// The time so many days from now, as RFC 3339 writes it, in whole seconds.
+fn after_days(days: u16) -> Result<String, Failure> {
+    const DAY_S: i64 = 86_400;
+    let now_s = i64::try_from(wall_unix_ms() / 1_000).unwrap_or(i64::MAX);
+    let end = now_s.saturating_add(i64::from(days) * DAY_S);
+    let end = jiff::Timestamp::from_second(end)
+        .map_err(|e| Failure::cannot_run(format!("--days: {e}")))?;
+    Ok(end.to_string())
+}
+
+/// A fresh token and the entry of a token file that admits it, until then if that is given.
+pub(crate) fn new_token(
+    principal: &str,
+    act_as: bool,
+    expires_at: Option<&str>,
+) -> Result<(String, String), Failure> {
     let (kind, id) = principal
         .split_once("::")
         .filter(|(kind, id)| !kind.is_empty() && !id.is_empty())
@@ -345,9 +385,10 @@ pub(crate) fn new_token(principal: &str, act_as: bool) -> Result<(String, String
     let act = if act_as { ", \"act_as\"" } else { "" };
     // An id may hold quotes. A JSON text is a TOML text, too.
     let (kind, id) = (json!(kind), json!(id));
+    let expiry = expires_at.map_or_else(String::new, |at| format!("expires_at = \"{at}\"\n"));
     let entry = format!(
         "[[tokens]]\nsha256 = \"{digest}\"\nprincipal_type = {kind}\nprincipal = {id}\n\
-         scopes = [\"decide\", \"explain\"{act}]\n"
+         scopes = [\"decide\", \"explain\"{act}]\n{expiry}"
     );
     Ok((token, entry))
 }

@@ -113,7 +113,7 @@ impl<'n> Site<'n> {
             fs::create_dir_all(&node_dir)?;
             ca.issue(&NodeId::new(id)?, &node_dir, now_s(), YEAR)?;
             fs::copy(ca.crl_path(), node_dir.join("site.crl"))?;
-            let (token, entry) = new_token("Service::story", true)?;
+            let (token, entry) = new_token("Service::story", true, None)?;
             crate::ca::replace(
                 &node_dir.join("tokens.toml"),
                 format!("format = 1\n\n{entry}").as_bytes(),
