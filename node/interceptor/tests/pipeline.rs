@@ -622,8 +622,8 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
             principal_action: rate(2),
             principal_resource: rate(3),
             principal: rate(4).unwrap(),
-            action: rate(5),
-            total: rate(6),
+            action: rate(4),
+            total: rate(7),
             ..QuotaRates::default()
         }
     });
@@ -643,6 +643,16 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
             assert_eq!(answer.reason, Reason::RateLimitExceeded);
             assert_eq!(answer.message, format!("quota {bucket} is spent"));
             assert_eq!(answer.retry_after_ms, Some(1_000));
+            let record = site.last_record();
+            assert_eq!(
+                (&record["decision"], &record["reason"], &record["action"]),
+                (
+                    &json!("deny"),
+                    &json!("RATE_LIMIT_EXCEEDED"),
+                    &json!(action)
+                )
+            );
+            assert_eq!(record["errors"], json!([answer.message]));
         }
     };
     passes("one", "fs.read", "/a");
@@ -656,7 +666,10 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
     // The control: none of the refused ones was charged to what others share.
     passes("two", "fs.read", "/d");
     passes("three", "fs.read", "/d");
-    spent("four", "fs.write", "/d", "total");
+    // Four have read: who never did reads no more, and does other things all the same.
+    spent("four", "fs.read", "/d", "action");
+    passes("four", "fs.write", "/d");
+    spent("five", "fs.write", "/d", "total");
     let refused: Vec<(&str, u64)> = site
         .interceptor
         .quota_stats()
@@ -670,11 +683,11 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
             ("principal_resource", 20),
             ("principal", 20),
             ("caller", 0),
-            ("action", 0),
+            ("action", 20),
             ("total", 20)
         ]
     );
-    assert_eq!(site.evaluations.load(Ordering::SeqCst), 6);
+    assert_eq!(site.evaluations.load(Ordering::SeqCst), 7);
 
     // Other rates hold at once; a rate of nothing changes nothing.
     let mut rates = QuotaRates::default();
@@ -688,7 +701,7 @@ fn inv_13_all_quotas_hold_the_narrowest_refuses_and_a_refusal_costs_nothing() {
     let keys = || site.interceptor.quota_stats()[2].stats.keys;
     site.clock.advance(Duration::from_secs(60));
     site.interceptor.tick();
-    assert_eq!(keys(), 3);
+    assert_eq!(keys(), 4);
     site.clock.advance(Duration::from_secs(600));
     site.interceptor.tick();
     assert_eq!(keys(), 0);
