@@ -1198,6 +1198,54 @@ fn denials_are_recorded_up_to_a_budget_then_summarised_with_exact_counts() {
 }
 
 #[test]
+fn a_flood_past_the_quota_is_recorded_up_to_a_budget_then_counted_exactly() {
+    let site = Site::with(|config| {
+        config.denial_bytes = Rate {
+            per_second: 1,
+            burst: 70_000,
+        };
+        config.quotas.principal = Rate {
+            per_second: 1,
+            burst: 3,
+        };
+    });
+    let (mut allowed, mut recorded, mut counted) = (0_u64, 0_u64, 0_u64);
+    for _ in 0..1_000 {
+        let Outcome { answer, permit } = site.ask("fs.read");
+        match (answer.reason, answer.record, &answer.window) {
+            (Reason::PolicyAllow, Some(_), None) if permit.is_some() => allowed += 1,
+            (Reason::RateLimitExceeded, Some(_), None) => recorded += 1,
+            (Reason::RateLimitExceeded, None, Some(_)) => counted += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!((allowed, recorded + counted), (3, 997));
+    assert!(recorded > 50 && recorded < 500, "{recorded}");
+    let of_reason = |reason: &str| {
+        let records = site.records();
+        records.iter().filter(|r| r["reason"] == reason).count() as u64
+    };
+    assert_eq!(of_reason("RATE_LIMIT_EXCEEDED"), recorded);
+    assert_eq!(of_reason("POLICY_ALLOW"), 3, "the control");
+    // Another one's refusal has a record of its own: its budget is not spent.
+    let other = || site.ask_as(&caller_named("other"), Mode::Decide, &request("fs.read"));
+    let refused = (0..4).map(|_| other().answer).last().unwrap();
+    assert_eq!(refused.reason, Reason::RateLimitExceeded);
+    assert!(refused.record.is_some());
+
+    site.clock.advance(site.interceptor.config().summary_window);
+    site.interceptor.tick();
+    let window = site.last_record();
+    assert_eq!(window["type"], "denials");
+    assert_eq!(
+        window["principals"],
+        json!([{"type": "Agent", "id": "coder", "counts": {"RATE_LIMIT_EXCEEDED": counted}}])
+    );
+    assert_eq!(window["other"], json!({}));
+    assert_eq!(site.interceptor.stats().summarised, counted);
+}
+
+#[test]
 fn answers_without_a_record_are_counted_and_the_count_outlives_a_full_log() {
     let site = Site::new();
     site.recorder.fail(Some(AppendError::Capacity));
