@@ -11,7 +11,7 @@ mod common;
 
 use std::{fs, path::Path};
 
-use common::{Site, chmod, free_tcp, over_tcp, over_unix, read_action, request};
+use common::{Site, chmod, free_tcp, over_tcp, over_unix, read_action, request, until};
 use serde_json::{Value, json};
 
 #[test]
@@ -441,4 +441,182 @@ fn secrets_stay_out_of_the_log_the_records_the_metrics_and_the_status() {
         site.read("node.log").contains("started"),
         "the control: the log is there"
     );
+}
+
+/// The kinds of buckets, the narrowest first.
+const BUCKETS: [&str; 6] = [
+    "principal_action",
+    "principal_resource",
+    "principal",
+    "caller",
+    "action",
+    "total",
+];
+
+/// The config `base` with one bucket that lets `burst` pass at once and one a second, and others that refuse nothing.
+fn with_small(base: &str, small: &str, burst: u32) -> String {
+    let mut text =
+        format!("{base}\n[quota]\nrequests_per_second = 1000000\nrequests_burst = 1000000\n");
+    for bucket in BUCKETS {
+        let (name, unbound) = match bucket {
+            // That of principals has no way to be left out.
+            "principal" => ("actions", 1_000_000),
+            bucket => (bucket, 0),
+        };
+        let (rate, burst) = match bucket == small {
+            true => (1, burst),
+            false => (unbound, 1_000_000),
+        };
+        text.push_str(&format!(
+            "{name}_per_second = {rate}\n{name}_burst = {burst}\n"
+        ));
+    }
+    text
+}
+
+/// What the metrics show of each bucket: passed, refused, and the keys that it holds.
+fn quotas_shown(site: &Site) -> [[u64; 3]; 6] {
+    let metrics = request("GET", "/metrics", &[], b"");
+    let (status, text) = over_unix(&site.path("s"), &metrics).unwrap();
+    assert_eq!(status, 200);
+    let number = |series: String| -> u64 {
+        let mut lines = text.lines();
+        let number = lines.find_map(|line| line.strip_prefix(&series)?.strip_prefix(' '));
+        number.unwrap().parse().unwrap()
+    };
+    BUCKETS.map(|bucket| {
+        [
+            number(format!(
+                "tidelock_quota_total{{bucket=\"{bucket}\",outcome=\"passed\"}}"
+            )),
+            number(format!(
+                "tidelock_quota_total{{bucket=\"{bucket}\",outcome=\"refused\"}}"
+            )),
+            number(format!("tidelock_quota_keys{{bucket=\"{bucket}\"}}")),
+        ]
+    })
+}
+
+/// What a quota said to one action.
+#[derive(Debug, PartialEq)]
+enum Charged {
+    Passed,
+    Refused,
+    /// The metrics say that it was refused, and the answer that its record came too late.
+    RefusedUnrecorded,
+}
+
+/// Asks once where only `small` refuses, and demands that the metrics moved by that action and by nothing else.
+#[track_caller]
+fn charged(site: &Site, small: &str, headers: &[&str], action: &Value) -> Charged {
+    let before = quotas_shown(site);
+    let body = action.to_string();
+    let decide = request("POST", "/v1/decide", headers, body.as_bytes());
+    let (status, text) = over_unix(&site.path("s"), &decide).unwrap();
+    let after = quotas_shown(site);
+    let moved: Vec<[u64; 2]> = before
+        .iter()
+        .zip(after)
+        .map(|(before, after)| [after[0] - before[0], after[1] - before[1]])
+        .collect();
+    let answer: Value = serde_json::from_str(&text).unwrap();
+    let is_passed = moved[BUCKETS.iter().position(|b| *b == small).unwrap()][0] > 0;
+    let expected = BUCKETS.map(|bucket| match is_passed {
+        // A bucket without a bound counts nothing.
+        true => [u64::from(bucket == small || bucket == "principal"), 0],
+        false => [0, u64::from(bucket == small)],
+    });
+    assert_eq!(moved, expected, "{small}: {answer}");
+    let reason = answer["reason"].as_str().unwrap();
+    match (is_passed, reason) {
+        (true, reason) => {
+            assert_ne!(reason, "RATE_LIMIT_EXCEEDED", "{answer}");
+            Charged::Passed
+        }
+        (false, "AUDIT_UNAVAILABLE") => Charged::RefusedUnrecorded,
+        (false, reason) => {
+            assert_eq!((status, reason), (429, "RATE_LIMIT_EXCEEDED"), "{answer}");
+            assert_eq!(answer["message"], format!("quota {small} is spent"));
+            let wait_ms = answer["retry_after_ms"].as_u64().unwrap();
+            assert!((1..=1_000).contains(&wait_ms), "{answer}");
+            Charged::Refused
+        }
+    }
+}
+
+#[test]
+fn each_quota_of_the_config_refuses_the_metrics_show_it_and_a_restart_forgets_it() {
+    let site = Site::new();
+    let (_, token) = with_tcp(&site);
+    let bearer = format!("authorization: Bearer {token}");
+    let base = site.read("tidelock.toml");
+    let small = |bucket, burst| site.write("tidelock.toml", &with_small(&base, bucket, burst));
+    small(BUCKETS[0], 2);
+    let node = site.start_deciding();
+    assert_eq!(quotas_shown(&site), [[0; 3]; 6]);
+
+    // Of the socket's operator, who asks for others, where no token is shown.
+    let act = |who: &str, action: &str, path: &str| {
+        let mut asked = read_action(path);
+        asked["principal"]["id"] = json!(who);
+        asked["action"] = json!(action);
+        asked
+    };
+    let usual = act("ops-2", "fs.read", "/srv/a.txt");
+    // Passes until the bucket is spent: how often, and no less often than the burst.
+    let spend = |bucket: &str, burst: u32| {
+        let mut passed = 0;
+        until("a spent quota", || {
+            match charged(&site, bucket, &[], &usual) {
+                Charged::Passed => passed += 1,
+                Charged::Refused => return Some(()),
+                Charged::RefusedUnrecorded => {}
+            }
+            None
+        });
+        assert!(passed >= burst, "{bucket}: {passed} of {burst}");
+    };
+    for bucket in BUCKETS {
+        small(bucket, 2);
+        node.reload("reloaded");
+        spend(bucket, 2);
+        // The control: what meets another bucket passes at once, and time gives the one of all back.
+        let (headers, other) = match bucket {
+            "principal_action" | "action" => (vec![], act("ops-2", "fs.stat", "/srv/a.txt")),
+            "principal_resource" => (vec![], act("ops-2", "fs.read", "/srv/b.txt")),
+            "principal" => (vec![], act("ops-3", "fs.read", "/srv/a.txt")),
+            "caller" => (vec![bearer.as_str()], read_action("/srv/a.txt")),
+            _ => {
+                until("a token that came back", || {
+                    (charged(&site, bucket, &[], &usual) == Charged::Passed).then_some(())
+                });
+                continue;
+            }
+        };
+        let passed = charged(&site, bucket, &headers, &other);
+        assert_eq!(passed, Charged::Passed, "{bucket}");
+    }
+    // Each of them held the bucket that was spent and the one of the control.
+    let keys = || quotas_shown(&site).map(|[_, _, keys]| keys);
+    assert_eq!(keys(), [2, 2, 3, 2, 2, 1]);
+    let text = format!("{}evict_after_s = 1\n", with_small(&base, "total", 2));
+    site.write("tidelock.toml", &text);
+    node.reload("reloaded");
+    until("full buckets to be forgotten", || {
+        (keys() == [0; 6]).then_some(())
+    });
+
+    // More is owed than the time of a restart pays.
+    let burst = 20;
+    small("total", burst);
+    node.reload("reloaded");
+    spend("total", burst);
+    assert!(node.stop().success());
+    let _node = site.start();
+    assert_eq!(quotas_shown(&site), [[0; 3]; 6]);
+    for _ in 0..burst {
+        let passed = charged(&site, "total", &[], &usual);
+        assert_eq!(passed, Charged::Passed, "a bucket began full");
+    }
+    spend("total", 0);
 }
