@@ -445,6 +445,36 @@ fn explain_tells_the_decision_and_never_makes_a_permit() {
 }
 
 #[test]
+fn an_explanation_is_charged_like_a_decision() {
+    let site = Site::with(|config| {
+        config.quotas.principal = Rate {
+            per_second: 1,
+            burst: 2,
+        }
+    });
+    let ask = |mode| {
+        let answer = site.ask_as(&caller(), mode, &request("fs.read")).answer;
+        (answer.reason, answer.retry_after_ms)
+    };
+    let spent = (Reason::RateLimitExceeded, Some(1_000));
+    let passed = (Reason::PolicyAllow, None);
+    assert_eq!(ask(Mode::Explain), passed);
+    assert_eq!(ask(Mode::Decide), passed);
+    assert_eq!(ask(Mode::Explain), spent);
+    let record = site.last_record();
+    assert_eq!(
+        (&record["type"], &record["reason"]),
+        (&json!("explain"), &json!("RATE_LIMIT_EXCEEDED"))
+    );
+    assert_eq!(ask(Mode::Decide), spent);
+    assert_eq!(site.evaluations.load(Ordering::SeqCst), 2);
+    // What comes back goes to an explanation as to a decision.
+    site.clock.advance(Duration::from_secs(1));
+    assert_eq!(ask(Mode::Explain), passed);
+    assert_eq!(ask(Mode::Decide), spent);
+}
+
+#[test]
 fn without_a_policy_every_action_is_denied() {
     let site = Site::new();
     let active = site.policy.lock().unwrap().take();
