@@ -193,6 +193,35 @@ fn refused_searches_and_reports_are_recorded_up_to_a_budget_then_counted() {
     assert_eq!(site.report(&report), ReportRefused::Unknown);
 }
 
+/// Each candidate is charged like an action: a page ends where the quota does, and the next one is refused.
+#[test]
+fn a_search_is_charged_for_each_candidate_and_refused_where_the_quota_is_spent() {
+    let site = Site::permitting(|config| {
+        config.quotas.principal = Rate {
+            per_second: 1,
+            burst: 2,
+        }
+    });
+    let mut body = actions_of("coder");
+    let first = site.search(SearchFor::Action, &body).unwrap();
+    assert_eq!((first.judged, first.results.len()), (2, 2));
+    body["page"] = json!({"token": first.next_token});
+    assert_eq!(
+        site.search(SearchFor::Action, &body),
+        Err(SearchRefused::RateLimited {
+            retry_after_ms: Some(1_000)
+        })
+    );
+    let refused = site.of_type("refused");
+    assert_eq!(refused.len(), 1);
+    assert_eq!(refused[0]["reason"], "RATE_LIMIT_EXCEEDED");
+    // The control: with what comes back it goes on where it ended.
+    site.clock.advance(std::time::Duration::from_secs(1));
+    let next = site.search(SearchFor::Action, &body).unwrap();
+    assert_eq!((next.judged, next.results.len()), (1, 1));
+    assert!(!first.results.contains(&next.results[0]));
+}
+
 /// A page began under one bundle and ended under the next: some of its results were of either, and it
 /// named the first.
 #[test]
