@@ -611,23 +611,28 @@ async fn over_the_concurrency_limit_there_is_429_and_a_time_to_come_back() {
     };
     let node = start(limits).await;
     let mut waiting = JoinSet::new();
-    let wait = |waiting: &mut JoinSet<u16>, token| {
+    let wait = |waiting: &mut JoinSet<u16>, token, path: &'static str| {
         let client = node.client(Some(token));
-        waiting.spawn(async move { client.post_json("/v1/decide", "\"wait\"").await.unwrap().0 });
+        waiting.spawn(async move { client.post_json(path, "\"wait\"").await.unwrap().0 });
     };
-    wait(&mut waiting, FULL);
-    wait(&mut waiting, FULL);
+    // An explanation holds a slot like a decision.
+    wait(&mut waiting, FULL, "/v1/decide");
+    wait(&mut waiting, FULL, "/v1/explain");
     until(|| node.script.waiting() == 2).await;
 
     // This principal has its share; another one still gets in.
-    let answer = node.raw(&decide(FULL, "\"POLICY_ALLOW\"")).await;
-    assert_eq!(
-        (status(&answer), header(&answer, "retry-after")),
-        (429, Some("1"))
-    );
-    assert_eq!(body(&answer)["error"], "rate_limited");
-    assert_eq!(body(&answer)["retry_after_ms"], 1000);
-    wait(&mut waiting, OTHER);
+    let decision = decide(FULL, "\"POLICY_ALLOW\"");
+    let explanation = decision.replacen("/v1/decide", "/v1/explain", 1);
+    for request in [&decision, &explanation] {
+        let answer = node.raw(request).await;
+        assert_eq!(
+            (status(&answer), header(&answer, "retry-after")),
+            (429, Some("1"))
+        );
+        assert_eq!(body(&answer)["error"], "rate_limited");
+        assert_eq!(body(&answer)["retry_after_ms"], 1000);
+    }
+    wait(&mut waiting, OTHER, "/v1/explain");
     until(|| node.script.waiting() == 3).await;
     assert_eq!(
         status(&node.raw(&decide(OTHER, "\"POLICY_ALLOW\"")).await),
@@ -644,12 +649,11 @@ async fn over_the_concurrency_limit_there_is_429_and_a_time_to_come_back() {
         assert_eq!(status.unwrap(), 200);
     }
     assert_eq!(node.handle.stats().in_flight, 0);
-    assert_eq!(
-        status(&node.raw(&decide(FULL, "\"POLICY_ALLOW\"")).await),
-        200
-    );
+    for request in [&decision, &explanation] {
+        assert_eq!(status(&node.raw(request).await), 200);
+    }
     let (_, windows) = node.stop().await;
-    assert_eq!(windows[0].sources[0].counts.busy, 2);
+    assert_eq!(windows[0].sources[0].counts.busy, 3);
 }
 
 #[tokio::test]
