@@ -95,6 +95,54 @@ async fn every_reason_is_answered_with_its_status_and_its_whole_answer() {
     assert_eq!(header(&answer, "cache-control"), Some("no-store"));
 }
 
+#[tokio::test]
+async fn a_search_past_the_quota_is_told_when_to_come_back() {
+    let node = start(quick()).await;
+    let (agent, file) = (
+        json!({"type": "Agent", "id": "full"}),
+        json!({"type": "File", "id": "/srv/x"}),
+    );
+    let read = json!({"name": "fs.read"});
+    let good = [
+        (
+            "subject",
+            json!({"subject": {"type": "Agent"}, "action": read, "resource": file}),
+        ),
+        (
+            "resource",
+            json!({"subject": agent, "action": read, "resource": {"type": "File"}}),
+        ),
+        ("action", json!({"subject": agent, "resource": file})),
+    ];
+    for (what, body) in good {
+        let search = |body: &str| {
+            let line =
+                format!("/access/v1/search/{what} HTTP/1.1\r\ncontent-type: application/json");
+            common::decide(FULL, body).replacen("/v1/decide HTTP/1.1", &line, 1)
+        };
+        let refused = node.raw(&search(&body.to_string())).await;
+        assert_eq!(
+            (status(&refused), header(&refused, "retry-after")),
+            (429, Some("3")),
+            "{refused}"
+        );
+        let words = common::body(&refused);
+        assert!(
+            words
+                .as_str()
+                .is_some_and(|words| words.starts_with("RATE_LIMIT_EXCEEDED: ")),
+            "{refused}"
+        );
+        // The control: what is not understood is no matter of quota.
+        let invalid = node.raw(&search("{}")).await;
+        assert_eq!(
+            (status(&invalid), header(&invalid, "retry-after")),
+            (400, None),
+            "{invalid}"
+        );
+    }
+}
+
 #[test]
 fn the_answer_is_the_document_s_answer() {
     let mut answer = common::answer(Decision::Deny, Reason::NoMatch);
