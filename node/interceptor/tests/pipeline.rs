@@ -475,6 +475,49 @@ fn an_explanation_is_charged_like_a_decision() {
 }
 
 #[test]
+fn explain_says_what_would_have_to_change() {
+    let site = Site::with(|config| {
+        config.quotas.principal = Rate {
+            per_second: 1,
+            burst: 7,
+        }
+    });
+    let says = |action: &str, reason: Reason, expected: &[&str]| {
+        let answer = site
+            .ask_as(&caller(), Mode::Explain, &request(action))
+            .answer;
+        assert_eq!(answer.reason, reason, "{action}");
+        assert_eq!(answer.explanation.unwrap().to_allow, expected, "{action}");
+    };
+    says("fs.read", Reason::PolicyAllow, &[]);
+    says(
+        "forbidden",
+        Reason::PolicyDeny,
+        &["forbid forbid-it must not apply"],
+    );
+    says(
+        "errors",
+        Reason::EvaluationError,
+        &["the request must fit the schema, and no policy may err; see errors"],
+    );
+    let posture = ["the policy must be newer, or what doctor shows of clock and disk be mended"];
+    site.interceptor.set_posture_floor(Posture::Restricted);
+    says("fs.write", Reason::PostureRestricted, &posture);
+    site.interceptor.set_posture_floor(Posture::Closed);
+    says("fs.read", Reason::PostureClosed, &posture);
+    site.interceptor.set_posture_floor(Posture::Normal);
+    let active = site.policy.lock().unwrap().take();
+    says("fs.read", Reason::NoPolicy, &["a bundle must be installed"]);
+    *site.policy.lock().unwrap() = active;
+    says("fs.read", Reason::PolicyAllow, &[]);
+    says(
+        "fs.read",
+        Reason::RateLimitExceeded,
+        &["wait until the quota lets it pass"],
+    );
+}
+
+#[test]
 fn without_a_policy_every_action_is_denied() {
     let site = Site::new();
     let active = site.policy.lock().unwrap().take();
