@@ -84,6 +84,14 @@ pub(crate) async fn answer(visit: &Visit<'_>, request: Request<Incoming>) -> Rep
     answered
 }
 
+/// What was refused before it came here, with the request's id if that can be given back.
+pub(crate) fn with_request_id(mut refused: Reply, headers: &HeaderMap) -> Reply {
+    if let Ok(Some(id)) = request_id(headers) {
+        set(&mut refused, REQUEST_ID, id.clone());
+    }
+    refused
+}
+
 /// The one `X-Request-ID` that can be given back and recorded as it is.
 fn request_id(headers: &HeaderMap) -> Result<Option<&HeaderValue>, Box<Reply>> {
     let mut given = headers.get_all(REQUEST_ID).iter();

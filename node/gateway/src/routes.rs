@@ -89,6 +89,9 @@ pub(crate) async fn answer(
         return envoy::answer(&visit, request).await;
     }
     let reply = match visit.right_place(&request) {
+        Err(refused) if authzen::is_ours(request.uri().path()) => {
+            authzen::with_request_id(*refused, request.headers())
+        }
         Err(refused) => *refused,
         Ok(()) if is_of_proxy => return envoy::answer(&visit, request).await,
         Ok(()) => answer_of(&visit, request).await,
