@@ -335,6 +335,8 @@ fn basic(tcp: SocketAddr) {
     let mut unknown = tuple(&alice, &name("read"), &record("record-1"));
     unknown["foo"] = json!("bar");
     unknown["subject"]["colour"] = json!(1);
+    unknown["action"]["colour"] = json!(1);
+    unknown["resource"]["colour"] = json!(1);
     unknown["futureField"] = json!({"nested": true});
     for (request, expected) in [
         (tuple(&alice, &name("read"), &record("record-1")), true),
@@ -361,9 +363,87 @@ fn basic(tcp: SocketAddr) {
                 context["record"]["index"].is_u64(),
                 "each has its record: {answer}"
             );
-            let reports = context["obligations"][0]["id"] == "report_outcome";
-            assert_eq!(reports, expected, "{answer}");
+            let obligations = match expected {
+                true => json!([{"id": "report_outcome", "record": context["record"]}]),
+                false => json!([]),
+            };
+            assert_eq!(context["posture"], "normal");
+            assert_eq!(context["obligations"], obligations, "{answer}");
         }
+    }
+}
+
+/// What an allow obliges to is taken at the native door: from who asked, once.
+fn outcome_is_reported(tcp: SocketAddr) {
+    let reads = json!({"name": "read"});
+    let request = tuple(&user("alice"), &reads, &record("record-1"));
+    let (_, answer) = ask(tcp, "/access/v1/evaluation", &request);
+    let obligation = &answer["context"]["obligations"][0];
+    assert_eq!(obligation["id"], "report_outcome", "{answer}");
+    let report = json!({"record": obligation["record"], "outcome": "executed"});
+    let (status, answer) = ask_as(tcp, ALICE, "/v1/report", report.to_string().as_bytes());
+    assert_eq!(
+        (status, &answer["error"]),
+        (403, &json!("NOT_YOURS")),
+        "{answer}"
+    );
+    let (status, answer) = ask(tcp, "/v1/report", &report);
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(answer["decision"], obligation["record"], "{answer}");
+    let (status, answer) = ask(tcp, "/v1/report", &report);
+    assert_eq!(
+        (status, &answer["error"]),
+        (409, &json!("ALREADY_REPORTED")),
+        "{answer}"
+    );
+}
+
+/// Keys that the protocol does not know are ignored wherever they stand, and at the native door nowhere.
+fn unknown_keys(tcp: SocketAddr) {
+    let reads = json!({"name": "read"});
+    let known = tuple(&user("alice"), &reads, &record("record-1"));
+    let places = ["", "/subject", "/action", "/resource"];
+    let with_unknown = |request: &Value, place: &str| {
+        let mut request = request.clone();
+        request.pointer_mut(place).unwrap()["colour"] = json!({"nested": 1});
+        request
+    };
+    for place in places {
+        let mut batch = known.clone();
+        batch["evaluations"] = json!([with_unknown(&known, place)]);
+        let (status, answer) = ask(tcp, "/access/v1/evaluations", &batch);
+        assert_eq!(status, 200, "{place} {answer}");
+        assert_eq!(
+            answer["evaluations"][0]["decision"], true,
+            "{place} {answer}"
+        );
+        for what in ["subject", "resource", "action"] {
+            // A search for actions has none in it.
+            if (what, place) == ("action", "/action") {
+                continue;
+            }
+            let mut request = with_unknown(&known, place);
+            if what == "action" {
+                request.as_object_mut().unwrap().remove("action");
+            }
+            assert!(!found(tcp, what, &request).is_empty(), "{what} {place}");
+        }
+    }
+    let mut paged = known.clone();
+    paged["page"] = json!({"limit": 1, "colour": 1});
+    assert!(!found(tcp, "subject", &paged).is_empty());
+
+    let native =
+        json!({"principal": user("alice"), "action": "read", "resource": record("record-1")});
+    assert_eq!(
+        ask(tcp, "/v1/decide", &native).0,
+        200,
+        "the control of what follows"
+    );
+    for place in ["", "/principal", "/resource"] {
+        let body = with_unknown(&native, place).to_string();
+        let (status, answer) = ask_as(tcp, PEP, "/v1/decide", body.as_bytes());
+        assert_eq!(status, 400, "{place} {answer}");
     }
 }
 
@@ -518,6 +598,42 @@ fn request_ids(tcp: SocketAddr) {
         let answer = ask(bad);
         assert!(answer.starts_with("HTTP/1.1 400"), "{bad:?} {answer}");
     }
+}
+
+/// Each decision of a request has its id, and so has each search.
+fn ids_of_requests_are_recorded(site: &Site, tcp: SocketAddr) {
+    let reads = json!({"name": "read"});
+    let one = tuple(&user("alice"), &reads, &record("record-1"));
+    let mut two = one.clone();
+    two["evaluations"] = json!([{}, {}]);
+    let of = |request: &Value, path: &str, id: &str| {
+        let headers = [
+            format!("authorization: Bearer {PEP}"),
+            format!("x-request-id: {id}"),
+        ];
+        let headers = headers.each_ref().map(String::as_str);
+        let bytes = request_of(path, &headers, request);
+        assert_eq!(over_tcp(tcp, &bytes).0, 200, "{path}");
+    };
+    for (path, request, kind, count) in [
+        ("evaluation", &one, "decision", 1),
+        ("evaluations", &two, "decision", 2),
+        ("search/subject", &one, "search", 1),
+    ] {
+        let id = format!("id-of-{path}");
+        // Again where the disk was too slow for a record.
+        until("records with the request's id", || {
+            of(request, &format!("/access/v1/{path}"), &id);
+            let records = site.records();
+            let with_id = records.iter().map(|r| &r["record"]);
+            let with_id = with_id.filter(|r| r["type"] == kind && r["request_id"] == *id);
+            (with_id.count() >= count).then_some(())
+        });
+    }
+}
+
+fn request_of(path: &str, headers: &[&str], body: &Value) -> Vec<u8> {
+    request("POST", path, headers, body.to_string().as_bytes())
 }
 
 fn batch(tcp: SocketAddr) {
@@ -758,9 +874,17 @@ fn explained(tcp: SocketAddr) {
             assert!(answer["bundle"]["hash"].is_string());
             let notes = answer["explanation"]["nearest"].as_array().unwrap();
             assert!(notes.len() <= 8);
-            let note = notes.iter().find(|note| note["policy"] == policy)?;
-            let unmet = note["unmet"].as_array().unwrap().iter();
+            let nearest = notes.iter().position(|note| note["policy"] == policy)?;
+            let unmet = notes[nearest]["unmet"].as_array().unwrap().iter();
             let word = |u: &Value, key: &str| u[key].as_str().unwrap().to_owned();
+            // What would have to change is each policy's unmet conditions, in words.
+            let to_allow = answer["explanation"]["to_allow"].as_array().unwrap();
+            assert_eq!(to_allow.len(), notes.len());
+            let needs: Vec<String> = unmet.clone().map(|u| word(u, "needs")).collect();
+            assert_eq!(
+                to_allow[nearest],
+                format!("for {policy} to permit: {}", needs.join("; "))
+            );
             Some(unmet.map(|u| (word(u, "part"), word(u, "needs"))).collect())
         })
     };
@@ -796,8 +920,11 @@ fn the_certification_scenario_s_levels_hold() {
     let (site, tcp) = site(&[], Some("https://pdp.example.com"));
     let node = started(&site);
     basic(tcp);
+    outcome_is_reported(tcp);
+    unknown_keys(tcp);
     basic_refusals(tcp);
     request_ids(tcp);
+    ids_of_requests_are_recorded(&site, tcp);
     batch(tcp);
     search(tcp);
 
@@ -899,4 +1026,56 @@ fn the_certification_scenario_s_levels_hold() {
         .iter()
         .any(|r| r["record"]["invalid"]["code"] == "principal_mismatch");
     assert!(invalid);
+}
+
+#[test]
+fn a_posture_that_is_not_normal_is_an_obligation_and_the_metadata_name_the_host() {
+    let (site, tcp) = site(&[], None);
+    site.bundle("old.tar", "policy.key", |manifest| {
+        manifest["classes"] = json!({"all": {
+            "actions": [], "stale_after_s": 1, "restrict_after_s": 2_000_000,
+            "close_after_s": 3_000_000, "when_restricted": "deny",
+        }});
+        manifest["default_class"] = json!("all");
+    });
+    let _node = site.start();
+    site.ok(&["bundle", "install", "old.tar", "--apply"]);
+    let of = |action: &str| {
+        let action = json!({"name": action});
+        let request = tuple(&user("bob"), &action, &record("record-1"));
+        ask(tcp, "/access/v1/evaluation", &request).1
+    };
+    let allowed = until("a stale policy", || {
+        let answer = of("read");
+        assert_eq!(answer["decision"], true, "{answer}");
+        (answer["context"]["posture"] == "stale").then_some(answer)
+    });
+    let posture = json!({"id": "posture", "posture": "stale"});
+    let report = json!({"id": "report_outcome", "record": allowed["context"]["record"]});
+    assert_eq!(
+        allowed["context"]["obligations"],
+        json!([report, posture]),
+        "{allowed}"
+    );
+    let denied = of("write");
+    assert_eq!(denied["decision"], false);
+    assert_eq!(
+        denied["context"]["obligations"],
+        json!([posture]),
+        "{denied}"
+    );
+
+    for host in ["localhost", "localhost:8080", "127.0.0.1"] {
+        let head = format!(
+            "GET /.well-known/authzen-configuration HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n"
+        );
+        let (status, text) = over_tcp(tcp, head.as_bytes());
+        let answer: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(status, 200, "{answer}");
+        assert_eq!(answer["policy_decision_point"], format!("http://{host}"));
+        assert_eq!(
+            answer["access_evaluation_endpoint"],
+            format!("http://{host}/access/v1/evaluation")
+        );
+    }
 }
