@@ -133,6 +133,77 @@ fn a_policy_without_a_test_is_named_and_a_failure_shows_both_sides() {
     );
 }
 
+/// What a bundle is compiled of beside its policies, in the Rego lane.
+const INPUT: &str =
+    r#"{"format": 1, "actions": {"fs.read": {"principal": ["Agent"], "resource": ["File"]}}}"#;
+
+#[test]
+fn coverage_of_rego_rules_is_never_claimed() {
+    let dir = tempfile::tempdir().unwrap();
+    new(&dir, "coding-agent");
+    let write = |path: &str, text: &str| {
+        fs::write(dir.path().join("coding-agent").join(path), text).unwrap();
+    };
+    let manifest = |engine: &str| {
+        let path = dir.path().join("coding-agent/manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        manifest["engine"] = json!(engine);
+        write("manifest.json", &manifest.to_string());
+    };
+    let test = ["bundle", "test", "coding-agent"];
+    let strict = [test.as_slice(), &["--require-coverage"]].concat();
+    let json_of = |args: &[&'static str]| [args, &["--json"]].concat();
+    // The control: all of it is Cedar.
+    let report = run(&dir, &json_of(&strict)).ended(0).json();
+    assert_eq!(report["coverage"], "measured");
+
+    // Its decision names the file, which was once taken for coverage.
+    write(
+        "policies/base.rego",
+        "package tidelock\n\ndecision := {\"allow\": true, \"policies\": [\"base.rego\"]}\n",
+    );
+    write("input-schema.json", INPUT);
+    write(
+        "tests/base.json",
+        &json!([{"name": "reads", "request": {"principal": {"type": "Agent", "id": "a"}, "action": "fs.read",
+            "resource": {"type": "File", "id": "/a"}}, "expect": "allow"}])
+        .to_string(),
+    );
+    write(
+        "schema.cedarschema",
+        "entity Agent; entity File;\naction \"fs.read\" appliesTo { principal: [Agent], resource: [File] };",
+    );
+    write(
+        "policies/base.cedar",
+        "@id(\"all\") permit (principal, action, resource);",
+    );
+    manifest("cedar+rego");
+    run(&dir, &test)
+        .ended(0)
+        .says(&["Rego rules: not measured"]);
+    let report = run(&dir, &json_of(&strict)).ended(1).json();
+    assert_eq!(
+        (&report["coverage"], &report["uncovered"]),
+        (&json!("cedar only"), &json!([]))
+    );
+
+    fs::remove_file(dir.path().join("coding-agent/policies/base.cedar")).unwrap();
+    fs::remove_file(dir.path().join("coding-agent/schema.cedarschema")).unwrap();
+    manifest("rego");
+    run(&dir, &test)
+        .ended(0)
+        .says(&["1 passed", "Rego rules: not measured"]);
+    run(&dir, &strict).ended(1).says(&[
+        "coverage is of Cedar policies",
+        "Write a test for each Rego rule",
+    ]);
+    let report = run(&dir, &json_of(&test)).ended(0).json();
+    assert_eq!(
+        (&report["coverage"], &report["uncovered"]),
+        (&json!("not measured"), &Value::Null)
+    );
+}
+
 #[test]
 fn a_watched_directory_is_tested_again_after_each_change() {
     let dir = tempfile::tempdir().unwrap();

@@ -562,7 +562,8 @@ impl Contents {
             .next()
             .ok_or_else(|| BundleError::Engine(self.manifest.engine.clone()))?;
         let engine: Arc<dyn Engine> = Arc::new(Lanes::new(first, lanes.collect()));
-        let tests = Cases::read(&self.files)?.run(engine.as_ref(), &policy_ids);
+        let tests =
+            Cases::read(&self.files)?.run(engine.as_ref(), cedar.as_deref(), rego.is_some());
         Ok(Compiled {
             told_of_node,
             cedar,

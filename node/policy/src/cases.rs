@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::archive::Files;
+use crate::cedar::CedarEngine;
 use crate::error::{BundleError, clip};
 use crate::json;
 use crate::limits::{FAILURES_LISTED_MAX, TESTS_MAX};
@@ -21,9 +22,28 @@ pub struct TestReport {
     pub failed: usize,
     /// The first failures.
     pub failures: Vec<CaseFailure>,
-    /// Policies that determined the answer of no test that passed, sorted: what they say may be changed
-    /// without any test noticing.
-    pub uncovered: Vec<String>,
+    /// Of which policies `uncovered` speaks.
+    pub coverage: Coverage,
+    /// Cedar policies that determined the answer of no test that passed, sorted: what they say may be
+    /// changed without any test noticing. `None` where coverage is not measured: an empty list would
+    /// say that all is covered.
+    pub uncovered: Option<Vec<String>>,
+}
+
+/// Of which policies a report knows whether a test covers them. The ids in a Rego decision are texts that
+/// its rules choose, and the register machine does not tell which rules it entered: a decision that names
+/// a rule says nothing of whether the rule was at work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Coverage {
+    /// Of all: they are Cedar's.
+    #[serde(rename = "measured")]
+    Measured,
+    /// Of the Cedar policies; there are Rego rules beside them.
+    #[serde(rename = "cedar only")]
+    CedarOnly,
+    /// Of none: they are Rego's.
+    #[serde(rename = "not measured")]
+    NotMeasured,
 }
 
 /// A test that did not come out as expected.
@@ -216,20 +236,42 @@ impl Cases {
         Ok(Self(cases))
     }
 
-    /// Runs all tests against an engine with these policies.
-    pub(crate) fn run(&self, engine: &dyn Engine, policy_ids: &[String]) -> TestReport {
+    /// Runs all tests against the engine of a bundle. Of its lanes the Cedar one is measured.
+    pub(crate) fn run(
+        &self,
+        engine: &dyn Engine,
+        cedar: Option<&CedarEngine>,
+        rego: bool,
+    ) -> TestReport {
         let mut report = TestReport {
             passed: 0,
             failed: 0,
             failures: Vec::new(),
-            uncovered: Vec::new(),
+            coverage: match (cedar.is_some(), rego) {
+                (true, false) => Coverage::Measured,
+                (true, true) => Coverage::CedarOnly,
+                (false, _) => Coverage::NotMeasured,
+            },
+            uncovered: None,
         };
         let mut covered = BTreeSet::new();
         for (path, case) in &self.0 {
-            let evaluation = engine.evaluate(&case.request.to_policy());
+            let request = case.request.to_policy();
+            let evaluation = engine.evaluate(&request);
             if case.is_met_by(&evaluation) {
                 report.passed += 1;
-                covered.extend(evaluation.policies);
+                match cedar {
+                    // A Rego decision may name a Cedar policy: only the lane's own word counts, where it
+                    // is the answer.
+                    Some(cedar) if rego => {
+                        let own = cedar.evaluate(&request);
+                        if own.verdict == evaluation.verdict {
+                            covered.extend(own.policies);
+                        }
+                    }
+                    Some(_) => covered.extend(evaluation.policies),
+                    None => {}
+                }
                 continue;
             }
             report.failed += 1;
@@ -237,8 +279,10 @@ impl Cases {
                 report.failures.push(failure(path, case, evaluation));
             }
         }
-        let uncovered = policy_ids.iter().filter(|id| !covered.contains(*id));
-        report.uncovered = uncovered.cloned().collect();
+        report.uncovered = cedar.map(|cedar| {
+            let ids = cedar.policy_ids().iter();
+            ids.filter(|id| !covered.contains(*id)).cloned().collect()
+        });
         report
     }
 }

@@ -60,7 +60,7 @@ pub use bundle::{
     BundleBuilder, Examined, Inspection, LoadContext, VerifiedBundle, build_dir, examine, inspect,
     run_tests, signed_manifest, vouched,
 };
-pub use cases::{CaseFailure, Outcome, OwnCase, TestReport};
+pub use cases::{CaseFailure, Coverage, Outcome, OwnCase, TestReport};
 pub use cedar::CedarEngine;
 pub use chain::{Extended, NewestTrust, TRUST_NEWEST_SLOT, TRUST_ORIGIN, TRUST_SLOT, TrustChain};
 pub use consult::{ConsultTerms, WhenUnreachable};

@@ -181,7 +181,7 @@ mod tests {
                 });
             let report = run_tests(&builder.clone().build().unwrap()).unwrap();
             assert_eq!(report.failures, [], "{}", kind.name());
-            assert_eq!(report.uncovered, Vec::<String>::new(), "{}", kind.name());
+            assert_eq!(report.uncovered, Some(Vec::new()), "{}", kind.name());
             let bundle = authority.load(builder).unwrap();
             assert_eq!(bundle.warnings(), Vec::<String>::new(), "{}", kind.name());
         }

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use tidelock_policy::testing::{Authority, RegoRules, template_builder};
 use tidelock_policy::{
-    BundleBuilder, BundleError, Engine, Failure, PolicyRequest, Verdict, VerifiedBundle, template,
+    BundleBuilder, BundleError, Coverage, Engine, Failure, PolicyRequest, Verdict, VerifiedBundle,
+    run_tests, template,
 };
 
 const CREATED: u64 = 1_769_860_800_000;
@@ -415,6 +416,75 @@ fn deep_rules_fit_the_stack_and_deeper_ones_do_not_load() {
     assert_eq!(said.unwrap(), Verdict::Permit);
     let error = load(builder(&chain(limit + 1))).unwrap_err();
     assert!(error.to_string().contains("deep"), "{error}");
+}
+
+/// A test of `/srv/a` that expects an answer by these.
+fn one_test(expect: &str, policies: &Value) -> Vec<u8> {
+    json!([{"name": "one", "request": {"principal": {"type": "Agent", "id": "a"}, "action": "fs.read",
+        "resource": {"type": "File", "id": "/srv/a", "attributes": {"path": "/srv/a"}}},
+        "expect": expect, "policies": policies}])
+    .to_string()
+    .into_bytes()
+}
+
+/// The story: the names of Rego files were compared with what decisions name, so that a good bundle was
+/// called uncovered, and one whose decision names a file was called covered.
+#[test]
+fn of_rego_rules_coverage_is_not_measured_whatever_a_decision_names() {
+    for named in ["reads", "main.rego"] {
+        let policy = format!(
+            "package tidelock\n\ndecision := {{\"allow\": true, \"policies\": [\"{named}\"]}}"
+        );
+        let tested = builder(&policy).file("tests/a.json", one_test("allow", &json!([named])));
+        let report = run_tests(&tested.build().unwrap()).unwrap();
+        assert_eq!((report.passed, report.failed), (1, 0), "{named}");
+        assert_eq!(report.coverage, Coverage::NotMeasured, "{named}");
+        assert_eq!(report.uncovered, None, "{named}");
+        let report = serde_json::to_value(report).unwrap();
+        assert_eq!(report["coverage"], "not measured");
+        assert_eq!(report["uncovered"], Value::Null);
+    }
+}
+
+#[test]
+fn of_two_lanes_the_cedar_policies_are_measured_by_their_own_word() {
+    let cedar = "entity Agent; entity File = {\"path\"?: String};\naction \"fs.read\" appliesTo {principal: [Agent], resource: [File], context: {}};";
+    // Each permits or forbids what the test asks for, or not.
+    let report = |reads: bool, guard: bool, rego: &str, expect: &str, policies: Value| {
+        let policy = format!(
+            "@id(\"reads\") permit(principal, action, resource) when {{ {reads} }};\n\
+             @id(\"guard\") forbid(principal, action, resource) when {{ {guard} }};"
+        );
+        let both = builder(&format!("package tidelock\n\ndecision := {rego}"))
+            .file("manifest.json", manifest("cedar+rego"))
+            .file("schema.cedarschema", cedar.into())
+            .file("policies/base.cedar", policy.into())
+            .file("tests/a.json", one_test(expect, &policies));
+        let report = run_tests(&both.build().unwrap()).unwrap();
+        assert_eq!(report.failures, []);
+        assert_eq!(report.coverage, Coverage::CedarOnly);
+        report.uncovered.unwrap()
+    };
+    let silent = r#"{"allow": false}"#;
+    assert_eq!(
+        report(true, false, silent, "allow", json!(["reads"])),
+        ["guard"]
+    );
+    assert_eq!(
+        report(true, true, silent, "deny", json!(["guard"])),
+        ["reads"]
+    );
+    // A Rego decision names a Cedar policy that was silent, or overruled.
+    let names = r#"{"allow": true, "policies": ["reads"]}"#;
+    assert_eq!(
+        report(false, false, names, "allow", json!(["reads"])),
+        ["guard", "reads"]
+    );
+    let forbids = r#"{"allow": true, "deny": ["reads"]}"#;
+    assert_eq!(
+        report(true, false, forbids, "deny", json!(["reads"])),
+        ["guard", "reads"]
+    );
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -11,9 +12,9 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use clap::{Args, Subcommand, ValueHint};
 use serde_json::{Value, json};
 use tidelock_policy::{
-    ContentId, Freshness, LoadContext, OpaFile, OpaImport, OpaKey, OpaProblem, Package, Starter,
-    TestReport, build_dir, decode_signature, import_opa, limits::ARCHIVE_BYTES_MAX, run_tests,
-    sign, starter,
+    ContentId, Coverage, Freshness, LoadContext, OpaFile, OpaImport, OpaKey, OpaProblem, Package,
+    Starter, TestReport, build_dir, decode_signature, import_opa, limits::ARCHIVE_BYTES_MAX,
+    run_tests, sign, starter,
 };
 
 use super::{
@@ -92,13 +93,14 @@ pub enum BundleCommand {
     /// test covers.
     #[command(after_help = "Examples:\n  tidelock bundle test policy --watch\n  \
                       tidelock bundle test site-1.tar --require-coverage\n\nA policy is covered when it \
-                      determined the answer of a test that passed. Exit codes: 0 all passed, 1 a test \
-                      failed or a policy is not covered, 2 it does not compile.")]
+                      determined the answer of a test that passed. Of Rego rules that is not \
+                      measured. Exit codes: 0 all passed, 1 a test failed or a policy is not covered, 2 \
+                      it does not compile.")]
     Test {
         /// The bundle directory, or the archive.
         #[arg(value_hint = ValueHint::AnyPath)]
         bundle: PathBuf,
-        /// Fail where a policy is not covered.
+        /// Fail where a policy is not covered, and where coverage is not measured: in a bundle with Rego.
         #[arg(long)]
         require_coverage: bool,
         /// Run again whenever a file changes, until interrupted.
@@ -433,14 +435,27 @@ fn test(bundle: &Path, require_coverage: bool, output: &Output) -> Result<Exit, 
         read(bundle)?
     };
     let report = run_tests(&archive)?;
-    let covered = report.uncovered.is_empty() || !require_coverage;
     output.say(&report, || report_text(&report));
-    Ok(if report.failures.is_empty() && covered {
-        Exit::Done
-    } else {
-        Exit::Failed
-    })
+    let measured = report.coverage == Coverage::Measured;
+    if require_coverage && !measured {
+        // Standard output has the report, one document with `--json`.
+        let _ = writeln!(std::io::stderr(), "tidelock: {NOT_MEASURED}");
+    }
+    let covered = measured && report.uncovered.as_ref().is_some_and(Vec::is_empty);
+    Ok(
+        if report.failures.is_empty() && (covered || !require_coverage) {
+            Exit::Done
+        } else {
+            Exit::Failed
+        },
+    )
 }
+
+/// Why a bundle with Rego rules is never taken for covered.
+const NOT_MEASURED: &str = "--require-coverage: coverage is of Cedar policies; which Rego rules were at work is \
+                            not known, so this bundle cannot be called covered. Write a test for each \
+                            Rego rule, with the nearest request that it must not take, and run without \
+                            --require-coverage";
 
 /// A report for people: each failure with what was expected above what came.
 fn report_text(report: &TestReport) -> String {
@@ -459,11 +474,11 @@ fn report_text(report: &TestReport) -> String {
     if unlisted > 0 {
         lines.push(format!("and {unlisted} more failures"));
     }
-    if !report.uncovered.is_empty() {
-        lines.push(format!(
-            "covered by no test: {}",
-            report.uncovered.join(", ")
-        ));
+    if let Some(uncovered) = report.uncovered.as_ref().filter(|ids| !ids.is_empty()) {
+        lines.push(format!("covered by no test: {}", uncovered.join(", ")));
+    }
+    if report.coverage != Coverage::Measured {
+        lines.push("coverage of Rego rules: not measured".to_owned());
     }
     lines.push(format!(
         "{} passed, {} failed",
