@@ -274,17 +274,26 @@ fn the_schemas_of_a_bundle_and_the_program_agree() {
         ("/0/colour", json!("red")),
         ("/0/because", json!(["it", "is"])),
         ("/0/policies", json!("read-srv")),
-        ("/0/request/resource", Value::Null),
-        ("/0/request/principal/name", json!("x")),
-        ("/0/request/resource/attributes", json!([])),
+        ("/0/given/resource", Value::Null),
+        ("/0/given/principal/name", json!("x")),
+        ("/0/given/resource/attributes", json!([])),
+        ("/0/given", Value::Null),
+        // The older word beside the newer one.
+        ("/0/request", good[0]["given"].clone()),
     ] {
         let bad = changed(&good, place, &new);
         assert!(!fits(&tests, &bad), "{place}: {new}");
         site.write("policy/tests/base.json", &bad.to_string());
         site.tidelock(&["bundle", "test", "policy"]).ended(2);
     }
-    site.write("policy/tests/base.json", &good.to_string());
-    site.ok(&["bundle", "test", "policy"]);
+    // The older word alone is taken by both, as in bundles that stand.
+    let older = changed(&good, "/0/request", &good[0]["given"]);
+    let older = changed(&older, "/0/given", &Value::Null);
+    for said in [older, good] {
+        must_fit(&tests, &said);
+        site.write("policy/tests/base.json", &said.to_string());
+        site.ok(&["bundle", "test", "policy"]);
+    }
 }
 
 /// TOML as JSON would have it.

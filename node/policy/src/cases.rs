@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use crate::archive::Files;
@@ -102,17 +102,61 @@ impl fmt::Display for CaseFailure {
 pub(crate) struct Cases(Vec<(String, Case)>);
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "RawCase")]
 pub(crate) struct Case {
+    name: String,
+    because: Option<String>,
+    given: CaseRequest,
+    expect: Expect,
+    policies: Option<Vec<String>>,
+}
+
+/// A test as it is written.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename = "Case")]
+struct RawCase {
     name: String,
     /// Why the author expects it; shown when the test fails.
     #[serde(default)]
     because: Option<String>,
-    request: CaseRequest,
+    #[serde(default, deserialize_with = "there")]
+    given: Option<CaseRequest>,
+    /// The older word for `given`.
+    #[serde(default, deserialize_with = "there")]
+    request: Option<CaseRequest>,
     expect: Expect,
     /// When given, exactly the policies that must have determined the answer.
     #[serde(default)]
     policies: Option<Vec<String>>,
+}
+
+/// What stands there must be one: `null` is not the same as nothing.
+fn there<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<CaseRequest>, D::Error> {
+    CaseRequest::deserialize(deserializer).map(Some)
+}
+
+impl TryFrom<RawCase> for Case {
+    type Error = String;
+
+    fn try_from(raw: RawCase) -> Result<Self, String> {
+        let given = match (raw.given, raw.request) {
+            (Some(given), None) | (None, Some(given)) => given,
+            (Some(_), Some(_)) => {
+                return Err(format!(
+                    "`{}` has both `given` and `request`, which is the older word for it: remove one",
+                    clip(&raw.name)
+                ));
+            }
+            (None, None) => return Err(format!("`{}` has no `given`", clip(&raw.name))),
+        };
+        Ok(Self {
+            name: raw.name,
+            because: raw.because,
+            given,
+            expect: raw.expect,
+            policies: raw.policies,
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -200,7 +244,7 @@ impl OwnCase {
     /// What is asked.
     #[must_use]
     pub fn request(&self) -> PolicyRequest {
-        self.case.request.to_policy()
+        self.case.given.to_policy()
     }
 
     /// Whether this is the answer that its author expects.
@@ -256,7 +300,7 @@ impl Cases {
         };
         let mut covered = BTreeSet::new();
         for (path, case) in &self.0 {
-            let request = case.request.to_policy();
+            let request = case.given.to_policy();
             let evaluation = engine.evaluate(&request);
             if case.is_met_by(&evaluation) {
                 report.passed += 1;

@@ -492,6 +492,45 @@ fn a_bundle_that_fails_its_own_tests_is_refused() {
     );
 }
 
+/// A table says `given`; `request` is the older word, which bundles that stand have.
+#[test]
+fn a_test_says_what_is_given_by_either_word_and_never_by_both() {
+    let site = Site::new(1, 1);
+    let asked = |path: &str| {
+        json!({"principal": {"type": "Agent", "id": "a"}, "action": "fs.read",
+            "resource": {"type": "File", "id": path, "attributes": {"path": path}}})
+    };
+    let case = |given: Value| {
+        let mut case = json!({"name": "probe", "expect": "allow"});
+        let members = given.as_object().unwrap().clone();
+        case.as_object_mut().unwrap().extend(members);
+        base().file("tests/more.json", json!([case]).to_string().into_bytes())
+    };
+    for word in ["given", "request"] {
+        let tested = |path: &str| site.load_built(case(json!({word: asked(path)})));
+        assert_eq!(tested("/srv/a").unwrap().tests_passed(), 14, "{word}");
+        // The control: what stands there is what is asked.
+        assert_eq!(tested("/etc/a").unwrap_err().code(), "BUNDLE_TESTS");
+    }
+    for (given, words) in [
+        (
+            json!({"given": asked("/srv/a"), "request": asked("/srv/a")}),
+            "both `given` and `request`",
+        ),
+        (json!({}), "`probe` has no `given`"),
+        (json!({"given": null, "request": asked("/srv/a")}), "null"),
+        (json!({"given": asked("/srv/a"), "request": null}), "null"),
+    ] {
+        let error = site.load_built(case(given)).unwrap_err();
+        assert_eq!(error.code(), "BUNDLE_FORMAT");
+        let error = error.to_string();
+        assert!(
+            error.contains("tests/more.json") && error.contains(words),
+            "{error}"
+        );
+    }
+}
+
 /// A test that expects a deny must not pass because its request was written wrongly.
 #[test]
 fn an_error_does_not_pass_for_an_expected_deny() {
