@@ -280,6 +280,22 @@ fn rego_decides_alone_and_beside_cedar_and_a_forbid_of_either_wins() {
     site.tidelock(&["decide", "--explain", "ask.json"])
         .ended(3)
         .says(&["NO_MATCH"]);
+    let explained = |path: &str| {
+        site.write("ask.json", &common::read_action(path).to_string());
+        let ran = site.tidelock(&["decide", "--explain", "ask.json", "--json"]);
+        ran.ended(3).json()["explanation"].clone()
+    };
+    let silent = explained("/etc/shadow");
+    assert_eq!(silent["nearest"], json!([]));
+    let way = silent["to_allow"][0].as_str().unwrap();
+    assert!(
+        way.contains("`allow` of data.tidelock.decision") && way.contains("cannot be told"),
+        "{way}"
+    );
+    assert_eq!(
+        explained("/srv/secret")["to_allow"],
+        json!(["`deny` of data.tidelock.decision must not hold `secrets`"])
+    );
     site.tidelock(&["policy", "plan", "site-1.tar", "--replay", "0"])
         .ended(1)
         .says(&["BUNDLE_EPOCH"]);

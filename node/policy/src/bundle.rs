@@ -195,6 +195,25 @@ impl VerifiedBundle {
         &self.compiled.policy_ids
     }
 
+    /// Whether rules in Rego judge each request, alone or beside Cedar.
+    #[must_use]
+    pub fn has_rego(&self) -> bool {
+        self.compiled.has_rego
+    }
+
+    /// Whether policies in Cedar judge each request, alone or beside Rego.
+    #[must_use]
+    pub fn has_cedar(&self) -> bool {
+        self.compiled.cedar.is_some()
+    }
+
+    /// Whether this is the id of a Cedar policy.
+    #[must_use]
+    pub fn is_cedar_policy(&self, id: &str) -> bool {
+        let cedar = self.compiled.cedar.as_ref();
+        cedar.is_some_and(|cedar| cedar.policy_ids().iter().any(|one| one == id))
+    }
+
     /// Ids of the bundle's entities of one type, sorted: what a search can find.
     #[must_use]
     pub fn entity_ids(&self, kind: &str) -> Vec<&str> {
@@ -210,7 +229,8 @@ impl VerifiedBundle {
         self.compiled.actions.iter().map(String::as_str).collect()
     }
 
-    /// The permits that come nearest to a request that none of them permits, and what does not hold.
+    /// The Cedar permits that come nearest to a request that none of them permits, and what does not hold.
+    /// Of Rego rules that cannot be told.
     #[must_use]
     pub fn explain(&self, request: &PolicyRequest) -> Vec<PolicyNote> {
         let cedar = self.compiled.cedar.as_ref();
@@ -386,6 +406,7 @@ struct Compiled {
     told_of_node: BTreeSet<String>,
     /// The Cedar lane, where there is one.
     cedar: Option<Arc<CedarEngine>>,
+    has_rego: bool,
     engine: Arc<dyn Engine>,
     policy_ids: Vec<String>,
     actions: BTreeSet<String>,
@@ -567,6 +588,7 @@ impl Contents {
         Ok(Compiled {
             told_of_node,
             cedar,
+            has_rego: rego.is_some(),
             engine,
             policy_ids,
             actions,
