@@ -155,7 +155,8 @@ impl Upstream {
 fn envoy() -> Option<PathBuf> {
     let named = std::env::var_os("TIDELOCK_ENVOY").unwrap_or_else(|| "envoy".into());
     let version = Command::new(&named).arg("--version").output().ok()?;
-    version.status.success().then(|| named.into())
+    let is_known = String::from_utf8_lossy(&version.stdout).contains("/1.40.");
+    (version.status.success() && is_known).then(|| named.into())
 }
 
 /// A running Envoy; killed with the test.

@@ -1302,7 +1302,8 @@ fn a_flood_past_the_quota_is_recorded_up_to_a_budget_then_counted_exactly() {
     assert_eq!(of_reason("POLICY_ALLOW"), 3, "the control");
     // Another one's refusal has a record of its own: its budget is not spent.
     let other = || site.ask_as(&caller_named("other"), Mode::Decide, &request("fs.read"));
-    let refused = (0..4).map(|_| other().answer).last().unwrap();
+    let answers: Vec<_> = (0..4).map(|_| other().answer).collect();
+    let refused = answers.last().unwrap();
     assert_eq!(refused.reason, Reason::RateLimitExceeded);
     assert!(refused.record.is_some());
 

@@ -91,7 +91,7 @@ pub(crate) fn scan(text: &str) -> Result<(), (usize, String)> {
             }
             _ if character.is_whitespace() => continue,
             '#' => {
-                while let Some((_, next)) = characters.next() {
+                for (_, next) in characters.by_ref() {
                     if next == '\n' {
                         line += 1;
                         break;
