@@ -219,6 +219,15 @@ fn ca_bundle_and_token_speak_to_people_and_machines() {
     assert_ne!(one["token"], two["token"]);
     assert!(one["entry"].as_str().unwrap().contains("act_as"));
     assert!(!two["entry"].as_str().unwrap().contains("act_as"));
+    // It ends, unless that is not wanted.
+    let end = format!("expires_at = {}", one["expires_at"]);
+    assert!(one["entry"].as_str().unwrap().contains(&end), "{one}");
+    let endless = site.json(&["token", "new", "--principal", "Agent::a", "--no-expiry"]);
+    assert_eq!(endless["expires_at"], Value::Null);
+    assert!(!endless["entry"].as_str().unwrap().contains("expires_at"));
+    site.tidelock(&["token", "new", "--principal", "Agent::a", "--days", "0"])
+        .ended(2)
+        .says(&["--days"]);
     for bad in ["ops-1", "::x", "Agent::", "9 x::y", "Agent::a\nb"] {
         site.tidelock(&["token", "new", "--principal", bad])
             .ended(2)
@@ -270,6 +279,68 @@ fn an_opa_bundle_is_taken_over_with_a_report() {
     site.ok(&["bundle", "test", "authz-1.tar"]);
     site.ok(&["bundle", "inspect", "authz-1.tar"])
         .says(&["policies/p-authz.rego", "input-schema.json"]);
+}
+
+/// OPA takes an old bundle for ever, since nothing that is signed says which of two is newer. Taken over it
+/// has an epoch, and the old one does not come back.
+#[test]
+fn an_old_opa_bundle_does_not_come_back() {
+    let site = Site::new();
+    let _node = site.start();
+    let offer = |rules: &str, epoch: u64| {
+        if site.path("taken").exists() {
+            fs::remove_dir_all(site.path("taken")).unwrap();
+        }
+        fs::create_dir_all(site.path("opa")).unwrap();
+        site.write("opa/authz.rego", rules);
+        let packed = std::process::Command::new("tar")
+            .args(["-C", "opa", "-czf", "opa.tar.gz", "authz.rego"])
+            .current_dir(site.path(""))
+            .status();
+        assert!(packed.unwrap().success());
+        site.ok(&[
+            "bundle",
+            "import-opa",
+            "opa.tar.gz",
+            "--allow-unsigned",
+            "--dir",
+            "taken",
+            "--name",
+            "site",
+            "--domain",
+            "harbour",
+            "--action",
+            "fs.read",
+            "--allow-rule",
+            "data.authz.allow",
+        ]);
+        let mut manifest: Value = serde_json::from_str(&site.read("taken/manifest.json")).unwrap();
+        manifest["epoch"] = json!(epoch);
+        site.write("taken/manifest.json", &manifest.to_string());
+        site.ok(&["bundle", "build", "taken", "--out", "taken.tar"]);
+        site.ok(&["bundle", "sign", "taken.tar", "--key", "policy.key"]);
+        site.tidelock(&["bundle", "install", "taken.tar", "--apply"])
+    };
+    let old = "package authz\n\ndefault allow := false\n\nallow if input.action == \"fs.read\"\n";
+    let new =
+        "package authz\n\ndefault allow := false\n\nallow if input.resource.id == \"/srv/a.txt\"\n";
+    offer(old, 1).ended(0).says(&["nothing stands behind it"]);
+    assert_eq!(site.may_read("/etc/shadow").0, "allow");
+    offer(new, 2)
+        .ended(0)
+        .says(&["to undo it: tidelock policy rollback --plan"]);
+    let recorded = site.events("bundle_activated").pop().unwrap();
+    let undo = recorded["undo"].as_str().unwrap();
+    assert!(
+        undo.starts_with("tidelock policy rollback --plan"),
+        "{undo}"
+    );
+    site.decides();
+    offer(old, 1).ended(1).says(&["BUNDLE_EPOCH"]);
+    site.decides();
+    // The control: its rules come back under a newer epoch, and only so.
+    offer(old, 3).ended(0);
+    assert_eq!(site.may_read("/etc/shadow").0, "allow");
 }
 
 #[test]

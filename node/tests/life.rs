@@ -461,3 +461,119 @@ fn damage_that_a_start_finds_is_recorded() {
     );
     site.decides();
 }
+
+/// A file system of its own below the site; gone with the test.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn new(path: PathBuf, mib: u32) -> Option<Self> {
+        fs::create_dir_all(&path).unwrap();
+        let mounted = std::process::Command::new("mount")
+            .args([
+                "-t",
+                "tmpfs",
+                "-o",
+                &format!("size={mib}m,mode=700"),
+                "tmpfs",
+            ])
+            .arg(&path)
+            .status();
+        mounted
+            .is_ok_and(|status| status.success())
+            .then_some(Self(path))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Lazily: a node that a failed test leaves behind still has it open.
+        let _ = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
+    }
+}
+
+/// INV-01, INV-14: where the disk is full and not only the ceiling, callers that ask all at once get allows
+/// with a record and denials, and nothing else; and the node goes on when there is room again.
+#[test]
+fn on_a_full_disk_every_allow_has_its_record_and_the_rest_are_denials() {
+    const CALLERS: usize = 4;
+    let site = Site::new();
+    let Some(disk) = Mounted::new(site.path("disk"), 40) else {
+        not_run(
+            "on_a_full_disk_every_allow_has_its_record_and_the_rest_are_denials",
+            "mounting a file system needs root",
+        );
+        return;
+    };
+    site.configure("root = \"root\"", "root = \"disk/root\"");
+    let node = site.start_deciding();
+    site.decides();
+    // Others have filled the disk.
+    let filler = disk.0.join("filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    for length in [1 << 20, 4_096] {
+        let block = vec![7; length];
+        while file.write_all(&block).is_ok() {}
+    }
+    let mut action = read_action("/srv/a.txt");
+    action["params"] = serde_json::json!({"note": "n".repeat(6_000)});
+    let body = action.to_string();
+    let ask = || -> Value {
+        let request = request("POST", "/v1/decide", &[], body.as_bytes());
+        let (_, text) = over_unix(&site.path("s"), &request).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let callers: Vec<_> = (0..CALLERS)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut answers = Vec::new();
+                    let mut denied = 0;
+                    while denied < 25 && answers.len() < 20_000 {
+                        let answer = ask();
+                        denied += usize::from(answer["decision"] == "deny");
+                        answers.push(answer);
+                    }
+                    answers
+                })
+            })
+            .collect();
+        let each = callers.into_iter().map(|caller| caller.join().unwrap());
+        each.flatten().collect()
+    });
+    let reason = |answer: &Value| answer["reason"].as_str().unwrap().to_owned();
+    let (allowed, denied): (Vec<_>, Vec<_>) =
+        answers.iter().partition(|a| a["decision"] == "allow");
+    assert!(denied.len() >= 25 * CALLERS, "{}", denied.len());
+    for answer in &denied {
+        let reason = reason(answer);
+        assert!(
+            ["AUDIT_UNAVAILABLE", "AUDIT_CAPACITY"].contains(&reason.as_str()),
+            "{answer}"
+        );
+    }
+    // There is room again.
+    drop(file);
+    fs::remove_file(&filler).unwrap();
+    until("the node to serve again", || {
+        site.tidelock(&["audit", "reopen", "--apply"]);
+        (ask()["decision"] == "allow").then_some(())
+    });
+    let leaves: std::collections::BTreeSet<String> = site
+        .records()
+        .iter()
+        .map(|record| record["leaf"].as_str().unwrap().to_owned())
+        .collect();
+    for answer in &allowed {
+        let leaf = answer["record"]["leaf"].as_str().unwrap();
+        assert!(leaves.contains(leaf), "{answer}");
+    }
+    assert!(
+        !allowed.is_empty(),
+        "some fitted into what was made ready before"
+    );
+    assert!(node.stop().success());
+    site.ok(&["audit", "verify"]);
+}

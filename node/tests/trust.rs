@@ -322,10 +322,13 @@ fn blob(layout: &Path, media_type: &str, bytes: &[u8]) -> Value {
     json!({"mediaType": media_type, "digest": format!("sha256:{hex}"), "size": bytes.len()})
 }
 
-#[test]
-fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
-    let site = site();
+/// A release in the layout `release`, signed by the policy key: the path of its program. What is done to the
+/// lock file comes after its fingerprint and before everything that is made over it.
+fn released(site: &Site, tamper: impl FnOnce(&mut Value)) -> PathBuf {
     let layout: PathBuf = site.path("release");
+    if layout.exists() {
+        fs::remove_dir_all(&layout).unwrap();
+    }
     fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
     fs::create_dir_all(layout.join("signatures")).unwrap();
     fs::write(
@@ -333,12 +336,12 @@ fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
         r#"{"imageLayoutVersion":"1.0.0"}"#,
     )
     .unwrap();
-    let version = "99.0.0";
-    let mut lock = json!({"format": 1, "name": "tidelock", "version": version,
+    let mut lock = json!({"format": 1, "name": "tidelock", "version": "99.0.0",
         "created_at": "2026-01-31T12:00:00Z"});
     site.write("lock.json", &lock.to_string());
     lock["fingerprint"] =
         site.json(&["release", "fingerprint", "lock.json"])["fingerprint"].clone();
+    tamper(&mut lock);
     let lock = blob(
         &layout,
         "application/vnd.tidelock.lock.v1+json",
@@ -367,13 +370,20 @@ fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
             .replace("sha256:", "");
         layout.join("blobs/sha256").join(hex)
     };
-    let manifest_path = path_of(&image);
     openssl_sign(
-        &site,
+        site,
         "policy.key",
-        manifest_path.to_str().unwrap(),
+        path_of(&image).to_str().unwrap(),
         "release/signatures/policy.sig",
     );
+    path_of(&program)
+}
+
+#[test]
+fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
+    let site = site();
+    let layout = site.path("release");
+    let program_path = released(&site, |_| {});
     let verify = ["release", "verify", "--layout", "release"];
     let offline = [&verify[..], &["--trust", "trust.toml"]].concat();
     site.tidelock(&offline).ended(0).says(&["99.0.0 verifies"]);
@@ -399,7 +409,7 @@ fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
             .says(&[code, "nothing was recorded"]);
     };
     rejected("version", "RELEASE_VERSION", &["--at-least", "99.0.1"]);
-    let program_path = path_of(&program);
+    rejected("version", "RELEASE_NAME", &["--name", "other"]);
     fs::write(&program_path, b"progrAm").unwrap();
     rejected("digests", "RELEASE_DIGEST", &[]);
     fs::write(&program_path, b"program").unwrap();
@@ -407,6 +417,14 @@ fn a_release_that_a_node_rejects_is_recorded_with_its_step() {
     rejected("signatures", "RELEASE_SIGNATURE", &[]);
     symlink(site.path("aside"), layout.join("signatures")).unwrap();
     rejected("signatures", "RELEASE_LAYOUT", &[]);
+    // Signed as it is, and all digests are right: only the fingerprint says that it was changed.
+    released(&site, |lock| {
+        lock["created_at"] = json!("2026-02-28T12:00:00Z");
+    });
+    rejected("fingerprint", "RELEASE_FINGERPRINT", &[]);
+    // The control.
+    released(&site, |_| {});
+    site.ok(&verify);
     decides(&site);
     node.stop();
 }

@@ -117,8 +117,13 @@ impl Node {
                  plan (tidelock policy rollback)",
             )));
         }
-        let detail =
-            json!({"sets_aside": sets_aside, "serves": serves, "reason": reason, "plan": plan});
+        let undo = format!(
+            "tidelock policy activate FILE, with the bundle of {}, and then by its plan",
+            current.bundle().content_id()
+        );
+        let detail = json!({
+            "sets_aside": sets_aside, "serves": serves, "reason": reason, "plan": plan, "undo": undo,
+        });
         self.record_act("policy_rolled_back", detail)
             .map_err(unrecorded)?;
         let at_unix_ms = self.clock.unix_ms();
@@ -138,10 +143,7 @@ impl Node {
             "set_aside": sets_aside,
             "serves": serves,
             "posture": standby_posture(),
-            "undo": format!(
-                "tidelock policy activate FILE, with the bundle of {}, and then by its plan",
-                current.bundle().content_id()
-            ),
+            "undo": undo,
         }))
     }
 }
