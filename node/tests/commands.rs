@@ -235,18 +235,20 @@ fn ca_bundle_and_token_speak_to_people_and_machines() {
     }
 }
 
+/// An OPA bundle of one file, `opa.tar.gz`.
+fn pack(site: &Site, rules: &str) {
+    fs::create_dir_all(site.path("opa")).unwrap();
+    site.write("opa/authz.rego", rules);
+    let packed = std::process::Command::new("tar")
+        .args(["-C", "opa", "-czf", "opa.tar.gz", "authz.rego"])
+        .current_dir(site.path(""))
+        .status();
+    assert!(packed.unwrap().success());
+}
+
 #[test]
 fn an_opa_bundle_is_taken_over_with_a_report() {
     let site = Site::new();
-    let pack = |rules: &str| {
-        fs::create_dir_all(site.path("opa")).unwrap();
-        site.write("opa/authz.rego", rules);
-        let packed = std::process::Command::new("tar")
-            .args(["-C", "opa", "-czf", "opa.tar.gz", "authz.rego"])
-            .current_dir(site.path(""))
-            .status();
-        assert!(packed.unwrap().success());
-    };
     let import = [
         "bundle",
         "import-opa",
@@ -263,14 +265,17 @@ fn an_opa_bundle_is_taken_over_with_a_report() {
         "data.authz.allow",
     ];
     let unsigned = [&import[..], &["--allow-unsigned"]].concat();
-    pack("package authz\n\nallow if time.now_ns() > 1\n");
+    pack(&site, "package authz\n\nallow if time.now_ns() > 1\n");
     site.tidelock(&import).ended(2).says(&["--allow-unsigned"]);
     site.tidelock(&unsigned)
         .ended(1)
         .says(&["time.now_ns", "authz.rego", "nothing was written"]);
     assert!(!site.path("taken").exists());
 
-    pack("package authz\n\nallow if input.action == \"fs.read\"\n");
+    pack(
+        &site,
+        "package authz\n\nallow if input.action == \"fs.read\"\n",
+    );
     let said = site.json(&unsigned);
     assert_eq!(said["ready"], true);
     assert_eq!(said["report"]["signed_by"], Value::Null);
@@ -291,13 +296,7 @@ fn an_old_opa_bundle_does_not_come_back() {
         if site.path("taken").exists() {
             fs::remove_dir_all(site.path("taken")).unwrap();
         }
-        fs::create_dir_all(site.path("opa")).unwrap();
-        site.write("opa/authz.rego", rules);
-        let packed = std::process::Command::new("tar")
-            .args(["-C", "opa", "-czf", "opa.tar.gz", "authz.rego"])
-            .current_dir(site.path(""))
-            .status();
-        assert!(packed.unwrap().success());
+        pack(&site, rules);
         site.ok(&[
             "bundle",
             "import-opa",

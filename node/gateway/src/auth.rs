@@ -727,6 +727,11 @@ mod tests {
         // The controls: one without an end, and one that nobody was given.
         assert_eq!(says("lasts", u64::MAX, true), Ok(()));
         assert_eq!(says("none", 0, false), Err(CredentialFault::TokenUnknown));
+        // What is no time is no end, and the file is refused for it.
+        for odd in ["tomorrow", "2027-03-01", "1969-12-31T23:59:59Z", ""] {
+            let mistakes = TokenSet::parse(&text.replace("2027-03-01T00:00:00Z", odd)).unwrap_err();
+            assert!(mistakes[0].message.contains("RFC 3339"), "{mistakes:?}");
+        }
     }
 
     #[test]
